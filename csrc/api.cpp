@@ -1,0 +1,231 @@
+// The C API: validates, spreads CPU work over threads, routes to the device. Nothing below this file
+// checks its arguments again.
+#include <stdarg.h>
+#include <stdio.h>
+
+#include <exception>
+#include <thread>
+
+#include "cpu/merge_cpu.h"
+#include "cuda/launch.h"
+
+namespace merge3 {
+namespace {
+
+thread_local char last_error[512] = "";
+
+merge3_status fail(merge3_status status, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(last_error, sizeof last_error, format, args);
+  va_end(args);
+  return status;
+}
+
+void threads_for(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(std::thread::hardware_concurrency(), count));
+  std::vector<std::thread> threads;
+  for (int64_t w = 1; w < workers; ++w)
+    threads.emplace_back(body, arg, count * w / workers, count * (w + 1) / workers);
+  body(arg, 0, count / workers);
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <class Body>
+void parallel(const merge3_context& context, int64_t count, const Body& body) {
+  if (count == 0) return;
+  auto call = [](void* arg, int64_t begin, int64_t end) { (*static_cast<const Body*>(arg))(begin, end); };
+  void* arg = const_cast<void*>(static_cast<const void*>(&body));
+  if (context.executor) context.executor->parallel_for(context.executor->self, count, call, arg);
+  else threads_for(nullptr, count, call, arg);
+}
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
+                    const merge3_tensor* table, bool needs_out) {
+  if (!context) return fail(MERGE3_INVALID_ARGUMENT, "context is NULL");
+  if (context->device != MERGE3_CPU && context->device != MERGE3_CUDA)
+    return fail(MERGE3_INVALID_ARGUMENT, "device %d: expected MERGE3_CPU or MERGE3_CUDA", int(context->device));
+#if !defined(MERGE3_WITH_CUDA)
+  if (context->device == MERGE3_CUDA)
+    return fail(MERGE3_UNSUPPORTED, "this build has no CUDA kernels: build with MERGE3_CUDA=1 where nvcc is installed");
+#endif
+  if (experts < 1 || experts > MERGE3_MAX_EXPERTS)
+    return fail(MERGE3_INVALID_ARGUMENT, "%d experts: expected 1 to %d", int(experts), MERGE3_MAX_EXPERTS);
+  for (int64_t t = 0; t < tensors; ++t) {
+    const merge3_tensor& x = table[t];
+    if (x.numel < 0) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %lld elements", (long long)t, (long long)x.numel);
+    if (x.dtype < 0 || x.dtype > MERGE3_BFLOAT16 || x.out_dtype < 0 || x.out_dtype > MERGE3_BFLOAT16)
+      return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: unknown dtype", (long long)t);
+    if (x.numel == 0) continue;
+    if (needs_out && !x.out) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: out is NULL", (long long)t);
+    for (int k = 0; k < experts; ++k)
+      if (!x.experts[k]) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: expert %d is NULL", (long long)t, k);
+  }
+  return MERGE3_OK;
+}
+
+merge3_status check_rows(const merge3_tensor* table, int64_t tensors, int32_t experts, const char* what) {
+  for (int64_t t = 0; t < tensors; ++t) {
+    if (table[t].numel == 0) continue;
+    if (table[t].columns < 1 || table[t].numel % table[t].columns)
+      return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %s needs columns that divide its %lld elements, found %lld",
+                  (long long)t, what, (long long)table[t].numel, (long long)table[t].columns);
+    for (int k = 0; k < experts; ++k)
+      if (!table[t].rank_tables[k])
+        return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %s needs a table for expert %d", (long long)t, what, k);
+  }
+  return MERGE3_OK;
+}
+
+#if defined(MERGE3_WITH_CUDA)
+merge3_status device_status(int code, const char* message) {
+  return code == 0 ? MERGE3_OK : fail(MERGE3_DEVICE_ERROR, "CUDA error %d: %s", code, message);
+}
+#define MERGE3_ON_DEVICE(call) \
+  if (context->device == MERGE3_CUDA) { int code = (call); return device_status(code, cuda_message(code)); }
+#else
+#define MERGE3_ON_DEVICE(call)
+#endif
+
+// Exceptions (bad_alloc, a thread that cannot start) must not cross the C boundary.
+template <class Body>
+merge3_status guarded(const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    return fail(MERGE3_DEVICE_ERROR, "%s", error.what());
+  }
+}
+
+}  // namespace
+}  // namespace merge3
+
+using namespace merge3;
+
+extern "C" {
+
+merge3_status merge3_merge(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
+                           const merge3_tensor* table, const merge3_coefficient* coefficients,
+                           const float* lambda) {
+  return guarded([&]() -> merge3_status {
+    if (!modes) return fail(MERGE3_INVALID_ARGUMENT, "modes is NULL");
+    if (merge3_status s = check(context, modes->experts, tensors, table, true)) return s;
+    if (modes->sparsify < 0 || modes->sparsify > MERGE3_KEEP_BAND)
+      return fail(MERGE3_INVALID_ARGUMENT, "sparsify %d: expected 0 to %d", int(modes->sparsify), MERGE3_KEEP_BAND);
+    if (modes->elect < 0 || modes->elect > MERGE3_ELECT_COUNT)
+      return fail(MERGE3_INVALID_ARGUMENT, "elect %d: expected 0 to %d", int(modes->elect), MERGE3_ELECT_COUNT);
+    if (modes->sparsify == MERGE3_KEEP_RANKED)
+      if (merge3_status s = check_rows(table, tensors, modes->experts, "a ranked keep")) return s;
+    MERGE3_ON_DEVICE(merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
+    const Chunks chunks(table, tensors);
+    int64_t bytes = 0;
+    for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * (table[t].out_dtype == MERGE3_FLOAT32 ? 4 : 2);
+    const MergeCall call{modes, table, coefficients, lambda, &chunks, bytes > (int64_t(16) << 20)};
+#if defined(__x86_64__)
+    const auto loop = has_avx2() ? merge_avx2 : merge_generic;
+#else
+    const auto loop = merge_generic;
+#endif
+    parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { loop(call, from, to); });
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_elementwise(const merge3_context* context, int32_t rule, int32_t experts,
+                                 int64_t tensors, const merge3_tensor* table, const float* scalars,
+                                 const float* per_expert) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check(context, experts, tensors, table, true)) return s;
+    if (rule < 0 || rule > MERGE3_SCE) return fail(MERGE3_INVALID_ARGUMENT, "rule %d: expected 0 to %d", int(rule), MERGE3_SCE);
+    if (rule <= MERGE3_ARCEE_FUSION && experts != 1)
+      return fail(MERGE3_INVALID_ARGUMENT, "rule %d takes 1 expert, found %d", int(rule), int(experts));
+    if (rule == MERGE3_ARCEE_FUSION)
+      if (merge3_status s = check_rows(table, tensors, 1, "arcee_fusion")) return s;
+    MERGE3_ON_DEVICE(elementwise_cuda(rule, experts, tensors, table, scalars, per_expert, context->stream));
+    const Chunks chunks(table, tensors);
+    const ElementwiseCall call{rule, experts, table, scalars, per_expert, &chunks};
+    parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { elementwise_cpu(call, from, to); });
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_gram(const merge3_context* context, int32_t experts, int64_t tensors,
+                          const merge3_tensor* table, double* gram) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check(context, experts, tensors, table, false)) return s;
+    const Chunks chunks(table, tensors);
+    const int vectors = experts + 1, pairs = vectors * (vectors + 1) / 2;
+    std::vector<double> partial(size_t(chunks.count() * pairs));
+#if defined(MERGE3_WITH_CUDA)
+    if (context->device == MERGE3_CUDA) {
+      const int code = gram_cuda(experts, tensors, table, partial.data(), context->stream);
+      if (code) return device_status(code, cuda_message(code));
+    } else
+#endif
+      parallel(*context, chunks.count(), [&](int64_t from, int64_t to) {
+        gram_cpu(table, experts, chunks, from, to, partial.data());
+      });
+    for (int64_t t = 0; t < tensors; ++t) {
+      double* g = gram + t * vectors * vectors;
+      for (int a = 0, p = 0; a < vectors; ++a)
+        for (int b = a; b < vectors; ++b, ++p) {
+          double sum = 0.0;
+          for (int64_t c = chunks.first[size_t(t)]; c < chunks.first[size_t(t) + 1]; ++c)
+            sum += partial[size_t(c * pairs + p)];
+          g[a * vectors + b] = g[b * vectors + a] = sum;
+        }
+    }
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_order_statistics(const merge3_context* context, int32_t statistic, int32_t experts,
+                                      int64_t tensors, const merge3_tensor* table, int64_t rank_count,
+                                      const int64_t* ranks, float* value, int64_t* greater,
+                                      int64_t* equal, double* l1_greater, double* total,
+                                      int64_t* nonzero) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check(context, experts, tensors, table, false)) return s;
+    if (statistic != MERGE3_MAGNITUDE && statistic != MERGE3_VARIANCE)
+      return fail(MERGE3_INVALID_ARGUMENT, "statistic %d: expected 0 or 1", int(statistic));
+    const OrderStatistics call{statistic, experts, table, rank_count, ranks, value,
+                               greater, equal, l1_greater, total, nonzero};
+    MERGE3_ON_DEVICE(order_statistics_cuda(call, tensors, context->stream));
+    const int64_t pairs = tensors * (statistic == MERGE3_VARIANCE ? 1 : experts);
+    parallel(*context, pairs, [&](int64_t from, int64_t to) { order_statistics_cpu(call, from, to); });
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_rank_tables(const merge3_context* context, int32_t experts, int64_t tensors,
+                                 const merge3_tensor* table, double* bin_l1) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check(context, experts, tensors, table, false)) return s;
+    if (merge3_status s = check_rows(table, tensors, experts, "a rank table")) return s;
+    MERGE3_ON_DEVICE(rank_tables_cuda(experts, tensors, table, bin_l1, context->stream));
+    parallel(*context, tensors * experts, [&](int64_t from, int64_t to) {
+      rank_tables_cpu(table, experts, from, to, bin_l1);
+    });
+    return MERGE3_OK;
+  });
+}
+
+const char* merge3_last_error(void) { return last_error; }
+
+const char* merge3_build(void) {
+#if defined(MERGE3_WITH_CUDA)
+  return "cpu cuda";
+#else
+  return "cpu";
+#endif
+}
+
+}  // extern "C"

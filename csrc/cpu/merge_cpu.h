@@ -1,0 +1,47 @@
+// What api.cpp hands to the CPU loops, and the loops it can call.
+#pragma once
+#include "../chunks.h"
+
+namespace merge3 {
+
+struct MergeCall {
+  const merge3_modes* modes;
+  const merge3_tensor* table;
+  const merge3_coefficient* coefficients;
+  const float* lambda;
+  const Chunks* chunks;
+  bool stream;  // the result is larger than the caches
+};
+
+// Chunks [from, to) of the call; false for modes that do not exist.
+bool merge_generic(const MergeCall& call, int64_t from, int64_t to);
+bool merge_avx2(const MergeCall& call, int64_t from, int64_t to);
+
+struct ElementwiseCall {
+  int32_t rule, experts;
+  const merge3_tensor* table;
+  const float *scalars, *per_expert;
+  const Chunks* chunks;
+};
+void elementwise_cpu(const ElementwiseCall& call, int64_t from, int64_t to);
+
+// partial: [chunks, (K + 1)(K + 2) / 2], one row per chunk so that the sum has a fixed order.
+void gram_cpu(const merge3_tensor* table, int32_t experts, const Chunks& chunks, int64_t from,
+              int64_t to, double* partial);
+
+struct OrderStatistics {
+  int32_t statistic, experts;
+  const merge3_tensor* table;
+  int64_t rank_count;
+  const int64_t* ranks;
+  float* value;
+  int64_t *greater, *equal;
+  double *l1_greater, *total;
+  int64_t* nonzero;
+};
+// Pairs (tensor, expert) [from, to), expert fastest.
+void order_statistics_cpu(const OrderStatistics& call, int64_t from, int64_t to);
+void rank_tables_cpu(const merge3_tensor* table, int32_t experts, int64_t from, int64_t to,
+                     double* bin_l1);
+
+}  // namespace merge3

@@ -1,0 +1,18 @@
+// What api.cpp calls on a CUDA device. Each returns a cudaError_t as int, 0 for success; host arrays
+// in, host arrays out, work ordered on `stream`.
+#pragma once
+#include "../cpu/merge_cpu.h"
+
+namespace merge3 {
+
+const char* cuda_message(int code);
+int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
+               const merge3_coefficient* coefficients, const float* lambda, void* stream);
+int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
+                     const float* scalars, const float* per_expert, void* stream);
+int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);
+int order_statistics_cuda(const OrderStatistics& call, int64_t tensors, void* stream);
+int rank_tables_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* bin_l1,
+                     void* stream);
+
+}  // namespace merge3

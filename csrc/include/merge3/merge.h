@@ -1,0 +1,141 @@
+/* The C API of the merge3 kernels. No torch, no C++ in this header.
+ *
+ * One operation merges many tensors of a model in one call. For tensor t with base theta,
+ * experts e_1..e_K and per element i (all arithmetic in float32, rounded once to the output dtype):
+ *
+ *   tau_k = e_k[i] - theta[i]                     task vector, never stored
+ *   c_k   = keep_k(i) * rescale_k * weight_k * tau_k
+ *   m_k   = 1, or [sign(c_k) == elected sign]     see merge3_elect
+ *   out   = theta[i] + lambda * (normalize ? sum(c_k m_k) / sum(weight_k m_k) : sum(c_k m_k))
+ *
+ * All arrays of structs are host memory. Tensor data lives where `device` says. Every function
+ * returns a merge3_status; merge3_last_error() gives the message of this thread's last failure.
+ */
+#ifndef MERGE3_MERGE_H
+#define MERGE3_MERGE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MERGE3_MAX_EXPERTS 8
+/* Bins of |tau| per row from which a `ranked` keep derives an element's rank. */
+#define MERGE3_RANK_BINS 32
+/* Floats per row of a rank table: (bins - 1) boundaries, then one mean rank per bin. */
+#define MERGE3_RANK_STRIDE (2 * MERGE3_RANK_BINS - 1)
+
+typedef enum {
+  MERGE3_OK = 0,
+  MERGE3_INVALID_ARGUMENT = 1,
+  MERGE3_UNSUPPORTED = 2,
+  MERGE3_DEVICE_ERROR = 3,
+} merge3_status;
+
+typedef enum { MERGE3_CPU = 0, MERGE3_CUDA = 1 } merge3_device;
+typedef enum { MERGE3_FLOAT32 = 0, MERGE3_FLOAT16 = 1, MERGE3_BFLOAT16 = 2 } merge3_dtype;
+
+/* Which elements of a task vector survive (see keep_* in merge_math.h). */
+typedef enum {
+  MERGE3_KEEP_ALL = 0,
+  MERGE3_KEEP_MAGNITUDE = 1, /* |tau| above `lo`                     TIES */
+  MERGE3_KEEP_RANDOM = 2,    /* philox below `density`               DARE */
+  MERGE3_KEEP_RANKED = 3,    /* philox below density +- epsilon      DELLA */
+  MERGE3_KEEP_BAND = 4,      /* |tau| between `lo` and `hi`          Model Breadcrumbs */
+} merge3_sparsify;
+
+/* How the sign of the merged task vector is elected. */
+typedef enum { MERGE3_ELECT_NONE = 0, MERGE3_ELECT_SUM = 1, MERGE3_ELECT_COUNT = 2 } merge3_elect;
+
+typedef struct {
+  void *out;
+  const void *base; /* NULL: theta = 0, so that tau_k = e_k */
+  const void *experts[MERGE3_MAX_EXPERTS];
+  const float *rank_tables[MERGE3_MAX_EXPERTS]; /* ranked only: [rows, MERGE3_RANK_STRIDE] */
+  int64_t numel;
+  int64_t columns; /* ranked and arcee_fusion: elements per row */
+  int32_t dtype;     /* of base and experts */
+  int32_t out_dtype;
+  uint32_t id; /* names the tensor's random stream; stable across calls */
+  uint32_t reserved;
+} merge3_tensor;
+
+/* One per (tensor, expert), expert fastest. `lo_share` of the elements whose |tau| equals `lo` are
+ * kept, chosen by a hash of their index; likewise `hi_share` for `hi`. */
+typedef struct {
+  float weight, rescale;
+  float lo, lo_share;
+  float hi, hi_share;
+  float density, epsilon;
+} merge3_coefficient;
+
+typedef struct {
+  int32_t experts; /* K, 1..MERGE3_MAX_EXPERTS */
+  int32_t sparsify;
+  int32_t elect;
+  int32_t normalize;
+  uint64_t seed;
+} merge3_modes;
+
+/* How CPU work is spread over threads: call body(arg, begin, end) over all of [0, count).
+ * NULL: the library starts one thread per core for the call. */
+typedef struct {
+  void (*parallel_for)(void *self, int64_t count,
+                       void (*body)(void *arg, int64_t begin, int64_t end), void *arg);
+  void *self;
+} merge3_executor;
+
+typedef struct {
+  int32_t device; /* merge3_device */
+  void *stream;   /* cudaStream_t; ignored on the CPU */
+  const merge3_executor *executor;
+} merge3_context;
+
+/* Fused merge. coefficients: [tensors, K]; lambda: [tensors]. Moves (K + 1) reads + 1 write. */
+merge3_status merge3_merge(const merge3_context *context, const merge3_modes *modes,
+                           int64_t tensors, const merge3_tensor *table,
+                           const merge3_coefficient *coefficients, const float *lambda);
+
+/* Methods whose per-element rule is not a sparsified, elected, scaled sum. */
+typedef enum {
+  MERGE3_NEARSWAP = 0,     /* scalar: t */
+  MERGE3_ARCEE_FUSION = 1, /* scalar: importance threshold; rank_tables[0]: row divergence [rows] */
+  MERGE3_RAM = 2,          /* scalar: epsilon; per expert: factor of unshared elements */
+  MERGE3_SCE = 3,          /* scalar: variance threshold; per expert: weight */
+} merge3_rule;
+
+/* scalars: [tensors]; per_expert: [tensors, K]. */
+merge3_status merge3_elementwise(const merge3_context *context, int32_t rule, int32_t experts,
+                                 int64_t tensors, const merge3_tensor *table,
+                                 const float *scalars, const float *per_expert);
+
+/* Inner products of [theta, tau_1, .., tau_K] (theta = 0 rows where base is NULL).
+ * gram: [tensors, K + 1, K + 1] float64, host memory. Not finite where an input is not. */
+merge3_status merge3_gram(const merge3_context *context, int32_t experts, int64_t tensors,
+                          const merge3_tensor *table, double *gram);
+
+typedef enum { MERGE3_MAGNITUDE = 0, MERGE3_VARIANCE = 1 } merge3_statistic;
+
+/* Exact order statistics of |tau_k| (or of the variance across experts, then K counts as 1).
+ * ranks: [tensors, R], 1-based from the largest. All results in host memory:
+ * value, greater (elements strictly above value), equal, l1_greater: [tensors, K, R];
+ * total (sum over all elements), nonzero: [tensors, K]. */
+merge3_status merge3_order_statistics(const merge3_context *context, int32_t statistic,
+                                      int32_t experts, int64_t tensors, const merge3_tensor *table,
+                                      int64_t rank_count, const int64_t *ranks, float *value,
+                                      int64_t *greater, int64_t *equal, double *l1_greater,
+                                      double *total, int64_t *nonzero);
+
+/* Fills table[t].rank_tables (device memory, written here) and bin_l1 [tensors, K, bins] (host). */
+merge3_status merge3_rank_tables(const merge3_context *context, int32_t experts, int64_t tensors,
+                                 const merge3_tensor *table, double *bin_l1);
+
+const char *merge3_last_error(void);
+/* "cpu", or "cpu cuda" when the library was built with CUDA. */
+const char *merge3_build(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

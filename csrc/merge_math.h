@@ -1,0 +1,256 @@
+// Every per-element formula of merge3, once. CPU loops (f32x8 and scalar) and CUDA kernels call
+// these same functions, without fused multiply-add on either side, so both give the same bits.
+// The Python oracle is merge3/reference.py.
+#pragma once
+#include "include/merge3/merge.h"
+#include "lanes.h"
+#include "philox.h"
+
+namespace merge3 {
+
+template <class F>
+MERGE3_HD F magnitude(F x) {
+  using U = typename Lanes<F>::U;
+  return as_float(as_uint(x) & same<U>(0x7fffffffu));
+}
+
+template <class F>
+MERGE3_HD F sign(F x) {
+  const F zero = same<F>(0.0f);
+  return select(x > zero, same<F>(1.0f), select(x < zero, same<F>(-1.0f), zero));
+}
+
+// ---------------------------------------------------------------- keeping a share of equal values
+
+// On bf16 checkpoints magnitudes tie massively (about 940 distinct values per tensor), so keeping
+// all or none of the elements at a threshold misses the asked density by a per cent. A Weyl
+// sequence over the element index (equidistributed, one multiply) picks the asked share of them; all
+// experts share it, since each one's density is what has to come out right.
+constexpr uint32_t kWeylStep = 0x9E3779B1u;
+MERGE3_HD uint32_t tie_hash(int64_t element, uint32_t tensor) {
+  return uint32_t(element) * kWeylStep + tensor * 0x85EBCA6Bu;
+}
+
+// A threshold that admits `share` of the elements lying exactly on it.
+template <class F>
+struct Bound {
+  F at;    // threshold for elements whose hash is below share
+  F past;  // threshold for the others: the next float, which excludes `at` itself
+  typename Lanes<F>::I share;  // of [0, 1) as a signed 32-bit position, to compare hashes as signed
+};
+
+template <class F>
+MERGE3_HD Bound<F> make_bound(float value, float share, bool upper) {
+  float past = value;
+  int32_t position = 0x7fffffff;
+  if (share < 1.0f) {
+    const uint32_t bits = as_uint(value);
+    if (upper) past = bits == 0 ? -1.0f : as_float(bits - 1);
+    else past = as_float(bits + 1);
+    position = share <= 0.0f ? INT32_MIN : int32_t(double(share) * 4294967296.0 - 2147483648.0);
+  }
+  return {same<F>(value), same<F>(past), same<typename Lanes<F>::I>(position)};
+}
+
+template <class F, class I>
+MERGE3_HD auto at_least(F a, I hash, const Bound<F>& b) {
+  return a >= select(hash < b.share, b.at, b.past);
+}
+template <class F, class I>
+MERGE3_HD auto at_most(F a, I hash, const Bound<F>& b) {
+  return a <= select(hash < b.share, b.at, b.past);
+}
+
+// ------------------------------------------------------------------------------ the fused merge
+
+// One tensor's coefficients as the inner loop wants them: in lanes, because the compiler must assume
+// that a store to `out` changes anything in memory and would broadcast them anew for every element.
+template <class F, int K>
+struct Prepared {
+  F scale[K];   // weight * rescale
+  F weight[K];
+  Bound<F> lo[K], hi[K];
+  typename Lanes<F>::I keep16[K];  // random: keep if the 16 random bits are below this
+  F low16[K], span16[K];           // ranked: keep if the bits are below low16 + span16 * rank
+  F lambda;
+  F total;  // sum of weights, the divisor without election
+  bool normalize;
+};
+
+template <class F, int K>
+MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool normalize, bool has_base) {
+  Prepared<F, K> p;
+  float total = 0.0f;
+  for (int k = 0; k < K; ++k) {
+    p.scale[k] = same<F>(c[k].weight * c[k].rescale);
+    p.weight[k] = same<F>(c[k].weight);
+    p.lo[k] = make_bound<F>(c[k].lo, c[k].lo_share, false);
+    p.hi[k] = make_bound<F>(c[k].hi, c[k].hi_share, true);
+    p.keep16[k] = same<typename Lanes<F>::I>(int32_t(c[k].density * 65536.0f + 0.5f));
+    p.low16[k] = same<F>((c[k].density - c[k].epsilon) * 65536.0f);
+    p.span16[k] = same<F>(2.0f * c[k].epsilon * 65536.0f);
+    total += c[k].weight;
+  }
+  // The guard follows generalised task arithmetic; a plain weighted mean has no base to fall to.
+  if (has_base && magnitude(total) < 1e-8f) total = 1.0f;
+  p.total = same<F>(total);
+  p.lambda = same<F>(lambda);
+  p.normalize = normalize;
+  return p;
+}
+
+// DELLA (Deep et al. 2024): rank of a magnitude within its row, from MERGE3_RANK_BINS - 1 boundaries
+// and the mean rank of each bin. Off by at most half a bin: a keep probability errs by < epsilon / 32.
+template <class F>
+MERGE3_HD F rank_in_row(F a, const float* table) {
+  F rank = same<F>(table[MERGE3_RANK_BINS - 1]);
+  for (int j = 0; j < MERGE3_RANK_BINS - 1; ++j)
+    rank = select(a >= same<F>(table[j]), same<F>(table[MERGE3_RANK_BINS + j]), rank);
+  return rank;
+}
+
+// out for one element (or one per lane). hash: tie_hash; random: 16 bits per expert; rank: ranked only.
+template <int K, int SPARSIFY, int ELECT, class F, class U, class I>
+MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, U hash,
+                          const I (&random)[K], const F (&rank)[K]) {
+  const F zero = same<F>(0.0f);
+  F c[K];
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const F tau = expert[k] - theta;
+    const F scaled = tau * p.scale[k];
+    if (SPARSIFY == MERGE3_KEEP_ALL) {
+      c[k] = scaled;
+    } else if (SPARSIFY == MERGE3_KEEP_MAGNITUDE) {
+      c[k] = select(at_least(magnitude(tau), (I)hash, p.lo[k]), scaled, zero);
+    } else if (SPARSIFY == MERGE3_KEEP_BAND) {
+      const F a = magnitude(tau);
+      c[k] = select(at_least(a, (I)hash, p.lo[k]), select(at_most(a, (I)hash, p.hi[k]), scaled, zero), zero);
+    } else if (SPARSIFY == MERGE3_KEEP_RANDOM) {
+      c[k] = select(random[k] < p.keep16[k], scaled, zero);
+    } else {
+      const F limit = p.low16[k] + p.span16[k] * rank[k];
+      c[k] = select(to_float(random[k]) < limit, scaled, zero);
+    }
+  }
+  F sum = c[0], divisor = p.total;
+  if (ELECT == MERGE3_ELECT_NONE) {
+    MERGE3_UNROLL
+    for (int k = 1; k < K; ++k) sum = sum + c[k];
+  } else {
+    // Elected sign: of the sum (TIES, Yadav et al. 2023, Algorithm 1) or of the head count; zero
+    // elects +. A zero element never agrees, so it drops out of both sums.
+    F vote = ELECT == MERGE3_ELECT_SUM ? c[0] : sign(c[0]);
+    MERGE3_UNROLL
+    for (int k = 1; k < K; ++k) vote = vote + (ELECT == MERGE3_ELECT_SUM ? c[k] : sign(c[k]));
+    const U flip = as_uint(vote) & same<U>(0x80000000u);
+    MERGE3_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const auto agrees = as_float(as_uint(c[k]) ^ flip) > zero;
+      const F kept = select(agrees, c[k], zero), w = select(agrees, p.weight[k], zero);
+      sum = k ? sum + kept : kept;
+      divisor = k ? divisor + w : w;
+    }
+    divisor = select(divisor == zero, same<F>(1.0f), divisor);
+  }
+  if (p.normalize) sum = sum / divisor;
+  return theta + p.lambda * sum;
+}
+
+// ----------------------------------------------------------------------- rules of their own
+
+// NearSwap: move towards the other model by at most t, so near values are swapped whole.
+MERGE3_HD float nearswap(float a, float b, float t) {
+  float distance = magnitude(a - b);
+  if (distance < 1e-6f) distance = 1e-6f;
+  float w = t / distance;
+  w = w < 0.0f ? 0.0f : (w > 1.0f ? 1.0f : w);
+  return w * b + (1.0f - w) * a;
+}
+
+// Arcee Fusion: take the expert's value where |tau| times its row's KL divergence is an outlier.
+MERGE3_HD float arcee_fusion(float theta, float expert, float row_divergence, float threshold) {
+  const float tau = expert - theta;
+  return magnitude(tau) * row_divergence >= threshold ? theta + tau : theta;
+}
+
+// Reinforced Agent Merging: average what several experts changed, keep (times a factor) what one did.
+MERGE3_HD float ram(float theta, const float* expert, int experts, float epsilon,
+                    const float* factor) {
+  float shared = 0.0f, unique = 0.0f;
+  int active = 0;
+  for (int k = 0; k < experts; ++k) {
+    const float tau = expert[k] - theta;
+    if (magnitude(tau) > epsilon) {
+      ++active;
+      shared += tau;
+      unique += tau * factor[k];
+    }
+  }
+  if (active == 0) return theta;
+  return theta + (active == 1 ? unique : shared / float(active));
+}
+
+// Population variance of the task vectors at one element (the Select of SCE).
+MERGE3_HD float variance(float theta, const float* expert, int experts) {
+  float mean = 0.0f, sum = 0.0f;
+  for (int k = 0; k < experts; ++k) mean += expert[k] - theta;
+  mean /= float(experts);
+  for (int k = 0; k < experts; ++k) {
+    const float d = (expert[k] - theta) - mean;
+    sum += d * d;
+  }
+  return sum / float(experts);
+}
+
+// SCE (Wan et al. 2024): select by variance, calculate weights (given), erase minority signs.
+MERGE3_HD float sce(float theta, const float* expert, int experts, float threshold,
+                    const float* weight) {
+  if (variance(theta, expert, experts) < threshold) return theta;
+  float vote = 0.0f, sum = 0.0f, divisor = 0.0f;
+  for (int k = 0; k < experts; ++k) vote += expert[k] - theta;
+  for (int k = 0; k < experts; ++k) {
+    const float tau = expert[k] - theta;
+    if (vote >= 0.0f ? tau > 0.0f : tau < 0.0f) {
+      sum += tau * weight[k];
+      divisor += weight[k];
+    }
+  }
+  return theta + sum / (divisor < 1e-6f ? 1e-6f : divisor);
+}
+
+// ------------------------------------------------------------------------------- 16-bit floats
+
+MERGE3_HD float bfloat16_to_float(uint16_t x) { return as_float(uint32_t(x) << 16); }
+
+// Round to nearest even: the result is the upper half. Not for NaNs with payload in the lower half.
+template <class U>
+MERGE3_HD U round_bfloat16(U bits) {
+  return bits + same<U>(0x7fffu) + ((bits >> 16) & same<U>(1u));
+}
+// The same for any float; a NaN stays a (quiet) NaN.
+template <class U>
+MERGE3_HD U float_to_bfloat16(U bits) {
+  const U rounded = round_bfloat16(bits) >> 16;
+  const U quiet = (bits >> 16) | same<U>(0x40u);
+  return select((bits & same<U>(0x7fffffffu)) > same<U>(0x7f800000u), quiet, rounded);
+}
+
+MERGE3_HD float float16_to_float(uint16_t x) {
+  const uint32_t sign = uint32_t(x & 0x8000u) << 16, rest = x & 0x7fffu;
+  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13) | (rest > 0x7c00u ? 0x400000u : 0u));
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and is exact for subnormals too.
+  return as_float(sign | as_uint(as_float(rest << 13) * 5192296858534827628530496329220096.0f));
+}
+
+MERGE3_HD uint16_t float_to_float16(float value) {
+  const uint32_t bits = as_uint(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((rest >> 13) & 0x1ffu));
+  if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns and rounds the mantissa
+    return uint16_t(sign | (as_uint(as_float(rest) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13));
+}
+
+}  // namespace merge3

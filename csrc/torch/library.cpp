@@ -1,0 +1,223 @@
+// torch.ops.merge3.*: checks tensors once, turns them into the C API's tables, calls it.
+// Built against torch's stable ABI, so one binary serves every torch from 2.11 on.
+#if defined(MERGE3_WITH_CUDA)
+#define USE_CUDA 1  // declares aoti_torch_get_current_cuda_stream, also in a CPU build of torch
+#endif
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <vector>
+
+#include "../include/merge3/merge.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+void torch_parallel_for_adapter(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
+}
+const merge3_executor kTorchThreads = {torch_parallel_for_adapter, nullptr};
+
+void require(merge3_status status) {
+  STD_TORCH_CHECK(status == MERGE3_OK, "merge3: ", merge3_last_error());
+}
+
+int32_t storage_dtype(const Tensor& x, const char* list, int64_t t) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return MERGE3_FLOAT32;
+    case ScalarType::Half: return MERGE3_FLOAT16;
+    case ScalarType::BFloat16: return MERGE3_BFLOAT16;
+    default:
+      STD_TORCH_CHECK(false, "merge3: ", list, "[", t, "]: expected float32, float16 or bfloat16, found scalar type ",
+                      int(x.scalar_type()));
+  }
+}
+
+// One row per tensor, K experts each (expert fastest); `out` and `base` may be empty lists.
+struct Table {
+  std::vector<merge3_tensor> rows;
+  int32_t experts = 0;
+  int device = MERGE3_CPU;
+  int32_t device_index = 0;
+
+  Table(const Tensors& out, const Tensors& base, const Tensors& experts_list, int64_t tensors) {
+    STD_TORCH_CHECK(tensors > 0 && !experts_list.empty() && int64_t(experts_list.size()) % tensors == 0,
+                    "merge3: ", experts_list.size(), " expert tensors for ", tensors,
+                    " tensors: expected K per tensor, expert fastest");
+    STD_TORCH_CHECK(base.empty() || int64_t(base.size()) == tensors, "merge3: ", base.size(),
+                    " base tensors: expected ", tensors, " or none");
+    experts = int32_t(int64_t(experts_list.size()) / tensors);
+    STD_TORCH_CHECK(experts <= MERGE3_MAX_EXPERTS, "merge3: ", experts, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
+    const Tensor& lead = experts_list[0];
+    device = lead.is_cuda() ? MERGE3_CUDA : MERGE3_CPU;
+    device_index = lead.get_device_index();
+    rows.resize(size_t(tensors));
+    for (int64_t t = 0; t < tensors; ++t) {
+      merge3_tensor& row = rows[size_t(t)];
+      row = merge3_tensor{};
+      const Tensor& first = experts_list[size_t(t * experts)];
+      row.numel = first.numel();
+      row.columns = first.dim() >= 2 ? first.size(first.dim() - 1) : row.numel;
+      row.dtype = row.out_dtype = storage_dtype(first, "experts", t * experts);
+      for (int k = 0; k < experts; ++k)
+        row.experts[k] = data(experts_list[size_t(t * experts + k)], row, "experts", t * experts + k, true);
+      if (!base.empty()) row.base = data(base[size_t(t)], row, "base", t, true);
+      if (!out.empty()) {
+        row.out = data(out[size_t(t)], row, "out", t, false);
+        row.out_dtype = storage_dtype(out[size_t(t)], "out", t);
+        for (int k = 0; k < experts; ++k)
+          STD_TORCH_CHECK(row.numel == 0 || row.out != row.experts[k], "merge3: out[", t,
+                          "] is experts[", t * experts + k, "]: expected memory of its own (it may be base)");
+      }
+    }
+  }
+
+  merge3_context context() const {
+    merge3_context c{device, nullptr, &kTorchThreads};
+#if defined(MERGE3_WITH_CUDA)
+    if (device == MERGE3_CUDA)
+      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &c.stream) == 0, "merge3: no CUDA stream");
+#endif
+    return c;
+  }
+
+ private:
+  void* data(const Tensor& x, const merge3_tensor& row, const char* list, int64_t i, bool same_dtype) const {
+    STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
+    STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
+                    " elements, expected ", row.numel);
+    STD_TORCH_CHECK((x.is_cuda() ? MERGE3_CUDA : MERGE3_CPU) == device && x.get_device_index() == device_index,
+                    "merge3: ", list, "[", i, "]: on another device than experts[0]");
+    STD_TORCH_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, "merge3: ", list, "[", i,
+                    "]: its dtype differs from the first expert's of this tensor");
+    return x.data_ptr();
+  }
+};
+
+template <class T>
+T* host(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, "merge3: ", name,
+                  ": expected a contiguous CPU tensor of scalar type ", int(dtype), ", found ", int(x.scalar_type()));
+  STD_TORCH_CHECK(x.numel() == numel, "merge3: ", name, ": found ", x.numel(), " elements, expected ", numel);
+  return static_cast<T*>(x.data_ptr());
+}
+
+void set_rank_tables(Table& table, const Tensors& tables, int64_t stride, const char* name) {
+  STD_TORCH_CHECK(tables.size() == table.rows.size() * size_t(table.experts), "merge3: ", tables.size(), " ", name,
+                  ": expected ", table.rows.size() * size_t(table.experts));
+  for (size_t i = 0; i < tables.size(); ++i) {
+    merge3_tensor& row = table.rows[i / size_t(table.experts)];
+    const int64_t expected = row.columns ? row.numel / row.columns * stride : 0;
+    STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Float && tables[i].is_contiguous() &&
+                        tables[i].numel() == expected,
+                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32, found ", tables[i].numel());
+    row.rank_tables[i % size_t(table.experts)] = static_cast<const float*>(tables[i].data_ptr());
+  }
+}
+
+void merge_(Tensors out, Tensors base, Tensors experts, Tensor coefficients, Tensor lambda, Tensor ids,
+            Tensors rank_tables, int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
+  const int64_t T = int64_t(out.size());
+  if (T == 0) return;
+  Table table(out, base, experts, T);
+  const int64_t* id = host<int64_t>(ids, ScalarType::Long, T, "ids");
+  for (int64_t t = 0; t < T; ++t) table.rows[size_t(t)].id = uint32_t(id[t]);
+  if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables");
+  const int64_t fields = sizeof(merge3_coefficient) / sizeof(float);
+  const auto* c = reinterpret_cast<const merge3_coefficient*>(
+      host<float>(coefficients, ScalarType::Float, T * table.experts * fields, "coefficients"));
+  const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
+  const merge3_context context = table.context();
+  require(merge3_merge(&context, &modes, T, table.rows.data(), c, host<float>(lambda, ScalarType::Float, T, "lambda_")));
+}
+
+void elementwise_(Tensors out, Tensors base, Tensors experts, Tensor scalars, Tensor per_expert, Tensors rows,
+                  int64_t rule) {
+  const int64_t T = int64_t(out.size());
+  if (T == 0) return;
+  Table table(out, base, experts, T);
+  if (rule == MERGE3_ARCEE_FUSION) set_rank_tables(table, rows, 1, "rows");
+  const merge3_context context = table.context();
+  require(merge3_elementwise(&context, int32_t(rule), table.experts, T, table.rows.data(),
+                             host<float>(scalars, ScalarType::Float, T, "scalars"),
+                             host<float>(per_expert, ScalarType::Float, T * table.experts, "per_expert")));
+}
+
+void gram_(Tensor gram, Tensors base, Tensors experts) {
+  const int64_t T = gram.dim() == 3 ? gram.size(0) : -1;
+  if (T == 0) return;
+  const Table table({}, base, experts, T);
+  const int64_t vectors = table.experts + 1;
+  const merge3_context context = table.context();
+  require(merge3_gram(&context, table.experts, T, table.rows.data(),
+                      host<double>(gram, ScalarType::Double, T * vectors * vectors, "gram")));
+}
+
+void order_statistics_(Tensor value, Tensor greater, Tensor equal, Tensor l1_greater, Tensor total, Tensor nonzero,
+                       Tensors base, Tensors experts, Tensor ranks, int64_t statistic) {
+  const int64_t T = ranks.size(0), R = ranks.size(1);
+  if (T == 0) return;
+  const Table table({}, base, experts, T);
+  const int64_t pairs = T * (statistic == MERGE3_VARIANCE ? 1 : table.experts);
+  const merge3_context context = table.context();
+  require(merge3_order_statistics(&context, int32_t(statistic), table.experts, T, table.rows.data(), R,
+                                  host<int64_t>(ranks, ScalarType::Long, T * R, "ranks"),
+                                  host<float>(value, ScalarType::Float, pairs * R, "value"),
+                                  host<int64_t>(greater, ScalarType::Long, pairs * R, "greater"),
+                                  host<int64_t>(equal, ScalarType::Long, pairs * R, "equal"),
+                                  host<double>(l1_greater, ScalarType::Double, pairs * R, "l1_greater"),
+                                  host<double>(total, ScalarType::Double, pairs, "total"),
+                                  host<int64_t>(nonzero, ScalarType::Long, pairs, "nonzero")));
+}
+
+void rank_tables_(Tensors tables, Tensor bin_l1, Tensors base, Tensors experts) {
+  const int64_t T = bin_l1.size(0);
+  if (T == 0) return;
+  Table table({}, base, experts, T);
+  set_rank_tables(table, tables, MERGE3_RANK_STRIDE, "tables");
+  const merge3_context context = table.context();
+  require(merge3_rank_tables(&context, table.experts, T, table.rows.data(),
+                             host<double>(bin_l1, ScalarType::Double, T * table.experts * MERGE3_RANK_BINS, "bin_l1")));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(merge3, m) {
+  m.def("merge_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor coefficients, Tensor lambda_, "
+        "Tensor ids, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
+  m.def("elementwise_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor scalars, Tensor per_expert, "
+        "Tensor[] rows, int rule) -> ()");
+  m.def("gram_(Tensor(a!) gram, Tensor[] base, Tensor[] experts) -> ()");
+  m.def("order_statistics_(Tensor(a!) value, Tensor(b!) greater, Tensor(c!) equal, Tensor(d!) l1_greater, "
+        "Tensor(e!) total, Tensor(f!) nonzero, Tensor[] base, Tensor[] experts, Tensor ranks, int statistic) -> ()");
+  m.def("rank_tables_(Tensor(a!)[] tables, Tensor(b!) bin_l1, Tensor[] base, Tensor[] experts) -> ()");
+}
+
+#define MERGE3_IMPLEMENT(key)                               \
+  STABLE_TORCH_LIBRARY_IMPL(merge3, key, m) {               \
+    m.impl("merge_", TORCH_BOX(&merge_));                   \
+    m.impl("elementwise_", TORCH_BOX(&elementwise_));       \
+    m.impl("gram_", TORCH_BOX(&gram_));                     \
+    m.impl("order_statistics_", TORCH_BOX(&order_statistics_)); \
+    m.impl("rank_tables_", TORCH_BOX(&rank_tables_));       \
+  }
+MERGE3_IMPLEMENT(CPU)
+#if defined(MERGE3_WITH_CUDA)
+MERGE3_IMPLEMENT(CUDA)
+#endif
+
+// The Python module: torch.ops is filled by loading this library, the module only says how it was built.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* m = PyModule_Create(&module);
+  if (m != nullptr) PyModule_AddStringConstant(m, "build", merge3_build());
+  return m;
+}

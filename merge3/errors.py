@@ -1,0 +1,68 @@
+"""The error tree. Every error says where, what was found, what was expected, and may give a hint.
+
+    Merge3Error
+    ├── BadInput             the caller can fix it: exit code 2
+    │   ├── RecipeError      a recipe or its parameters
+    │   ├── CheckpointError  a checkpoint, its tensors or its files
+    │   ├── ItemsError       an items file
+    │   └── ConfigError      an evolve configuration
+    ├── ResourceError        memory, disk or permission ran out
+    ├── ResumeMismatch       a run directory that this configuration did not make
+    └── Unavailable          a build, device or service that is not there
+"""
+
+from __future__ import annotations
+
+
+class Merge3Error(Exception):
+    """One line for people; `reason` (a word) and `code` (a gRPC status name) for machines."""
+
+    reason = "error"
+    code = "INTERNAL"
+    exit_code = 1
+
+    def __init__(self, where: str, found: str = "", expected: str = "", hint: str = ""):
+        self.where, self.found, self.expected, self.hint = str(where), found, expected, hint
+        super().__init__(self.line())
+
+    def line(self) -> str:
+        text = self.where
+        if self.found:
+            text += f": {self.found}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.hint:
+            text += f" ({self.hint})"
+        return text
+
+
+class BadInput(Merge3Error, ValueError):
+    reason, code, exit_code = "bad_input", "INVALID_ARGUMENT", 2
+
+
+class RecipeError(BadInput):
+    reason = "recipe"
+
+
+class CheckpointError(BadInput):
+    reason, code = "checkpoint", "FAILED_PRECONDITION"
+
+
+class ItemsError(BadInput):
+    reason = "items"
+
+
+class ConfigError(BadInput):
+    reason = "config"
+
+
+class ResourceError(Merge3Error):
+    reason, code, exit_code = "resource", "RESOURCE_EXHAUSTED", 2
+
+
+class ResumeMismatch(BadInput):
+    reason, code = "resume_mismatch", "FAILED_PRECONDITION"
+
+
+class Unavailable(Merge3Error):
+    reason, code = "unavailable", "UNAVAILABLE"

@@ -1,0 +1,207 @@
+"""The typed face of the kernels (torch.ops.merge3.*). Knows tensors, not models.
+
+All operations take flat lists: T tensors of out and base, T*K of experts, expert fastest. Inputs may
+be float32, float16 or bfloat16 (one dtype per tensor and its experts); arithmetic is float32 with one
+final rounding. Formulas: csrc/merge_math.h; oracle: merge3/reference.py.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge3.errors import BadInput, Unavailable
+
+try:
+    from merge3 import _C  # after torch: it links against libtorch
+except ImportError as error:  # pragma: no cover - depends on the build
+    raise Unavailable(
+        "merge3._C", f"the kernels are not built ({error})", hint="run `make install`, or `pip install .`"
+    ) from error
+
+SPARSIFY = ("all", "magnitude", "random", "ranked", "band")
+ELECT = ("none", "sum", "count")
+RULES = ("nearswap", "arcee_fusion", "ram", "sce")
+STATISTICS = ("magnitude", "variance")
+MAX_EXPERTS = 8
+RANK_BINS = 32
+RANK_STRIDE = 2 * RANK_BINS - 1
+# Columns of a coefficient row, as in merge3_coefficient.
+WEIGHT, RESCALE, LO, LO_SHARE, HI, HI_SHARE, DENSITY, EPSILON = range(8)
+FIELDS = 8
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What one fused merge does to every tensor; names as in SPARSIFY and ELECT."""
+
+    sparsify: str = "all"
+    elect: str = "none"
+    normalize: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OrderStatistics:
+    """Per (tensor, expert, rank): the value at that rank from the largest, the elements above it and
+    their sum, the elements equal to it; per (tensor, expert): the sum of all and the non-zero count."""
+
+    value: torch.Tensor  # float32 [T, K, R]
+    greater: torch.Tensor  # int64 [T, K, R]
+    equal: torch.Tensor  # int64 [T, K, R]
+    l1_greater: torch.Tensor  # float64 [T, K, R]
+    total: torch.Tensor  # float64 [T, K]
+    nonzero: torch.Tensor  # int64 [T, K]
+
+
+def build_info() -> dict:
+    """What was built and what can run: {"devices": [..], "torch": version, "cuda_available": bool}."""
+    return {
+        "devices": _C.build.split(),
+        "torch": torch.__version__,
+        "cuda_available": torch.cuda.is_available(),
+    }
+
+
+def tensor_id(name: str) -> int:
+    """The random stream of a tensor: a hash of its name, so the order of tensors never matters."""
+    return zlib.crc32(name.encode())
+
+
+def coefficients(tensors: int, experts: int) -> torch.Tensor:
+    """Neutral coefficients, float32 [T, K, FIELDS]: weight 1, no rescale, everything kept."""
+    c = torch.zeros(tensors, experts, FIELDS)
+    c[..., WEIGHT] = 1.0
+    c[..., RESCALE] = 1.0
+    c[..., LO_SHARE] = 1.0
+    c[..., HI] = float("inf")
+    c[..., HI_SHARE] = 1.0
+    c[..., DENSITY] = 1.0
+    return c
+
+
+def merge_(
+    out: Sequence[torch.Tensor],
+    base: Sequence[torch.Tensor],
+    experts: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    lambda_: torch.Tensor,
+    modes: Modes = Modes(),
+    ids: torch.Tensor | None = None,
+    rank_tables: Sequence[torch.Tensor] = (),
+) -> None:
+    """Write base + λ · elect(sparsify(experts − base)) into `out`, in place, one pass.
+
+    out, base: T tensors; base may be empty (then θ = 0 and the result is a sum of experts).
+    experts: T·K, expert fastest. coefficients: float32 CPU [T, K, FIELDS]; lambda_: float32 CPU [T].
+    ids: int64 CPU [T], the tensors' random streams (default 0..T−1). rank_tables: T·K, for `ranked`.
+    Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
+    Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch.
+    TIES: Yadav et al. 2023, Algorithm 1; DARE: Yu et al. 2024; DELLA: Deep et al. 2024.
+    """
+    if ids is None:
+        ids = torch.arange(len(out))
+    sparsify, elect = _mode(modes.sparsify, SPARSIFY, "sparsify"), _mode(modes.elect, ELECT, "elect")
+    # Seeds are 64-bit patterns; the operator schema only has signed integers.
+    seed = (modes.seed + 2**63) % 2**64 - 2**63
+    _call(
+        torch.ops.merge3.merge_, list(out), list(base), list(experts), coefficients, lambda_, ids,
+        list(rank_tables), sparsify, elect, modes.normalize, seed,
+    )  # fmt: skip
+
+
+def elementwise_(
+    out: Sequence[torch.Tensor],
+    base: Sequence[torch.Tensor],
+    experts: Sequence[torch.Tensor],
+    rule: str,
+    scalars: torch.Tensor,
+    per_expert: torch.Tensor | None = None,
+    rows: Sequence[torch.Tensor] = (),
+) -> None:
+    """Apply a method's own per-element rule (RULES), in place, one pass.
+
+    scalars: float32 CPU [T] (t, importance threshold, epsilon, variance threshold by rule);
+    per_expert: float32 CPU [T, K]; rows: T float32 tensors [rows], arcee_fusion's row divergences.
+    """
+    if per_expert is None:
+        per_expert = torch.ones(len(out), len(experts) // max(1, len(out)))
+    rule_index = _mode(rule, RULES, "rule")
+    _call(
+        torch.ops.merge3.elementwise_, list(out), list(base), list(experts), scalars, per_expert, list(rows),
+        rule_index,
+    )  # fmt: skip
+
+
+def gram(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int) -> torch.Tensor:
+    """Inner products of [θ, τ_1, .., τ_K] per tensor: float64 [T, K+1, K+1]; θ = 0 where base is empty.
+
+    Not finite exactly where some input of that row or column is not.
+    """
+    k = len(experts) // max(1, tensors)
+    result = torch.empty(tensors, k + 1, k + 1, dtype=torch.float64)
+    _call(torch.ops.merge3.gram_, result, list(base), list(experts))
+    return result
+
+
+def order_statistics(
+    base: Sequence[torch.Tensor],
+    experts: Sequence[torch.Tensor],
+    ranks: torch.Tensor,
+    statistic: str = "magnitude",
+) -> OrderStatistics:
+    """Exact order statistics of |τ_k|, or of the variance across experts (then K = 1 in the result).
+
+    ranks: int64 CPU [T, R], 1-based from the largest; 0 gives (inf, 0, 0), above n gives the smallest.
+    """
+    t, r = ranks.shape
+    k = 1 if statistic == "variance" else len(experts) // max(1, t)
+    result = OrderStatistics(
+        torch.empty(t, k, r), *(torch.empty(t, k, r, dtype=d) for d in (torch.int64, torch.int64, torch.float64)),
+        torch.empty(t, k, dtype=torch.float64), torch.empty(t, k, dtype=torch.int64),
+    )  # fmt: skip
+    _call(
+        torch.ops.merge3.order_statistics_, result.value, result.greater, result.equal, result.l1_greater,
+        result.total, result.nonzero, list(base), list(experts), ranks.contiguous(),
+        _mode(statistic, STATISTICS, "statistic"),
+    )  # fmt: skip
+    return result
+
+
+def rank_tables(
+    base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Per (tensor, expert): float32 [rows, RANK_STRIDE] (bin boundaries of |τ|, then mean ranks 0..1), and
+    the sum of |τ| per bin over all rows, float64 [T, K, RANK_BINS]. A 1-D tensor is one row."""
+    tables = []
+    for expert in experts:
+        columns = expert.shape[-1] if expert.dim() >= 2 else expert.numel()
+        rows = expert.numel() // columns if columns else 0
+        tables.append(torch.empty(rows, RANK_STRIDE, device=expert.device))
+    bin_l1 = torch.empty(tensors, len(experts) // max(1, tensors), RANK_BINS, dtype=torch.float64)
+    _call(torch.ops.merge3.rank_tables_, tables, bin_l1, list(base), list(experts))
+    return tables, bin_l1
+
+
+def _mode(name: str, names: tuple[str, ...], what: str) -> int:
+    if name not in names:
+        raise BadInput(what, f"unknown {name!r}", ", ".join(names))
+    return names.index(name)
+
+
+def _call(op, *arguments) -> None:
+    try:
+        op(*arguments)
+    except RuntimeError as error:
+        message = str(error).split("\n")[0]
+        if "merge3: " not in message:
+            raise
+        raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
+
+
+for _name in ("merge_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
+    # Every op writes into tensors the caller made, so there is no shape to infer.
+    torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)
