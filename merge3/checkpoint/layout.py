@@ -1,0 +1,55 @@
+"""Which tensors of a checkpoint belong to which layer, by their names alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_INDEXED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_INPUT_SIDE = ("embed", "wte", "wpe", "tok_", "patch")
+
+
+class Ref(NamedTuple):
+    """One tensor of one endpoint."""
+
+    model: str
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """prefix: what stands before a layer's number (`model.layers`); layers: how many;
+    layer_names: what follows the number; pre and post: tensors before and after the stack."""
+
+    prefix: str
+    layers: int
+    layer_names: tuple[str, ...]
+    pre: tuple[str, ...]
+    post: tuple[str, ...]
+
+    def layer_tensor(self, layer: int, name: str) -> str:
+        return f"{self.prefix}.{layer}.{name}"
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The layer a tensor is in; None for embeddings, norms and heads."""
+        match = _INDEXED.match(tensor)
+        return int(match[2]) if match and match[1] == self.prefix else None
+
+
+def layout(names: Iterable[str]) -> Layout:
+    """Find the main stack: the numbered prefix that most tensors share."""
+    names = sorted(names)
+    matches = {n: m for n in names if (m := _INDEXED.match(n))}
+    prefix, _ = Counter(m[1] for m in matches.values()).most_common(1)[0] if matches else ("", 0)
+    in_stack = {n: m for n, m in matches.items() if m[1] == prefix}
+    rest = [n for n in names if n not in in_stack]
+    return Layout(
+        prefix,
+        max((int(m[2]) for m in in_stack.values()), default=-1) + 1,
+        tuple(sorted({m[3] for m in in_stack.values()})),
+        tuple(n for n in rest if any(mark in n for mark in _INPUT_SIDE)),
+        tuple(n for n in rest if not any(mark in n for mark in _INPUT_SIDE)),
+    )

@@ -1,0 +1,190 @@
+"""Write checkpoints tensor by tensor, and so that a final name only ever holds a whole model.
+
+Everything goes into a temporary sibling directory, is synced to disk and renamed at the end. Only the
+tensor being written is in memory: the safetensors header needs dtypes and shapes alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from merge3.checkpoint.read import DTYPE_NAMES, INDEX, SINGLE
+from merge3.errors import BadInput, ResourceError
+
+SHARD_SIZE = 5_000_000_000  # bytes, the hub's customary limit
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+
+class CheckpointWriter:
+    """Context manager: `put` every tensor of `specs` in their order; leaving renames or cleans up.
+
+    directory: must not exist, or be empty. specs: name -> (dtype, shape). shard_size: bytes.
+    Raises BadInput if the directory is taken, ResourceError when the disk is full or not writable.
+    """
+
+    def __init__(self, directory: str | os.PathLike, specs: Mapping[str, Spec], shard_size: int = SHARD_SIZE):
+        self.directory = Path(directory)
+        self.specs = dict(specs)
+        self.shards = _plan_shards(self.specs, shard_size)
+        self._order = iter([(shard, name) for shard, names in self.shards.items() for name in names])
+        self._file = None
+        self._shard = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(spec) for spec in self.specs.values())
+
+    def __enter__(self) -> CheckpointWriter:
+        check_free(self.directory)
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.directory.parent).free
+            if free < self.nbytes:
+                raise ResourceError(self.directory, f"{free:,} bytes free", f"{self.nbytes:,} for the model")
+            prefix = f".{self.directory.name}.partial-"
+            self.temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory.parent))
+        except OSError as error:
+            raise _resource_error(self.directory, error) from None
+        return self
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor. Its bytes are on their way to the file when this returns."""
+        shard, expected = next(self._order)
+        assert name == expected, f"{name} written out of order, expected {expected}"
+        dtype, shape = self.specs[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), f"{name}: {tensor.dtype} {tuple(tensor.shape)}"
+        try:
+            if shard != self._shard:
+                self._start(shard)
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._file.write(memoryview(data))
+        except OSError as error:
+            raise _resource_error(self.directory, error) from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a small file beside the weights."""
+        try:
+            (self.temporary / name).write_text(text)
+        except OSError as error:
+            raise _resource_error(self.directory, error) from None
+
+    def copy(self, files: Iterable[Path]) -> None:
+        """Copy files (tokenizer and the like) under their own names."""
+        try:
+            for file in files:
+                shutil.copyfile(file, self.temporary / file.name)
+        except OSError as error:
+            raise _resource_error(self.directory, error) from None
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self._finish_file()
+            if len(self.shards) > 1:
+                index = {
+                    "metadata": {"total_size": self.nbytes},
+                    "weight_map": {name: shard for shard, names in self.shards.items() for name in names},
+                }
+                (self.temporary / INDEX).write_text(json.dumps(index, indent=2))
+            mode = os.umask(0)
+            os.umask(mode)
+            os.chmod(self.temporary, 0o777 & ~mode)  # mkdtemp made it private
+            for file in self.temporary.iterdir():
+                _sync(file)
+            if self.directory.exists():
+                self.directory.rmdir()  # empty, as checked; refuses if it no longer is
+            os.rename(self.temporary, self.directory)
+            _sync(self.directory.parent)
+        except OSError as error:
+            self._abandon()
+            raise _resource_error(self.directory, error) from None
+
+    def _start(self, shard: str) -> None:
+        self._finish_file()
+        header, position = {"__metadata__": {"format": "pt"}}, 0
+        for name in self.shards[shard]:
+            dtype, shape = self.specs[name]
+            end = position + _nbytes(self.specs[name])
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file, self._shard = open(self.temporary / shard, "wb"), shard
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _finish_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _abandon(self) -> None:
+        try:
+            self._finish_file()
+        except OSError:
+            self._file = None  # a full disk refuses the last flush too
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def check_free(directory: Path) -> None:
+    """Refuse a directory that is there and not empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BadInput(directory, "exists and is not empty", "a new or empty directory")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a small file as a whole: temporary name, sync, rename."""
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _resource_error(file, error) from None
+
+
+def _plan_shards(specs: dict[str, Spec], limit: int) -> dict[str, list[str]]:
+    groups, size = [[]], 0
+    for name, spec in specs.items():
+        if groups[-1] and size + _nbytes(spec) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(spec)
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _nbytes(spec: Spec) -> int:
+    dtype, shape = spec
+    count = 1
+    for n in shape:
+        count *= n
+    return count * dtype.itemsize
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _resource_error(path: Path, error: OSError) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(path, "the disk is full", hint="nothing was left under the final name")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResourceError(path, "no permission to write here")
+    return ResourceError(path, f"cannot write ({error.strerror or error})")

@@ -1,0 +1,25 @@
+"""The merge methods: a table, what each needs, and the way from a recipe to kernel calls.
+
+METHODS is the one list: `--help`, the README's table and the parity tests are made from it.
+"""
+
+from merge3.errors import RecipeError
+from merge3.methods import averages, rules, spherical, task_arithmetic
+from merge3.methods.base import Job, Method, Parameter
+from merge3.methods.execute import execute, steps_for
+from merge3.methods.plan import Plan, plan
+from merge3.recipe import nearest
+
+METHODS: dict[str, Method] = {
+    m.name: m for family in (averages, task_arithmetic, spherical, rules) for m in family.methods()
+}
+
+
+def method_named(name: str, where: str = "merge_method") -> Method:
+    """The method of a recipe, or a RecipeError with the nearest name."""
+    if name not in METHODS:
+        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), nearest(name, METHODS))
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Job", "Method", "Parameter", "Plan", "execute", "method_named", "plan", "steps_for"]

@@ -1,0 +1,138 @@
+"""What a merge method is: a row of a table, and the one function that turns a job into coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from merge3.errors import RecipeError
+from merge3.kernels import DENSITY, FIELDS, HI, HI_SHARE, LO_SHARE, MAX_EXPERTS, RESCALE, WEIGHT, Modes
+from merge3.recipe import nearest
+from merge3.statistics import Statistics
+
+REQUIRED = object()
+
+
+class Parameter(NamedTuple):
+    """scope: `shared` (one value per tensor), `expert` (one per non-base source), `source` (per source).
+    low, high: inclusive bounds; open_low excludes low itself."""
+
+    kind: type
+    scope: str
+    default: Any = REQUIRED
+    low: float = -float("inf")
+    high: float = float("inf")
+    open_low: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor: where its inputs are, and the parameters resolved for it.
+
+    base: None where the method needs none. sources: every other input, in recipe order (methods with
+    scope `source` parameters have the base among them). shared: name -> value; per_source: one each.
+    """
+
+    name: str
+    base: Any
+    sources: tuple[Any, ...]
+    shared: dict[str, Any]
+    per_source: tuple[dict[str, Any], ...]
+    shape: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass
+class Fused:
+    """A job as the fused merge runs it. coefficients: float64 [K, FIELDS], or [rows, K, FIELDS] to give
+    every row of the tensor its own; base None means θ = 0."""
+
+    modes: Modes
+    base: Any
+    experts: tuple[Any, ...]
+    coefficients: np.ndarray
+    lambda_: float | np.ndarray = 1.0
+    rank_tables: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass
+class Elementwise:
+    """A job with a rule of its own; see kernels.elementwise_."""
+
+    rule: str
+    base: Any
+    experts: tuple[Any, ...]
+    scalar: float
+    per_expert: np.ndarray = field(default_factory=lambda: np.ones(1))
+    rows: torch.Tensor | None = None
+
+
+@dataclass
+class Copy:
+    """The tensor as it is."""
+
+    source: Any
+
+
+Step = Fused | Elementwise | Copy
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method. step(job, statistics) gives what to run; prefetch(jobs, statistics) asks for the
+    statistics of many jobs in one go. base: `required`, `optional` (its presence changes the formula) or
+    `source` (an input like the others)."""
+
+    name: str
+    summary: str
+    reference: str
+    parameters: dict[str, Parameter]
+    step: Callable[[Job, Statistics], Step]
+    base: str = "required"
+    experts: tuple[int, int] = (1, MAX_EXPERTS)
+    prefetch: Callable[[list[Job], Statistics], None] = lambda jobs, statistics: None
+    stochastic: bool = False
+
+    def check_parameters(self, names, where: str) -> None:
+        """Refuse parameters the method does not take."""
+        for name in names:
+            if name not in self.parameters:
+                known = ", ".join(self.parameters) or "none"
+                raise RecipeError(f"{where}.{name}", f"{self.name} has no such parameter", known,
+                                  nearest(name, self.parameters))  # fmt: skip
+
+    def validate(self, name: str, value: Any, where: str) -> Any:
+        """The value in the parameter's type, within its bounds."""
+        p = self.parameters[name]
+        if p.kind is bool:
+            if not isinstance(value, bool):
+                raise RecipeError(f"{where}.{name}", f"found {value!r}", "true or false")
+            return value
+        try:
+            number = p.kind(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number != number:
+            raise RecipeError(f"{where}.{name}", f"found {value!r}", "a number")
+        if not (p.low <= number <= p.high) or (p.open_low and number == p.low):
+            bracket = "(" if p.open_low else "["
+            raise RecipeError(f"{where}.{name}", f"found {value!r}", f"a value in {bracket}{p.low:g}, {p.high:g}]")
+        return number
+
+
+def neutral(weights) -> np.ndarray:
+    """Coefficients that keep everything: [K, FIELDS] from K weights, or [rows, K, FIELDS]."""
+    weights = np.asarray(weights, dtype=np.float64)
+    c = np.zeros((*weights.shape, FIELDS))
+    c[..., WEIGHT] = weights
+    c[..., RESCALE] = c[..., LO_SHARE] = c[..., HI_SHARE] = c[..., DENSITY] = 1.0
+    c[..., HI] = np.inf
+    return c

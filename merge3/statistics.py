@@ -1,0 +1,138 @@
+"""What a merge needs to know of task vectors, computed once and kept: they never change between
+candidates, only coefficients do.
+
+Requests are made in batches (`prefetch_*`), so that one kernel call serves all tensors of a model;
+the singular accessors then read the cache. Keys are the tensors' references, whatever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from merge3 import kernels
+
+Key = Hashable
+
+
+class Order(NamedTuple):
+    """One order statistic of |τ| (or of the variance across experts); see kernels.OrderStatistics."""
+
+    value: float
+    greater: int
+    equal: int
+    l1_greater: float
+    total: float
+    nonzero: int
+
+
+class Statistics:
+    """Caches over a function that gives the tensor of a key."""
+
+    def __init__(self, get: Callable[[Key], torch.Tensor]):
+        self.get = get
+        self._gram: dict[tuple, np.ndarray] = {}
+        self._order: dict[tuple, dict[int, Order]] = {}
+        self._ranks: dict[tuple, tuple[torch.Tensor, np.ndarray]] = {}
+        self._memo: dict[tuple, object] = {}
+
+    def forget(self, key: Key) -> None:
+        """Drop everything that involves a tensor."""
+        for cache in (self._gram, self._order, self._ranks, self._memo):
+            for stale in [k for k in cache if key in k or any(key in part for part in k if isinstance(part, tuple))]:
+                del cache[stale]
+
+    # -- Gram matrices of [θ, τ_1, .., τ_K]: float64 [K+1, K+1]
+
+    def prefetch_gram(self, requests: Iterable[tuple[Key | None, tuple[Key, ...]]]) -> None:
+        by_shape: dict[tuple, list] = {}
+        for base, experts in dict.fromkeys(requests):
+            if (base, experts) not in self._gram:
+                by_shape.setdefault((base is None, len(experts)), []).append((base, experts))
+        for (no_base, _), group in by_shape.items():
+            bases = [] if no_base else [self.get(base) for base, _ in group]
+            grams = kernels.gram(bases, [self.get(e) for _, experts in group for e in experts], len(group))
+            self._gram.update(zip(group, grams.numpy()))
+
+    def gram(self, base: Key | None, experts: tuple[Key, ...]) -> np.ndarray:
+        self.prefetch_gram([(base, experts)])
+        return self._gram[base, experts]
+
+    def gram_of_rows(self, base: Key | None, experts: tuple[Key, ...]) -> np.ndarray:
+        """The Gram matrix of each row (last dimension): float64 [rows, K+1, K+1]."""
+        key = ("rows", base, experts)
+        if key not in self._memo:
+            views = [rows_of(self.get(e)) for e in experts]
+            flat = [row for rows in zip(*views) for row in rows]
+            bases = list(rows_of(self.get(base))) if base is not None else []
+            self._memo[key] = kernels.gram(bases, flat, len(views[0])).numpy()
+        return self._memo[key]
+
+    # -- order statistics
+
+    def prefetch_order(self, requests: Iterable[tuple[Key | None, Key, Iterable[int]]]) -> None:
+        wanted: dict[tuple, set[int]] = {}
+        for base, expert, ranks in requests:
+            missing = set(ranks) - self._order.get((base, expert), {}).keys()
+            if missing:
+                wanted.setdefault((base, expert), set()).update(missing)
+        by_base: dict[bool, list] = {}
+        for pair, ranks in wanted.items():
+            by_base.setdefault(pair[0] is None, []).append((pair, sorted(ranks)))
+        for no_base, group in by_base.items():
+            width = max(len(ranks) for _, ranks in group)
+            table = torch.tensor([ranks + [ranks[-1]] * (width - len(ranks)) for _, ranks in group])
+            bases = [] if no_base else [self.get(base) for (base, _), _ in group]
+            found = kernels.order_statistics(bases, [self.get(expert) for (_, expert), _ in group], table)
+            columns = [x.squeeze(1).tolist() for x in (found.value, found.greater, found.equal, found.l1_greater)]
+            totals, nonzeros = found.total[:, 0].tolist(), found.nonzero[:, 0].tolist()
+            for i, (pair, ranks) in enumerate(group):
+                cache = self._order.setdefault(pair, {})
+                for j, rank in enumerate(ranks):
+                    cache[rank] = Order(*(c[i][j] for c in columns), totals[i], nonzeros[i])
+
+    def order(self, base: Key | None, expert: Key, rank: int) -> Order:
+        """The rank-th largest |τ| of one expert, 1-based."""
+        self.prefetch_order([(base, expert, (rank,))])
+        return self._order[base, expert][rank]
+
+    def variance_order(self, base: Key, experts: tuple[Key, ...], rank: int) -> Order:
+        """The rank-th largest variance across experts."""
+        key = ("variance", base, experts, rank)
+        if key not in self._memo:
+            ranks = torch.tensor([[rank]])
+            found = kernels.order_statistics([self.get(base)], [self.get(e) for e in experts], ranks, "variance")
+            self._memo[key] = Order(
+                found.value.item(), found.greater.item(), found.equal.item(), found.l1_greater.item(),
+                found.total.item(), found.nonzero.item(),
+            )  # fmt: skip
+        return self._memo[key]
+
+    # -- ranks within rows
+
+    def prefetch_ranks(self, requests: Iterable[tuple[Key, Key]]) -> None:
+        missing = [pair for pair in dict.fromkeys(requests) if pair not in self._ranks]
+        if missing:
+            tables, bin_l1 = kernels.rank_tables(
+                [self.get(base) for base, _ in missing], [self.get(expert) for _, expert in missing], len(missing)
+            )
+            self._ranks.update(zip(missing, zip(tables, bin_l1[:, 0].numpy())))
+
+    def ranks(self, base: Key, expert: Key) -> tuple[torch.Tensor, np.ndarray]:
+        """The rank table of one task vector, and Σ|τ| per bin of rank [RANK_BINS]."""
+        self.prefetch_ranks([(base, expert)])
+        return self._ranks[base, expert]
+
+    def memo(self, key: tuple, compute: Callable[[], object]) -> object:
+        """Anything else a method derives from tensors; `key` must hold the references involved."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as [rows, last dimension]; a vector is one row."""
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() >= 2 else tensor.reshape(1, -1)
