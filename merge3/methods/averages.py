@@ -99,7 +99,9 @@ def _energy(job: Job, statistics: Statistics, threshold: float) -> list[float]:
         return [g / max(1, job.numel) for g in statistics.gram(job.base, job.sources).diagonal()[1:]]
     theta = statistics.get(job.base).float()
     tau = torch.stack([statistics.get(s).float() - theta for s in job.sources])
-    selected = tau.var(0, unbiased=False) >= threshold
+    # The kernel's operations in the kernel's order, so that both select the very same elements.
+    mean = sum(tau.unbind(0)) / len(tau)
+    selected = sum((x - mean) * (x - mean) for x in tau) / len(tau) >= threshold
     return (tau * selected).square().flatten(1).mean(1).tolist()
 
 

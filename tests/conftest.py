@@ -1,0 +1,54 @@
+"""Real, tiny checkpoints made by transformers, shared by all tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet():
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+def save_family(root, experts=3, dtype=torch.float32, scale=0.02, layers=4, tied=False, **overrides):
+    """A Llama base and experts that differ from it by noise of `scale`: root/base, root/e0, .."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**(SIZES | dict(num_hidden_layers=layers, tie_word_embeddings=tied) | overrides))
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(root / "base")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for i in range(experts):
+        g = torch.Generator().manual_seed(i + 1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_((start[name].float() + torch.randn(p.shape, generator=g) * scale).to(dtype))
+        model.save_pretrained(root / f"e{i}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """Four-layer float32 Llamas: a base and three experts."""
+    return save_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def bf16_family(tmp_path_factory):
+    """The same in bfloat16, where magnitudes tie massively."""
+    return save_family(tmp_path_factory.mktemp("bf16"), dtype=torch.bfloat16, scale=0.002)
+
+
+@pytest.fixture(scope="session")
+def tied_family(tmp_path_factory):
+    """Llamas whose head is the embedding."""
+    return save_family(tmp_path_factory.mktemp("tied"), experts=2, tied=True)
