@@ -1,0 +1,113 @@
+"""The slot: a live transformers model whose weights a recipe overwrites in place.
+
+Parameters keep their addresses for the slot's whole life, so what was captured or compiled over them
+stays valid from candidate to candidate.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from merge3.checkpoint.layout import Ref
+from merge3.errors import CheckpointError, RecipeError
+from merge3.methods import execute, method_named, plan, steps_for
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+
+_LOADERS = (
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForImageClassification", "AutoModelForImageClassification"),
+    ("", "AutoModelForCausalLM"),
+)
+
+
+class Slot:
+    """One model over a pool. dtype: of its weights (default: as the base is stored)."""
+
+    def __init__(self, pool: Pool, dtype: torch.dtype | None = None):
+        self.pool = pool
+        self.model = load_model(pool, dtype)
+        self._weights = self._bind()
+        self._head = pool.base
+
+    def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe") -> dict[str, str]:
+        """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
+
+        seed: of random keeps; the same seed drops the same elements for every candidate.
+        Raises RecipeError if the recipe makes another number of layers than the base has.
+        """
+        method = method_named(recipe.method, f"{where}: merge_method")
+        planned = plan(recipe, method, self.pool, where)
+        layers = self.pool.layouts[self.pool.base].layers
+        if planned.layers != layers:
+            raise RecipeError(where, f"{planned.layers} layers", f"{layers}, as in the base: a slot cannot grow")
+        head = set(self.pool.heads.get(self.pool.base, ()))
+        jobs = [job for job in planned.jobs if job.name not in head]
+        steps = steps_for(method, jobs, self.pool.statistics)
+        with torch.no_grad():
+            execute(((j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)), self.pool.get, seed)
+            for name, ref in planned.copies.items():
+                if name not in head:
+                    self._weights[name].copy_(self.pool.get(ref))
+        return {name: self.pool.kept.get(ref.tensor, "not in every model") for name, ref in planned.copies.items()}
+
+    def load(self, model: str) -> None:
+        """Overwrite the model with an endpoint as it is, head included."""
+        self.use_head(model)
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                ref = Ref(model, name)
+                if self.pool.has(ref) and self.pool.shape(ref) == tuple(weight.shape):
+                    weight.copy_(self.pool.get(ref))
+
+    def use_head(self, model: str) -> None:
+        """Put an endpoint's own head (tensors outside the backbone) on the live model."""
+        if model == self._head or model not in self.pool.heads:
+            return
+        checkpoint = self.pool.endpoints[model]
+        for name in self.pool.heads[model]:
+            owner, _, attribute = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            tensor = checkpoint.get(name).to(self.pool.device, next(self.model.parameters()).dtype, copy=True)
+            setattr(module, attribute, torch.nn.Parameter(tensor, requires_grad=False))
+            if isinstance(module, torch.nn.Linear):
+                module.out_features, module.in_features = module.weight.shape
+        self.model.config.label2id = dict(checkpoint.config.get("label2id") or {})
+        labels = len(self.model.config.label2id) or self.model.config.num_labels
+        if hasattr(self.model, "num_labels"):
+            self.model.num_labels = labels
+        self._head = model
+
+    def _bind(self) -> dict[str, torch.Tensor]:
+        """Checkpoint name -> the live tensor, for every tensor of the base."""
+        live = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
+        prefix = getattr(self.model, "base_model_prefix", "")
+        bound, missing = {}, []
+        for name, info in self.pool.base_checkpoint.tensors.items():
+            tensor = live.get(name, live.get(f"{prefix}.{name}", live.get(name.removeprefix(f"{prefix}."))))
+            if tensor is None or tuple(tensor.shape) != info.shape:
+                missing.append(name)
+            else:
+                bound[name] = tensor.data
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []
+        missing = [n for n in missing if not any(pattern in n for pattern in ignored) and "rotary_emb.inv_freq" not in n]
+        if missing:
+            raise CheckpointError(
+                self.pool.base, f"tensor {missing[0]!r} (one of {len(missing)}) is no parameter of {type(self.model).__name__}",
+                "an architecture whose checkpoint names are its parameters",
+            )  # fmt: skip
+        return bound
+
+
+def load_model(pool: Pool, dtype: torch.dtype | None = None):
+    """The base as a transformers model, for inference, on the pool's device."""
+    import transformers
+
+    architecture = (pool.base_checkpoint.config.get("architectures") or [""])[0]
+    loader = next(getattr(transformers, auto) for suffix, auto in _LOADERS if suffix in architecture)
+    try:
+        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype or "auto")
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise CheckpointError(pool.base, f"transformers cannot load it ({reason})", "a supported architecture") from None
+    return model.to(pool.device).eval().requires_grad_(False)

@@ -1,0 +1,38 @@
+"""What every kind of scoring shares: the prefix's key/value cache, and logits where they are needed."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+
+def prefix_cache(model, prefix: tuple[int, ...], device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the shared prefix, [1, heads, tokens, width] per layer: once per candidate."""
+    if not prefix:
+        return []
+    ids = torch.tensor([prefix], device=device)
+    keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    cache = model(input_ids=ids, use_cache=True, **keep).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def expanded(prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int):
+    """A cache that starts with the prefix in every row (views, not copies); None without a prefix."""
+    from transformers import DynamicCache
+
+    if not prefix:
+        return None
+    return DynamicCache((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in prefix)
+
+
+def takes_logits_to_keep(model) -> bool:
+    """Whether forward computes the head only where asked. It is most of a small model's work."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def last_logits(model, count: int, **inputs) -> torch.Tensor:
+    """Logits of the last `count` positions: float32 [rows, count, vocabulary]."""
+    if takes_logits_to_keep(model):
+        return model(**inputs, logits_to_keep=count).logits.float()
+    return model(**inputs).logits[:, -count:].float()

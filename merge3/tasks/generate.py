@@ -1,0 +1,98 @@
+"""Greedy generation: prompts share their prefix's cache, finished rows leave the batch."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from merge3.tasks.forward import expanded, last_logits, prefix_cache
+from merge3.tasks.items import Item
+from merge3.tasks.prompts import Group, Prompt, batches
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+class GenerateScorer:
+    """Answers and scores the generate items of one task."""
+
+    def __init__(self, group: Group, device, tokenizer, batch_tokens: int, end: tuple[int, ...], pad: int = 0):
+        self.prefix, self.device, self.tokenizer, self.end = group.prefix, device, tokenizer, set(end)
+        self.pad = pad
+        self.batches = list(batches(group.prompts, lambda p: len(p.tokens) + p.item.max_tokens, batch_tokens))
+
+    def score(self, model) -> dict[int, float]:
+        """item index -> 1.0 if the answer is right, else 0.0."""
+        return {p.index: float(correct(p.item, text)) for p, text in self.answers(model)}
+
+    @torch.inference_mode()
+    def answers(self, model) -> list[tuple[Prompt, str]]:
+        """Every prompt with its generated text, cut before a stop string."""
+        prefix = prefix_cache(model, self.prefix, self.device)
+        results = []
+        for batch in self.batches:
+            results += zip(batch, self._generate(model, batch, prefix))
+        return results
+
+    def _generate(self, model, batch: list[Prompt], prefix) -> list[str]:
+        past, rows = len(self.prefix), len(batch)
+        width = max(len(p.tokens) for p in batch)
+        ids = torch.full((rows, width), self.pad)
+        mask = torch.ones(rows, past + width, dtype=torch.long)
+        for row, prompt in enumerate(batch):
+            gap = width - len(prompt.tokens)
+            ids[row, gap:] = torch.tensor(prompt.tokens)
+            mask[row, past : past + gap] = 0
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        cache, alive = expanded(prefix, rows), list(range(rows))
+        written: list[list[int]] = [[] for _ in batch]
+        if cache is None:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=model.config)
+        while True:
+            logits = last_logits(
+                model, 1, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            tokens = logits[:, -1].argmax(-1)
+            going = []
+            for at, (row, token) in enumerate(zip(alive, tokens.tolist())):
+                if token not in self.end:
+                    written[row].append(token)
+                    item = batch[row].item
+                    if len(written[row]) < item.max_tokens and not self._stopped(item, written[row]):
+                        going.append(at)
+            if not going:
+                break
+            if len(going) < len(alive):
+                keep = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(keep)
+                tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
+                alive = [alive[at] for at in going]
+            ids = tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = positions[:, -1:] + 1
+        return [cut(self.tokenizer.decode(w, skip_special_tokens=True), p.item.stop) for w, p in zip(written, batch)]
+
+    def _stopped(self, item: Item, tokens: list[int]) -> bool:
+        if not item.stop:
+            return False
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(s in text for s in item.stop)
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """Text before the first stop string."""
+    ends = [text.index(s) for s in stop if s in text]
+    return text[: min(ends)] if ends else text
+
+
+def correct(item: Item, text: str) -> bool:
+    """exact: the text but for outer white space; number: its last number; regex: a match anywhere."""
+    if item.metric == "exact":
+        return text.strip() in {a.strip() for a in item.answer}
+    if item.metric == "regex":
+        return any(re.search(pattern, text) for pattern in item.answer)
+    numbers = _NUMBER.findall(text)
+    return bool(numbers) and float(numbers[-1].replace(",", "")) in {float(a) for a in item.answer}

@@ -1,0 +1,97 @@
+"""Ask a live model a fixed set of items; get one response (0..1) per item, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from merge3.errors import ItemsError
+from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
+from merge3.tasks.classify import ClassifyScorer, ImageScorer
+from merge3.tasks.generate import GenerateScorer
+from merge3.tasks.items import Item
+from merge3.tasks.prompts import Group, encode
+
+BATCH_TOKENS = 4096  # padded tokens per forward
+
+
+class Scorer:
+    """Items tokenised, batched and masked once for a model's architecture; `score` as often as it changes.
+
+    model: the live model (its weights do not matter here). folder: where its tokenizer files are.
+    """
+
+    def __init__(self, items: Sequence[Item], model, folder: str | Path, chat: bool = False, batch_tokens: int = BATCH_TOKENS):
+        self.items = list(items)
+        config, device, dtype = model.config, next(model.parameters()).device, next(model.parameters()).dtype
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.scorers = []
+        images = [(i, item) for i, item in enumerate(items) if item.image]
+        texts = [item for item in items if not item.image]
+        labels = dict(getattr(config, "label2id", None) or {})
+        _check_kinds(items, model)
+        if images:
+            self.scorers.append(ImageScorer(images, device, Path(folder), labels))
+        if not texts:
+            return
+        if images:
+            raise ItemsError("items", "texts and images together", "one kind of input per run")
+        tokenizer = load_tokenizer(folder)
+        pad = tokenizer.pad_token_id or 0
+        limit = getattr(text_config, "max_position_embeddings", None)
+        for group in encode(items, tokenizer, "choice", chat, limit):
+            self.scorers.append(_choice(group, model, device, dtype, batch_tokens, pad))
+        end = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
+        end = end if end is not None else tokenizer.eos_token_id
+        end = tuple(end) if isinstance(end, (list, tuple)) else (end,) if end is not None else ()
+        for group in encode(items, tokenizer, "generate", chat, limit):
+            self.scorers.append(GenerateScorer(group, device, tokenizer, batch_tokens, end, pad))
+        for group in encode(items, tokenizer, "classify", chat, limit):
+            self.scorers.append(ClassifyScorer(group, device, batch_tokens, pad, labels))
+
+    def score(self, model) -> np.ndarray:
+        """Responses of the model as it is now: float64 [items]."""
+        responses = np.full(len(self.items), np.nan)
+        for scorer in self.scorers:
+            for index, value in scorer.score(model).items():
+                responses[index] = value
+        assert not np.isnan(responses).any(), "an item was left without a response"
+        return responses
+
+
+def load_tokenizer(folder: str | Path):
+    """The checkpoint's tokenizer; ItemsError if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ItemsError(folder, f"no usable tokenizer ({reason})", "tokenizer files beside the base model") from None
+
+
+def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> ChoiceScorer:
+    """The shared scorer if this architecture honours its masks (tried on a few items), else the plain one."""
+    sample = Group(group.prefix, group.prompts[:3])
+    plain = PlainChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
+    try:
+        shared = ChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
+        by_index = {index: values for index, _, values in shared}
+        same = all(torch.allclose(v, by_index[i], atol=1e-3 if dtype == torch.float32 else 0.1) for i, _, v in plain)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        same = False
+    kind = ChoiceScorer if same else PlainChoiceScorer
+    return kind(group, device, dtype, batch_tokens, pad)
+
+
+def _check_kinds(items: Sequence[Item], model) -> None:
+    classifier = "Classification" in type(model).__name__
+    for item in items:
+        if (item.kind == "classify") != classifier:
+            raise ItemsError(
+                f"item {item.id!r}", f"kind {item.kind!r} for a {type(model).__name__}",
+                "classify for classification heads, choice or generate for language models",
+            )  # fmt: skip
