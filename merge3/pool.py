@@ -110,7 +110,8 @@ class Pool:
         tensor = self.endpoints[ref.model].get(self._info(ref).name)
         wanted = self.common_dtype(ref.tensor) if tensor.is_floating_point() else tensor.dtype
         if tensor.dtype != wanted or tensor.device != self.device:
-            tensor = self._resident[ref] = tensor.to(self.device, wanted)
+            tensor = tensor.to(self.device, wanted)
+        self._resident[ref] = tensor  # on the CPU a view of the mapped file: costs no memory
         return tensor
 
     def release(self, refs: Iterable[Ref]) -> None:

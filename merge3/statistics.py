@@ -76,7 +76,8 @@ class Statistics:
     def prefetch_order(self, requests: Iterable[tuple[Key | None, Key, Iterable[int]]]) -> None:
         wanted: dict[tuple, set[int]] = {}
         for base, expert, ranks in requests:
-            missing = set(ranks) - self._order.get((base, expert), {}).keys()
+            cached = self._order.get((base, expert), ())
+            missing = [rank for rank in ranks if rank not in cached]
             if missing:
                 wanted.setdefault((base, expert), set()).update(missing)
         by_base: dict[bool, list] = {}
@@ -96,8 +97,11 @@ class Statistics:
 
     def order(self, base: Key | None, expert: Key, rank: int) -> Order:
         """The rank-th largest |τ| of one expert, 1-based."""
-        self.prefetch_order([(base, expert, (rank,))])
-        return self._order[base, expert][rank]
+        found = self._order.get((base, expert), {}).get(rank)
+        if found is None:
+            self.prefetch_order([(base, expert, (rank,))])
+            found = self._order[base, expert][rank]
+        return found
 
     def variance_order(self, base: Key, experts: tuple[Key, ...], rank: int) -> Order:
         """The rank-th largest variance across experts."""

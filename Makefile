@@ -1,0 +1,57 @@
+# make demo: train tiny experts, evolve their merge, show the result.   make test: the tests.
+# Both set everything up first, in .venv, with nothing but Python 3.11+ and a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+SEED ?= 0
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: install demo test test-all lint check-cuda bench clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone, pinned: a dependency that asked for it could pull several GB of CUDA.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lora]'
+	touch $@
+
+# mergekit is only ever run by tests, which skip without it.
+$(VENV)/.parity: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[parity]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/merge3-client demo --seed $(SEED)
+
+test: $(VENV)/.parity
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+check-cuda:
+	@command -v nvcc > /dev/null || { echo "no nvcc here: CUDA sources not compiled"; exit 0; }; \
+	for source in csrc/cuda/*.cu; do \
+	  echo "nvcc $$source"; \
+	  nvcc -std=c++20 -O3 --fmad=false -Xcompiler -fPIC,-ffp-contract=off \
+	    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+	    -gencode arch=compute_120,code=sm_120 -c $$source -o /dev/null || exit 1; \
+	done
+
+bench: $(VENV)/.parity
+	$(BIN)/python benchmarks/swap.py
+	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/merge_command.py
+	$(BIN)/python benchmarks/open_pool.py
+
+clean:
+	rm -rf build merge3/*.so *.egg-info

@@ -1,0 +1,169 @@
+"""merge3-client: one short function per command. Heavy imports happen inside them, so --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Merge fine-tuned language models, and search for better merges.",
+    epilog="Example: merge3-client demo        Docs: README.md",
+)  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
+
+
+@app.command(epilog="Example: merge3-client merge recipe.yaml merged/")
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in mergekit's YAML.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
+    shard_size: Annotated[int, typer.Option(help="Largest file, in bytes.")] = 5_000_000_000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+):
+    """Merge a recipe to a checkpoint on disk."""
+    from merge3.export import merge_to_disk
+    from merge3.recipe import Recipe
+
+    bar = lambda done, total: quiet or as_json or _bar("merging", done, total)  # noqa: E731
+    result = merge_to_disk(Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=bar, where=str(recipe))
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, reason in result["kept"].items():
+        print(f"kept as it is: {name} ({reason})")
+    print(f"{result['tensors']} tensors, {result['parameters']:,} merged parameters: {result['path']}")
+
+
+@app.command(epilog="Example: merge3-client evolve evolve.yaml --run-dir runs/first")
+def evolve(
+    config: Annotated[Path, typer.Argument(help="An evolve configuration; mergekit-evolve's are understood.")],
+    run_dir: Annotated[Path, typer.Option(help="Where the run lives: journal, best.yaml, model, report.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
+    budget: Annotated[int | None, typer.Option(help="Candidates; overrides the file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides the file.")] = None,
+    device: Device = "cpu",
+    export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+):
+    """Search for the best merge, in this process."""
+    from merge3.client import run
+    from merge3.search.config import load_config
+
+    result = run.evolve(load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export)
+    _finish(result, run_dir, as_json)
+
+
+@app.command(epilog="Example: merge3-client evaluate merged/ items.jsonl")
+def evaluate(
+    what: Annotated[Path, typer.Argument(help="A checkpoint directory, or a recipe file to merge in memory.")],
+    items: Annotated[list[Path], typer.Argument(help="JSONL files of items.")],
+    seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
+    device: Device = "cpu",
+    responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
+    as_json: Json = False,
+):
+    """Ask a model, or a recipe's merge, the items of one or more files."""
+    from merge3.client.evaluate import evaluate_files
+
+    result = evaluate_files(what, items, seed, device, responses)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for task, detail in result["tasks"].items():
+        print(f"{task:<24} {detail['accuracy']:.4f} ± {detail['stderr']:.4f}  ({detail['items']} items)")
+    print(f"{'mean over tasks':<24} {result['accuracy']:.4f} ± {result['stderr']:.4f}  in {result['seconds']:.1f} s")
+
+
+@app.command(epilog="Example: merge3-client report runs/first")
+def report(run_dir: Annotated[Path, typer.Argument(help="A finished run.")], as_json: Json = False):
+    """Draw a run's report.html again."""
+    from merge3.client.report import write_report
+
+    path = write_report(run_dir)
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+@app.command(epilog="Example: merge3-client demo --seed 1 --run-dir runs/demo")
+def demo(
+    seed: Annotated[int, typer.Option(help="Of training, items and search.")] = 0,
+    run_dir: Annotated[Path | None, typer.Option(help="A new directory (default: runs/demo-SEED).")] = None,
+    budget: Annotated[int, typer.Option(help="Candidates.")] = 600,
+    as_json: Json = False,
+    quiet: Quiet = False,
+):
+    """Train tiny experts, evolve their merge, show the result: about three minutes on two cores."""
+    from merge3.client.demo import demo as run_demo
+
+    directory = run_dir or _free(Path("runs") / f"demo-{seed}")
+    result = run_demo(seed, directory, as_json, quiet, budget)
+    _finish(result, directory / "run", as_json)
+
+
+@app.command(epilog="Example: merge3-client methods")
+def methods(as_json: Json = False):
+    """List the merge methods and their parameters."""
+    from merge3.methods import METHODS
+    from merge3.methods.base import REQUIRED
+
+    if as_json:
+        print(json.dumps({n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in METHODS.items()}))
+        return
+    for name, method in METHODS.items():
+        print(f"{name}: {method.summary}")
+        for parameter, spec in method.parameters.items():
+            default = "required" if spec.default is REQUIRED else f"default {spec.default}"
+            print(f"    {parameter:<18} {spec.help} ({default})")
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2, never a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from merge3.errors import Merge3Error
+
+    try:
+        app(standalone_mode=True)
+    except Merge3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # the one place where anything else becomes a line
+        if os.environ.get("MERGE3_TRACEBACK"):
+            raise
+        print(f"error: {type(error).__name__}: {error} (MERGE3_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _finish(result: dict | None, directory: Path, as_json: bool) -> None:
+    if result is None:
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(result))
+        return
+    from merge3.client.run import print_result
+
+    print_result(result, directory)
+
+
+def _bar(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{what} {100 * done / total:3.0f} %", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+
+def _free(path: Path) -> Path:
+    """The path, or path-2, path-3, .. until one is not taken."""
+    number = 1
+    while (candidate := path if number == 1 else path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate

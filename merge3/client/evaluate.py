@@ -1,0 +1,49 @@
+"""Answer items with one model: a checkpoint as it is, or a recipe merged in memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from merge3.checkpoint import write_atomically
+from merge3.engine import LocalEngine, mean_over_tasks
+from merge3.errors import ItemsError
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+from merge3.tasks import read_items
+
+
+def evaluate_files(
+    what: Path, files: list[Path], seed: int = 0, device: str = "cpu", responses_file: Path | None = None
+) -> dict[str, Any]:
+    """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "seconds"}."""
+    items = [item for file in files for item in read_items(file)]
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        if (item.task, item.id) in seen:
+            raise ItemsError(f"task {item.task!r}", f"item id {item.id!r} in two files", "unique ids within a task")
+        seen.add((item.task, item.id))
+    if what.is_dir() or what.suffix not in (".yaml", ".yml"):
+        pool, subject = Pool.open(str(what), [], device), None
+        subject = pool.base
+    else:
+        subject = Recipe.from_yaml(what)
+        models = subject.models()
+        pool = Pool.open(models[0], models[1:], device)
+    engine = LocalEngine(pool, seed)
+    engine.heads = {}
+    start = time.perf_counter()
+    responses = engine.answer(subject, items)
+    seconds = time.perf_counter() - start
+    value, stderr = mean_over_tasks(responses, items)
+    tasks = {}
+    for task in dict.fromkeys(item.task for item in items):
+        at = [i for i, item in enumerate(items) if item.task == task]
+        accuracy, error = mean_over_tasks(responses[at], [items[i] for i in at])
+        tasks[task] = {"accuracy": accuracy, "stderr": error, "items": len(at)}
+    if responses_file is not None:
+        lines = [json.dumps({"model": str(what), "item": i.id, "task": i.task, "score": r}) for i, r in zip(items, responses)]
+        write_atomically(responses_file, "\n".join(lines) + "\n")
+    return {"accuracy": value, "stderr": stderr, "tasks": tasks, "seconds": seconds}

@@ -1,0 +1,100 @@
+"""What a person or a machine sees while a search runs: a live panel, log lines, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import AbstractContextManager
+
+from merge3.search.loop import Progress
+
+
+class Live(AbstractContextManager):
+    """A panel that redraws in place, for terminals."""
+
+    def __enter__(self):
+        from rich.live import Live as RichLive
+
+        self._live = RichLive(refresh_per_second=4, transient=True)
+        self._live.__enter__()
+        self._began = time.perf_counter()
+        return self
+
+    def __call__(self, p: Progress) -> None:
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        rate = _rate(p)
+        table = Table.grid(padding=(0, 2))
+        table.add_row("stage", p.stage)
+        table.add_row("candidates", f"{p.done} of {p.budget}" + (f" ({p.replayed} from the journal)" if p.replayed else ""))
+        table.add_row("", ProgressBar(total=p.budget or 1, completed=p.done, width=40))
+        table.add_row("best", f"{p.best:.4f} ± {p.best_stderr:.4f}   mean of last generation {p.mean:.4f}")
+        table.add_row("rate", f"{rate * 60:.0f} candidates per minute, {_left(p, rate)} left")
+        table.add_row("item answers", f"{p.item_answers:,} (a full search: {p.full_answers:,})")
+        if p.failed:
+            table.add_row("failed", str(p.failed))
+        self._live.update(Panel(table, title="merge3 evolve", width=90))
+
+    def __exit__(self, *exc):
+        return self._live.__exit__(*exc)
+
+
+class Lines(AbstractContextManager):
+    """One line per generation on standard error, for logs."""
+
+    def __init__(self):
+        self._generation = -1
+
+    def __call__(self, p: Progress) -> None:
+        if p.stage == "search" and p.generation == self._generation and p.done < p.budget:
+            return
+        self._generation = p.generation
+        if p.stage != "search":
+            print(f"{p.stage}: measuring the winner and the baselines", file=sys.stderr, flush=True)
+            return
+        rate = _rate(p)
+        print(
+            f"generation {p.generation}  {p.done}/{p.budget}  best {p.best:.4f} ± {p.best_stderr:.4f}  "
+            f"{rate * 60:.0f}/min  {_left(p, rate)} left",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def __exit__(self, *exc):
+        return None
+
+
+class Machine(Lines):
+    """One JSON object per candidate on standard error."""
+
+    def __call__(self, p: Progress) -> None:
+        data = {k: (None if isinstance(v, float) and v != v else v) for k, v in vars(p).items()}
+        print(json.dumps(data), file=sys.stderr, flush=True)
+
+
+def chosen(as_json: bool, quiet: bool):
+    """The progress that fits: none, JSON lines, a panel on a terminal, lines elsewhere."""
+    if quiet:
+        return Silent()
+    if as_json:
+        return Machine()
+    return Live() if sys.stderr.isatty() and sys.stdout.isatty() else Lines()
+
+
+class Silent(Lines):
+    def __call__(self, p: Progress) -> None:
+        pass
+
+
+def _rate(p: Progress) -> float:
+    """Candidates per second, the journal's not counted."""
+    return (p.done - p.replayed) / p.seconds if p.seconds > 0 else 0.0
+
+
+def _left(p: Progress, rate: float) -> str:
+    if rate <= 0:
+        return "?"
+    seconds = int((p.budget - p.done) / rate)
+    return f"{seconds // 60}:{seconds % 60:02d}"

@@ -1,0 +1,163 @@
+"""report.html of a run: one self-contained page with pictures drawn as SVG, no scripts, no network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import yaml
+
+from merge3.checkpoint import write_atomically
+from merge3.errors import ResumeMismatch
+from merge3.recipe import Recipe
+from merge3.search.store import Candidate, RunStore, read_result
+
+WIDTH, HEIGHT, PAD = 720, 260, 46
+
+
+def write_report(directory: str | Path) -> Path:
+    """Draw report.html from the journal, best.yaml and result.json. Raises ResumeMismatch if they are not there."""
+    import jinja2
+
+    directory = Path(directory)
+    if not (directory / "run.db").exists():
+        raise ResumeMismatch(directory, "no run.db", "a run directory")
+    result = read_result(directory)
+    store = RunStore(directory)
+    candidates = store.candidates()
+    store.close()
+    recipe = Recipe.from_yaml(directory / "best.yaml")
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    rows = [("evolved", result["heldout_detail"], True)]
+    rows += sorted(((n, b, False) for n, b in result["baselines_detail"].items()), key=lambda r: -r[1]["accuracy"])
+    page = jinja2.Template(template, autoescape=True).render(
+        result=result, rows=rows, tasks=list(result["heldout_detail"]["tasks"]), curve=fitness_curve(candidates),
+        maps=heat_maps(recipe), bars=bars(rows), recipe=recipe.to_yaml(),
+        config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()), sort_keys=False),
+    )  # fmt: skip
+    write_atomically(directory / "report.html", page)
+    return directory / "report.html"
+
+
+def fitness_curve(candidates: list[Candidate]) -> str:
+    """Every candidate as a dot, the best so far as a line."""
+    known = [(i, c.value) for i, c in enumerate(candidates) if not math.isnan(c.value)]
+    if not known:
+        return ""
+    low, high = min(v for _, v in known), max(v for _, v in known)
+    span = (high - low) or 1.0
+    low, high = low - 0.05 * span, high + 0.05 * span
+    x = lambda i: PAD + (WIDTH - PAD - 12) * i / max(1, len(candidates) - 1)  # noqa: E731
+    y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)  # noqa: E731
+    parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>']
+    parts += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="1.8" class="dot"/>' for i, v in known]
+    best, line = -math.inf, []
+    for i, v in known:
+        if v > best:
+            line += [(i, best), (i, v)] if line else [(i, v)]
+            best = v
+    line.append((len(candidates) - 1, best))
+    parts.append(f'<polyline class="best" points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in line)}"/>')
+    return _svg(parts, WIDTH, HEIGHT, "Fitness of every candidate")
+
+
+def bars(rows) -> str:
+    """Held-out accuracy of the winner and the baselines, with a standard error each way."""
+    height = 24 * len(rows) + 12
+    scale = (WIDTH - 260) / max(0.01, max(d["accuracy"] + d["stderr"] for _, d, _ in rows))
+    parts = []
+    for i, (name, detail, evolved) in enumerate(rows):
+        y, length, error = 6 + 24 * i, detail["accuracy"] * scale, detail["stderr"] * scale
+        parts += [
+            f'<text x="196" y="{y + 14}" class="name">{_escape(name)}</text>',
+            f'<rect x="204" y="{y}" width="{length:.1f}" height="18" class="{"win" if evolved else "bar"}"/>',
+            f'<line x1="{204 + length - error:.1f}" x2="{204 + length + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
+            f'<text x="{212 + length + error:.1f}" y="{y + 14}">{detail["accuracy"]:.3f}</text>',
+        ]
+    return _svg(parts, WIDTH, height, "Held-out accuracy")
+
+
+def heat_maps(recipe: Recipe) -> list[tuple[str, str]]:
+    """(parameter, SVG) of the winner's coefficients: a row per model, a column per layer group and filter."""
+    table = coefficients(recipe)
+    return [(name, _heat_map(columns, rows)) for name, (columns, rows) in table.items()]
+
+
+def coefficients(recipe: Recipe) -> dict[str, tuple[list[str], dict[str, list[float]]]]:
+    """parameter -> (column names, model -> values), read back from a recipe's slices."""
+    table: dict[str, tuple[list[str], dict[str, list[float]]]] = {}
+    for part in recipe.slices:
+        for source in part.sources:
+            span = "all" if source.layer_range is None else f"{source.layer_range[0]}-{source.layer_range[1] - 1}"
+            name = Path(str(source.model)).name
+            for parameter, setting in source.parameters.items():
+                columns, rows = table.setdefault(parameter, ([], {}))
+                for column, value in _cells(setting, span):
+                    if column not in columns:
+                        columns.append(column)
+                    rows.setdefault(name, []).append(value)
+        for parameter, setting in part.parameters.items():
+            columns, rows = table.setdefault(parameter, ([], {}))
+            span = part.sources[0].layer_range
+            for column, value in _cells(setting, "all" if span is None else f"{span[0]}-{span[1] - 1}"):
+                columns.append(column)
+                rows.setdefault("all models", []).append(value)
+    return table
+
+
+def _cells(setting, span: str):
+    if not isinstance(setting, (list, tuple)):
+        setting = [{"value": setting}]
+    elif not isinstance(setting[0], dict):
+        setting = [{"value": list(setting)}]
+    for condition in setting:
+        pattern = condition.get("filter")
+        values = condition["value"] if isinstance(condition["value"], (list, tuple)) else [condition["value"]]
+        outside = pattern is not None and pattern.endswith((".weight", ".bias"))
+        for i, value in enumerate(values):
+            layer = f"{span}[{i}]" if len(values) > 1 else span
+            yield (pattern if outside else f"{layer} {pattern}" if pattern else layer), float(value)
+
+
+def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
+    cell, left, top = max(26, min(64, 640 // max(1, len(columns)))), 150, 120
+    values = [v for row in rows.values() for v in row]
+    low, high = min(*values, 0.0), max(*values, 1e-9)
+    parts = []
+    for j, column in enumerate(columns):
+        x = left + j * cell + cell / 2
+        parts.append(f'<text transform="translate({x:.0f},{top - 8}) rotate(-45)" class="tick">{_escape(column)}</text>')
+    for i, (name, row) in enumerate(rows.items()):
+        y = top + i * 28
+        parts.append(f'<text x="{left - 8}" y="{y + 19}" class="name">{_escape(name)}</text>')
+        for j, value in enumerate(row):
+            ink = "#fff" if abs(value) > 0.6 * max(-low, high) else "#222"
+            parts.append(
+                f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value, low, high)}"/>'
+                f'<text x="{left + j * cell + cell / 2 - 1:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
+            )
+    return _svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
+
+
+def _color(value: float, low: float, high: float) -> str:
+    """White at 0, blue up to the highest, red down to the lowest."""
+    share = value / high if value >= 0 else value / low
+    strong = (33, 102, 172) if value >= 0 else (178, 24, 43)
+    return "#" + "".join(f"{round(255 + (s - 255) * min(1, abs(share))):02x}" for s in strong)
+
+
+def _axis(low: float, high: float, y) -> str:
+    parts = []
+    for i in range(5):
+        v = low + (high - low) * i / 4
+        parts.append(f'<line x1="{PAD}" x2="{WIDTH - 12}" y1="{y(v):.1f}" y2="{y(v):.1f}" class="grid"/>')
+        parts.append(f'<text x="{PAD - 6}" y="{y(v) + 4:.1f}" class="name">{v:.2f}</text>')
+    return "".join(parts)
+
+
+def _svg(parts: list[str], width: float, height: float, title: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

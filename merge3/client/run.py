@@ -1,0 +1,127 @@
+"""From a configuration file to a finished run directory, embedded in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from merge3.checkpoint import write_atomically
+from merge3.client.progress import chosen
+from merge3.client.report import write_report
+from merge3.engine import LocalEngine
+from merge3.errors import ResumeMismatch
+from merge3.pool import Pool
+from merge3.search.config import EvolveConfig
+from merge3.search.loop import Outcome, load_questions, run
+from merge3.search.store import RunStore
+
+
+def evolve(
+    config: EvolveConfig, directory: Path, resume: bool = False, as_json: bool = False, quiet: bool = False,
+    device: str = "cpu", export: bool = True,
+) -> dict[str, Any] | None:
+    """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C."""
+    if resume and not (directory / "run.db").exists():
+        raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
+    questions = load_questions(config)  # bad items are found before any model is opened
+    pool = open_pool(config.models, device, quiet)
+    engine = LocalEngine(pool, seed=config.optimizer.seed, chat=config.apply_chat_template)
+    store = RunStore(directory)
+    stopping = _StopOnInterrupt()
+    with stopping, chosen(as_json, quiet) as report:
+        outcome = run(config, engine, pool.layouts[pool.base], store, resume, report, stopping)
+    store.close()
+    if outcome is None:
+        print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
+        return None
+    if export and not (directory / "model").exists():
+        engine.export(outcome.recipe, directory / "model")
+    result = summary(config, outcome, len(questions.heldout or questions.search))
+    write_atomically(directory / "result.json", json.dumps(result, indent=2))
+    write_report(directory)
+    return result
+
+
+def open_pool(models, device: str = "cpu", quiet: bool = False) -> Pool:
+    """Open every model, read it once (hashes, statistics, NaN check) and say what is there."""
+    pool = Pool.open(models[0], models[1:], device)
+    pool.read_all()
+    if not quiet:
+        for name, reason in pool.kept.items():
+            print(f"kept from the base: {name} ({reason})", file=sys.stderr)
+    return pool
+
+
+def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[str, Any]:
+    """result.json."""
+    baselines = {name: detail["accuracy"] for name, detail in outcome.baselines.items()}
+    return {
+        "heldout": outcome.heldout["accuracy"],
+        "baselines": baselines,
+        "best_baseline": max(baselines, key=baselines.get),
+        "candidates": outcome.candidates,
+        "failed": outcome.failed,
+        "item_answers": outcome.item_answers,
+        "seconds": outcome.seconds,
+        "swap_share": outcome.swap_share,
+        "search_value": outcome.best.value,
+        "search_stderr": None if math.isnan(outcome.best.stderr) else outcome.best.stderr,
+        "recipe_hash": outcome.best.recipe_hash,
+        "heldout_items": heldout_items,
+        "heldout_detail": outcome.heldout,
+        "baselines_detail": outcome.baselines,
+        "method": config.genome.merge_method,
+        "models": list(config.models),
+        "seed": config.optimizer.seed,
+    }
+
+
+def print_result(result: dict[str, Any], directory: Path) -> None:
+    """The table a person reads at the end."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tasks = list(result["heldout_detail"]["tasks"])
+    table = Table(title=f"held-out accuracy, {result['heldout_items']} items the search never saw")
+    table.add_column("merge")
+    for name in ("mean", "± se", *tasks):
+        table.add_column(name, justify="right")
+    rows = [("evolved", result["heldout_detail"])]
+    rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
+    for name, detail in rows:
+        cells = [f"{detail['accuracy']:.3f}", f"{detail['stderr']:.3f}", *(f"{detail['tasks'][t]:.3f}" for t in tasks)]
+        table.add_row(name, *cells, style="bold" if name == "evolved" else None)
+    console = Console()
+    console.print(table)
+    gain = result["heldout"] - result["baselines"][result["best_baseline"]]
+    console.print(
+        f"{result['candidates']} candidates in {result['seconds']:.0f} s ({result['item_answers']:,} item answers), "
+        f"{gain:+.3f} over the best baseline ({result['best_baseline']}); merging took {100 * result['swap_share']:.1f} % of the time"
+    )
+    console.print(f"recipe {directory / 'best.yaml'}, model {directory / 'model'}, report {directory / 'report.html'}")
+
+
+class _StopOnInterrupt:
+    """Ctrl-C once: finish the candidate at hand and leave; twice: leave now."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *exc):
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

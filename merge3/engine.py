@@ -1,0 +1,163 @@
+"""The engine: what a search needs, whoever provides it. LocalEngine does it in this process.
+
+A driver registers items and a space once, then sends genomes and receives responses; weights, prompts
+and the space never cross again. Several engines may stand behind this protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from merge3.errors import Merge3Error
+from merge3.export import merge_to_disk
+from merge3.methods import METHODS
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+from merge3.slot import Slot
+from merge3.space import DENSITY_STEPS, Space
+from merge3.tasks import Item, Scorer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One candidate's answers. responses: float64 [items]; value: estimated accuracy; error: why there is none."""
+
+    index: int
+    recipe_hash: str
+    responses: np.ndarray | None
+    value: float
+    stderr: float
+    seconds: float
+    swap_seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """What a driver may know of a pool."""
+
+    endpoints: tuple[str, ...]
+    content_hashes: dict[str, str]
+    parameters: int
+    kept: dict[str, str]
+    device: str
+
+
+class Engine(Protocol):
+    """The protocol of LocalEngine and of an engine behind a wire."""
+
+    def info(self) -> PoolInfo: ...
+    def register(self, space: Space, items: Sequence[Item], heads: dict[str, str]) -> None: ...
+    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
+    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
+    def export(self, recipe: Recipe, directory: Path) -> dict: ...
+
+
+class LocalEngine:
+    """Pool, slot and scorer in this process.
+
+    seed: of random keeps, the same for every candidate, so that candidates differ by their genes alone.
+    estimate(responses, items) -> (value, stderr): default, the mean over tasks of their mean response.
+    """
+
+    def __init__(
+        self, pool: Pool, seed: int = 0, chat: bool = False,
+        estimate: Callable[[np.ndarray, Sequence[Item]], tuple[float, float]] | None = None,
+    ):  # fmt: skip
+        self.pool, self.seed, self.chat = pool, seed, chat
+        self.estimate = estimate or (lambda responses, items: mean_over_tasks(responses, items))
+        self.slot = Slot(pool)
+        self._scorers: dict[tuple, tuple[Scorer, str]] = {}
+
+    def info(self) -> PoolInfo:
+        parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
+        return PoolInfo(
+            tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device)
+        )
+
+    def register(self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None) -> None:
+        """Fix what `evaluate` decodes and asks. heads: task -> the endpoint whose head answers it."""
+        self.space, self.items, self.heads = space, list(items), dict(heads or {})
+        self._prefetch()
+
+    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
+        """Swap, ask and estimate each genome. A candidate that fails is reported, never raised."""
+        for index, genome in enumerate(genomes):
+            start = time.perf_counter()
+            recipe_hash, swap = "", 0.0
+            try:
+                recipe = self.space.recipe(genome)
+                recipe_hash = recipe.hash()
+                before = time.perf_counter()
+                self.slot.swap(recipe, self.seed, "candidate")
+                swap = time.perf_counter() - before
+                responses = self._ask(self.items)
+                value, stderr = self.estimate(responses, self.items)
+                yield Evaluation(index, recipe_hash, responses, value, stderr, time.perf_counter() - start, swap)
+            except (Merge3Error, torch.OutOfMemoryError) as error:
+                seconds = time.perf_counter() - start
+                yield Evaluation(index, recipe_hash, None, float("nan"), float("nan"), seconds, swap, str(error))
+
+    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
+        """Responses of a recipe's merge, or of an endpoint by name, to any items: float64 [items]."""
+        if isinstance(what, Recipe):
+            self.slot.swap(what, self.seed)
+        else:
+            self.slot.load(what)
+        return self._ask(items, what if isinstance(what, str) else None)
+
+    def export(self, recipe: Recipe, directory: Path) -> dict:
+        """Write the merged checkpoint; see export.merge_to_disk."""
+        return merge_to_disk(recipe, directory, self.pool, self.seed)
+
+    def _ask(self, items: Sequence[Item], endpoint: str | None = None) -> np.ndarray:
+        responses = np.empty(len(items))
+        for task in dict.fromkeys(item.task for item in items):
+            at = [i for i, item in enumerate(items) if item.task == task]
+            head = self.heads.get(task) or endpoint
+            if head is not None:
+                self.slot.use_head(head)
+            responses[at] = self._scorer([items[i] for i in at], head).score(self.slot.model)
+        return responses
+
+    def _scorer(self, items: list[Item], head: str | None) -> Scorer:
+        key = (tuple(item.id for item in items), items[0].task, head if self.pool.heads else None)
+        if key not in self._scorers:
+            self._scorers[key] = Scorer(items, self.slot.model, self.pool.base_checkpoint.path, self.chat)
+        return self._scorers[key]
+
+    def _prefetch(self) -> None:
+        """Thresholds at every density a search can name, for all tensors in one pass over the weights."""
+        method = METHODS[self.space.definition.method]
+        if "density" not in self.space.own or "gamma" in method.parameters or method.stochastic:
+            return
+        from merge3.methods import plan
+
+        planned = plan(self.space.uniform_recipe(), method, self.pool)
+        self.pool.statistics.prefetch_order(
+            (job.base, source, {max(1, int(job.numel * j / DENSITY_STEPS)) for j in range(1, DENSITY_STEPS)})
+            for job in planned.jobs
+            if job.numel
+            for source in job.sources
+        )
+
+
+def mean_over_tasks(
+    responses: np.ndarray, items: Sequence[Item], weights: dict[str, float] | None = None
+) -> tuple[float, float]:
+    """(mean over tasks of their mean response, its standard error). weights: of tasks, default equal."""
+    values, variances, total = 0.0, 0.0, 0.0
+    for task in dict.fromkeys(item.task for item in items):
+        own = responses[[i for i, item in enumerate(items) if item.task == task]]
+        w = (weights or {}).get(task, 1.0)
+        values += w * own.mean()
+        variances += w**2 * own.var() / len(own)
+        total += w
+    return float(values / total), float(variances**0.5 / total)

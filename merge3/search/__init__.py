@@ -1,0 +1,1 @@
+"""Search over merges: configuration, optimizers, journal, loop, baselines."""

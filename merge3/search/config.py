@@ -1,0 +1,207 @@
+"""The evolve configuration: mergekit-evolve's files as they are, and what merge3 adds to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from merge3.errors import ConfigError
+from merge3.methods import METHODS
+from merge3.recipe import load_yaml, nearest
+from merge3.space import BOUNDS, PRESETS, SpaceDefinition
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Genome(_Section):
+    """What to search over; names as in mergekit-evolve, then ours (preset, genes, bounds, dtype)."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    merge_method: str
+    base_model: str | None = None
+    layer_granularity: int = 0
+    normalize: bool | None = None
+    allow_negative_weights: bool = False
+    filters: tuple[str, ...] = ()
+    smooth: bool = False
+    tokenizer_source: str | None = None
+    preset: Literal[PRESETS] = "layerwise"
+    genes: tuple[str, ...] = ()
+    bounds: dict[str, tuple[float, float]] = {}
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.merge_method not in METHODS:
+            hint = nearest(self.merge_method, METHODS)
+            raise ValueError(f"merge_method: unknown method {self.merge_method!r}" + (f" ({hint})" if hint else ""))
+        for gene, (low, high) in self.bounds.items():
+            if gene not in BOUNDS:
+                raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(BOUNDS)}")
+            if not low < high:
+                raise ValueError(f"bounds: {gene} from {low} to {high}, expected low < high")
+        return self
+
+    def definition(self) -> SpaceDefinition:
+        return SpaceDefinition(
+            self.models, self.merge_method, self.base_model, self.layer_granularity, self.filters, self.smooth,
+            self.normalize, self.allow_negative_weights, self.preset, self.genes, dict(self.bounds),
+            self.tokenizer_source, self.dtype,
+        )  # fmt: skip
+
+
+class Task(_Section):
+    """A set of items. items: a JSONL file. head: the model whose head answers (classification)."""
+
+    name: str | None = None
+    items: str | None = None
+    weight: float = 1.0
+    metric: str | None = None
+    head: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
+
+
+class Extract(_Section):
+    """Which search items each candidate answers. size: per task."""
+
+    method: Literal["all", "random"] = "all"
+    size: int = Field(20, ge=1)
+
+
+class Estimate(_Section):
+    method: Literal["mean"] = "mean"
+    calibration: str | None = None
+
+
+class Optimizer(_Section):
+    """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range."""
+
+    name: Literal["cma", "random"] = "cma"
+    budget: int = Field(300, ge=1)
+    population: int | None = Field(None, ge=2)
+    sigma: float = Field(1 / 6, gt=0, le=1)
+    seed: int = Field(0, ge=0)
+
+
+class Heldout(_Section):
+    fraction: float = Field(0.3, ge=0, lt=1)
+
+
+class EvolveConfig(_Section):
+    """A whole run. Paths are resolved against the file's folder."""
+
+    genome: Genome
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    extract: Extract = Extract()
+    estimate: Estimate = Estimate()
+    optimizer: Optimizer = Optimizer()
+    heldout: Heldout = Heldout()
+    objective: Literal["accuracy"] = "accuracy"
+    random_init: bool = False
+    apply_chat_template: bool = False
+    # mergekit-evolve's lm-eval settings, without meaning for items
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = None
+    shuffle: bool = False
+    fewshot_as_multiturn: bool = True
+
+    def hash(self) -> str:
+        """Names the run this configuration makes; paths count by their content elsewhere."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model to open, base first."""
+        base = (self.genome.base_model,) if self.genome.base_model else ()
+        return tuple(dict.fromkeys((*base, *self.genome.models)))
+
+
+def load_config(path: str | Path, **overrides: Any) -> EvolveConfig:
+    """Read a configuration file. overrides: optimizer settings from the command line, None to keep.
+
+    Raises ConfigError naming file and key; a clear refusal for lm-eval task names.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(path, error.strerror or str(error), "an evolve configuration") from None
+    data = load_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(path, f"found {type(data).__name__}", "a mapping with `genome` and `tasks`")
+    changes = {k: v for k, v in overrides.items() if v is not None}
+    if changes:
+        data["optimizer"] = {**(data.get("optimizer") or {}), **changes}
+    try:
+        config = EvolveConfig.model_validate(data)
+    except ValidationError as error:
+        raise _readable(path, error) from None
+    return _resolved(config, path.parent, path)
+
+
+def _resolved(config: EvolveConfig, folder: Path, path: Path) -> EvolveConfig:
+    data = config.model_dump()
+    genome = data["genome"]
+    genome["models"] = [_model_path(m, folder) for m in genome["models"]]
+    for key in ("base_model", "tokenizer_source"):
+        if genome[key] and genome[key] not in ("base", "union"):
+            genome[key] = _model_path(genome[key], folder)
+    for i, task in enumerate(data["tasks"]):
+        if task["items"] is None:
+            raise ConfigError(
+                f"{path}: tasks[{i}]", f"{task['name']!r} names an lm-eval task, which merge3 cannot run yet",
+                "items: file.jsonl",
+            )  # fmt: skip
+        task["items"] = str((folder / task["items"]).resolve())
+        if task["head"]:
+            task["head"] = _model_path(task["head"], folder)
+    return EvolveConfig.model_validate(data)
+
+
+def _model_path(model: str, folder: Path) -> str:
+    """Local paths become absolute, hub ids stay; each side of `model+adapter` by itself."""
+    parts = []
+    for part in model.split("+"):
+        local = (folder / Path(part).expanduser()).resolve()
+        parts.append(str(local) if local.exists() or part.startswith((".", "/", "~")) else part)
+    return "+".join(parts)
+
+
+def _readable(path: Path, error: ValidationError) -> ConfigError:
+    """The first problem as one line, with the nearest valid key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        section: Any = EvolveConfig
+        for part in first["loc"][:-1]:
+            if isinstance(part, str):
+                section = section.model_fields[part].annotation
+        fields = getattr(section, "model_fields", None) or Task.model_fields
+        key = first["loc"][-1]
+        return ConfigError(f"{path}: {where}", "unknown key", ", ".join(fields), nearest(str(key), fields))
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: {where}", "missing", "a value")
+    if first["type"] == "literal_error" and where.startswith(("extract", "estimate", "objective")):
+        return ConfigError(f"{path}: {where}", f"{first['input']!r} is not available yet", first["ctx"]["expected"])
+    found = "" if isinstance(first["input"], dict) else f"found {first['input']!r}: "
+    return ConfigError(f"{path}: {where}", f"{found}{message}")

@@ -1,0 +1,91 @@
+"""Optimizers behind one ask/tell interface. Each is rebuilt from its seed and told the same results to
+resume, so nothing but the journal is ever stored."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from typing import Protocol
+
+import numpy as np
+
+
+class Optimizer(Protocol):
+    population: int
+
+    def ask(self) -> list[np.ndarray]: ...
+    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None: ...
+
+
+def make(name: str, initial, low, high, sigma: float, population: int | None, seed: int) -> Optimizer:
+    """`cma` or `random`. initial, low, high: float64 [d]; sigma: a share of each gene's range."""
+    count = population or 4 + int(3 * math.log(len(initial)))
+    return {"cma": CMA, "random": RandomSearch}[name](initial, low, high, sigma, count, seed)
+
+
+class CMA:
+    """CMA-ES by pycma (Hansen & Ostermeier 2001). Maximises; a NaN fitness counts as the worst."""
+
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
+        import cma
+
+        self.population = population
+        finite = np.isfinite(high - low)
+        scale = np.where(finite, np.where(finite, high - low, 1.0), 1.0)
+        options = {
+            "popsize": population,
+            "bounds": [np.where(finite, low, -np.inf).tolist(), np.where(finite, high, np.inf).tolist()] if finite.any() else [None, None],
+            "CMA_stds": scale.tolist(),
+            "seed": seed + 1,  # pycma takes 0 for the time of day
+            "verbose": -9, "verb_log": 0, "verb_disp": 0, "signals_filename": "",
+            # The budget is ours: a plateau of equal fitness must not end a run.
+            "tolfun": 0, "tolfunhist": 0, "tolflatfitness": np.inf, "tolstagnation": np.inf, "tolx": 0,
+            "maxiter": np.inf,
+        }  # fmt: skip
+        # pycma draws from numpy's global generator; this keeps its stream apart from everyone else's.
+        self._state = np.random.RandomState(seed + 1).get_state()
+        with self._own_random(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._strategy = cma.CMAEvolutionStrategy(list(initial), sigma, options)
+            # The start is a candidate like any other, so a run never ends below the uniform merge.
+            self._strategy.inject([list(initial)], force=True)
+
+    def ask(self) -> list[np.ndarray]:
+        with self._own_random():
+            return [np.asarray(x, dtype=np.float64) for x in self._strategy.ask()]
+
+    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None:
+        known = [f for f in fitness if not math.isnan(f)]
+        worst = min(known, default=0.0) - 1.0
+        losses = [-(worst if math.isnan(f) else f) for f in fitness]
+        with self._own_random(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._strategy.tell(genomes, losses)
+
+    @contextlib.contextmanager
+    def _own_random(self):
+        outside = np.random.get_state()
+        np.random.set_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = np.random.get_state()
+            np.random.set_state(outside)
+
+
+class RandomSearch:
+    """Uniform samples within the bounds (normal ones around the start where there are none)."""
+
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
+        self.population, self._rng = population, np.random.default_rng(seed)
+        self._initial, self._low, self._high, self._sigma = initial, low, high, sigma
+
+    def ask(self) -> list[np.ndarray]:
+        shape = (self.population, len(self._initial))
+        if np.isfinite(self._high - self._low).all():
+            return list(self._rng.uniform(self._low, self._high, shape))
+        return list(self._initial + self._sigma * self._rng.standard_normal(shape))
+
+    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None:
+        pass
