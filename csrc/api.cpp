@@ -199,8 +199,7 @@ merge3_status merge3_order_statistics(const merge3_context* context, int32_t sta
     const OrderStatistics call{statistic, experts, table, rank_count, ranks, value,
                                greater, equal, l1_greater, total, nonzero};
     MERGE3_ON_DEVICE(order_statistics_cuda(call, tensors, context->stream));
-    const int64_t pairs = tensors * (statistic == MERGE3_VARIANCE ? 1 : experts);
-    parallel(*context, pairs, [&](int64_t from, int64_t to) { order_statistics_cpu(call, from, to); });
+    parallel(*context, tensors * call.series(), [&](int64_t from, int64_t to) { order_statistics_cpu(call, from, to); });
     return MERGE3_OK;
   });
 }

@@ -1,6 +1,7 @@
 // What api.cpp hands to the CPU loops, and the loops it can call.
 #pragma once
 #include "../chunks.h"
+#include "../radix.h"
 
 namespace merge3 {
 
@@ -38,6 +39,12 @@ struct OrderStatistics {
   int64_t *greater, *equal;
   double *l1_greater, *total;
   int64_t* nonzero;
+
+  int64_t series() const { return statistic == MERGE3_VARIANCE ? 1 : experts; }  // per tensor
+  OrderResult result(int64_t pair) const {
+    const int64_t at = pair * rank_count;
+    return {value + at, greater + at, equal + at, l1_greater + at, total + pair, nonzero + pair};
+  }
 };
 // Pairs (tensor, expert) [from, to), expert fastest.
 void order_statistics_cpu(const OrderStatistics& call, int64_t from, int64_t to);

@@ -6,8 +6,7 @@
 //
 // Tried: std::sort of a tensor (60 ns per element against 4) and nth_element per rank (linear, but
 // once per rank: a search needs 255).
-#include <math.h>
-
+#include "../radix.h"
 #include "merge_cpu.h"
 #include "storage.h"
 
@@ -16,178 +15,78 @@ namespace {
 
 constexpr int kBlock = 1024;
 
-// The statistic's float32 bit patterns for n elements from `at` on.
-struct Reader {
-  const merge3_tensor& tensor;
-  int32_t statistic, experts, k;
-
-  void operator()(int64_t at, int n, uint32_t* bits) const {
-    alignas(64) float theta[kBlock], expert[MERGE3_MAX_EXPERTS][kBlock];
-    load_block(tensor.dtype, tensor.base, at, n, theta);
-    if (statistic == MERGE3_MAGNITUDE) {
-      load_block(tensor.dtype, tensor.experts[k], at, n, expert[0]);
-      for (int j = 0; j < n; ++j) bits[j] = as_uint(expert[0][j] - theta[j]) & 0x7fffffffu;
-      return;
-    }
-    for (int e = 0; e < experts; ++e) load_block(tensor.dtype, tensor.experts[e], at, n, expert[e]);
-    for (int j = 0; j < n; ++j) {
-      float x[MERGE3_MAX_EXPERTS];
-      for (int e = 0; e < experts; ++e) x[e] = expert[e][j];
-      bits[j] = as_uint(variance(theta[j], x, experts));
-    }
-  }
-};
-
-struct Bucket {
-  int64_t count;
-  double sum;
-};
-
-// One rank on its way down the radix tree.
-struct Search {
-  int64_t left;       // rank within the current bucket, 1-based from the largest
-  int64_t greater;    // elements above the bucket
-  double sum_greater;
-  uint32_t prefix;    // bits decided so far
-  int32_t slot;       // its bucket's row in the next level's table; -1: done
-};
-
-// Descends `search` through one table of `size` buckets (highest first).
-void descend(const Bucket* table, int size, Search& search) {
-  for (int b = size - 1; b >= 0; --b) {
-    if (search.left <= table[b].count) {
-      search.prefix = search.prefix * uint32_t(size) + uint32_t(b);
-      return;
-    }
-    search.left -= table[b].count;
-    search.greater += table[b].count;
-    search.sum_greater += table[b].sum;
-  }
-}
-
-class RadixSelect {
+// Counts one pair's values for RadixSelect.
+class Counter {
  public:
-  void run(const Reader& read, int64_t numel, const OrderStatistics& call, const int64_t* ranks,
-           int64_t at) {
-    alignas(64) uint32_t bits[kBlock];
-    top_.assign(1 << 15, Bucket{0, 0.0});
-    low_bits_.assign(1 << 15, 0);
-    for (int64_t i = 0; i < numel; i += kBlock) {
-      const int n = int(std::min<int64_t>(numel - i, kBlock));
-      read(i, n, bits);
-      for (int j = 0; j < n; ++j) {
-        Bucket& bucket = top_[bits[j] >> 16];
-        ++bucket.count;
-        bucket.sum += double(as_float(bits[j]));
-        low_bits_[bits[j] >> 16] |= uint16_t(bits[j]);
-      }
-    }
-    double total = 0.0;
-    for (const Bucket& b : top_) total += b.sum;
-    call.total[at] = total;
-    searches_.assign(size_t(call.rank_count), Search{0, 0, 0.0, 0, -1});
-    for (int64_t r = 0; r < call.rank_count; ++r) {
-      Search& s = searches_[size_t(r)];
-      s.left = std::min(ranks[r], numel);
-      if (s.left >= 1) descend(top_.data(), 1 << 15, s);
-    }
-    refine(read, numel);
-    int64_t zeros = 0;
-    if (top_[0].count) {  // only the lowest bucket can hold zeros
-      if (low_bits_[0] == 0) zeros = top_[0].count;
-      else
-        for (int64_t i = 0; i < numel; i += kBlock) {
-          const int n = int(std::min<int64_t>(numel - i, kBlock));
-          read(i, n, bits);
-          for (int j = 0; j < n; ++j) zeros += bits[j] == 0;
-        }
-    }
-    call.nonzero[at] = numel - zeros;
-    for (int64_t r = 0; r < call.rank_count; ++r) {
-      const Search& s = searches_[size_t(r)];
-      const int64_t i = at * call.rank_count + r;
-      const bool none = std::min(ranks[r], numel) < 1;
-      call.value[i] = none ? INFINITY : as_float(s.prefix);
-      call.greater[i] = s.greater;
-      call.l1_greater[i] = s.sum_greater;
-      call.equal[i] = none ? 0 : equal_[size_t(r)];
-    }
+  Counter(const merge3_tensor& tensor, int32_t statistic, int32_t experts, int32_t k)
+      : tensor_(tensor), statistic_(statistic), experts_(experts), k_(k) {}
+
+  void top(Bucket* table, uint16_t* low_bits) const {
+    each([&](uint32_t bits) {
+      Bucket& bucket = table[bits >> 16];
+      ++bucket.count;
+      bucket.sum += double(as_float(bits));
+      low_bits[bits >> 16] |= uint16_t(bits);
+    });
+  }
+
+  void next(const uint32_t* slot, const uint32_t* child, int shift, size_t, Bucket* tables) const {
+    each([&](uint32_t bits) {
+      uint32_t at = slot[bits >> 16];
+      if (at != kNoSlot && child) at = child[size_t(at) * 256 + ((bits >> 8) & 255)];
+      if (at == kNoSlot) return;
+      Bucket& bucket = tables[size_t(at) * 256 + ((bits >> shift) & 255)];
+      ++bucket.count;
+      bucket.sum += double(as_float(bits));
+    });
+  }
+
+  int64_t zeros() const {
+    int64_t count = 0;
+    each([&](uint32_t bits) { count += bits == 0; });
+    return count;
   }
 
  private:
-  void refine(const Reader& read, int64_t numel) {
-    equal_.assign(searches_.size(), 0);
-    // A bucket whose low bits are all zero holds one value: nothing left to decide.
-    for (size_t r = 0; r < searches_.size(); ++r) {
-      Search& s = searches_[r];
-      if (s.left < 1) continue;
-      equal_[r] = top_[s.prefix].count;
-      if (low_bits_[s.prefix] != 0) s.slot = 0;
-      else s.prefix <<= 16;
-    }
-    for (int shift = 8; shift >= 0; shift -= 8) {
-      // Slots: the distinct prefixes still open, in order.
-      prefixes_.clear();
-      for (const Search& s : searches_)
-        if (s.slot >= 0) prefixes_.push_back(s.prefix);
-      if (prefixes_.empty()) return;
-      std::sort(prefixes_.begin(), prefixes_.end());
-      prefixes_.erase(std::unique(prefixes_.begin(), prefixes_.end()), prefixes_.end());
-      for (Search& s : searches_)
-        if (s.slot >= 0)
-          s.slot = int32_t(std::lower_bound(prefixes_.begin(), prefixes_.end(), s.prefix) - prefixes_.begin());
-      if (shift == 8) {
-        slot_.assign(1 << 15, kNoSlot);
-        for (size_t i = 0; i < prefixes_.size(); ++i) slot_[prefixes_[i]] = uint32_t(i);
-      } else {
-        // (level 2 slot, byte) -> level 3 slot
-        const std::vector<uint32_t> parents = slot_;
-        next_.assign(tables_.size(), kNoSlot);
-        for (size_t i = 0; i < prefixes_.size(); ++i)
-          next_[size_t(parents[prefixes_[i] >> 8]) * 256 + (prefixes_[i] & 255)] = uint32_t(i);
-      }
-      const bool last = shift == 0;
-      tables_.assign(prefixes_.size() * 256, Bucket{0, 0.0});
-      alignas(64) uint32_t bits[kBlock];
-      for (int64_t i = 0; i < numel; i += kBlock) {
-        const int n = int(std::min<int64_t>(numel - i, kBlock));
-        read(i, n, bits);
-        for (int j = 0; j < n; ++j) {
-          uint32_t slot = slot_[bits[j] >> 16];
-          if (slot == kNoSlot) continue;
-          if (last && (slot = next_[size_t(slot) * 256 + ((bits[j] >> 8) & 255)]) == kNoSlot) continue;
-          Bucket& bucket = tables_[size_t(slot) * 256 + ((bits[j] >> shift) & 255)];
-          ++bucket.count;
-          bucket.sum += double(as_float(bits[j]));
-        }
-      }
-      for (size_t r = 0; r < searches_.size(); ++r) {
-        Search& s = searches_[r];
-        if (s.slot < 0) continue;
-        const Bucket* table = tables_.data() + size_t(s.slot) * 256;
-        descend(table, 256, s);
-        equal_[r] = table[s.prefix & 255].count;
-      }
+  // body(float32 pattern) for each value of the statistic.
+  template <class Body>
+  void each(const Body& body) const {
+    alignas(64) uint32_t bits[kBlock];
+    for (int64_t i = 0; i < tensor_.numel; i += kBlock) {
+      const int n = int(std::min<int64_t>(tensor_.numel - i, kBlock));
+      read(i, n, bits);
+      for (int j = 0; j < n; ++j) body(bits[j]);
     }
   }
 
-  static constexpr uint32_t kNoSlot = 0xffffffffu;
-  std::vector<Bucket> top_, tables_;
-  std::vector<uint16_t> low_bits_;  // OR of the low 16 bits in each top bucket
-  std::vector<Search> searches_;
-  std::vector<int64_t> equal_;
-  std::vector<uint32_t> prefixes_, slot_, next_;
+  void read(int64_t at, int n, uint32_t* bits) const {
+    alignas(64) float theta[kBlock], expert[MERGE3_MAX_EXPERTS][kBlock];
+    load_block(tensor_.dtype, tensor_.base, at, n, theta);
+    if (statistic_ == MERGE3_MAGNITUDE) {
+      load_block(tensor_.dtype, tensor_.experts[k_], at, n, expert[0]);
+      for (int j = 0; j < n; ++j) bits[j] = as_uint(expert[0][j] - theta[j]) & 0x7fffffffu;
+      return;
+    }
+    for (int e = 0; e < experts_; ++e) load_block(tensor_.dtype, tensor_.experts[e], at, n, expert[e]);
+    for (int j = 0; j < n; ++j) {
+      float x[MERGE3_MAX_EXPERTS];
+      for (int e = 0; e < experts_; ++e) x[e] = expert[e][j];
+      bits[j] = as_uint(variance(theta[j], x, experts_));
+    }
+  }
+
+  const merge3_tensor& tensor_;
+  int32_t statistic_, experts_, k_;
 };
 
 }  // namespace
 
 void order_statistics_cpu(const OrderStatistics& call, int64_t from, int64_t to) {
-  const int64_t K = call.statistic == MERGE3_VARIANCE ? 1 : call.experts;
   RadixSelect select;
   for (int64_t pair = from; pair < to; ++pair) {
-    const int64_t t = pair / K;
-    const Reader read{call.table[t], call.statistic, call.experts, int32_t(pair % K)};
-    select.run(read, call.table[t].numel, call, call.ranks + t * call.rank_count, pair);
+    const int64_t t = pair / call.series();
+    Counter counter(call.table[t], call.statistic, call.experts, int32_t(pair % call.series()));
+    select.run(counter, call.table[t].numel, call.ranks + t * call.rank_count, call.rank_count, call.result(pair));
   }
 }
 

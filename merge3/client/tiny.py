@@ -114,11 +114,11 @@ def make_tokenizer():
 
 
 def make_models(
-    folder: Path, seed: int = 0, base_steps: int = 220, expert_steps: int = 120,
+    folder: Path, seed: int = 0, base_steps: int = 240, expert_steps: int = 120, expert_rate: float = 3e-4, replay: float = 0.1,
     progress: Callable[[str, int, int], None] = lambda what, step, steps: None,
 ) -> None:
     """Train a base and one expert per task; save ordinary checkpoints folder/base, folder/<task>, and
-    folder/<task>.jsonl. progress(what, step, steps)."""  # fmt: skip
+    folder/<task>.jsonl. replay: share of the base's mixture in an expert's lines. progress(what, step, steps)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -135,8 +135,8 @@ def make_models(
     start = {k: v.clone() for k, v in model.state_dict().items()}
     for task in TASKS:
         model.load_state_dict(start)
-        pick = lambda task=task: task if rng.random() > 0.1 else mix()  # noqa: E731
-        _train(model, tokenizer, rng, pick, expert_steps, 3e-4, lambda s, task=task: progress(task, s, expert_steps))
+        pick = lambda task=task: task if rng.random() > replay else mix()  # noqa: E731
+        _train(model, tokenizer, rng, pick, expert_steps, expert_rate, lambda s, task=task: progress(task, s, expert_steps))
         _save(model, tokenizer, folder / task)
     for task in TASKS:
         lines = [json.dumps(item, ensure_ascii=False) for item in make_items(task, seed)]

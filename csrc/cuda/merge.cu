@@ -1,0 +1,93 @@
+// The fused merge on a GPU: one launch for the whole model, one block per chunk of 65,536 elements.
+//
+// Moves (K + 1) reads + 1 write per element in 16-byte accesses; each thread has K + 1 independent loads
+// in flight before its first use of any. No atomics, no barriers. The arithmetic is merge_element, built
+// without fused multiply-add, so the bits equal the CPU's.
+#include "../dispatch.h"
+#include "launch.cuh"
+
+namespace merge3 {
+namespace {
+
+struct Args {
+  const merge3_tensor* table;
+  const merge3_coefficient* coefficients;
+  const float* lambda;
+  const int64_t* first;
+  int64_t tensors;
+  uint64_t seed;
+  bool normalize;
+};
+
+template <int K, int SPARSIFY, int ELECT>
+__global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
+  constexpr bool kRanked = SPARSIFY == MERGE3_KEEP_RANKED;
+  constexpr bool kRandom = kRanked || SPARSIFY == MERGE3_KEEP_RANDOM;
+  const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
+  const merge3_tensor& tensor = a.table[t];
+  const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
+  const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
+  const auto p = prepare<float, K>(a.coefficients + t * K, a.lambda[t], a.normalize, tensor.base != nullptr);
+  for (int64_t i = begin + int64_t(threadIdx.x) * 8; i < end; i += int64_t(blockDim.x) * 8) {
+    const int n = end - i < 8 ? int(end - i) : 8;
+    float theta[8], expert[K][8], out[8];
+    load8(tensor.dtype, tensor.base, i, n, theta);
+#pragma unroll
+    for (int k = 0; k < K; ++k) load8(tensor.dtype, tensor.experts[k], i, n, expert[k]);
+    uint32_t words[kRandom ? K : 1][4];
+    if (kRandom)
+      for (int k = 0; k < K; ++k) {
+        const uint64_t block = uint64_t(i) / 8;
+        philox_block(uint32_t(block), uint32_t(block >> 32), tensor.id, uint32_t(k), a.seed, words[k]);
+      }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float e[K], rank[K];
+      int32_t random[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        e[k] = expert[k][j];
+        random[k] = kRandom ? int32_t((words[kRandom ? k : 0][j / 2] >> (16 * (j & 1))) & 0xffffu) : 0;
+        rank[k] = 0.0f;
+        if (kRanked && j < n)
+          rank[k] = rank_in_row(magnitude(e[k] - theta[j]),
+                                tensor.rank_tables[k] + (i + j) / tensor.columns * MERGE3_RANK_STRIDE);
+      }
+      out[j] = merge_element<K, SPARSIFY, ELECT>(theta[j], e, p, tie_hash(i + j, tensor.id), random, rank);
+    }
+    store8(tensor.out_dtype, tensor.out, i, n, out);
+  }
+}
+
+}  // namespace
+
+const char* cuda_message(int code) { return cudaGetErrorString(cudaError_t(code)); }
+
+int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
+               const merge3_coefficient* coefficients, const float* lambda, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  const Chunks chunks(table, tensors);
+  const size_t count = size_t(tensors);
+  DeviceArray<merge3_tensor> device_table(table, count, stream);
+  DeviceArray<merge3_coefficient> device_coefficients(coefficients, count * size_t(modes.experts), stream);
+  DeviceArray<float> device_lambda(lambda, count, stream);
+  DeviceArray<int64_t> first(chunks.first.data(), chunks.first.size(), stream);
+  MERGE3_TRY(device_table.status);
+  MERGE3_TRY(device_coefficients.status);
+  MERGE3_TRY(device_lambda.status);
+  MERGE3_TRY(first.status);
+  const Args args{device_table.get(), device_coefficients.get(), device_lambda.get(), first.get(),
+                  tensors, modes.seed, modes.normalize != 0};
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_experts(modes.experts, [&](auto k) {
+    dispatch_sparsify(modes.sparsify, [&](auto s) {
+      dispatch_elect(modes.elect, [&](auto e) {
+        status = launch(merge_kernel<decltype(k)::value, decltype(s)::value, decltype(e)::value>,
+                        chunks.count(), stream, args);
+      });
+    });
+  });
+  return status;
+}
+
+}  // namespace merge3

@@ -1,0 +1,328 @@
+// Statistics of task vectors on a GPU; the host reads the results, so these calls wait for them.
+//
+// Gram: a block per chunk, its threads' sums added in a fixed order. Order statistics: RadixSelect (see
+// radix.h) over counts made here. Sums of |tau| are accumulated as 64-bit integers in fixed point, which
+// add up the same in any order; floating-point atomics would not. Rank tables: a block per row finds its
+// bin boundaries by four rounds of eight bits in shared memory.
+#include "../radix.h"
+#include "launch.cuh"
+
+namespace merge3 {
+namespace {
+
+// ---------------------------------------------------------------------------------- Gram
+
+struct GramArgs {
+  const merge3_tensor* table;
+  const int64_t* first;
+  int64_t tensors;
+  double* partial;  // [chunks, pairs]
+};
+
+template <int VECTORS>
+__global__ void __launch_bounds__(kThreads) gram_kernel(GramArgs a) {
+  constexpr int kPairs = VECTORS * (VECTORS + 1) / 2;
+  __shared__ double shared[kThreads];
+  const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
+  const merge3_tensor& tensor = a.table[t];
+  const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
+  const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
+  double sums[kPairs] = {};
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    float x[VECTORS];
+    x[0] = load1(tensor.dtype, tensor.base, i);
+#pragma unroll
+    for (int v = 1; v < VECTORS; ++v) x[v] = load1(tensor.dtype, tensor.experts[v - 1], i) - x[0];
+    int p = 0;
+#pragma unroll
+    for (int r = 0; r < VECTORS; ++r)
+#pragma unroll
+      for (int c = r; c < VECTORS; ++c, ++p) sums[p] += double(x[r]) * double(x[c]);
+  }
+  for (int p = 0; p < kPairs; ++p) {
+    shared[threadIdx.x] = sums[p];
+    __syncthreads();
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+      if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) a.partial[int64_t(blockIdx.x) * kPairs + p] = shared[0];
+    __syncthreads();
+  }
+}
+
+// ------------------------------------------------------------------------ order statistics
+
+struct Count {
+  unsigned long long count, sum;  // sum: fixed point
+};
+
+struct Values {
+  merge3_tensor tensor;
+  int32_t statistic, experts, k;
+
+  __device__ uint32_t operator()(int64_t i) const {
+    const float theta = load1(tensor.dtype, tensor.base, i);
+    if (statistic == MERGE3_MAGNITUDE)
+      return as_uint(load1(tensor.dtype, tensor.experts[k], i) - theta) & 0x7fffffffu;
+    float e[MERGE3_MAX_EXPERTS];
+    for (int j = 0; j < experts; ++j) e[j] = load1(tensor.dtype, tensor.experts[j], i);
+    return as_uint(variance(theta, e, experts));
+  }
+};
+
+__device__ unsigned long long fixed_point(uint32_t bits, double scale) {
+  return static_cast<unsigned long long>(double(as_float(bits)) * scale);
+}
+
+__global__ void max_kernel(Values values, unsigned int* highest) {
+  uint32_t mine = 0;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const uint32_t bits = values(i);
+    mine = bits > mine ? bits : mine;
+  }
+  atomicMax(highest, mine);
+}
+
+__global__ void top_kernel(Values values, double scale, Count* table, unsigned int* low_bits) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const uint32_t bits = values(i);
+    atomicAdd(&table[bits >> 16].count, 1ull);
+    atomicAdd(&table[bits >> 16].sum, fixed_point(bits, scale));
+    if (bits & 0xffffu) atomicOr(&low_bits[bits >> 16], bits & 0xffffu);
+  }
+}
+
+__global__ void next_kernel(Values values, double scale, const uint32_t* slot, const uint32_t* child, int shift,
+                            Count* tables) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const uint32_t bits = values(i);
+    uint32_t at = slot[bits >> 16];
+    if (at != kNoSlot && child) at = child[size_t(at) * 256 + ((bits >> 8) & 255)];
+    if (at == kNoSlot) continue;
+    Count& bucket = tables[size_t(at) * 256 + ((bits >> shift) & 255)];
+    atomicAdd(&bucket.count, 1ull);
+    atomicAdd(&bucket.sum, fixed_point(bits, scale));
+  }
+}
+
+__global__ void zeros_kernel(Values values, unsigned long long* zeros) {
+  unsigned long long mine = 0;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
+       i += int64_t(gridDim.x) * blockDim.x)
+    mine += values(i) == 0;
+  atomicAdd(zeros, mine);
+}
+
+// RadixSelect's counter. The first error stays in `status`; what follows it does nothing.
+class Counter {
+ public:
+  Counter(const Values& values, cudaStream_t stream) : values_(values), stream_(stream) {}
+
+  void top(Bucket* table, uint16_t* low_bits) {
+    DeviceArray<unsigned int> highest(1, stream_), low(kTop, stream_);
+    DeviceArray<Count> counts(kTop, stream_);
+    unsigned int bits = 0;
+    if (!keep(highest.status) || !keep(low.status) || !keep(counts.status) || !keep(highest.zero()) ||
+        !keep(low.zero()) || !keep(counts.zero()) || !keep(launch(max_kernel, blocks(), stream_, values_, highest.get())) ||
+        !keep(highest.read(&bits)))
+      return;
+    // The largest value takes all the bits that the sum of `numel` of them leaves in 63.
+    int exponent = 0, room = 62;
+    frexp(double(as_float(bits)), &exponent);
+    for (int64_t n = values_.tensor.numel; n > 1; n = (n + 1) / 2) --room;
+    scale_ = ldexp(1.0, room - exponent);
+    std::vector<Count> host(kTop);
+    std::vector<unsigned int> host_low(kTop);
+    if (!keep(launch(top_kernel, blocks(), stream_, values_, scale_, counts.get(), low.get())) ||
+        !keep(counts.read(host.data())) || !keep(low.read(host_low.data())))
+      return;
+    for (int b = 0; b < kTop; ++b) {
+      table[b] = bucket(host[size_t(b)]);
+      low_bits[b] = uint16_t(host_low[size_t(b)]);
+    }
+  }
+
+  void next(const uint32_t* slot, const uint32_t* child, int shift, size_t slots, Bucket* tables) {
+    DeviceArray<uint32_t> device_slot(slot, kTop, stream_);
+    DeviceArray<uint32_t> device_child(child, child ? children_ : 0, stream_);
+    DeviceArray<Count> counts(slots * 256, stream_);
+    std::vector<Count> host(slots * 256);
+    children_ = slots * 256;
+    if (!keep(device_slot.status) || !keep(device_child.status) || !keep(counts.status) || !keep(counts.zero()) ||
+        !keep(launch(next_kernel, blocks(), stream_, values_, scale_, static_cast<const uint32_t*>(device_slot.get()),
+                     static_cast<const uint32_t*>(device_child.get()), shift, counts.get())) ||
+        !keep(counts.read(host.data())))
+      return;
+    for (size_t i = 0; i < host.size(); ++i) tables[i] = bucket(host[i]);
+  }
+
+  int64_t zeros() {
+    DeviceArray<unsigned long long> zeros(1, stream_);
+    unsigned long long count = 0;
+    if (keep(zeros.status) && keep(zeros.zero()) && keep(launch(zeros_kernel, blocks(), stream_, values_, zeros.get())))
+      keep(zeros.read(&count));
+    return int64_t(count);
+  }
+
+  cudaError_t status = cudaSuccess;
+
+ private:
+  bool keep(cudaError_t e) {
+    if (status == cudaSuccess) status = e;
+    return status == cudaSuccess;
+  }
+  Bucket bucket(const Count& c) const { return {int64_t(c.count), double(c.sum) / scale_}; }
+  int64_t blocks() const { return std::min<int64_t>((values_.tensor.numel + kThreads - 1) / kThreads, 2048); }
+
+  Values values_;
+  cudaStream_t stream_;
+  double scale_ = 1.0;
+  size_t children_ = 0;
+};
+
+// ------------------------------------------------------------------------------ rank tables
+
+struct RankArgs {
+  merge3_tensor tensor;
+  int32_t k;
+  double* bin_l1;  // [rows, bins]
+};
+
+__global__ void __launch_bounds__(kThreads) rank_kernel(RankArgs a) {
+  constexpr int Q = MERGE3_RANK_BINS;
+  __shared__ unsigned int counts[Q - 1][256];
+  __shared__ uint32_t prefix[Q - 1];
+  __shared__ long long left[Q - 1], below[Q - 1];
+  __shared__ unsigned int highest;
+  __shared__ unsigned long long sums[Q];
+  const merge3_tensor& tensor = a.tensor;
+  const int64_t C = tensor.columns, start = int64_t(blockIdx.x) * C;
+  auto value = [&](int64_t i) {
+    const float theta = load1(tensor.dtype, tensor.base, start + i);
+    return as_uint(load1(tensor.dtype, tensor.experts[a.k], start + i) - theta) & 0x7fffffffu;
+  };
+  if (int(threadIdx.x) < Q - 1) {
+    prefix[threadIdx.x] = 0;
+    left[threadIdx.x] = C * (int64_t(threadIdx.x) + 1) / Q;  // 0-based position from the smallest
+    below[threadIdx.x] = 0;
+  }
+  if (int(threadIdx.x) < Q) sums[threadIdx.x] = 0;
+  if (threadIdx.x == 0) highest = 0;
+  __syncthreads();
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int i = threadIdx.x; i < (Q - 1) * 256; i += blockDim.x) (&counts[0][0])[i] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < C; i += blockDim.x) {
+      const uint32_t bits = value(i);
+      if (shift == 24) atomicMax(&highest, bits);
+      for (int q = 0; q < Q - 1; ++q) {
+        const bool first = q == 0 || prefix[q] != prefix[q - 1];  // equal prefixes share one count
+        if (first && (shift == 24 || bits >> (shift + 8) == prefix[q])) atomicAdd(&counts[q][(bits >> shift) & 255], 1u);
+      }
+    }
+    __syncthreads();
+    uint32_t mine = 0;
+    if (int(threadIdx.x) < Q - 1) {
+      int shared_with = threadIdx.x;
+      while (shared_with > 0 && prefix[shared_with - 1] == prefix[threadIdx.x]) --shared_with;
+      int b = 0;
+      while (b < 255 && left[threadIdx.x] >= (long long)counts[shared_with][b]) {
+        left[threadIdx.x] -= counts[shared_with][b];
+        below[threadIdx.x] += counts[shared_with][b];
+        ++b;
+      }
+      mine = prefix[threadIdx.x] << 8 | uint32_t(b);
+    }
+    __syncthreads();
+    if (int(threadIdx.x) < Q - 1) prefix[threadIdx.x] = mine;
+    __syncthreads();
+  }
+  // below[q]: elements smaller than boundary q, so bin b holds positions below[b - 1] .. below[b] - 1.
+  float* out = const_cast<float*>(tensor.rank_tables[a.k]) + int64_t(blockIdx.x) * MERGE3_RANK_STRIDE;
+  if (int(threadIdx.x) < Q - 1) out[threadIdx.x] = as_float(prefix[threadIdx.x]);
+  if (int(threadIdx.x) < Q) {
+    const long long from = threadIdx.x ? below[threadIdx.x - 1] : 0;
+    const long long to = int(threadIdx.x) < Q - 1 ? below[threadIdx.x] : C;
+    const double position = to > from ? 0.5 * double(from + to - 1) : double(from);
+    const double rank = C > 1 ? position / double(C - 1) : 0.5;
+    out[Q - 1 + threadIdx.x] = float(rank < 1.0 ? rank : 1.0);
+  }
+  int exponent = 0, room = 62;
+  frexp(double(as_float(highest)), &exponent);
+  for (int64_t n = C; n > 1; n = (n + 1) / 2) --room;
+  const double scale = ldexp(1.0, room - exponent);
+  for (int64_t i = threadIdx.x; i < C; i += blockDim.x) {
+    const uint32_t bits = value(i);
+    int bin = 0;
+    while (bin < Q - 1 && bits >= prefix[bin]) ++bin;
+    atomicAdd(&sums[bin], fixed_point(bits, scale));
+  }
+  __syncthreads();
+  if (int(threadIdx.x) < Q) a.bin_l1[int64_t(blockIdx.x) * Q + threadIdx.x] = double(sums[threadIdx.x]) / scale;
+}
+
+}  // namespace
+
+int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  const Chunks chunks(table, tensors);
+  const int pairs = (experts + 1) * (experts + 2) / 2;
+  DeviceArray<merge3_tensor> device_table(table, size_t(tensors), stream);
+  DeviceArray<int64_t> first(chunks.first.data(), chunks.first.size(), stream);
+  DeviceArray<double> sums(size_t(chunks.count() * pairs), stream);
+  MERGE3_TRY(device_table.status);
+  MERGE3_TRY(first.status);
+  MERGE3_TRY(sums.status);
+  const GramArgs args{device_table.get(), first.get(), tensors, sums.get()};
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (experts) {
+    case 1: status = launch(gram_kernel<2>, chunks.count(), stream, args); break;
+    case 2: status = launch(gram_kernel<3>, chunks.count(), stream, args); break;
+    case 3: status = launch(gram_kernel<4>, chunks.count(), stream, args); break;
+    case 4: status = launch(gram_kernel<5>, chunks.count(), stream, args); break;
+    case 5: status = launch(gram_kernel<6>, chunks.count(), stream, args); break;
+    case 6: status = launch(gram_kernel<7>, chunks.count(), stream, args); break;
+    case 7: status = launch(gram_kernel<8>, chunks.count(), stream, args); break;
+    case 8: status = launch(gram_kernel<9>, chunks.count(), stream, args); break;
+    default: return cudaErrorInvalidValue;
+  }
+  MERGE3_TRY(status);
+  return sums.read(partial);
+}
+
+int order_statistics_cuda(const OrderStatistics& call, int64_t tensors, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  RadixSelect select;
+  for (int64_t pair = 0; pair < tensors * call.series(); ++pair) {
+    const int64_t t = pair / call.series();
+    Counter counter({call.table[t], call.statistic, call.experts, int32_t(pair % call.series())}, stream);
+    select.run(counter, call.table[t].numel, call.ranks + t * call.rank_count, call.rank_count, call.result(pair));
+    MERGE3_TRY(counter.status);
+  }
+  return cudaSuccess;
+}
+
+int rank_tables_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* bin_l1, void* raw_stream) {
+  const auto stream = static_cast<cudaStream_t>(raw_stream);
+  for (int64_t t = 0; t < tensors; ++t) {
+    const int64_t rows = table[t].columns ? table[t].numel / table[t].columns : 0;
+    for (int32_t k = 0; k < experts; ++k) {
+      double* total = bin_l1 + (t * experts + k) * MERGE3_RANK_BINS;
+      std::fill(total, total + MERGE3_RANK_BINS, 0.0);
+      DeviceArray<double> sums(size_t(rows) * MERGE3_RANK_BINS, stream);
+      std::vector<double> host(size_t(rows) * MERGE3_RANK_BINS);
+      MERGE3_TRY(sums.status);
+      MERGE3_TRY(launch(rank_kernel, rows, stream, RankArgs{table[t], k, sums.get()}));
+      MERGE3_TRY(sums.read(host.data()));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int b = 0; b < MERGE3_RANK_BINS; ++b) total[b] += host[size_t(r * MERGE3_RANK_BINS + b)];
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace merge3
