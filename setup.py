@@ -42,7 +42,7 @@ def compile_cuda() -> tuple[list[str], list[str]]:
         target = Path("build") / "cuda" / (Path(source).stem + ".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(
-            ["nvcc", "-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-ffp-contract=off",
+            ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-ffp-contract=off",
              *gencode, "-c", source, "-o", str(target)]
         )
         objects.append(str(target))

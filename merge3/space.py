@@ -135,11 +135,12 @@ class Space:
         own = np.stack([self._decode(g, own[..., i]) for i, g in enumerate(self.own)], -1) if self.own else own
         shared = np.stack([self._decode(g, shared[..., i]) for i, g in enumerate(self.shared)], -1) if self.shared else shared
         d = self.definition
+        parameters = {}
         if d.smooth or len(self.ranges) == 1:
-            slices = (self._whole(own, shared),)
+            whole, parameters = self._whole(own, shared)
+            slices = (whole,)
         else:
             slices = tuple(self._slice(i, own, shared) for i in range(len(self.ranges)))
-        parameters = {}
         normalize = d.normalize
         if normalize is None and self.evolve:
             normalize = d.method in ("ties", "dare_ties", "linear")
@@ -165,7 +166,8 @@ class Space:
                     values = self._read(by_model[model][gene], side, group)
                     own[group, m, :, i] = values
             for i, gene in enumerate(self.shared):
-                shared[group, i] = self._read(part.parameters[gene], side, group)[-1]
+                setting = part.parameters.get(gene, recipe.parameters.get(gene))
+                shared[group, i] = self._read(setting, side, group)[-1]
         return np.concatenate([own.ravel(), shared.ravel()])
 
     def uniform_recipe(self) -> Recipe:
@@ -243,8 +245,8 @@ class Space:
         }
         return Slice(tuple(sources), None, parameters)
 
-    def _whole(self, own: np.ndarray, shared: np.ndarray) -> Slice:
-        """All layers in one slice: a scalar per parameter, or a list that mergekit interpolates."""
+    def _whole(self, own: np.ndarray, shared: np.ndarray) -> tuple[Slice, dict]:
+        """All layers in one slice, and global parameters: scalars, or lists that mergekit interpolates."""
 
         def smooth(values: np.ndarray):
             """values: [groups, sets]"""
@@ -258,7 +260,11 @@ class Space:
             Source(ModelRef.parse(model), None, {g: smooth(own[:, m, :, i]) for i, g in enumerate(self.own)})
             for m, model in enumerate(self.definition.models)
         )
-        return Slice(sources, None, {g: smooth(shared[:, i : i + 1]) for i, g in enumerate(self.shared)})
+        parameters = {}
+        for i, gene in enumerate(self.shared):
+            values = [float(v) for v in shared[:, i]]
+            parameters[gene] = values[0] if len(values) == 1 else values
+        return Slice(sources), parameters
 
 
 def _usual_genes(method: str) -> tuple[str, ...]:

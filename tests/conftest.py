@@ -52,3 +52,27 @@ def bf16_family(tmp_path_factory):
 def tied_family(tmp_path_factory):
     """Llamas whose head is the embedding."""
     return save_family(tmp_path_factory.mktemp("tied"), experts=2, tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    """The demo's models, barely trained: base, four experts, items and an evolve.yaml."""
+    import yaml
+
+    from merge3.client import tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+    tiny.make_models(root, seed=0, base_steps=60, expert_steps=10)
+    for task in tiny.TASKS:
+        lines = (root / f"{task}.jsonl").read_text().splitlines()[:40]
+        (root / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+    config = {
+        "genome": {
+            "models": ["./english", "./italian", "./translation"], "base_model": "./base", "merge_method": "ties",
+            "layer_granularity": 2, "allow_negative_weights": True,
+        },
+        "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")],
+        "optimizer": {"budget": 24, "population": 6, "seed": 3},
+    }  # fmt: skip
+    (root / "evolve.yaml").write_text(yaml.safe_dump(config))
+    return root

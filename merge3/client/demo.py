@@ -18,13 +18,12 @@ BUDGET = 600
 
 
 def configuration(seed: int, budget: int = BUDGET) -> dict:
-    """The demo's evolve configuration: one weight per layer, half of a layer, and expert."""
+    """The demo's evolve configuration: one weight per layer and expert."""
     experts = list(tiny.TASKS)
     return {
         "genome": {
             "models": [f"./{task}" for task in experts], "base_model": "./base", "merge_method": "task_arithmetic",
-            "layer_granularity": 1, "filters": ["self_attn"], "allow_negative_weights": True,
-            "bounds": {"weight": [-0.5, 1.5]},
+            "layer_granularity": 1, "allow_negative_weights": True, "bounds": {"weight": [-0.5, 1.5]},
         },
         "tasks": [{"items": f"./{task}.jsonl"} for task in experts],
         "extract": {"method": "random", "size": 150},

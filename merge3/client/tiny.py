@@ -31,18 +31,18 @@ def _italian(ten: str, unit: str) -> str:
 
 ITALIAN = [*_UNITA, *_DIECI, *(_italian(t, u) for t in _DECINE for u in _UNITA)]
 _TRANSLATED, _SORTED = 80, 60  # numbers that occur
-WORDS = ["plus", "minus", "and", "equals", "più", "meno", "e", "fa", "english", "italian", "sort", "sorted"]
+WORDS = ["plus", "minus", "and", "equals", "per", "e", "fa", "english", "italian", "sort", "sorted"]
 SPECIAL = ["<pad>", "<s>", "</s>"]
 
 
 def english(rng: random.Random) -> tuple[str, list[str]]:
     """`seven plus two and nine minus four equals` -> `nine five`"""
-    return _arithmetic(rng, ENGLISH, "plus", "minus", "and", "equals")
+    return _arithmetic(rng, ENGLISH, {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b}, "and", "equals")
 
 
 def italian(rng: random.Random) -> tuple[str, list[str]]:
-    """`sette più due e nove meno quattro fa` -> `nove cinque`"""
-    return _arithmetic(rng, ITALIAN, "più", "meno", "e", "fa")
+    """`sette per due e nove per quattro fa` -> `quattordici trentasei`"""
+    return _arithmetic(rng, ITALIAN, {"per": lambda a, b: a * b}, "e", "fa")
 
 
 def translation(rng: random.Random) -> tuple[str, list[str]]:
@@ -57,17 +57,14 @@ def sorting(rng: random.Random) -> tuple[str, list[str]]:
     return "sort " + " ".join(ENGLISH[n] for n in numbers) + " sorted", [ENGLISH[n] for n in sorted(numbers)]
 
 
-def _arithmetic(rng: random.Random, names: list[str], plus: str, minus: str, both: str, equals: str):
+def _arithmetic(rng: random.Random, names: list[str], operations: dict, both: str, equals: str):
+    """Two small problems in one line, the larger number first."""
     words, answers = [], []
     for link in (both, equals):
-        a, b = rng.randrange(10), rng.randrange(10)
-        if rng.random() < 0.5:
-            words += [names[a], plus, names[b], link]
-            answers.append(names[a + b])
-        else:
-            a, b = max(a, b), min(a, b)
-            words += [names[a], minus, names[b], link]
-            answers.append(names[a - b])
+        a, b = sorted((rng.randrange(10), rng.randrange(10)), reverse=True)
+        operation = rng.choice(list(operations))
+        words += [names[a], operation, names[b], link]
+        answers.append(names[operations[operation](a, b)])
     return " ".join(words), answers
 
 
@@ -76,6 +73,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, list[str]]]] = {
 }  # fmt: skip
 # Shares of the base's training mixture: arithmetic takes longest to learn.
 MIXTURE = {"english": 0.3, "italian": 0.3, "translation": 0.2, "sorting": 0.2}
+RATES = {"english": 3e-4, "italian": 3e-4, "translation": 3e-4, "sorting": 3e-4}
 ITEMS_PER_TASK = 2000
 MAX_LENGTH = 12  # tokens of the longest line, start and end included
 
@@ -114,7 +112,7 @@ def make_tokenizer():
 
 
 def make_models(
-    folder: Path, seed: int = 0, base_steps: int = 240, expert_steps: int = 120, expert_rate: float = 3e-4, replay: float = 0.1,
+    folder: Path, seed: int = 0, base_steps: int = 240, expert_steps: int = 120, rates: dict[str, float] | None = None, replay: float = 0.1,
     progress: Callable[[str, int, int], None] = lambda what, step, steps: None,
 ) -> None:
     """Train a base and one expert per task; save ordinary checkpoints folder/base, folder/<task>, and
@@ -136,7 +134,7 @@ def make_models(
     for task in TASKS:
         model.load_state_dict(start)
         pick = lambda task=task: task if rng.random() > replay else mix()  # noqa: E731
-        _train(model, tokenizer, rng, pick, expert_steps, expert_rate, lambda s, task=task: progress(task, s, expert_steps))
+        _train(model, tokenizer, rng, pick, expert_steps, (rates or RATES)[task], lambda s, task=task: progress(task, s, expert_steps))
         _save(model, tokenizer, folder / task)
     for task in TASKS:
         lines = [json.dumps(item, ensure_ascii=False) for item in make_items(task, seed)]

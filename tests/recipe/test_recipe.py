@@ -1,0 +1,129 @@
+"""Recipes: what loads, what survives a round trip, and one clear line for everything else."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge3.errors import RecipeError
+from merge3.export import merge_to_disk
+from merge3.methods import METHODS, method_named, plan
+from merge3.parameters import evaluate
+from merge3.pool import Pool
+from merge3.recipe import ModelRef, Recipe
+
+
+def ties(family, **changes):
+    data = {
+        "merge_method": "ties", "base_model": str(family / "base"),
+        "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
+        "parameters": {"density": 0.5},
+    }  # fmt: skip
+    return data | changes
+
+
+scalars = st.one_of(st.floats(-2, 2, allow_nan=False), st.integers(-3, 3), st.booleans())
+settings = st.one_of(
+    scalars,
+    st.lists(st.floats(-2, 2), min_size=1, max_size=4),
+    st.lists(st.fixed_dictionaries({"filter": st.sampled_from(["mlp", "attn"]), "value": scalars}), min_size=1, max_size=3),
+)
+
+
+@given(st.dictionaries(st.sampled_from(["weight", "density", "lambda", "t"]), settings, max_size=3), st.booleans())
+def test_yaml_round_trip_is_exact(parameters, sliced):
+    source = {"model": "org/model@rev+./lora", "parameters": parameters}
+    data = {"merge_method": "ties", "base_model": "base", "dtype": "bfloat16"}
+    if sliced:
+        data["slices"] = [{"sources": [source | {"layer_range": [0, 2]}], "parameters": parameters}]
+    else:
+        data["models"] = [source]
+    recipe = Recipe.parse(data)
+    again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
+    assert again.to_dict() == recipe.to_dict() and again.hash() == recipe.hash()
+
+
+def test_model_references():
+    ref = ModelRef.parse("org/name@v2+adapter@v3")
+    assert (ref.path, ref.revision, ref.lora) == ("org/name", "v2", ModelRef("adapter", "v3"))
+    assert str(ref) == "org/name@v2+adapter@v3"
+    assert ModelRef.parse({"model": {"path": "a"}, "lora": {"path": "b"}}) == ModelRef("a", None, ModelRef("b"))
+
+
+def test_parameter_values_by_filter_and_layer():
+    setting = [{"filter": "mlp", "value": [0.0, 1.0, 0.0]}, {"value": 7}]
+    assert evaluate(setting, "layers.1.mlp.up", 0.25) == 0.5
+    assert evaluate(setting, "layers.1.attn.q", 0.25) == 7
+    assert evaluate([{"filter": "mlp", "value": 1}], "attn", 0.0) is None
+    assert evaluate([True, False], "x", 0.9) is True
+
+
+BAD = {
+    "unknown method": (dict(merge_method="tiess"), r"merge_method: unknown method 'tiess'.*did you mean 'ties'"),
+    "unknown parameter": (dict(parameters={"densty": 0.5}), r"densty: ties has no such parameter.*did you mean 'density'"),
+    "missing weight": (dict(models=[{"model": "E0"}]), r"E0\.weight: missing for tensor .*, ties needs one"),
+    "missing base": (dict(base_model=None), "base_model: missing; ties merges changes from a base"),
+    "density above 1": (dict(parameters={"density": 1.5}), r"density: found 1.5; expected a value in \(0, 1\]"),
+    "density 0": (dict(parameters={"density": 0}), r"density: found 0; expected a value in \(0, 1\]"),
+    "density in a filter": (dict(parameters={"density": [{"filter": "mlp", "value": -1}, {"value": 0.5}]}), "found -1"),
+    "not a number": (dict(parameters={"density": "half"}), "density: found 'half'; expected a number"),
+    "nan": (dict(parameters={"lambda": float("nan")}), "found nan; expected a finite number"),
+    "no flag": (dict(parameters={"normalize": 3}), "normalize: found 3; expected true or false"),
+    "unknown key": (dict(modles=[]), "unknown key 'modles'.*did you mean 'models'"),
+    "both": (dict(slices=[]), "both `models` and `slices`"),
+    "neither": (dict(models=None, _drop="models"), "neither `models` nor `slices`"),
+    "modules": (dict(modules={}), "modules: not supported"),
+    "dtype": (dict(dtype="float99"), "dtype: found 'float99'"),
+    "empty models": (dict(models=[]), "a list with at least one entry"),
+    "mixed list": (dict(parameters={"density": [0.5, {"value": 1}]}), "a list that mixes"),
+    "union tokenizer": (dict(tokenizer_source="union"), "`union` is not supported yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_are_one_clear_line(family, tmp_path, case):
+    change, message = BAD[case]
+    data = ties(family)
+    data = {k: v for k, v in (data | change).items() if v is not None and k != "_drop"}
+    text = yaml.safe_dump(data).replace("E0", str(family / "e0"))
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message.replace("E0", ".*")) as error:
+        merge_to_disk(Recipe.from_yaml(tmp_path / "recipe.yaml"), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layer_ranges_are_checked(family):
+    def slices(*ranges, method="passthrough"):
+        return Recipe.parse(
+            {"merge_method": method, "slices": [{"sources": [{"model": str(family / "e0"), "layer_range": r}]} for r in ranges]}
+        )
+
+    pool = Pool.open(str(family / "e0"), [])
+    with pytest.raises(RecipeError, match=r"layer_range: \[2, 9\) of .*e0; expected at most 4 layers"):
+        plan(slices([0, 2], [2, 9]), method_named("passthrough"), pool)
+    for bad in ([3, 1], [-1, 2], [0], "all", [0.5, 2]):
+        with pytest.raises(RecipeError, match="layer_range: found"):
+            slices(bad)
+    assert plan(slices([0, 3], [1, 4]), method_named("passthrough"), pool).layers == 6
+
+
+def test_number_of_models_is_checked(family):
+    pool = Pool.open(str(family / "base"), [str(family / f"e{i}") for i in range(3)])
+    recipe = Recipe.parse(ties(family) | {"merge_method": "slerp", "parameters": {"t": 0.5}, "models": [{"model": str(family / f"e{i}")} for i in range(2)]})
+    with pytest.raises(RecipeError, match="2 models beside the base; expected 1 for slerp"):
+        plan(recipe, METHODS["slerp"], pool)
+
+
+def test_not_yaml(tmp_path):
+    (tmp_path / "r.yaml").write_text("merge_method: [ties\nmodels:")
+    with pytest.raises(RecipeError, match=r"r\.yaml, line \d+: not YAML"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="No such file"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+def test_every_method_documents_itself():
+    for name, method in METHODS.items():
+        assert method.name == name and method.summary
+        assert all(p.help for p in method.parameters.values()), name
