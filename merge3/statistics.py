@@ -103,17 +103,25 @@ class Statistics:
             found = self._order[base, expert][rank]
         return found
 
+    def prefetch_variance(self, requests: Iterable[tuple[Key, tuple[Key, ...], int]]) -> None:
+        """(base, experts, rank): order statistics of the variance across experts, one call for all."""
+        by_count: dict[int, list] = {}
+        for request in dict.fromkeys(requests):
+            if ("variance", *request) not in self._memo:
+                by_count.setdefault(len(request[1]), []).append(request)
+        for group in by_count.values():
+            found = kernels.order_statistics(
+                [self.get(base) for base, _, _ in group], [self.get(e) for _, experts, _ in group for e in experts],
+                torch.tensor([[rank] for *_, rank in group]), "variance",
+            )  # fmt: skip
+            columns = (found.value, found.greater, found.equal, found.l1_greater, found.total, found.nonzero)
+            for request, *row in zip(group, *(c.flatten().tolist() for c in columns)):
+                self._memo[("variance", *request)] = Order(*row)
+
     def variance_order(self, base: Key, experts: tuple[Key, ...], rank: int) -> Order:
         """The rank-th largest variance across experts."""
-        key = ("variance", base, experts, rank)
-        if key not in self._memo:
-            ranks = torch.tensor([[rank]])
-            found = kernels.order_statistics([self.get(base)], [self.get(e) for e in experts], ranks, "variance")
-            self._memo[key] = Order(
-                found.value.item(), found.greater.item(), found.equal.item(), found.l1_greater.item(),
-                found.total.item(), found.nonzero.item(),
-            )  # fmt: skip
-        return self._memo[key]
+        self.prefetch_variance([(base, experts, rank)])
+        return self._memo["variance", base, experts, rank]
 
     # -- ranks within rows
 

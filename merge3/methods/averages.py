@@ -35,7 +35,7 @@ def methods() -> list[Method]:
                 "select_topk": Parameter(float, "shared", 1.0, 0.0, 1.0, help="share of elements, by variance, merged"),
                 "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
             },
-            _sce,
+            _sce, prefetch=_prefetch_sce,
         ),
         Method(
             "passthrough", "one model's tensors, optionally scaled", "",
@@ -76,6 +76,15 @@ def _model_stock(job: Job, statistics: Statistics) -> Fused:
     if not job.shared["filter_wise"]:
         return Fused(Modes(), job.base, job.sources, neutral(weights[0]), float(t[0]))
     return Fused(Modes(), job.base, job.sources, neutral(weights), t)
+
+
+def _prefetch_sce(jobs: list[Job], statistics: Statistics) -> None:
+    jobs = [j for j in jobs if j.numel]
+    statistics.prefetch_gram((j.base, j.sources) for j in jobs if j.shared["select_topk"] >= 1)
+    jobs = [j for j in jobs if j.shared["select_topk"] < 1]
+    statistics.prefetch_variance((j.base, j.sources, 1) for j in jobs)  # for the non-zero count
+    ranks = (int(statistics.variance_order(j.base, j.sources, 1).nonzero * j.shared["select_topk"]) for j in jobs)
+    statistics.prefetch_variance((j.base, j.sources, rank) for j, rank in zip(jobs, ranks) if rank)
 
 
 def _sce(job: Job, statistics: Statistics) -> Step:

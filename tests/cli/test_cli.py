@@ -1,0 +1,181 @@
+"""The command as a person meets it: a process, its exit code, one line for bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("merge", "evolve", "evaluate", "report", "demo", "methods")
+
+
+def client(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "merge3.client", *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT, **options
+    )
+
+
+def recipe_file(folder, family, **changes):
+    data = {
+        "merge_method": "ties", "base_model": str(family / "base"), "parameters": {"density": 0.5},
+        "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(data | changes))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    done = client(command, "--help")
+    assert done.returncode == 0 and f"Example: merge3-client {command}" in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; import merge3.client.cli; print([m for m in ('torch', 'transformers', 'numpy', 'cma', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def test_merge_evaluate_and_report(family, tiny_world, tmp_path):
+    done = client("merge", recipe_file(tmp_path, family), tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tensors"] == 39
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "merge_method: ties" in card and str(family / "e1") in card
+    again = client("merge", tmp_path / "recipe.yaml", tmp_path / "out")
+    assert again.returncode == 2 and "exists and is not empty" in again.stderr
+    done = client("evaluate", tiny_world / "english", tiny_world / "translation.jsonl", "--json", "--responses", tmp_path / "r.jsonl")
+    result = json.loads(done.stdout)
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and result["accuracy"] == pytest.approx(sum(r["score"] for r in rows) / 40)
+
+
+def test_evolve_prints_a_table_and_json(tiny_world, tmp_path):
+    config = tiny_world / "evolve.yaml"
+    done = client("evolve", config, "--run-dir", tmp_path / "run", "--budget", 6, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["candidates"] == 6
+    progress = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert progress[-2]["done"] == 6
+    done = client("report", tmp_path / "run")
+    assert done.returncode == 0 and (tmp_path / "run" / "report.html").exists()
+
+
+def damaged(family, tmp_path, change):
+    shutil.copytree(family / "e0", tmp_path / "e0")
+    change(tmp_path / "e0")
+    return [{"model": str(tmp_path / "e0"), "parameters": {"weight": 1.0}}]
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][2] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+BAD_MERGES = {
+    "unknown method": (lambda f, t: dict(merge_method="tise"), "did you mean 'ties'"),
+    "unknown parameter": (lambda f, t: dict(parameters={"desnity": 0.5}), "did you mean 'density'"),
+    "missing base": (lambda f, t: dict(base_model=str(t / "nowhere")), "nowhere: no such directory"),
+    "truncated": (lambda f, t: dict(models=damaged(f, t, truncate)), "truncated: tensor"),
+    "pickle": (lambda f, t: dict(models=damaged(f, t, pickle)), "a pickle checkpoint"),
+    "nan": (lambda f, t: dict(models=damaged(f, t, poison)), "NaN or infinity in tensor 'model.norm.weight'"),
+    "density": (lambda f, t: dict(parameters={"density": 7}), "density: found 7; expected a value in (0, 1]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MERGES)
+def test_bad_input_is_one_line_and_exit_2(family, tmp_path, case):
+    make, message = BAD_MERGES[case]
+    done = client("merge", recipe_file(tmp_path, family, **make(family, tmp_path)), tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_bad_items_and_configurations(tiny_world, tmp_path):
+    (tmp_path / "items.jsonl").write_text('{"kind": "choice"}\n')
+    done = client("evaluate", tiny_world / "base", tmp_path / "items.jsonl")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "items.jsonl, line 1" in done.stderr
+    (tmp_path / "evolve.yaml").write_text("genome: {models: [a], merge_method: linear}\ntasks: [gsm8k]\n")
+    done = client("evolve", tmp_path / "evolve.yaml", "--run-dir", tmp_path / "run")
+    assert done.returncode == 2 and "lm-eval task, which merge3 cannot run yet" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_no_permission_to_write(family, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    recipe = recipe_file(tmp_path, family)
+    if os.geteuid() == 0:  # root may write anywhere but below a file
+        (tmp_path / "file").write_text("")
+        done = client("merge", recipe, tmp_path / "file" / "out")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        return
+    locked.chmod(0o500)
+    done = client("merge", recipe, locked / "out")
+    assert done.returncode == 2 and "no permission to write" in done.stderr
+
+
+def test_methods_lists_every_method():
+    from merge3.methods import METHODS
+
+    assert set(json.loads(client("methods", "--json").stdout)) == set(METHODS)
+
+
+# -- the house
+
+
+def test_layers():
+    linter = shutil.which("lint-imports", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if linter is None:
+        pytest.skip("import-linter is not installed")
+    done = subprocess.run([linter], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_only_the_torch_binding_includes_torch():
+    for file in (ROOT / "csrc").rglob("*"):
+        if file.suffix in (".h", ".cpp", ".cu", ".cuh") and "torch" not in file.parent.name:
+            assert not re.search(r'#include.*(torch|ATen|c10)', file.read_text()), file
+
+
+def test_public_names_can_be_imported():
+    import merge3
+
+    assert all(getattr(merge3, name) is not None for name in merge3.__all__)
+    with pytest.raises(AttributeError):
+        merge3.nothing
+
+
+def test_readme_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    used = set(re.findall(r"merge3-client (\w+)", text))
+    assert used <= set(COMMANDS) and {"merge", "evolve", "evaluate", "demo"} <= used
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make (\w+)`?", text)) <= targets
+
+
+def test_nothing_names_this_machine():
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".h", ".cpp", ".cu", ".yaml", ".json", ""):
+            text = path.read_text(errors="ignore")
+            assert "/wo" + "rk/" not in text and "/ro" + "ot/" not in text, name
