@@ -40,13 +40,13 @@ void parallel(const merge3_context& context, int64_t count, const Body& body) {
   else threads_for(nullptr, count, call, arg);
 }
 
-bool has_avx2() {
+// The loop for this processor.
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#define MERGE3_BEST(name) (has_avx2() ? name##_avx2 : name##_generic)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 #else
-  return false;
+#define MERGE3_BEST(name) name##_generic
 #endif
-}
 
 merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
                     const merge3_tensor* table, bool needs_out) {
@@ -129,11 +129,7 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
     int64_t bytes = 0;
     for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * (table[t].out_dtype == MERGE3_FLOAT32 ? 4 : 2);
     const MergeCall call{modes, table, coefficients, lambda, &chunks, bytes > (int64_t(16) << 20)};
-#if defined(__x86_64__)
-    const auto loop = has_avx2() ? merge_avx2 : merge_generic;
-#else
-    const auto loop = merge_generic;
-#endif
+    const auto loop = MERGE3_BEST(merge);
     parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { loop(call, from, to); });
     return MERGE3_OK;
   });
@@ -171,7 +167,7 @@ merge3_status merge3_gram(const merge3_context* context, int32_t experts, int64_
     } else
 #endif
       parallel(*context, chunks.count(), [&](int64_t from, int64_t to) {
-        gram_cpu(table, experts, chunks, from, to, partial.data());
+        MERGE3_BEST(gram)(table, experts, chunks, from, to, partial.data());
       });
     for (int64_t t = 0; t < tensors; ++t) {
       double* g = gram + t * vectors * vectors;
@@ -199,7 +195,7 @@ merge3_status merge3_order_statistics(const merge3_context* context, int32_t sta
     const OrderStatistics call{statistic, experts, table, rank_count, ranks, value,
                                greater, equal, l1_greater, total, nonzero};
     MERGE3_ON_DEVICE(order_statistics_cuda(call, tensors, context->stream));
-    parallel(*context, tensors * call.series(), [&](int64_t from, int64_t to) { order_statistics_cpu(call, from, to); });
+    parallel(*context, tensors * call.series(), [&](int64_t from, int64_t to) { MERGE3_BEST(order_statistics)(call, from, to); });
     return MERGE3_OK;
   });
 }

@@ -27,8 +27,10 @@ struct ElementwiseCall {
 void elementwise_cpu(const ElementwiseCall& call, int64_t from, int64_t to);
 
 // partial: [chunks, (K + 1)(K + 2) / 2], one row per chunk so that the sum has a fixed order.
-void gram_cpu(const merge3_tensor* table, int32_t experts, const Chunks& chunks, int64_t from,
-              int64_t to, double* partial);
+void gram_generic(const merge3_tensor* table, int32_t experts, const Chunks& chunks, int64_t from,
+                  int64_t to, double* partial);
+void gram_avx2(const merge3_tensor* table, int32_t experts, const Chunks& chunks, int64_t from,
+               int64_t to, double* partial);
 
 struct OrderStatistics {
   int32_t statistic, experts;
@@ -47,7 +49,8 @@ struct OrderStatistics {
   }
 };
 // Pairs (tensor, expert) [from, to), expert fastest.
-void order_statistics_cpu(const OrderStatistics& call, int64_t from, int64_t to);
+void order_statistics_generic(const OrderStatistics& call, int64_t from, int64_t to);
+void order_statistics_avx2(const OrderStatistics& call, int64_t from, int64_t to);
 void rank_tables_cpu(const merge3_tensor* table, int32_t experts, int64_t from, int64_t to,
                      double* bin_l1);
 
