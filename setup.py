@@ -10,10 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch  # build isolation must be off: an isolated build would fetch another torch
 from setuptools import setup
 from setuptools.command.build_py import build_py
-
-import torch  # build isolation must be off: an isolated build would fetch another torch
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ARCHITECTURES = ("80", "90", "120")

@@ -31,7 +31,7 @@ def seconds(act: Callable[[], object], repeats: int = 7, warmup: int = 1) -> lis
 def alternating(acts: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, list[float]]:
     """Times of several acts in turn (a b c a b c ..), so that a machine that slows down slows all."""
     times: dict[str, list[float]] = {name: [] for name in acts}
-    for name, act in acts.items():
+    for act in acts.values():
         act()
     for _ in range(repeats):
         for name, act in acts.items():

@@ -33,7 +33,7 @@ def merge(
     from merge3.export import merge_to_disk
     from merge3.recipe import Recipe
 
-    bar = lambda done, total: quiet or as_json or _bar("merging", done, total)  # noqa: E731
+    bar = lambda done, total: quiet or as_json or _bar("merging", done, total)
     result = merge_to_disk(Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=bar, where=str(recipe))
     if as_json:
         print(json.dumps(result))
@@ -128,6 +128,7 @@ def methods(as_json: Json = False):
 def main() -> None:
     """Entry point: bad input is one line and exit code 2, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show
     from merge3.errors import Merge3Error
 
     try:

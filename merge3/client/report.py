@@ -47,8 +47,8 @@ def fitness_curve(candidates: list[Candidate]) -> str:
     low, high = min(v for _, v in known), max(v for _, v in known)
     span = (high - low) or 1.0
     low, high = low - 0.05 * span, high + 0.05 * span
-    x = lambda i: PAD + (WIDTH - PAD - 12) * i / max(1, len(candidates) - 1)  # noqa: E731
-    y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)  # noqa: E731
+    x = lambda i: PAD + (WIDTH - PAD - 12) * i / max(1, len(candidates) - 1)
+    y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
     parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>']
     parts += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="1.8" class="dot"/>' for i, v in known]
     best, line = -math.inf, []

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-_UNITS = "zero one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 ENGLISH = [*_UNITS, *_TEENS, *(t + ("" if u == "zero" else u) for t in _TENS for u in _UNITS)]
-_UNITA = "zero uno due tre quattro cinque sei sette otto nove".split()
-_DIECI = "dieci undici dodici tredici quattordici quindici sedici diciassette diciotto diciannove".split()
-_DECINE = "venti trenta quaranta cinquanta sessanta settanta ottanta novanta".split()
+_UNITA = ["zero", "uno", "due", "tre", "quattro", "cinque", "sei", "sette", "otto", "nove"]
+_DIECI = ["dieci", "undici", "dodici", "tredici", "quattordici", "quindici", "sedici", "diciassette", "diciotto", "diciannove"]
+_DECINE = ["venti", "trenta", "quaranta", "cinquanta", "sessanta", "settanta", "ottanta", "novanta"]
 
 
 def _italian(ten: str, unit: str) -> str:
@@ -130,13 +130,13 @@ def make_models(
         max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    mix = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]  # noqa: E731
+    mix = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
     _train(model, tokenizer, rng, mix, base_steps, 2e-3, lambda s: progress("base", s, base_steps))
     _save(model, tokenizer, folder / "base")
     start = {k: v.clone() for k, v in model.state_dict().items()}
     for task in TASKS:
         model.load_state_dict(start)
-        report = lambda step, task=task: progress(task, step, expert_steps)  # noqa: E731
+        report = lambda step, task=task: progress(task, step, expert_steps)
         _train(model, tokenizer, rng, lambda task=task: task, expert_steps, RATES[task], report)
         _save(model, tokenizer, folder / task)
     for task in TASKS:

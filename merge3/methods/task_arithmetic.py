@@ -13,7 +13,15 @@ import numpy as np
 
 from merge3.errors import RecipeError
 from merge3.kernels import (
-    DENSITY, EPSILON, HI, HI_SHARE, LO, LO_SHARE, RANK_BINS, RESCALE, Modes,
+    DENSITY,
+    EPSILON,
+    HI,
+    HI_SHARE,
+    LO,
+    LO_SHARE,
+    RANK_BINS,
+    RESCALE,
+    Modes,
 )  # fmt: skip
 from merge3.methods.base import Fused, Job, Method, Parameter, neutral
 from merge3.statistics import Statistics

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,9 @@ def _check_replay(store: RunStore, answered: dict[int, Candidate], genomes: Sequ
 
 def _identity(config: EvolveConfig, engine: Engine, space: Space, questions: Questions) -> dict[str, str]:
     """What must be equal for a journal to be continued."""
-    import cma
-
     info = engine.info()
     identity = {
-        "merge3": __version__, "cma": cma.__version__, "numpy": np.__version__,
+        "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__,
         "genome": space.definition.hash(),
         "optimizer": config.optimizer.model_dump_json(),
         "search items": items_hash(questions.subset), "held-out items": items_hash(questions.heldout),

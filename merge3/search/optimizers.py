@@ -28,8 +28,9 @@ class CMA:
     """CMA-ES by pycma (Hansen & Ostermeier 2001). Maximises; a NaN fitness counts as the worst."""
 
     def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
-        import cma
-
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses matplotlib, which nobody here asks for
+            import cma
         self.population = population
         finite = np.isfinite(high - low)
         scale = np.where(finite, np.where(finite, high - low, 1.0), 1.0)

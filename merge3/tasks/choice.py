@@ -102,7 +102,7 @@ class ChoiceScorer:
                 lengths.append(len(choice))
                 at += inner
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        to = lambda data: torch.as_tensor(data).to(self.device)  # noqa: E731
+        to = lambda data: torch.as_tensor(data).to(self.device)
         inputs = {"input_ids": to(ids), "position_ids": to(position_ids), "attention_mask": to(mask[:, None])}
         return Batch(
             list(prompts), inputs, right + 1, to(rows), to(positions), to(tokens), to(owner), torch.tensor(lengths)

@@ -110,7 +110,8 @@ def test_layer_ranges_are_checked(family):
 
 def test_number_of_models_is_checked(family):
     pool = Pool.open(str(family / "base"), [str(family / f"e{i}") for i in range(3)])
-    recipe = Recipe.parse(ties(family) | {"merge_method": "slerp", "parameters": {"t": 0.5}, "models": [{"model": str(family / f"e{i}")} for i in range(2)]})
+    models = [{"model": str(family / f"e{i}")} for i in range(2)]
+    recipe = Recipe.parse(ties(family) | {"merge_method": "slerp", "parameters": {"t": 0.5}, "models": models})
     with pytest.raises(RecipeError, match="2 models beside the base; expected 1 for slerp"):
         plan(recipe, METHODS["slerp"], pool)
 
