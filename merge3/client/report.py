@@ -84,28 +84,33 @@ def heat_maps(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def coefficients(recipe: Recipe) -> dict[str, tuple[list[str], dict[str, list[float]]]]:
-    """parameter -> (column names, model -> values), read back from a recipe's slices."""
+    """parameter -> (column names, model -> values), read back from a recipe's slices: what comes before the
+    stack, its layers, what comes after."""
     table: dict[str, tuple[list[str], dict[str, list[float]]]] = {}
-    for part in recipe.slices:
-        for source in part.sources:
-            span = "all" if source.layer_range is None else f"{source.layer_range[0]}-{source.layer_range[1] - 1}"
-            name = Path(str(source.model)).name
-            for parameter, setting in source.parameters.items():
+    for index, part in enumerate(recipe.slices):
+        span = _span(part.sources[0].layer_range)
+        owners = [(Path(str(source.model)).name, source.parameters) for source in part.sources]
+        for owner, parameters in [*owners, ("all models", part.parameters)]:
+            for parameter, setting in parameters.items():
                 columns, rows = table.setdefault(parameter, ([], {}))
-                for column, value in _cells(setting, span):
+                # Conditions for tensors outside the stack stand first; those of the last slice follow it.
+                cells = sorted(_cells(setting, span), key=lambda cell: cell[2] and index > 0)
+                for column, value, _ in cells:
                     if column not in columns:
                         columns.append(column)
-                    rows.setdefault(name, []).append(value)
-        for parameter, setting in part.parameters.items():
-            columns, rows = table.setdefault(parameter, ([], {}))
-            span = part.sources[0].layer_range
-            for column, value in _cells(setting, "all" if span is None else f"{span[0]}-{span[1] - 1}"):
-                columns.append(column)
-                rows.setdefault("all models", []).append(value)
+                    rows.setdefault(owner, []).append(value)
     return table
 
 
+def _span(layer_range) -> str:
+    if layer_range is None:
+        return "all layers"
+    first, last = layer_range[0], layer_range[1] - 1
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
+
+
 def _cells(setting, span: str):
+    """(column, value, whether the tensor is outside the stack)"""
     if not isinstance(setting, (list, tuple)):
         setting = [{"value": setting}]
     elif not isinstance(setting[0], dict):
@@ -115,14 +120,18 @@ def _cells(setting, span: str):
         values = condition["value"] if isinstance(condition["value"], (list, tuple)) else [condition["value"]]
         outside = pattern is not None and pattern.endswith((".weight", ".bias"))
         for i, value in enumerate(values):
-            layer = f"{span}[{i}]" if len(values) > 1 else span
-            yield (pattern if outside else f"{layer} {pattern}" if pattern else layer), float(value)
+            name = f"{span}[{i}]" if len(values) > 1 else span
+            if outside:
+                name = pattern.removeprefix("model.").removesuffix(".weight")
+            elif pattern:
+                name += f" {pattern}"
+            yield name, float(value), outside
 
 
 def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
-    cell, left, top = max(26, min(64, 640 // max(1, len(columns)))), 150, 120
+    cell, left, top = max(30, min(64, 640 // max(1, len(columns)))), 150, 110
     values = [v for row in rows.values() for v in row]
-    low, high = min(*values, 0.0), max(*values, 1e-9)
+    highest = max(1e-9, *map(abs, values))
     parts = []
     for j, column in enumerate(columns):
         x = left + j * cell + cell / 2
@@ -131,18 +140,17 @@ def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
         y = top + i * 28
         parts.append(f'<text x="{left - 8}" y="{y + 19}" class="name">{_escape(name)}</text>')
         for j, value in enumerate(row):
-            ink = "#fff" if abs(value) > 0.6 * max(-low, high) else "#222"
+            ink = "#fff" if abs(value) > 0.6 * highest else "#222"
             parts.append(
-                f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value, low, high)}"/>'
+                f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value / highest)}"/>'
                 f'<text x="{left + j * cell + cell / 2 - 1:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
             )
     return _svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
 
 
-def _color(value: float, low: float, high: float) -> str:
-    """White at 0, blue up to the highest, red down to the lowest."""
-    share = value / high if value >= 0 else value / low
-    strong = (33, 102, 172) if value >= 0 else (178, 24, 43)
+def _color(share: float) -> str:
+    """White at 0, blue up to 1, red down to -1."""
+    strong = (33, 102, 172) if share >= 0 else (178, 24, 43)
     return "#" + "".join(f"{round(255 + (s - 255) * min(1, abs(share))):02x}" for s in strong)
 
 

@@ -108,6 +108,8 @@ def merged(family, bf16_family, tmp_path_factory):
     recipes["bf16_linear"] = recipe(bf16_family, "linear", base=False, weights=[0.5, 0.3, 0.4]) | {"out_dtype": "bfloat16"}
     for method in RANDOM:
         recipes[method] = recipe(family, method, experts=1, weights=[1.0], density=0.5, normalize=False)
+    for method in ("ties", "linear"):  # what a search writes as best.yaml
+        recipes[f"searched_{method}"] = searched(family, method)
     for name, data in recipes.items():
         (root / "in" / f"{name}.yaml").write_text(yaml.safe_dump(data))
     runner = Path(__file__).with_name("run_mergekit.py")
@@ -123,6 +125,28 @@ def pair(merged, name):
     theirs = load_file(root / "theirs" / name / "model.safetensors")
     assert ours.keys() == theirs.keys()
     return ours, theirs
+
+
+def searched(root, method):
+    """A random genome's recipe: groups for embedding, layers, norm and head, and a filter set."""
+    import numpy as np
+
+    from merge3.pool import Pool
+    from merge3.space import Space, SpaceDefinition
+
+    models = tuple(str(root / f"e{i}") for i in range(3))
+    base = str(root / "base") if method == "ties" else None
+    definition = SpaceDefinition(models, method, base, layer_granularity=3, filters=("mlp",), dtype="float32")
+    space = Space(definition, Pool.open(models[0], []).layouts[models[0]])
+    genome = np.random.default_rng(0).uniform(*space.bounds())
+    return yaml.safe_load(space.recipe(genome).to_yaml())
+
+
+@pytest.mark.parametrize("name", ["searched_ties", "searched_linear"])
+def test_a_searched_recipe_means_the_same_to_mergekit(merged, name):
+    ours, theirs = pair(merged, name)
+    wrong = sum(int((~torch.isclose(ours[t], theirs[t], rtol=1e-5, atol=1e-6)).sum()) for t in theirs)
+    assert wrong <= (len(theirs) if name == "searched_ties" else 0)
 
 
 def names(root=Path("x")):
