@@ -37,32 +37,48 @@ class Merge3Error(Exception):
 
 
 class BadInput(Merge3Error, ValueError):
+    """What the caller gave cannot be used; nothing was written."""
+
     reason, code, exit_code = "bad_input", "INVALID_ARGUMENT", 2
 
 
 class RecipeError(BadInput):
+    """A recipe, its method, parameters or layers."""
+
     reason = "recipe"
 
 
 class CheckpointError(BadInput):
+    """A checkpoint: missing, damaged, or not fitting the others."""
+
     reason, code = "checkpoint", "FAILED_PRECONDITION"
 
 
 class ItemsError(BadInput):
+    """An items file, or items that this model cannot answer."""
+
     reason = "items"
 
 
 class ConfigError(BadInput):
+    """An evolve configuration, or a genome of another space."""
+
     reason = "config"
 
 
 class ResourceError(Merge3Error):
+    """The disk is full, memory is short, or a path may not be written."""
+
     reason, code, exit_code = "resource", "RESOURCE_EXHAUSTED", 2
 
 
 class ResumeMismatch(BadInput):
+    """A run directory that this configuration did not make."""
+
     reason, code = "resume_mismatch", "FAILED_PRECONDITION"
 
 
 class Unavailable(Merge3Error):
+    """A build, device, package or service that is not there."""
+
     reason, code = "unavailable", "UNAVAILABLE"

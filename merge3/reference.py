@@ -199,6 +199,8 @@ def rank_tables_ref(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 class Op(NamedTuple):
+    """An operator's Python face and its oracle."""
+
     kernel: Callable
     reference: Callable
 

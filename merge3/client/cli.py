@@ -30,11 +30,12 @@ def merge(
     quiet: Quiet = False,
 ):
     """Merge a recipe to a checkpoint on disk."""
+    from merge3.client.terminal import bar
     from merge3.export import merge_to_disk
     from merge3.recipe import Recipe
 
-    bar = lambda done, total: quiet or as_json or _bar("merging", done, total)
-    result = merge_to_disk(Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=bar, where=str(recipe))
+    show = lambda done, total: quiet or as_json or bar("merging", done, total)
+    result = merge_to_disk(Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=show, where=str(recipe))
     if as_json:
         print(json.dumps(result))
         return
@@ -155,11 +156,6 @@ def _finish(result: dict | None, directory: Path, as_json: bool) -> None:
     from merge3.client.run import print_result
 
     print_result(result, directory)
-
-
-def _bar(what: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{what} {100 * done / total:3.0f} %", end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
 
 def _free(path: Path) -> Path:

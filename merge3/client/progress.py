@@ -9,6 +9,11 @@ from contextlib import AbstractContextManager
 
 from merge3.search.loop import Progress
 
+STAGES = {
+    "statistics": "computing what the search needs to know of the task vectors, once",
+    "held-out": "measuring the winner and the baselines on held-out items",
+}
+
 
 class Live(AbstractContextManager):
     """A panel that redraws in place, for terminals."""
@@ -28,7 +33,7 @@ class Live(AbstractContextManager):
 
         rate = _rate(p)
         table = Table.grid(padding=(0, 2))
-        table.add_row("stage", p.stage)
+        table.add_row("stage", STAGES.get(p.stage, p.stage))
         table.add_row("candidates", f"{p.done} of {p.budget}" + (f" ({p.replayed} from the journal)" if p.replayed else ""))
         table.add_row("", ProgressBar(total=p.budget or 1, completed=p.done, width=40))
         table.add_row("best", f"{p.best:.4f} ± {p.best_stderr:.4f}   mean of last generation {p.mean:.4f}")
@@ -53,7 +58,7 @@ class Lines(AbstractContextManager):
             return
         self._generation = p.generation
         if p.stage != "search":
-            print(f"{p.stage}: measuring the winner and the baselines", file=sys.stderr, flush=True)
+            print(STAGES.get(p.stage, p.stage), file=sys.stderr, flush=True)
             return
         rate = _rate(p)
         print(
@@ -84,6 +89,8 @@ def chosen(as_json: bool, quiet: bool):
 
 
 class Silent(Lines):
+    """Nothing."""
+
     def __call__(self, p: Progress) -> None:
         pass
 

@@ -12,6 +12,7 @@ from typing import Any
 from merge3.checkpoint import write_atomically
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
+from merge3.client.terminal import bar
 from merge3.engine import LocalEngine
 from merge3.errors import ResumeMismatch
 from merge3.pool import Pool
@@ -49,7 +50,7 @@ def evolve(
 def open_pool(models, device: str = "cpu", quiet: bool = False) -> Pool:
     """Open every model, read it once (hashes, statistics, NaN check) and say what is there."""
     pool = Pool.open(models[0], models[1:], device)
-    pool.read_all()
+    pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
     if not quiet:
         for name, reason in pool.kept.items():
             print(f"kept from the base: {name} ({reason})", file=sys.stderr)

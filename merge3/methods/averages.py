@@ -15,6 +15,7 @@ from merge3.statistics import Statistics
 
 
 def methods() -> list[Method]:
+    """linear, model_stock, sce and passthrough."""
     return [
         Method(
             "linear", "weighted average of the models themselves", "https://arxiv.org/abs/2203.05482",

@@ -13,6 +13,7 @@ _RAM = "https://arxiv.org/abs/2601.13572"
 
 
 def methods() -> list[Method]:
+    """nearswap, arcee_fusion, ram and ramplus_tl."""
     epsilon = Parameter(float, "shared", 1e-5, 0.0, help="changes up to this count as none")
     return [
         Method(

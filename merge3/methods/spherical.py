@@ -19,6 +19,7 @@ _SLERP = "https://en.wikipedia.org/wiki/Slerp"
 
 
 def methods() -> list[Method]:
+    """slerp, nuslerp, multislerp and karcher."""
     return [
         Method(
             "slerp", "along the arc from the base to the other model", _SLERP,

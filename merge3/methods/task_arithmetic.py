@@ -49,6 +49,7 @@ _SUMMARY = {
 
 
 def methods() -> list[Method]:
+    """The eight rows of FAMILY."""
     return [_method(name, *row) for name, row in FAMILY.items()]
 
 

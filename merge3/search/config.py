@@ -85,6 +85,8 @@ class Extract(_Section):
 
 
 class Estimate(_Section):
+    """How responses become fitness; mean: over the items asked."""
+
     method: Literal["mean"] = "mean"
     calibration: str | None = None
 
@@ -100,6 +102,8 @@ class Optimizer(_Section):
 
 
 class Heldout(_Section):
+    """The share of every task's items that the search never sees."""
+
     fraction: float = Field(0.3, ge=0, lt=1)
 
 

@@ -122,6 +122,7 @@ def run(
     if started and not resume:
         raise ResumeMismatch(store.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(store.directory / "config.yaml", config.to_yaml())
+    report(Progress(stage="statistics", budget=config.optimizer.budget))
     engine.register(space, questions.subset, questions.heads)
     best = _search(config, engine, space, questions, store, report, stop)
     if best is None:

@@ -12,6 +12,8 @@ import numpy as np
 
 
 class Optimizer(Protocol):
+    """Maximises: ask for a generation, tell its fitness in the same order."""
+
     population: int
 
     def ask(self) -> list[np.ndarray]: ...
