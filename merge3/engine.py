@@ -17,7 +17,7 @@ import torch
 
 from merge3.errors import Merge3Error
 from merge3.export import merge_to_disk
-from merge3.methods import METHODS
+from merge3.methods import METHODS, plan
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.slot import Slot
@@ -54,7 +54,9 @@ class Engine(Protocol):
     """The protocol of LocalEngine and of an engine behind a wire."""
 
     def info(self) -> PoolInfo: ...
-    def register(self, space: Space, items: Sequence[Item], heads: dict[str, str]) -> None: ...
+    def register(
+        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None, weights: dict[str, float] | None = None
+    ) -> None: ...
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
     def export(self, recipe: Recipe, directory: Path) -> dict: ...
@@ -64,17 +66,19 @@ class LocalEngine:
     """Pool, slot and scorer in this process.
 
     seed: of random keeps, the same for every candidate, so that candidates differ by their genes alone.
-    estimate(responses, items) -> (value, stderr): default, the mean over tasks of their mean response.
+    dtype: of the live model; what the recipes to come will be exported in (default: the endpoints').
+    estimate(responses, items, task weights) -> (value, stderr).
     """
 
     def __init__(
-        self, pool: Pool, seed: int = 0, chat: bool = False,
-        estimate: Callable[[np.ndarray, Sequence[Item]], tuple[float, float]] | None = None,
+        self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None,
+        estimate: Callable[[np.ndarray, Sequence[Item], dict[str, float] | None], tuple[float, float]] | None = None,
     ):  # fmt: skip
         self.pool, self.seed, self.chat = pool, seed, chat
-        self.estimate = estimate or (lambda responses, items: mean_over_tasks(responses, items))
-        self.slot = Slot(pool)
-        self._scorers: dict[tuple, tuple[Scorer, str]] = {}
+        self.estimate = estimate or mean_over_tasks
+        self.slot = Slot(pool, dtype)
+        self.heads: dict[str, str] = {}
+        self._scorers: dict[tuple, Scorer] = {}
 
     def info(self) -> PoolInfo:
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
@@ -82,9 +86,13 @@ class LocalEngine:
             tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device)
         )
 
-    def register(self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None) -> None:
-        """Fix what `evaluate` decodes and asks. heads: task -> the endpoint whose head answers it."""
-        self.space, self.items, self.heads = space, list(items), dict(heads or {})
+    def register(
+        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None, weights: dict[str, float] | None = None
+    ) -> None:
+        """Fix what `evaluate` decodes, asks and counts. heads: task -> the endpoint whose head answers it;
+        weights: task -> its weight in the estimate."""
+        self.space, self.items, self.heads, self.weights = space, list(items), dict(heads or {}), weights
+        self._rounds = self._by_task(self.items)
         self._prefetch()
 
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
@@ -98,8 +106,8 @@ class LocalEngine:
                 before = time.perf_counter()
                 self.slot.swap(recipe, self.seed, "candidate")
                 swap = time.perf_counter() - before
-                responses = self._ask(self.items)
-                value, stderr = self.estimate(responses, self.items)
+                responses = self._ask(self._rounds, len(self.items))
+                value, stderr = self.estimate(responses, self.items, self.weights)
                 yield Evaluation(index, recipe_hash, responses, value, stderr, time.perf_counter() - start, swap)
             except (Merge3Error, torch.OutOfMemoryError) as error:
                 seconds = time.perf_counter() - start
@@ -111,35 +119,39 @@ class LocalEngine:
             self.slot.swap(what, self.seed)
         else:
             self.slot.load(what)
-        return self._ask(items, what if isinstance(what, str) else None)
+        return self._ask(self._by_task(items, what if isinstance(what, str) else None), len(items))
 
     def export(self, recipe: Recipe, directory: Path) -> dict:
         """Write the merged checkpoint; see export.merge_to_disk."""
         return merge_to_disk(recipe, directory, self.pool, self.seed)
 
-    def _ask(self, items: Sequence[Item], endpoint: str | None = None) -> np.ndarray:
-        responses = np.empty(len(items))
-        for task in dict.fromkeys(item.task for item in items):
-            at = [i for i, item in enumerate(items) if item.task == task]
-            head = self.heads.get(task) or endpoint
-            if head is not None:
-                self.slot.use_head(head)
-            responses[at] = self._scorer([items[i] for i in at], head).score(self.slot.model)
-        return responses
+    def _by_task(self, items: Sequence[Item], endpoint: str | None = None) -> list[tuple[list[int], str, Scorer]]:
+        """(positions, head, scorer) per task. A task's head is its own, else the endpoint's asked, else the base's."""
+        positions: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            positions.setdefault(item.task, []).append(i)
+        rounds = []
+        for task, at in positions.items():
+            head = self.heads.get(task) or endpoint or self.pool.base
+            key = (tuple(items[i] for i in at), head if self.pool.heads else None)
+            if key not in self._scorers:
+                self.slot.use_head(head)  # the labels are the head's
+                self._scorers[key] = Scorer(key[0], self.slot.model, self.pool.base_checkpoint.path, self.chat)
+            rounds.append((at, head, self._scorers[key]))
+        return rounds
 
-    def _scorer(self, items: list[Item], head: str | None) -> Scorer:
-        key = (tuple(item.id for item in items), items[0].task, head if self.pool.heads else None)
-        if key not in self._scorers:
-            self._scorers[key] = Scorer(items, self.slot.model, self.pool.base_checkpoint.path, self.chat)
-        return self._scorers[key]
+    def _ask(self, rounds: list[tuple[list[int], str, Scorer]], count: int) -> np.ndarray:
+        responses = np.empty(count)
+        for at, head, scorer in rounds:
+            self.slot.use_head(head)
+            responses[at] = scorer.score(self.slot.model)
+        return responses
 
     def _prefetch(self) -> None:
         """Thresholds at every density a search can name, for all tensors in one pass over the weights."""
         method = METHODS[self.space.definition.method]
         if "density" not in self.space.own or "gamma" in method.parameters or method.stochastic:
             return
-        from merge3.methods import plan
-
         planned = plan(self.space.uniform_recipe(), method, self.pool)
         self.pool.statistics.prefetch_order(
             (job.base, source, {max(1, int(job.numel * j / DENSITY_STEPS)) for j in range(1, DENSITY_STEPS)})

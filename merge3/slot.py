@@ -22,11 +22,11 @@ _LOADERS = (
 
 
 class Slot:
-    """One model over a pool. dtype: of its weights (default: as the base is stored)."""
+    """One model over a pool. dtype: of its weights (default: what the endpoints' dtypes promote to)."""
 
     def __init__(self, pool: Pool, dtype: torch.dtype | None = None):
         self.pool = pool
-        self.model = load_model(pool, dtype)
+        self.model = load_model(pool, dtype or _promoted(pool))
         self._weights = self._bind()
         self._head = pool.base
 
@@ -99,14 +99,20 @@ class Slot:
         return bound
 
 
-def load_model(pool: Pool, dtype: torch.dtype | None = None):
+def _promoted(pool: Pool) -> torch.dtype:
+    """The common dtype of the largest tensor: what a recipe without a dtype is exported in."""
+    tensors = pool.base_checkpoint.tensors
+    return pool.common_dtype(max((t for t in tensors if tensors[t].dtype.is_floating_point), key=lambda t: tensors[t].nbytes))
+
+
+def load_model(pool: Pool, dtype: torch.dtype):
     """The base as a transformers model, for inference, on the pool's device."""
     import transformers
 
     architecture = (pool.base_checkpoint.config.get("architectures") or [""])[0]
     loader = next(getattr(transformers, auto) for suffix, auto in _LOADERS if suffix in architecture)
     try:
-        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype or "auto")
+        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise CheckpointError(pool.base, f"transformers cannot load it ({reason})", "a supported architecture") from None

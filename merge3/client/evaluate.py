@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from merge3.checkpoint import write_atomically
 from merge3.engine import LocalEngine, mean_over_tasks
 from merge3.errors import ItemsError
@@ -26,14 +28,13 @@ def evaluate_files(
             raise ItemsError(f"task {item.task!r}", f"item id {item.id!r} in two files", "unique ids within a task")
         seen.add((item.task, item.id))
     if what.is_dir() or what.suffix not in (".yaml", ".yml"):
-        pool, subject = Pool.open(str(what), [], device), None
+        pool, dtype = Pool.open(str(what), [], device), None
         subject = pool.base
     else:
         subject = Recipe.from_yaml(what)
         models = subject.models()
-        pool = Pool.open(models[0], models[1:], device)
-    engine = LocalEngine(pool, seed)
-    engine.heads = {}
+        pool, dtype = Pool.open(models[0], models[1:], device), subject.out_dtype or subject.dtype
+    engine = LocalEngine(pool, seed, dtype=getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
     responses = engine.answer(subject, items)
     seconds = time.perf_counter() - start

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from merge3.checkpoint import write_atomically
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
@@ -30,7 +32,8 @@ def evolve(
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
     questions = load_questions(config)  # bad items are found before any model is opened
     pool = open_pool(config.models, device, quiet)
-    engine = LocalEngine(pool, seed=config.optimizer.seed, chat=config.apply_chat_template)
+    dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
+    engine = LocalEngine(pool, config.optimizer.seed, config.apply_chat_template, dtype)
     store = RunStore(directory)
     stopping = _StopOnInterrupt()
     with stopping, chosen(as_json, quiet) as report:

@@ -22,6 +22,7 @@ from merge3.checkpoint import write_atomically
 from merge3.checkpoint.layout import Layout
 from merge3.engine import Engine, mean_over_tasks
 from merge3.errors import ConfigError, ResumeMismatch
+from merge3.methods import METHODS
 from merge3.recipe import Recipe
 from merge3.search import optimizers
 from merge3.search.baselines import default_merges
@@ -99,7 +100,7 @@ def load_questions(config: EvolveConfig) -> Questions:
     if config.limit is not None:
         subset = _per_task(subset, config.limit, None)
     if config.extract.method == "random":
-        subset = _per_task(search, config.extract.size, np.random.default_rng(seed))
+        subset = _per_task(subset, config.extract.size, np.random.default_rng(seed))
     return Questions(search, subset, heldout, weights, heads)
 
 
@@ -123,7 +124,7 @@ def run(
         raise ResumeMismatch(store.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(store.directory / "config.yaml", config.to_yaml())
     report(Progress(stage="statistics", budget=config.optimizer.budget))
-    engine.register(space, questions.subset, questions.heads)
+    engine.register(space, questions.subset, questions.heads, questions.weights)
     best = _search(config, engine, space, questions, store, report, stop)
     if best is None:
         return None
@@ -146,7 +147,10 @@ def run(
 
 def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
     """The winner as a mergekit recipe."""
-    head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {config.optimizer.seed})\n"
+    seed = config.optimizer.seed
+    head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
+    if METHODS[recipe.method].stochastic:
+        head += f"# random keeps: the searched model is `merge3-client merge best.yaml OUT --seed {seed}`\n"
     return head + recipe.to_yaml()
 
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from merge3.client import run
@@ -58,7 +59,6 @@ def test_what_was_searched_is_what_was_exported(undisturbed, tiny_world):
     config = load_config(tiny_world / "evolve.yaml")
     questions = load_questions(config)
     exported = LocalEngine(Pool.open(str(directory / "model"), []))
-    exported.heads = {}
     responses = exported.answer(exported.pool.base, questions.subset)
     rows = journal(directory)
     best = max(rows, key=lambda r: r[5])
@@ -247,8 +247,40 @@ def test_mean_over_tasks_weights_tasks_not_items():
     assert mean_over_tasks(responses, items, {"a": 3.0, "b": 1.0})[0] == pytest.approx((3 * 0.5 + 1) / 4)
 
 
+def test_task_weights_count_in_the_search(tiny_world):
+    config = load_config(tiny_world / "evolve.yaml")
+    pool = Pool.open(config.models[0], config.models[1:])
+    engine, questions = LocalEngine(pool), load_questions(config)
+    space = Space(config.genome.definition(), pool.layouts[pool.base])
+    engine.register(space, questions.subset, None, {"english": 1.0, "translation": 3.0})
+    (found,) = engine.evaluate([space.initial()])
+    means = {t: found.responses[[i.task == t for i in questions.subset]].mean() for t in ("english", "translation")}
+    assert means["english"] != means["translation"]
+    assert found.value == pytest.approx((means["english"] + 3 * means["translation"]) / 4)
+
+
+def test_the_searched_dtype_is_the_exported_dtype(tiny_world, tmp_path):
+    """Float32 models searched for a bfloat16 merge: candidates answer as the written checkpoint will."""
+    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+    data["genome"]["dtype"], data["optimizer"] = "bfloat16", {"budget": 6, "population": 6}
+    (tiny_world / "bf16.yaml").write_text(yaml.safe_dump(data))
+    config = load_config(tiny_world / "bf16.yaml")
+    result = run.evolve(config, tmp_path / "run", quiet=True)
+    exported = LocalEngine(Pool.open(str(tmp_path / "run" / "model"), []))
+    assert next(exported.slot.model.parameters()).dtype == torch.bfloat16
+    questions = load_questions(config)
+    responses = exported.answer(exported.pool.base, questions.subset)
+    assert mean_over_tasks(responses, questions.subset)[0] == result["search_value"]
+
+
+def test_a_limit_also_bounds_a_random_subset(tiny_world):
+    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+    data |= {"limit": 5, "extract": {"method": "random", "size": 8}}
+    (tiny_world / "limit.yaml").write_text(yaml.safe_dump(data))
+    assert len(load_questions(load_config(tiny_world / "limit.yaml")).subset) == 10
+
+
 def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
-    import torch
     from safetensors.torch import load_file
 
     from merge3.slot import Slot
@@ -269,7 +301,6 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
 
 
 def test_heads_stay_with_their_experts(tmp_path):
-    import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     from merge3.slot import Slot
@@ -292,6 +323,28 @@ def test_heads_stay_with_their_experts(tmp_path):
         assert slot.model(input_ids=ids).logits.shape == (1, labels)
         head = LlamaForSequenceClassification.from_pretrained(tmp_path / f"m{i}").score.weight
         assert torch.equal(slot.model.score.weight, head)
+
+
+def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from merge3.client import tiny
+
+    for i in range(2):
+        torch.manual_seed(i)
+        config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                             pad_token_id=0, num_labels=3)  # fmt: skip
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "m0")
+    items = [Item(f"k{i}", "k", "classify", f"{tiny.ENGLISH[i]} {tiny.ENGLISH[2 * i]}", i % 3) for i in range(40)]
+    engine = LocalEngine(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1")]))
+    recipe = Recipe.parse(
+        {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
+         "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}]}
+    )  # fmt: skip
+    before = engine.answer(recipe, items)
+    endpoint = engine.answer(str(tmp_path / "m1"), items)
+    assert np.array_equal(engine.answer(recipe, items), before) and not np.array_equal(endpoint, before)
 
 
 def test_space_is_registered_once_and_engines_prefetch_every_threshold(tiny_world):
