@@ -2,8 +2,14 @@
 // checks its arguments again.
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
+#include <atomic>
 #include <exception>
+#include <numeric>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "cpu/merge_cpu.h"
@@ -40,13 +46,35 @@ void parallel(const merge3_context& context, int64_t count, const Body& body) {
   else threads_for(nullptr, count, call, arg);
 }
 
-// The loop for this processor.
+// The loops for one instruction set. Statistics read more than they compute: AVX2 is enough for them.
+struct Loops {
+  const char* name;
+  bool usable;
+  decltype(&merge_generic) merge;
+  decltype(&gram_generic) gram;
+  decltype(&order_statistics_generic) order_statistics;
+};
+
+// The best for this processor, or what MERGE3_CPU names (to compare them; the results are the same).
+const Loops& loops() {
+  static const Loops chosen = [] {
+    Loops best{"generic", true, merge_generic, gram_generic, order_statistics_generic};
+    const char* wanted = getenv("MERGE3_CPU");
 #if defined(__x86_64__)
-#define MERGE3_BEST(name) (has_avx2() ? name##_avx2 : name##_generic)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
-#else
-#define MERGE3_BEST(name) name##_generic
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    for (const Loops& better : {Loops{"avx2", avx2, merge_avx2, gram_avx2, order_statistics_avx2},
+                                Loops{"avx512", avx512, merge_avx512, gram_avx2, order_statistics_avx2}})
+      if (better.usable && !(wanted && !strcmp(wanted, best.name))) best = better;
 #endif
+    if (wanted && strcmp(wanted, best.name))
+      throw std::runtime_error(std::string("MERGE3_CPU=") + wanted + ": expected generic, avx2 or avx512, one this processor has");
+    return best;
+  }();
+  return chosen;
+}
 
 merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
                     const merge3_tensor* table, bool needs_out) {
@@ -129,7 +157,7 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
     int64_t bytes = 0;
     for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * (table[t].out_dtype == MERGE3_FLOAT32 ? 4 : 2);
     const MergeCall call{modes, table, coefficients, lambda, &chunks, bytes > (int64_t(16) << 20)};
-    const auto loop = MERGE3_BEST(merge);
+    const auto loop = loops().merge;
     parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { loop(call, from, to); });
     return MERGE3_OK;
   });
@@ -166,8 +194,8 @@ merge3_status merge3_gram(const merge3_context* context, int32_t experts, int64_
       if (code) return device_status(code, cuda_message(code));
     } else
 #endif
-      parallel(*context, chunks.count(), [&](int64_t from, int64_t to) {
-        MERGE3_BEST(gram)(table, experts, chunks, from, to, partial.data());
+      parallel(*context, chunks.count(), [&, gram_span = loops().gram](int64_t from, int64_t to) {
+        gram_span(table, experts, chunks, from, to, partial.data());
       });
     for (int64_t t = 0; t < tensors; ++t) {
       double* g = gram + t * vectors * vectors;
@@ -195,7 +223,16 @@ merge3_status merge3_order_statistics(const merge3_context* context, int32_t sta
     const OrderStatistics call{statistic, experts, table, rank_count, ranks, value,
                                greater, equal, l1_greater, total, nonzero};
     MERGE3_ON_DEVICE(order_statistics_cuda(call, tensors, context->stream));
-    parallel(*context, tensors * call.series(), [&](int64_t from, int64_t to) { MERGE3_BEST(order_statistics)(call, from, to); });
+    // Pairs differ in size: the largest come first, and whoever is free takes the next.
+    std::vector<int64_t> pairs(size_t(tensors * call.series()));
+    std::iota(pairs.begin(), pairs.end(), int64_t(0));
+    std::stable_sort(pairs.begin(), pairs.end(), [&](int64_t a, int64_t b) {
+      return table[a / call.series()].numel > table[b / call.series()].numel;
+    });
+    std::atomic<size_t> next{0};
+    parallel(*context, int64_t(pairs.size()), [&, pair = loops().order_statistics](int64_t, int64_t) {
+      for (size_t i; (i = next++) < pairs.size();) pair(call, pairs[i]);
+    });
     return MERGE3_OK;
   });
 }
@@ -214,6 +251,15 @@ merge3_status merge3_rank_tables(const merge3_context* context, int32_t experts,
 }
 
 const char* merge3_last_error(void) { return last_error; }
+
+const char* merge3_cpu(void) {
+  try {
+    return loops().name;
+  } catch (const std::exception& error) {
+    fail(MERGE3_INVALID_ARGUMENT, "%s", error.what());
+    return "";
+  }
+}
 
 const char* merge3_build(void) {
 #if defined(MERGE3_WITH_CUDA)

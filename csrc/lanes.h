@@ -52,6 +52,8 @@ MERGE3_HD float as_float(uint32_t u) {
   memcpy(&x, &u, 4);
   return x;
 }
+MERGE3_HD float positive_part(float x) { return x > 0.0f ? x : 0.0f; }  // NaN: 0
+MERGE3_HD float add_where(bool mask, float sum, float x) { return sum + (mask ? x : 0.0f); }
 MERGE3_HD float to_float(int32_t i) { return float(i); }
 
 template <class T>
@@ -63,28 +65,47 @@ MERGE3_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& hi, uint32_t& lo)
 }
 
 #if !defined(__CUDACC__)
-// Eight lanes: one AVX register; other targets split it, which costs nothing here.
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef uint32_t u32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
+// Eight lanes fill an AVX register and sixteen an AVX-512 one; other targets split them, at no cost.
+#define MERGE3_VECTOR_LANES(N)                                                                       \
+  typedef float f32x##N __attribute__((vector_size(4 * N)));                                         \
+  typedef uint32_t u32x##N __attribute__((vector_size(4 * N)));                                      \
+  typedef int32_t i32x##N __attribute__((vector_size(4 * N)));                                       \
+  typedef uint16_t u16x##N __attribute__((vector_size(2 * N)));                                      \
+  template <>                                                                                        \
+  struct Lanes<f32x##N> {                                                                            \
+    using U = u32x##N;                                                                               \
+    using I = i32x##N;                                                                               \
+    using H = u16x##N;                                                                               \
+  };                                                                                                 \
+  template <>                                                                                        \
+  MERGE3_HD f32x##N same<f32x##N>(float x) { return x - f32x##N{}; }                                 \
+  template <>                                                                                        \
+  MERGE3_HD u32x##N same<u32x##N>(uint32_t x) { return x - u32x##N{}; }                              \
+  template <>                                                                                        \
+  MERGE3_HD i32x##N same<i32x##N>(int32_t x) { return x - i32x##N{}; }                               \
+  MERGE3_HD u32x##N as_uint(f32x##N x) { return (u32x##N)x; }                                        \
+  MERGE3_HD f32x##N as_float(u32x##N u) { return (f32x##N)u; }                                       \
+  MERGE3_HD f32x##N to_float(i32x##N i) { return __builtin_convertvector(i, f32x##N); }              \
+  MERGE3_HD f32x##N select(i32x##N mask, f32x##N a, f32x##N b) { return mask ? a : b; }              \
+  MERGE3_HD u32x##N select(i32x##N mask, u32x##N a, u32x##N b) { return mask ? a : b; }              \
+  MERGE3_HD i32x##N select(i32x##N mask, i32x##N a, i32x##N b) { return mask ? a : b; }
+MERGE3_VECTOR_LANES(8)
+MERGE3_VECTOR_LANES(16)
+#undef MERGE3_VECTOR_LANES
 
-template <>
-struct Lanes<f32x8> {
-  using U = u32x8;
-  using I = i32x8;
-};
-template <>
-MERGE3_HD f32x8 same<f32x8>(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
-template <>
-MERGE3_HD u32x8 same<u32x8>(uint32_t x) { return u32x8{x, x, x, x, x, x, x, x}; }
-template <>
-MERGE3_HD i32x8 same<i32x8>(int32_t x) { return i32x8{x, x, x, x, x, x, x, x}; }
-MERGE3_HD u32x8 as_uint(f32x8 x) { return (u32x8)x; }
-MERGE3_HD f32x8 as_float(u32x8 u) { return (f32x8)u; }
-MERGE3_HD f32x8 to_float(i32x8 i) { return __builtin_convertvector(i, f32x8); }
-MERGE3_HD f32x8 select(i32x8 mask, f32x8 a, f32x8 b) { return mask ? a : b; }
-MERGE3_HD u32x8 select(i32x8 mask, u32x8 a, u32x8 b) { return mask ? a : b; }
-MERGE3_HD i32x8 select(i32x8 mask, i32x8 a, i32x8 b) { return mask ? a : b; }
+MERGE3_HD f32x8 add_where(i32x8 mask, f32x8 sum, f32x8 x) { return sum + (mask ? x : f32x8{}); }
+MERGE3_HD f32x16 add_where(i32x16 mask, f32x16 sum, f32x16 x) { return mask ? sum + x : sum; }  // one masked add
+
+MERGE3_HD f32x8 positive_part(f32x8 x) {
+#if defined(__AVX2__)
+  return (f32x8)_mm256_max_ps((__m256)x, _mm256_setzero_ps());
+#else
+  return select(x > f32x8{}, x, f32x8{});
+#endif
+}
+#if defined(__AVX512F__)
+MERGE3_HD f32x16 positive_part(f32x16 x) { return (f32x16)_mm512_max_ps((__m512)x, _mm512_setzero_ps()); }
+#endif
 
 MERGE3_HD void multiply_wide(u32x8 a, uint32_t b, u32x8& hi, u32x8& lo) {
 #if defined(__AVX2__)
@@ -99,6 +120,14 @@ MERGE3_HD void multiply_wide(u32x8 a, uint32_t b, u32x8& hi, u32x8& lo) {
   }
 #endif
 }
+#if defined(__AVX512F__)
+MERGE3_HD void multiply_wide(u32x16 a, uint32_t b, u32x16& hi, u32x16& lo) {
+  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(b));
+  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  lo = (u32x16)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  hi = (u32x16)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+}
+#endif
 #endif
 
 }  // namespace merge3

@@ -24,42 +24,35 @@ MERGE3_HD F sign(F x) {
 
 // On bf16 checkpoints magnitudes tie massively (about 940 distinct values per tensor), so keeping
 // all or none of the elements at a threshold misses the asked density by a per cent. A Weyl
-// sequence over the element index (equidistributed, one multiply) picks the asked share of them; all
+// sequence over the element index (equidistributed, one multiply) picks the asked share of them. It
+// repeats every kTiePeriod elements, so that a CPU loop may read thresholds from a small table, from
+// another start in every kTieRun elements, so that the asked share comes out right over a tensor. All
 // experts share it, since each one's density is what has to come out right.
-constexpr uint32_t kWeylStep = 0x9E3779B1u;
-MERGE3_HD uint32_t tie_hash(int64_t element, uint32_t tensor) {
-  return uint32_t(element) * kWeylStep + tensor * 0x85EBCA6Bu;
+constexpr int64_t kTiePeriod = 128, kTieRun = 1 << 16;
+MERGE3_HD int32_t tie_hash(int64_t element, uint32_t tensor) {
+  return int32_t(uint32_t(element % kTiePeriod) * 0x9E3779B1u + uint32_t(element / kTieRun) * 0xC2B2AE35u +
+                 tensor * 0x85EBCA6Bu);
 }
 
 // A threshold that admits `share` of the elements lying exactly on it.
-template <class F>
 struct Bound {
-  F at;    // threshold for elements whose hash is below share
-  F past;  // threshold for the others: the next float, which excludes `at` itself
-  typename Lanes<F>::I share;  // of [0, 1) as a signed 32-bit position, to compare hashes as signed
+  float at;       // threshold for elements whose hash is below share
+  float past;     // threshold for the others: the next float, which excludes `at` itself
+  int32_t share;  // of [0, 1), as a position among the signed 32-bit hashes
 };
 
-template <class F>
-MERGE3_HD Bound<F> make_bound(float value, float share, bool upper) {
+MERGE3_HD Bound make_bound(float value, float share, bool upper) {
   float past = value;
-  int32_t position = 0x7fffffff;
+  int32_t position = INT32_MAX;
   if (share < 1.0f) {
     const uint32_t bits = as_uint(value);
     if (upper) past = bits == 0 ? -1.0f : as_float(bits - 1);
     else past = as_float(bits + 1);
     position = share <= 0.0f ? INT32_MIN : int32_t(double(share) * 4294967296.0 - 2147483648.0);
   }
-  return {same<F>(value), same<F>(past), same<typename Lanes<F>::I>(position)};
+  return {value, past, position};
 }
-
-template <class F, class I>
-MERGE3_HD auto at_least(F a, I hash, const Bound<F>& b) {
-  return a >= select(hash < b.share, b.at, b.past);
-}
-template <class F, class I>
-MERGE3_HD auto at_most(F a, I hash, const Bound<F>& b) {
-  return a <= select(hash < b.share, b.at, b.past);
-}
+MERGE3_HD float limit(const Bound& b, int32_t hash) { return hash < b.share ? b.at : b.past; }
 
 // ------------------------------------------------------------------------------ the fused merge
 
@@ -69,23 +62,19 @@ template <class F, int K>
 struct Prepared {
   F scale[K];   // weight * rescale
   F weight[K];
-  Bound<F> lo[K], hi[K];
   typename Lanes<F>::I keep16[K];  // random: keep if the 16 random bits are below this
   F low16[K], span16[K];           // ranked: keep if the bits are below low16 + span16 * rank
   F lambda;
   F total;  // sum of weights, the divisor without election
-  bool normalize;
 };
 
 template <class F, int K>
-MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool normalize, bool has_base) {
+MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool has_base) {
   Prepared<F, K> p;
   float total = 0.0f;
   for (int k = 0; k < K; ++k) {
     p.scale[k] = same<F>(c[k].weight * c[k].rescale);
     p.weight[k] = same<F>(c[k].weight);
-    p.lo[k] = make_bound<F>(c[k].lo, c[k].lo_share, false);
-    p.hi[k] = make_bound<F>(c[k].hi, c[k].hi_share, true);
     p.keep16[k] = same<typename Lanes<F>::I>(int32_t(c[k].density * 65536.0f + 0.5f));
     p.low16[k] = same<F>((c[k].density - c[k].epsilon) * 65536.0f);
     p.span16[k] = same<F>(2.0f * c[k].epsilon * 65536.0f);
@@ -95,9 +84,16 @@ MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool
   if (has_base && magnitude(total) < 1e-8f) total = 1.0f;
   p.total = same<F>(total);
   p.lambda = same<F>(lambda);
-  p.normalize = normalize;
   return p;
 }
+
+// What decides, element by element, whether expert k's change is kept. Each mode reads its own part.
+template <class F, int K>
+struct Keep {
+  F lo[K], hi[K];                  // magnitude, band: limits of |tau|
+  typename Lanes<F>::I random[K];  // random, ranked: 16 random bits
+  F rank[K];                       // ranked: rank of |tau| in its row
+};
 
 // DELLA (Deep et al. 2024): rank of a magnitude within its row, from MERGE3_RANK_BINS - 1 boundaries
 // and the mean rank of each bin. Off by at most half a bin: a keep probability errs by < epsilon / 32.
@@ -109,10 +105,9 @@ MERGE3_HD F rank_in_row(F a, const float* table) {
   return rank;
 }
 
-// out for one element (or one per lane). hash: tie_hash; random: 16 bits per expert; rank: ranked only.
-template <int K, int SPARSIFY, int ELECT, class F, class U, class I>
-MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, U hash,
-                          const I (&random)[K], const F (&rank)[K]) {
+// out for one element, or one per lane.
+template <int K, int SPARSIFY, int ELECT, class F>
+MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
   const F zero = same<F>(0.0f);
   F c[K];
   MERGE3_UNROLL
@@ -122,15 +117,15 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
     if (SPARSIFY == MERGE3_KEEP_ALL) {
       c[k] = scaled;
     } else if (SPARSIFY == MERGE3_KEEP_MAGNITUDE) {
-      c[k] = select(at_least(magnitude(tau), (I)hash, p.lo[k]), scaled, zero);
+      c[k] = select(magnitude(tau) >= keep.lo[k], scaled, zero);
     } else if (SPARSIFY == MERGE3_KEEP_BAND) {
       const F a = magnitude(tau);
-      c[k] = select(at_least(a, (I)hash, p.lo[k]), select(at_most(a, (I)hash, p.hi[k]), scaled, zero), zero);
+      c[k] = select(a >= keep.lo[k], select(a <= keep.hi[k], scaled, zero), zero);
     } else if (SPARSIFY == MERGE3_KEEP_RANDOM) {
-      c[k] = select(random[k] < p.keep16[k], scaled, zero);
+      c[k] = select(keep.random[k] < p.keep16[k], scaled, zero);
     } else {
-      const F limit = p.low16[k] + p.span16[k] * rank[k];
-      c[k] = select(to_float(random[k]) < limit, scaled, zero);
+      const F limit = p.low16[k] + p.span16[k] * keep.rank[k];
+      c[k] = select(to_float(keep.random[k]) < limit, scaled, zero);
     }
   }
   F sum = c[0], divisor = p.total;
@@ -143,17 +138,26 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
     F vote = ELECT == MERGE3_ELECT_SUM ? c[0] : sign(c[0]);
     MERGE3_UNROLL
     for (int k = 1; k < K; ++k) vote = vote + (ELECT == MERGE3_ELECT_SUM ? c[k] : sign(c[k]));
-    const U flip = as_uint(vote) & same<U>(0x80000000u);
+    // Where - is elected, both the elements and their sum change sign: the same values come out, and
+    // what disagrees is what a maximum with zero removes.
+    const auto flip = as_uint(vote) & same<typename Lanes<F>::U>(0x80000000u);
+    sum = zero;
+    if (normalize) divisor = zero;
     MERGE3_UNROLL
     for (int k = 0; k < K; ++k) {
-      const auto agrees = as_float(as_uint(c[k]) ^ flip) > zero;
-      const F kept = select(agrees, c[k], zero), w = select(agrees, p.weight[k], zero);
-      sum = k ? sum + kept : kept;
-      divisor = k ? divisor + w : w;
+      const F aligned = as_float(as_uint(c[k]) ^ flip);
+      if (normalize) {
+        const auto agrees = aligned > zero;
+        sum = add_where(agrees, sum, aligned);
+        divisor = add_where(agrees, divisor, p.weight[k]);
+      } else {
+        sum = sum + positive_part(aligned);
+      }
     }
-    divisor = select(divisor == zero, same<F>(1.0f), divisor);
+    sum = as_float(as_uint(sum) ^ flip);
+    if (normalize) divisor = select(divisor == zero, same<F>(1.0f), divisor);
   }
-  if (p.normalize) sum = sum / divisor;
+  if (normalize) sum = sum / divisor;
   return theta + p.lambda * sum;
 }
 

@@ -16,6 +16,7 @@ MERGE3_HD void philox_block(U counter_lo, U counter_hi, uint32_t tensor, uint32_
                             uint64_t seed, U (&words)[4]) {
   U c0 = counter_lo, c1 = counter_hi, c2 = same<U>(tensor), c3 = same<U>(expert);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  MERGE3_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
     U hi0, lo0, hi1, lo1;
     multiply_wide(c0, 0xD2511F53u, hi0, lo0);

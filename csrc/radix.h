@@ -1,11 +1,14 @@
 // Exact order statistics by radix: float32 patterns of non-negative values order like the values, so
 // 15 + 8 + 8 leading bits lead to any rank. Only the counting differs between devices; `Counter` is
 //
-//   void top(Bucket* table, uint16_t* low_bits)            2^15 buckets; OR of the low 16 bits in each
+//   void top(Bucket* table)                                2^15 buckets
 //   void next(const uint32_t* slot, const uint32_t* child, int shift, size_t slots, Bucket* tables)
 //       tables: [slots, 256] over bits shift..shift+7 of elements whose top bucket has a slot and,
 //       where `child` is not NULL ([slots before, 256]), whose next byte has a child slot
-//   int64_t zeros()                                        elements that are exactly 0
+//
+// All sums are integers: what one bucket holds shares sign, exponent and seven bits of the mantissa, so
+// its values add up to count * (lowest value) + (sum of the lower 16 bits) * (distance of neighbours).
+// The order of the additions then never matters, and CPU and GPU agree to the last bit.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -17,12 +20,12 @@
 
 namespace merge3 {
 
-constexpr int kTop = 1 << 15;
+constexpr uint32_t kTop = 1 << 15;
 constexpr uint32_t kNoSlot = 0xffffffffu;
 
 struct Bucket {
   int64_t count;
-  double sum;
+  int64_t low;  // sum over the elements of the lower 16 bits of their pattern
 };
 
 // Where one (tensor, expert) pair's results go: arrays over ranks, and two scalars.
@@ -37,29 +40,20 @@ class RadixSelect {
  public:
   template <class Counter>
   void run(Counter& counter, int64_t numel, const int64_t* ranks, int64_t rank_count, const OrderResult& out) {
-    top_.assign(kTop, Bucket{0, 0.0});
-    low_bits_.assign(kTop, 0);
-    counter.top(top_.data(), low_bits_.data());
-    *out.total = 0.0;
-    for (const Bucket& b : top_) *out.total += b.sum;
-    searches_.assign(size_t(rank_count), Search{});
-    for (int64_t r = 0; r < rank_count; ++r) {
-      Search& s = searches_[size_t(r)];
-      s.left = std::min(ranks[r], numel);
-      if (s.left < 1) continue;
-      descend(top_.data(), kTop, s);
-      // A bucket whose low bits are all zero holds one value: nothing left to decide.
-      if (low_bits_[s.prefix] != 0) s.open = true;
-      else s.prefix <<= 16;
-    }
+    top_.assign(kTop, Bucket{0, 0});
+    counter.top(top_.data());
+    accumulate();
+    searches_.assign(size_t(rank_count) + 1, Search{});
+    for (int64_t r = 0; r < rank_count; ++r) find(std::min(ranks[r], numel), searches_[size_t(r)]);
+    Search& smallest = searches_.back();  // ends at zero if there are zeros
+    find(numel, smallest);
     refine(counter);
-    *out.nonzero = numel;
-    if (top_[0].count)  // only the lowest bucket can hold zeros
-      *out.nonzero -= low_bits_[0] == 0 ? top_[0].count : counter.zeros();
+    *out.total = filled_.empty() ? 0.0 : filled_.back().sum_greater + sum(filled_.back().at, top_[filled_.back().at]);
+    *out.nonzero = numel - (numel > 0 && smallest.pattern == 0 ? smallest.equal : 0);
     for (int64_t r = 0; r < rank_count; ++r) {
       const Search& s = searches_[size_t(r)];
       const bool none = s.left < 1;
-      out.value[r] = none ? INFINITY : as_float(s.prefix);
+      out.value[r] = none ? INFINITY : as_float(s.pattern);
       out.greater[r] = s.greater;
       out.equal[r] = none ? 0 : s.equal;
       out.l1_greater[r] = s.sum_greater;
@@ -71,20 +65,55 @@ class RadixSelect {
     int64_t left = 0;  // rank within the current bucket, 1-based from the largest
     int64_t greater = 0, equal = 0;
     double sum_greater = 0.0;
-    uint32_t prefix = 0;  // bits decided so far
+    uint32_t pattern = 0;  // bits decided so far, then zeros
     bool open = false;
   };
+  struct Filled {  // a bucket with elements, and what lies above it
+    uint32_t at;
+    int64_t greater;
+    double sum_greater;
+  };
 
-  static void descend(const Bucket* table, int size, Search& s) {
-    for (int b = size - 1; b >= 0; --b) {
+  static double sum(uint32_t top, const Bucket& b) {
+    const uint32_t exponent = top >> 7;
+    return double(b.count) * double(as_float(top << 16)) + ldexp(double(b.low), int(exponent ? exponent : 1) - 150);
+  }
+
+  void accumulate() {
+    filled_.clear();
+    int64_t greater = 0;
+    double sum_greater = 0.0;
+    for (uint32_t b = kTop; b-- > 0;) {
+      if (top_[b].count == 0) continue;
+      filled_.push_back({b, greater, sum_greater});
+      greater += top_[b].count;
+      sum_greater += sum(b, top_[b]);
+    }
+  }
+
+  void find(int64_t rank, Search& s) const {
+    s.left = rank;
+    if (rank < 1) return;
+    const auto above = std::partition_point(filled_.begin(), filled_.end(), [&](const Filled& f) { return f.greater < rank; });
+    const Filled& f = *(above - 1);
+    s.left -= f.greater;
+    s.greater = f.greater;
+    s.sum_greater = f.sum_greater;
+    s.equal = top_[f.at].count;
+    s.pattern = f.at << 16;
+    s.open = top_[f.at].low != 0;  // else the bucket holds one value: nothing left to decide
+  }
+
+  static void descend(const Bucket* table, int shift, Search& s) {
+    for (uint32_t b = 255;; --b) {
       if (s.left <= table[b].count) {
-        s.prefix = s.prefix * (size == kTop ? 0 : uint32_t(size)) + uint32_t(b);
+        s.pattern |= b << shift;
         s.equal = table[b].count;
         return;
       }
       s.left -= table[b].count;
       s.greater += table[b].count;
-      s.sum_greater += table[b].sum;
+      s.sum_greater += sum(s.pattern >> 16, table[b]);
     }
   }
 
@@ -93,7 +122,7 @@ class RadixSelect {
     for (int shift = 8; shift >= 0; shift -= 8) {
       prefixes_.clear();
       for (const Search& s : searches_)
-        if (s.open) prefixes_.push_back(s.prefix);
+        if (s.open) prefixes_.push_back(s.pattern >> (shift + 8));
       if (prefixes_.empty()) return;
       std::sort(prefixes_.begin(), prefixes_.end());
       prefixes_.erase(std::unique(prefixes_.begin(), prefixes_.end()), prefixes_.end());
@@ -105,18 +134,18 @@ class RadixSelect {
         for (size_t i = 0; i < prefixes_.size(); ++i)
           child_[size_t(slot_[prefixes_[i] >> 8]) * 256 + (prefixes_[i] & 255)] = uint32_t(i);
       }
-      tables_.assign(prefixes_.size() * 256, Bucket{0, 0.0});
+      tables_.assign(prefixes_.size() * 256, Bucket{0, 0});
       counter.next(slot_.data(), shift == 8 ? nullptr : child_.data(), shift, prefixes_.size(), tables_.data());
       for (Search& s : searches_)
         if (s.open) {
-          const auto at = std::lower_bound(prefixes_.begin(), prefixes_.end(), s.prefix) - prefixes_.begin();
-          descend(tables_.data() + at * 256, 256, s);
+          const auto at = std::lower_bound(prefixes_.begin(), prefixes_.end(), s.pattern >> (shift + 8)) - prefixes_.begin();
+          descend(tables_.data() + at * 256, shift, s);
         }
     }
   }
 
   std::vector<Bucket> top_, tables_;
-  std::vector<uint16_t> low_bits_;
+  std::vector<Filled> filled_;
   std::vector<Search> searches_;
   std::vector<uint32_t> prefixes_, slot_, child_;
 };

@@ -58,9 +58,10 @@ class OrderStatistics:
 
 
 def build_info() -> dict:
-    """What was built and what can run: {"devices": [..], "torch": version, "cuda_available": bool}."""
+    """What was built and what can run: {"devices": [..], "cpu": instruction set, "torch": version, "cuda_available": bool}."""
     return {
         "devices": _C.build.split(),
+        "cpu": _C.cpu,
         "torch": torch.__version__,
         "cuda_available": torch.cuda.is_available(),
     }

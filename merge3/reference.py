@@ -77,7 +77,8 @@ def keep_mask(tau: torch.Tensor, c: torch.Tensor, modes: Modes, tensor: int, exp
 
 def tie_position(numel: int, tensor: int) -> torch.Tensor:
     """Where in [0, 1) each element's tie hash lies (a Weyl sequence over its index): float64 [numel]."""
-    hashes = (torch.arange(numel) * 0x9E3779B1 + tensor * 0x85EBCA6B) & _WORD
+    element = torch.arange(numel)
+    hashes = (element % 128 * 0x9E3779B1 + element // 65536 * 0xC2B2AE35 + tensor * 0x85EBCA6B) & _WORD
     # The kernels compare the hash as a signed number, whose order starts at 2^31.
     return ((hashes + 2**31) & _WORD).double() / 2**32
 

@@ -14,6 +14,7 @@
 #define __AVX2__ 1
 #define __F16C__ 1
 #define MERGE3_MERGE_ENTRY merge_avx2
+#define MERGE3_LANES f32x8
 #define MERGE3_DIRECT 1
 #include "merge_loop.h"
 #endif

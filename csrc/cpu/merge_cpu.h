@@ -17,6 +17,7 @@ struct MergeCall {
 // Chunks [from, to) of the call; false for modes that do not exist.
 bool merge_generic(const MergeCall& call, int64_t from, int64_t to);
 bool merge_avx2(const MergeCall& call, int64_t from, int64_t to);
+bool merge_avx512(const MergeCall& call, int64_t from, int64_t to);
 
 struct ElementwiseCall {
   int32_t rule, experts;
@@ -48,9 +49,9 @@ struct OrderStatistics {
     return {value + at, greater + at, equal + at, l1_greater + at, total + pair, nonzero + pair};
   }
 };
-// Pairs (tensor, expert) [from, to), expert fastest.
-void order_statistics_generic(const OrderStatistics& call, int64_t from, int64_t to);
-void order_statistics_avx2(const OrderStatistics& call, int64_t from, int64_t to);
+// One pair (tensor, expert), expert fastest.
+void order_statistics_generic(const OrderStatistics& call, int64_t pair);
+void order_statistics_avx2(const OrderStatistics& call, int64_t pair);
 void rank_tables_cpu(const merge3_tensor* table, int32_t experts, int64_t from, int64_t to,
                      double* bin_l1);
 

@@ -9,8 +9,6 @@
 
 namespace merge3 {
 
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
-
 struct Float32 {};
 struct Float16 {};
 struct BFloat16 {};
@@ -71,6 +69,14 @@ MERGE3_HD void load_block(int32_t dtype, const void* data, int64_t i, int n, flo
   else if (dtype == MERGE3_BFLOAT16) load_run<BFloat16>(data, i, n, to);
   else load_run<Float16>(data, i, n, to);
 }
+
+// A store past the caches, to an address aligned to the vector.
+#if defined(__AVX2__)
+MERGE3_HD void stream_store(void* to, u32x8 x) { _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x); }
+#endif
+#if defined(__AVX512F__)
+MERGE3_HD void stream_store(void* to, u32x16 x) { _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x); }
+#endif
 
 // Writes n floats to out[i..]. `stream` bypasses the caches: a model larger than them is not read
 // back soon, and an ordinary store would first fetch the line it is about to overwrite.

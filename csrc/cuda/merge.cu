@@ -23,11 +23,19 @@ template <int K, int SPARSIFY, int ELECT>
 __global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
   constexpr bool kRanked = SPARSIFY == MERGE3_KEEP_RANKED;
   constexpr bool kRandom = kRanked || SPARSIFY == MERGE3_KEEP_RANDOM;
+  constexpr bool kBounded = SPARSIFY == MERGE3_KEEP_MAGNITUDE || SPARSIFY == MERGE3_KEEP_BAND;
   const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
   const merge3_tensor& tensor = a.table[t];
   const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
-  const auto p = prepare<float, K>(a.coefficients + t * K, a.lambda[t], a.normalize, tensor.base != nullptr);
+  const auto p = prepare<float, K>(a.coefficients + t * K, a.lambda[t], tensor.base != nullptr);
+  Bound lo[K], hi[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const merge3_coefficient& c = a.coefficients[t * K + k];
+    lo[k] = make_bound(c.lo, c.lo_share, false);
+    hi[k] = make_bound(c.hi, c.hi_share, true);
+  }
   for (int64_t i = begin + int64_t(threadIdx.x) * 8; i < end; i += int64_t(blockDim.x) * 8) {
     const int n = end - i < 8 ? int(end - i) : 8;
     float theta[8], expert[K][8], out[8];
@@ -42,18 +50,20 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
       }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float e[K], rank[K];
-      int32_t random[K];
+      float e[K];
+      Keep<float, K> keep;
+      const int32_t hash = tie_hash(i + j, tensor.id);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         e[k] = expert[k][j];
-        random[k] = kRandom ? int32_t((words[kRandom ? k : 0][j / 2] >> (16 * (j & 1))) & 0xffffu) : 0;
-        rank[k] = 0.0f;
+        if (kBounded) keep.lo[k] = limit(lo[k], hash);
+        if (SPARSIFY == MERGE3_KEEP_BAND) keep.hi[k] = limit(hi[k], hash);
+        if (kRandom) keep.random[k] = int32_t((words[kRandom ? k : 0][j / 2] >> (16 * (j & 1))) & 0xffffu);
         if (kRanked && j < n)
-          rank[k] = rank_in_row(magnitude(e[k] - theta[j]),
-                                tensor.rank_tables[k] + (i + j) / tensor.columns * MERGE3_RANK_STRIDE);
+          keep.rank[k] = rank_in_row(magnitude(e[k] - theta[j]),
+                                     tensor.rank_tables[k] + (i + j) / tensor.columns * MERGE3_RANK_STRIDE);
       }
-      out[j] = merge_element<K, SPARSIFY, ELECT>(theta[j], e, p, tie_hash(i + j, tensor.id), random, rank);
+      out[j] = merge_element<K, SPARSIFY, ELECT>(theta[j], e, p, keep, a.normalize);
     }
     store8(tensor.out_dtype, tensor.out, i, n, out);
   }

@@ -1,9 +1,9 @@
 // Statistics of task vectors on a GPU; the host reads the results, so these calls wait for them.
 //
 // Gram: a block per chunk, its threads' sums added in a fixed order. Order statistics: RadixSelect (see
-// radix.h) over counts made here. Sums of |tau| are accumulated as 64-bit integers in fixed point, which
-// add up the same in any order; floating-point atomics would not. Rank tables: a block per row finds its
-// bin boundaries by four rounds of eight bits in shared memory.
+// radix.h) over counts made here; its sums are integers, which add up the same in any order, as
+// floating-point atomics would not. Rank tables: a block per row finds its bin boundaries by four rounds
+// of eight bits in shared memory; its sums of |tau| are integers in fixed point.
 #include "../radix.h"
 #include "launch.cuh"
 
@@ -54,8 +54,9 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(GramArgs a) {
 // ------------------------------------------------------------------------ order statistics
 
 struct Count {
-  unsigned long long count, sum;  // sum: fixed point
+  unsigned long long count, low;  // as Bucket, in the type that atomicAdd takes
 };
+static_assert(sizeof(Count) == sizeof(Bucket));
 
 struct Values {
   merge3_tensor tensor;
@@ -71,50 +72,27 @@ struct Values {
   }
 };
 
-__device__ unsigned long long fixed_point(uint32_t bits, double scale) {
-  return static_cast<unsigned long long>(double(as_float(bits)) * scale);
+__device__ void count(uint32_t bits, Count* bucket) {
+  atomicAdd(&bucket->count, 1ull);
+  atomicAdd(&bucket->low, static_cast<unsigned long long>(bits & 0xffffu));
 }
 
-__global__ void max_kernel(Values values, unsigned int* highest) {
-  uint32_t mine = 0;
+__global__ void top_kernel(Values values, Count* table) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
        i += int64_t(gridDim.x) * blockDim.x) {
     const uint32_t bits = values(i);
-    mine = bits > mine ? bits : mine;
-  }
-  atomicMax(highest, mine);
-}
-
-__global__ void top_kernel(Values values, double scale, Count* table, unsigned int* low_bits) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const uint32_t bits = values(i);
-    atomicAdd(&table[bits >> 16].count, 1ull);
-    atomicAdd(&table[bits >> 16].sum, fixed_point(bits, scale));
-    if (bits & 0xffffu) atomicOr(&low_bits[bits >> 16], bits & 0xffffu);
+    count(bits, &table[bits >> 16]);
   }
 }
 
-__global__ void next_kernel(Values values, double scale, const uint32_t* slot, const uint32_t* child, int shift,
-                            Count* tables) {
+__global__ void next_kernel(Values values, const uint32_t* slot, const uint32_t* child, int shift, Count* tables) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
        i += int64_t(gridDim.x) * blockDim.x) {
     const uint32_t bits = values(i);
     uint32_t at = slot[bits >> 16];
     if (at != kNoSlot && child) at = child[size_t(at) * 256 + ((bits >> 8) & 255)];
-    if (at == kNoSlot) continue;
-    Count& bucket = tables[size_t(at) * 256 + ((bits >> shift) & 255)];
-    atomicAdd(&bucket.count, 1ull);
-    atomicAdd(&bucket.sum, fixed_point(bits, scale));
+    if (at != kNoSlot) count(bits, &tables[size_t(at) * 256 + ((bits >> shift) & 255)]);
   }
-}
-
-__global__ void zeros_kernel(Values values, unsigned long long* zeros) {
-  unsigned long long mine = 0;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < values.tensor.numel;
-       i += int64_t(gridDim.x) * blockDim.x)
-    mine += values(i) == 0;
-  atomicAdd(zeros, mine);
 }
 
 // RadixSelect's counter. The first error stays in `status`; what follows it does nothing.
@@ -122,50 +100,21 @@ class Counter {
  public:
   Counter(const Values& values, cudaStream_t stream) : values_(values), stream_(stream) {}
 
-  void top(Bucket* table, uint16_t* low_bits) {
-    DeviceArray<unsigned int> highest(1, stream_), low(kTop, stream_);
+  void top(Bucket* table) {
     DeviceArray<Count> counts(kTop, stream_);
-    unsigned int bits = 0;
-    if (!keep(highest.status) || !keep(low.status) || !keep(counts.status) || !keep(highest.zero()) ||
-        !keep(low.zero()) || !keep(counts.zero()) || !keep(launch(max_kernel, blocks(), stream_, values_, highest.get())) ||
-        !keep(highest.read(&bits)))
-      return;
-    // The largest value takes all the bits that the sum of `numel` of them leaves in 63.
-    int exponent = 0, room = 62;
-    frexp(double(as_float(bits)), &exponent);
-    for (int64_t n = values_.tensor.numel; n > 1; n = (n + 1) / 2) --room;
-    scale_ = ldexp(1.0, room - exponent);
-    std::vector<Count> host(kTop);
-    std::vector<unsigned int> host_low(kTop);
-    if (!keep(launch(top_kernel, blocks(), stream_, values_, scale_, counts.get(), low.get())) ||
-        !keep(counts.read(host.data())) || !keep(low.read(host_low.data())))
-      return;
-    for (int b = 0; b < kTop; ++b) {
-      table[b] = bucket(host[size_t(b)]);
-      low_bits[b] = uint16_t(host_low[size_t(b)]);
-    }
+    if (keep(counts.status) && keep(counts.zero()) && keep(launch(top_kernel, blocks(), stream_, values_, counts.get())))
+      keep(counts.read(reinterpret_cast<Count*>(table)));
   }
 
   void next(const uint32_t* slot, const uint32_t* child, int shift, size_t slots, Bucket* tables) {
     DeviceArray<uint32_t> device_slot(slot, kTop, stream_);
     DeviceArray<uint32_t> device_child(child, child ? children_ : 0, stream_);
     DeviceArray<Count> counts(slots * 256, stream_);
-    std::vector<Count> host(slots * 256);
     children_ = slots * 256;
-    if (!keep(device_slot.status) || !keep(device_child.status) || !keep(counts.status) || !keep(counts.zero()) ||
-        !keep(launch(next_kernel, blocks(), stream_, values_, scale_, static_cast<const uint32_t*>(device_slot.get()),
-                     static_cast<const uint32_t*>(device_child.get()), shift, counts.get())) ||
-        !keep(counts.read(host.data())))
-      return;
-    for (size_t i = 0; i < host.size(); ++i) tables[i] = bucket(host[i]);
-  }
-
-  int64_t zeros() {
-    DeviceArray<unsigned long long> zeros(1, stream_);
-    unsigned long long count = 0;
-    if (keep(zeros.status) && keep(zeros.zero()) && keep(launch(zeros_kernel, blocks(), stream_, values_, zeros.get())))
-      keep(zeros.read(&count));
-    return int64_t(count);
+    if (keep(device_slot.status) && keep(device_child.status) && keep(counts.status) && keep(counts.zero()) &&
+        keep(launch(next_kernel, blocks(), stream_, values_, static_cast<const uint32_t*>(device_slot.get()),
+                    static_cast<const uint32_t*>(device_child.get()), shift, counts.get())))
+      keep(counts.read(reinterpret_cast<Count*>(tables)));
   }
 
   cudaError_t status = cudaSuccess;
@@ -175,16 +124,18 @@ class Counter {
     if (status == cudaSuccess) status = e;
     return status == cudaSuccess;
   }
-  Bucket bucket(const Count& c) const { return {int64_t(c.count), double(c.sum) / scale_}; }
   int64_t blocks() const { return std::min<int64_t>((values_.tensor.numel + kThreads - 1) / kThreads, 2048); }
 
   Values values_;
   cudaStream_t stream_;
-  double scale_ = 1.0;
   size_t children_ = 0;
 };
 
 // ------------------------------------------------------------------------------ rank tables
+
+__device__ unsigned long long fixed_point(uint32_t bits, double scale) {
+  return static_cast<unsigned long long>(double(as_float(bits)) * scale);
+}
 
 struct RankArgs {
   merge3_tensor tensor;

@@ -218,6 +218,8 @@ MERGE3_IMPLEMENT(CUDA)
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* m = PyModule_Create(&module);
-  if (m != nullptr) PyModule_AddStringConstant(m, "build", merge3_build());
+  if (m == nullptr) return m;
+  PyModule_AddStringConstant(m, "build", merge3_build());
+  PyModule_AddStringConstant(m, "cpu", merge3_cpu());
   return m;
 }

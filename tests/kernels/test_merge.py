@@ -1,6 +1,10 @@
 """The fused merge against its oracle: every mode, K = 1..8, three dtypes, awkward sizes."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +215,38 @@ def test_bad_arguments_name_the_tensor():
         kernels.merge_(out, base, experts, c, lam, Modes("magnitud"))
     with pytest.raises(BadInput, match=r"rank_tables"):
         kernels.merge_(out, base, experts, c, lam, Modes("ranked"))
+
+
+@pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(cpu, tmp_path):
+    # The loop is chosen once per process, so another process has to run the other one.
+    script = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_merge import DTYPES, Modes, itertools, kernels, make_case, random_coefficients, run
+results = []
+for dtype, sparsify, elect in itertools.product(DTYPES, kernels.SPARSIFY, kernels.ELECT):
+    for experts, normalize in [(3, True), (8, False)]:
+        base, expert_list = make_case([(3, 65), 65536 + 3], experts, dtype)
+        c, lam = random_coefficients(2, experts)
+        results += run(base, expert_list, c, lam, Modes(sparsify, elect, normalize, 7), dtype)
+torch.save(results, sys.argv[1])
+"""
+    environment = dict(os.environ, MERGE3_CPU=cpu)
+    child = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "other.pt", Path(__file__).parent], env=environment, capture_output=True, text=True
+    )
+    if child.returncode and "one this processor has" in child.stderr:
+        pytest.skip(f"this processor has no {cpu}")
+    assert child.returncode == 0, child.stderr
+    other = iter(torch.load(tmp_path / "other.pt"))
+    for dtype, sparsify, elect in itertools.product(DTYPES, kernels.SPARSIFY, kernels.ELECT):
+        for experts, normalize in [(3, True), (8, False)]:
+            base, expert_list = make_case([(3, 65), 65536 + 3], experts, dtype)
+            c, lam = random_coefficients(2, experts)
+            for here in run(base, expert_list, c, lam, Modes(sparsify, elect, normalize, 7), dtype):
+                assert torch.equal(here, next(other)), (sparsify, elect, dtype)
 
 
 def test_every_operator_has_an_oracle():

@@ -134,6 +134,9 @@ merge3_status merge3_rank_tables(const merge3_context *context, int32_t experts,
 const char *merge3_last_error(void);
 /* "cpu", or "cpu cuda" when the library was built with CUDA. */
 const char *merge3_build(void);
+/* The instruction set of the CPU loops: "generic", "avx2" or "avx512". The environment variable
+ * MERGE3_CPU chooses another one; "" (and an error) where that does not exist here. */
+const char *merge3_cpu(void);
 
 #ifdef __cplusplus
 }
