@@ -19,7 +19,7 @@ from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import RecipeError
 from merge3.methods import execute, method_named, plan, steps_for
 from merge3.methods.base import Job
-from merge3.methods.plan import Plan, jobs_by_size
+from merge3.methods.plan import Plan
 from merge3.pool import Pool, check_finite
 from merge3.recipe import Recipe
 
@@ -117,17 +117,14 @@ def _batches(specs, queue):
 
 
 def _merge_batch(jobs: list[Job], method, specs, pool: Pool, seed: int) -> dict[str, torch.Tensor]:
-    merged = {}
-    for part in jobs_by_size(jobs, BATCH):
-        pool.statistics.prefetch_gram((job.base, job.sources) for job in part)
-        for job in part:
-            gram = pool.statistics.gram(job.base, job.sources)
-            check_finite(gram if job.base is not None else gram[1:, 1:], *_split(job))
-        steps = steps_for(method, part, pool.statistics)
-        outputs = [(j.name, s, torch.empty(j.shape, dtype=specs[j.name][0], device=pool.device)) for j, s in zip(part, steps)]
-        execute(outputs, pool.get, seed)
-        merged.update({name: out for name, _, out in outputs})
-    return merged
+    pool.statistics.prefetch_gram((job.base, job.sources) for job in jobs)
+    for job in jobs:
+        gram = pool.statistics.gram(job.base, job.sources)
+        check_finite(gram if job.base is not None else gram[1:, 1:], *_split(job))
+    steps = steps_for(method, jobs, pool.statistics)
+    outputs = [(j.name, s, torch.empty(j.shape, dtype=specs[j.name][0], device=pool.device)) for j, s in zip(jobs, steps)]
+    execute(outputs, pool.get, seed)
+    return {name: out for name, _, out in outputs}
 
 
 def _split(job: Job) -> tuple[Ref, list[Ref]]:

@@ -7,7 +7,6 @@ those after it to the last, both at t = 0; with `models` the base joins the sour
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,11 +46,12 @@ def plan(recipe: Recipe, method: Method, pool: Endpoints, where: str = "recipe")
     lead = pool.layouts[str(slices[0].sources[0].model)]
     jobs, copies, layers = [], {}, 0
 
-    def add(name: str, part: Slice, inputs: list[str], t: float) -> None:
-        refs = [Ref(str(s.model), tensor) for s, tensor in zip(part.sources, inputs)]
+    def add(name: str, part: Slice, models: list[str], inputs: list[str], t: float) -> None:
+        refs = [Ref(model, tensor) for model, tensor in zip(models, inputs)]
         base = part.base_model or recipe.base_model
-        anchor = Ref(str(base), refs[[s.model for s in part.sources].index(base)].tensor) if base in [
-            s.model for s in part.sources] else refs[0]  # fmt: skip
+        anchor = refs[0]
+        if base is not None and str(base) in models:
+            anchor = Ref(str(base), refs[models.index(str(base))].tensor)
         if anchor.tensor in pool.kept and not (len(refs) == 1 and pool.has(refs[0])):
             copies[name] = anchor
             return
@@ -61,21 +61,20 @@ def plan(recipe: Recipe, method: Method, pool: Endpoints, where: str = "recipe")
             return
         jobs.append(_job(name, part, refs, t, recipe, method, base, pool.shape(anchor), where))
 
+    models = [[str(s.model) for s in part.sources] for part in slices]
     for name in lead.pre:
-        add(name, slices[0], [name] * len(slices[0].sources), 0.0)
+        add(name, slices[0], models[0], [name] * len(slices[0].sources), 0.0)
     for index, part in enumerate(slices):
         ranges = [_range(s, pool, f"{where}: slices[{index}]") for s in part.sources]
         count = ranges[0][1] - ranges[0][0]
         for offset in range(count):
             t = offset / (count - 1) if count > 1 else 1.0
             for tensor in lead.layer_names:
-                inputs = [
-                    pool.layouts[str(s.model)].layer_tensor(r[0] + offset, tensor) for s, r in zip(part.sources, ranges)
-                ]
-                add(lead.layer_tensor(layers, tensor), part, inputs, t)
+                inputs = [pool.layouts[m].layer_tensor(r[0] + offset, tensor) for m, r in zip(models[index], ranges)]
+                add(lead.layer_tensor(layers, tensor), part, models[index], inputs, t)
             layers += 1
     for name in lead.post:
-        add(name, slices[-1], [name] * len(slices[-1].sources), 0.0)
+        add(name, slices[-1], models[-1], [name] * len(slices[-1].sources), 0.0)
     return Plan(jobs, copies, layers)
 
 
@@ -150,16 +149,3 @@ def _value(method: Method, name: str, levels: tuple, tensor: str, t: float, wher
     except KeyError:
         raise RecipeError(f"{where}.{name}", f"missing for tensor {tensor}", f"a value, {method.name} needs one") from None
     return value if value is default else method.validate(name, value, where)
-
-
-def jobs_by_size(jobs: list[Job], limit: int) -> Iterator[list[Job]]:
-    """Consecutive jobs in batches of about `limit` elements: enough work for every thread at once."""
-    batch, size = [], 0
-    for job in jobs:
-        if batch and size + job.numel > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(job)
-        size += job.numel
-    if batch:
-        yield batch

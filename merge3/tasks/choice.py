@@ -113,23 +113,26 @@ class PlainChoiceScorer(ChoiceScorer):
     """One row per choice, right padded, no sharing: for models that take no mask of their own."""
 
     def __init__(self, group: Group, device, dtype: torch.dtype, batch_tokens: int, pad: int = 0):
-        self.group, self.device, self.batch_tokens, self.pad = group, device, batch_tokens, pad
+        self.prefix, self.device, self.pad = group.prefix, device, pad
+        widest = lambda p: len(p.choices) * (len(self.prefix) + len(p.tokens) + max(map(len, p.choices)))
+        self.batches = list(batches(group.prompts, widest, batch_tokens))
 
     @torch.inference_mode()
     def loglikelihoods(self, model) -> list[tuple[int, object, torch.Tensor]]:
         results = []
-        for prompt in self.group.prompts:
-            start = (*self.group.prefix, *prompt.tokens)
-            rows = [(*start, *choice) for choice in prompt.choices]
+        for prompts in self.batches:
+            starts = [(*self.prefix, *p.tokens) for p in prompts]
+            rows = [(*start, *choice) for start, p in zip(starts, prompts) for choice in p.choices]
             width = max(map(len, rows))
             ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=self.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
-            log_p = model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1).cpu()
-            values = []
-            for row, choice in zip(log_p, prompt.choices):
-                total = sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice))
-                values.append(total / len(choice) if prompt.item.metric == "acc_norm" else total)
-            results.append((prompt.index, prompt.item, torch.tensor(values)))
+            log_p = iter(model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1).cpu())
+            for start, prompt in zip(starts, prompts):
+                values = []
+                for choice, row in zip(prompt.choices, log_p):
+                    total = sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice))
+                    values.append(total / len(choice) if prompt.item.metric == "acc_norm" else total)
+                results.append((prompt.index, prompt.item, torch.tensor(values)))
         return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -28,7 +29,12 @@ def expanded(prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int):
 
 def takes_logits_to_keep(model) -> bool:
     """Whether forward computes the head only where asked. It is most of a small model's work."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return _takes_logits_to_keep(type(model))
+
+
+@functools.cache  # asked at every forward, and inspecting takes as long as a small one
+def _takes_logits_to_keep(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
 def last_logits(model, count: int, **inputs) -> torch.Tensor:

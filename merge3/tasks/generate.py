@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
@@ -13,13 +14,25 @@ from merge3.tasks.prompts import Group, Prompt, batches
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
+@dataclass
+class Batch:
+    """Left-padded prompts: ids and positions [rows, width], mask [rows, prefix + width]."""
+
+    prompts: list[Prompt]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+
 class GenerateScorer:
     """Answers and scores the generate items of one task."""
 
     def __init__(self, group: Group, device, tokenizer, batch_tokens: int, end: tuple[int, ...], pad: int = 0):
         self.prefix, self.device, self.tokenizer, self.end = group.prefix, device, tokenizer, set(end)
         self.pad = pad
-        self.batches = list(batches(group.prompts, lambda p: len(p.tokens) + p.item.max_tokens, batch_tokens))
+        self.batches = [
+            self._prepare(b) for b in batches(group.prompts, lambda p: len(p.tokens) + p.item.max_tokens, batch_tokens)
+        ]
 
     def score(self, model) -> dict[int, float]:
         """item index -> 1.0 if the answer is right, else 0.0."""
@@ -31,22 +44,24 @@ class GenerateScorer:
         prefix = prefix_cache(model, self.prefix, self.device)
         results = []
         for batch in self.batches:
-            results += zip(batch, self._generate(model, batch, prefix))
+            results += zip(batch.prompts, self._generate(model, batch, prefix))
         return results
 
-    def _generate(self, model, batch: list[Prompt], prefix) -> list[str]:
-        past, rows = len(self.prefix), len(batch)
-        width = max(len(p.tokens) for p in batch)
-        ids = torch.full((rows, width), self.pad)
-        mask = torch.ones(rows, past + width, dtype=torch.long)
-        for row, prompt in enumerate(batch):
+    def _prepare(self, prompts: list[Prompt]) -> Batch:
+        past, width = len(self.prefix), max(len(p.tokens) for p in prompts)
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.ones(len(prompts), past + width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
             gap = width - len(prompt.tokens)
             ids[row, gap:] = torch.tensor(prompt.tokens)
             mask[row, past : past + gap] = 0
-        ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        cache, alive = expanded(prefix, rows), list(range(rows))
-        written: list[list[int]] = [[] for _ in batch]
+        return Batch(list(prompts), ids.to(self.device), mask.to(self.device), positions.to(self.device))
+
+    def _generate(self, model, batch: Batch, prefix) -> list[str]:
+        ids, mask, positions = batch.ids, batch.mask, batch.positions
+        cache, alive = expanded(prefix, len(ids)), list(range(len(ids)))
+        written: list[list[int]] = [[] for _ in batch.prompts]
         if cache is None:
             from transformers import DynamicCache
 
@@ -60,7 +75,7 @@ class GenerateScorer:
             for at, (row, token) in enumerate(zip(alive, tokens.tolist())):
                 if token not in self.end:
                     written[row].append(token)
-                    item = batch[row].item
+                    item = batch.prompts[row].item
                     if len(written[row]) < item.max_tokens and not self._stopped(item, written[row]):
                         going.append(at)
             if not going:
@@ -73,7 +88,7 @@ class GenerateScorer:
             ids = tokens[:, None]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions[:, -1:] + 1
-        return [cut(self.tokenizer.decode(w, skip_special_tokens=True), p.item.stop) for w, p in zip(written, batch)]
+        return [cut(self.tokenizer.decode(w, skip_special_tokens=True), p.item.stop) for w, p in zip(written, batch.prompts)]
 
     def _stopped(self, item: Item, tokens: list[int]) -> bool:
         if not item.stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,8 +84,14 @@ def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, 
         same = all(torch.allclose(v, by_index[i], atol=1e-3 if dtype == torch.float32 else 0.1) for i, _, v in plain)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         same = False
-    kind = ChoiceScorer if same else PlainChoiceScorer
-    return kind(group, device, dtype, batch_tokens, pad)
+    if same:
+        return ChoiceScorer(group, device, dtype, batch_tokens, pad)
+    warnings.warn(
+        f"{type(model).__name__} does not honour masks of one's own: each choice is scored in a row of its own, "
+        "without a shared prefix, which is slower",
+        stacklevel=2,
+    )
+    return PlainChoiceScorer(group, device, dtype, batch_tokens, pad)
 
 
 def _check_kinds(items: Sequence[Item], model) -> None:
