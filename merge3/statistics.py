@@ -61,13 +61,13 @@ class Statistics:
         self.prefetch_gram([(base, experts)])
         return self._gram[base, experts]
 
-    def gram_of_rows(self, base: Key | None, experts: tuple[Key, ...]) -> np.ndarray:
-        """The Gram matrix of each row (last dimension): float64 [rows, K+1, K+1]."""
-        key = ("rows", base, experts)
+    def gram_of_rows(self, base: Key | None, experts: tuple[Key, ...], columns: bool = False) -> np.ndarray:
+        """The Gram matrix of each row (last dimension), or column (first): float64 [rows, K+1, K+1]."""
+        key = ("columns" if columns else "rows", base, experts)
         if key not in self._memo:
-            views = [rows_of(self.get(e)) for e in experts]
+            views = [rows_of(self.get(e), columns) for e in experts]
             flat = [row for rows in zip(*views) for row in rows]
-            bases = list(rows_of(self.get(base))) if base is not None else []
+            bases = list(rows_of(self.get(base), columns)) if base is not None else []
             self._memo[key] = kernels.gram(bases, flat, len(views[0])).numpy()
         return self._memo[key]
 
@@ -145,6 +145,9 @@ class Statistics:
         return self._memo[key]
 
 
-def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as [rows, last dimension]; a vector is one row."""
+def rows_of(tensor: torch.Tensor, columns: bool = False) -> torch.Tensor:
+    """A tensor as [rows, last dimension]; a vector is one row. columns: a copy, with the first and last
+    dimensions exchanged."""
+    if columns and tensor.dim() >= 2:
+        tensor = tensor.transpose(0, -1).contiguous()
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() >= 2 else tensor.reshape(1, -1)

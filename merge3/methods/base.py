@@ -54,7 +54,7 @@ class Job:
 @dataclass
 class Fused:
     """A job as the fused merge runs it. coefficients: float64 [K, FIELDS], or [rows, K, FIELDS] to give
-    every row of the tensor its own; base None means θ = 0."""
+    every row of the tensor its own (columns: every column); base None means θ = 0."""
 
     modes: Modes
     base: Any
@@ -62,6 +62,7 @@ class Fused:
     coefficients: np.ndarray
     lambda_: float | np.ndarray = 1.0
     rank_tables: tuple[torch.Tensor, ...] = ()
+    columns: bool = False
 
 
 @dataclass

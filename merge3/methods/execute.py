@@ -33,10 +33,17 @@ def execute(outputs: Iterable[Output], get: Get, seed: int = 0) -> None:
             rules.setdefault((step.rule, len(step.experts)), []).append((step, out))
         else:
             split = step.coefficients.ndim == 3
-            key = (step.modes, step.base is None, len(step.experts), split)
+            key = (step.modes, step.base is None, len(step.experts), split, step.columns)
             fused.setdefault(key, []).append((name, step, out))
-    for (modes, no_base, _, split), group in fused.items():
-        _merge(modes, no_base, split, group, get, seed)
+    for (modes, no_base, _, split, columns), group in fused.items():
+        if columns:
+            turned = [(name, step, rows_of(out, True)) for name, step, out in group]
+            _merge(modes, no_base, split, turned, lambda ref: rows_of(get(ref), True), seed)
+            for (_, _, out), (_, _, rows) in zip(group, turned):
+                exchanged = out.transpose(0, -1)
+                exchanged.copy_(rows.reshape(exchanged.shape))
+        else:
+            _merge(modes, no_base, split, group, get, seed)
     for (rule, _), group in rules.items():
         kernels.elementwise_(
             [out for _, out in group],

@@ -82,9 +82,7 @@ def _nuslerp(job: Job, statistics: Statistics) -> Fused:
     if flatten:
         grams = statistics.gram(job.base, job.sources)[None]
     else:
-        if job.shared["nuslerp_row_wise"] and len(job.shape) > 1:
-            raise RecipeError(f"{job.name}: nuslerp_row_wise", "not supported", "false")
-        grams = statistics.gram_of_rows(job.base, job.sources)
+        grams = statistics.gram_of_rows(job.base, job.sources, job.shared["nuslerp_row_wise"])
     dots = grams[:, 1:, 1:]
     norms = np.maximum(np.sqrt(np.maximum(np.einsum("rkk->rk", dots), 0)), 1e-7)
     cosine = np.clip(dots[:, 0, 1] / (norms[:, 0] * norms[:, 1]), -1, 1)
@@ -93,7 +91,8 @@ def _nuslerp(job: Job, statistics: Statistics) -> Fused:
     angle = np.arccos(np.where(straight, 0.0, cosine))
     arc = np.stack([np.sin((1 - t) * angle), np.sin(t * angle)], 1) / np.sin(angle)[:, None]
     weights = np.where(straight[:, None], [1 - t, t], arc)
-    return Fused(Modes(), job.base, job.sources, neutral(weights[0] if flatten else weights))
+    coefficients = neutral(weights[0] if flatten else weights)
+    return Fused(Modes(), job.base, job.sources, coefficients, columns=not flatten and job.shared["nuslerp_row_wise"])
 
 
 def _multislerp(job: Job, statistics: Statistics) -> Step:

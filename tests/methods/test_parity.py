@@ -58,6 +58,9 @@ def cases(root):
     yield "nuslerp", make("nuslerp", experts=2, base=False, weights=[0.3, 0.9])
     yield "nuslerp_base", make("nuslerp", experts=2, weights=[0.3, 0.9])
     yield "nuslerp_rows", make("nuslerp", experts=2, base=False, weights=[0.6, 0.2], nuslerp_flatten=False)
+    columns = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    yield "nuslerp_columns", make("nuslerp", experts=2, base=False, weights=[0.6, 0.2], **columns)
+    yield "nuslerp_columns_base", make("nuslerp", experts=2, weights=[0.6, 0.2], **columns)
     yield "nuslerp_rows_base", make("nuslerp", experts=2, weights=[0.6, 0.2], nuslerp_flatten=False)
     yield "multislerp", make("multislerp", base=False, weights=w)
     yield "multislerp_base", make("multislerp", weights=w, normalize_weights=False)
