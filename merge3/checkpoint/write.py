@@ -6,7 +6,6 @@ tensor being written is in memory: the safetensors header needs dtypes and shape
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import torch
 
 from merge3.checkpoint.read import DTYPE_NAMES, INDEX, SINGLE
 from merge3.errors import BadInput, ResourceError
+from merge3.files import resource_error, sync
 
 SHARD_SIZE = 5_000_000_000  # bytes, the hub's customary limit
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -52,7 +52,7 @@ class CheckpointWriter:
             prefix = f".{self.directory.name}.partial-"
             self.temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory.parent))
         except OSError as error:
-            raise _resource_error(self.directory, error) from None
+            raise resource_error(self.directory, error) from None
         return self
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
@@ -67,14 +67,14 @@ class CheckpointWriter:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             self._file.write(memoryview(data))
         except OSError as error:
-            raise _resource_error(self.directory, error) from None
+            raise resource_error(self.directory, error) from None
 
     def write_text(self, name: str, text: str) -> None:
         """Add a small file beside the weights."""
         try:
             (self.temporary / name).write_text(text)
         except OSError as error:
-            raise _resource_error(self.directory, error) from None
+            raise resource_error(self.directory, error) from None
 
     def copy(self, files: Iterable[Path]) -> None:
         """Copy files (tokenizer and the like) under their own names."""
@@ -82,7 +82,7 @@ class CheckpointWriter:
             for file in files:
                 shutil.copyfile(file, self.temporary / file.name)
         except OSError as error:
-            raise _resource_error(self.directory, error) from None
+            raise resource_error(self.directory, error) from None
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is not None:
@@ -100,14 +100,14 @@ class CheckpointWriter:
             os.umask(mode)
             os.chmod(self.temporary, 0o777 & ~mode)  # mkdtemp made it private
             for file in self.temporary.iterdir():
-                _sync(file)
+                sync(file)
             if self.directory.exists():
                 self.directory.rmdir()  # empty, as checked; refuses if it no longer is
             os.rename(self.temporary, self.directory)
-            _sync(self.directory.parent)
+            sync(self.directory.parent)
         except OSError as error:
             self._abandon()
-            raise _resource_error(self.directory, error) from None
+            raise resource_error(self.directory, error) from None
 
     def _start(self, shard: str) -> None:
         self._finish_file()
@@ -141,18 +141,6 @@ def check_free(directory: Path) -> None:
         raise BadInput(directory, "exists and is not empty", "a new or empty directory")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a small file as a whole: temporary name, sync, rename."""
-    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        _sync(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _resource_error(file, error) from None
-
-
 def _plan_shards(specs: dict[str, Spec], limit: int) -> dict[str, list[str]]:
     groups, size = [[]], 0
     for name, spec in specs.items():
@@ -172,19 +160,3 @@ def _nbytes(spec: Spec) -> int:
     for n in shape:
         count *= n
     return count * dtype.itemsize
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _resource_error(path: Path, error: OSError) -> ResourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(path, "the disk is full", hint="nothing was left under the final name")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ResourceError(path, "no permission to write here")
-    return ResourceError(path, f"cannot write ({error.strerror or error})")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from merge3.checkpoint import write_atomically
 from merge3.errors import ResumeMismatch
+from merge3.files import write_atomically
 from merge3.recipe import Recipe
 from merge3.search.store import Candidate, RunStore, read_result
 

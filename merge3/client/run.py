@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from merge3.checkpoint import write_atomically
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.terminal import bar
 from merge3.engine import LocalEngine
 from merge3.errors import ResumeMismatch
+from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.search.config import EvolveConfig
 from merge3.search.loop import Outcome, load_questions, run

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from merge3 import __version__
-from merge3.checkpoint import write_atomically
 from merge3.checkpoint.layout import Layout
 from merge3.engine import Engine, mean_over_tasks
 from merge3.errors import ConfigError, ResumeMismatch
+from merge3.files import write_atomically
 from merge3.methods import METHODS
 from merge3.recipe import Recipe
 from merge3.search import optimizers

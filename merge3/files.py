@@ -1,0 +1,39 @@
+"""Small files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from merge3.errors import ResourceError
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace a file as a whole: temporary name, sync, rename. Raises ResourceError."""
+    temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise resource_error(file, error) from None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or directory has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def resource_error(path: Path, error: OSError) -> ResourceError:
+    """What a failed write means to whoever asked for it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(path, "the disk is full", hint="nothing was left under the final name")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ResourceError(path, "no permission to write here")
+    return ResourceError(path, f"cannot write ({error.strerror or error})")
