@@ -24,6 +24,10 @@ from merge3.slot import Slot
 from merge3.space import DENSITY_STEPS, Space
 from merge3.tasks import Item, Scorer
 
+# (responses, items, task weights) -> (estimated accuracy, its standard error)
+EstimateOf = Callable[[np.ndarray, Sequence[Item], dict[str, float] | None], tuple[float, float]]
+_SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -55,7 +59,8 @@ class Engine(Protocol):
 
     def info(self) -> PoolInfo: ...
     def register(
-        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None, weights: dict[str, float] | None = None
+        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None,
+        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
     ) -> None: ...
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
@@ -67,15 +72,10 @@ class LocalEngine:
 
     seed: of random keeps, the same for every candidate, so that candidates differ by their genes alone.
     dtype: of the live model; what the recipes to come will be exported in (default: the endpoints').
-    estimate(responses, items, task weights) -> (value, stderr).
     """
 
-    def __init__(
-        self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None,
-        estimate: Callable[[np.ndarray, Sequence[Item], dict[str, float] | None], tuple[float, float]] | None = None,
-    ):  # fmt: skip
+    def __init__(self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None):
         self.pool, self.seed, self.chat = pool, seed, chat
-        self.estimate = estimate or mean_over_tasks
         self.slot = Slot(pool, dtype)
         self.heads: dict[str, str] = {}
         self._scorers: dict[tuple, Scorer] = {}
@@ -87,11 +87,13 @@ class LocalEngine:
         )
 
     def register(
-        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None, weights: dict[str, float] | None = None
+        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None,
+        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
     ) -> None:
         """Fix what `evaluate` decodes, asks and counts. heads: task -> the endpoint whose head answers it;
-        weights: task -> its weight in the estimate."""
+        weights: task -> its weight in the estimate; estimate: from responses to accuracy, default the mean."""
         self.space, self.items, self.heads, self.weights = space, list(items), dict(heads or {}), weights
+        self.estimate = estimate or mean_over_tasks
         self._rounds = self._by_task(self.items)
         self._prefetch()
 
@@ -137,6 +139,8 @@ class LocalEngine:
             if key not in self._scorers:
                 self.slot.use_head(head)  # the labels are the head's
                 self._scorers[key] = Scorer(key[0], self.slot.model, self.pool.base_checkpoint.path, self.chat)
+                while len(self._scorers) > _SCORERS:
+                    del self._scorers[next(iter(self._scorers))]
             rounds.append((at, head, self._scorers[key]))
         return rounds
 

@@ -11,6 +11,8 @@ from merge3.search.loop import Progress
 
 STAGES = {
     "statistics": "computing what the search needs to know of the task vectors, once",
+    "calibration": "calibrating: the endpoints and random merges answer the items",
+    "race": "the best candidates race on more items",
     "held-out": "measuring the winner and the baselines on held-out items",
 }
 
@@ -58,7 +60,8 @@ class Lines(AbstractContextManager):
             return
         self._generation = p.generation
         if p.stage != "search":
-            print(STAGES.get(p.stage, p.stage), file=sys.stderr, flush=True)
+            if p.stage != "calibration" or p.done == 1:
+                print(STAGES.get(p.stage, p.stage), file=sys.stderr, flush=True)
             return
         rate = _rate(p)
         print(

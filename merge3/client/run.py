@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -19,7 +20,8 @@ from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.search.config import EvolveConfig
-from merge3.search.loop import Outcome, load_questions, run
+from merge3.search.loop import Outcome, run
+from merge3.search.questions import load_questions
 from merge3.search.store import RunStore
 
 
@@ -35,6 +37,8 @@ def evolve(
     dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
     engine = LocalEngine(pool, config.optimizer.seed, config.apply_chat_template, dtype)
     store = RunStore(directory)
+    if not quiet:
+        print(questions.assumed[2], file=sys.stderr)
     stopping = _StopOnInterrupt()
     with stopping, chosen(as_json, quiet) as report:
         outcome = run(config, engine, pool.layouts[pool.base], store, resume, report, stopping)
@@ -70,9 +74,13 @@ def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[
         "candidates": outcome.candidates,
         "failed": outcome.failed,
         "item_answers": outcome.item_answers,
+        "ledger": dataclasses.asdict(outcome.ledger) | {"total": outcome.ledger.total},
+        "asked": dict(zip(("extract", "estimate", "why"), outcome.assumed)),
+        "race": dataclasses.asdict(outcome.race) if outcome.race else None,
+        "checks": {"made": outcome.checks, "drifted": outcome.drifted},
         "seconds": outcome.seconds,
         "swap_share": outcome.swap_share,
-        "search_value": outcome.best.value,
+        "search_value": outcome.best.value,  # of the search alone; the race's is in `race`
         "search_stderr": None if math.isnan(outcome.best.stderr) else outcome.best.stderr,
         "recipe_hash": outcome.best.recipe_hash,
         "heldout_items": heldout_items,
@@ -103,9 +111,18 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     console.print(table)
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
-        f"{result['candidates']} candidates in {result['seconds']:.0f} s ({result['item_answers']:,} item answers), "
+        f"{result['candidates']} candidates in {result['seconds']:.0f} s, "
         f"{gain:+.3f} over the best baseline ({result['best_baseline']}); merging took {100 * result['swap_share']:.1f} % of the time"
     )
+    ledger = result["ledger"]
+    parts = ", ".join(f"{name} {ledger[name]:,}" for name in ("calibration", "search", "checks", "race") if ledger[name])
+    console.print(
+        f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
+        f"{ledger['full'] / max(1, ledger['total']):.1f} times as many"
+    )
+    if result["race"]:
+        end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
+        console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")
     console.print(f"recipe {directory / 'best.yaml'}, model {directory / 'model'}, report {directory / 'report.html'}")
 
 

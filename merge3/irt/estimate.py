@@ -202,9 +202,9 @@ def _calibrated(e: Estimator, responses: Responses, rows: list[int], share: floa
     elif share is not None:
         c = float(share)
     else:
-        # Least squares of c · mean + (1 − c) · model against the truth, held by four models' worth of 1/2.
+        # Least squares of c · mean + (1 − c) · model against the truth, held by two models at 1/2.
         difference = parts.mean - parts.model
-        hold = 4 * (difference**2).mean() if len(difference) else 1.0
+        hold = 2 * (difference**2).mean() if len(difference) else 1.0
         c = (difference * (truth - parts.model)).sum() + 0.5 * hold
         c = float(np.clip(c / ((difference**2).sum() + hold), 0, 1)) if hold > 0 else 0.5
     mixed = replace(e, share=c)
@@ -212,8 +212,8 @@ def _calibrated(e: Estimator, responses: Responses, rows: list[int], share: floa
     if not len(truth):
         return mixed
     ratio = ((result.value - truth) ** 2 - found.truth_variance) / np.maximum(result.stderr**2, 1e-12)
-    # Never below 1: a subset chosen by these very models' answers suits them better than others.
-    scale = np.sqrt(max(1.0, (ratio.sum() + 4) / (len(ratio) + 4)))
+    # Held by eight models at 1, and not far below: a subset chosen by these very models suits them best.
+    scale = np.sqrt(max(0.64, (ratio.sum() + 8) / (len(ratio) + 8)))
     return replace(mixed, scale=float(scale))
 
 

@@ -78,17 +78,43 @@ class Task(_Section):
 
 
 class Extract(_Section):
-    """Which search items each candidate answers. size: per task."""
+    """Which search items each candidate answers. size: per task. auto: irt where calibration pays, else all.
 
-    method: Literal["all", "random"] = "all"
+    renew: generations after which others are asked, so that a search does not fit itself to a few
+    items; 0 for never.
+    """
+
+    method: Literal["auto", "all", "random", "irt", "correctness", "entropy", "information"] = "auto"
     size: int = Field(20, ge=1)
+    renew: int = Field(1, ge=0)
 
 
 class Estimate(_Section):
-    """How responses become fitness; mean: over the items asked."""
+    """How responses become fitness. auto: gmp-irt on chosen items, mean on all or random ones.
 
-    method: Literal["mean"] = "mean"
-    calibration: str | None = None
+    calibration: a response file, or auto: the endpoints and `models` random merges answer, each a random
+    `share` of the items. dimensions: of the item response model. check_every: generations
+    between two spot checks, 0 for none.
+    """
+
+    method: Literal["auto", "mean", "p-irt", "gp-irt", "mp-irt", "gmp-irt"] = "auto"
+    calibration: str = "auto"
+    models: int = Field(24, ge=0)
+    share: float = Field(1.0, gt=0, le=1)
+    dimensions: int = Field(1, ge=1, le=8)
+    check_every: int = Field(5, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+class RaceSettings(_Section):
+    """The race among the best candidates at the end. share: of the search's answers it may cost at most."""
+
+    candidates: int = Field(8, ge=0)
+    share: float = Field(0.1, ge=0, le=1)
 
 
 class Optimizer(_Section):
@@ -115,6 +141,7 @@ class EvolveConfig(_Section):
     extract: Extract = Extract()
     estimate: Estimate = Estimate()
     optimizer: Optimizer = Optimizer()
+    race: RaceSettings = RaceSettings()
     heldout: Heldout = Heldout()
     objective: Literal["accuracy"] = "accuracy"
     random_init: bool = False
@@ -178,6 +205,8 @@ def _resolved(config: EvolveConfig, folder: Path, path: Path) -> EvolveConfig:
         task["items"] = str((folder / task["items"]).resolve())
         if task["head"]:
             task["head"] = _model_path(task["head"], folder)
+    if data["estimate"]["calibration"] != "auto":
+        data["estimate"]["calibration"] = str((folder / data["estimate"]["calibration"]).resolve())
     return EvolveConfig.model_validate(data)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,14 @@ from merge3.files import write_atomically
 from merge3.methods import METHODS
 from merge3.recipe import Recipe
 from merge3.search import optimizers
+from merge3.search.asking import check, prepare, renew
 from merge3.search.baselines import default_merges
 from merge3.search.config import EvolveConfig
+from merge3.search.questions import Questions, load_questions
+from merge3.search.race import Contender, Race, race
 from merge3.search.store import Candidate, RunStore
 from merge3.space import Space
-from merge3.tasks import Item, items_hash, read_items, split_heldout
-
-
-@dataclass(frozen=True)
-class Questions:
-    """search: what candidates may be asked; subset: what each is asked; heldout: never seen by the search."""
-
-    search: list[Item]
-    subset: list[Item]
-    heldout: list[Item]
-    weights: dict[str, float]
-    heads: dict[str, str]
+from merge3.tasks import Item, items_hash
 
 
 @dataclass
@@ -61,6 +53,21 @@ class Progress:
     stage: str = "search"
 
 
+@dataclass(frozen=True)
+class Ledger:
+    """Item answers spent, by what for, and what a search on all items would have taken."""
+
+    calibration: int
+    search: int
+    checks: int
+    race: int
+    full: int
+
+    @property
+    def total(self) -> int:
+        return self.calibration + self.search + self.checks + self.race
+
+
 @dataclass
 class Outcome:
     """What a finished search found."""
@@ -72,36 +79,13 @@ class Outcome:
     item_answers: int
     seconds: float
     swap_share: float
+    assumed: tuple[str, str, str]
+    ledger: Ledger
+    race: Race | None
+    checks: list[tuple[int, float, float, float, float]]
+    drifted: list[int]
     heldout: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, Any] = field(default_factory=dict)
-
-
-def load_questions(config: EvolveConfig) -> Questions:
-    """Read, split and subset the items of every task."""
-    items, weights, heads = [], {}, {}
-    for task in config.tasks:
-        own = read_items(task.items, task.name)
-        if task.name is not None:
-            own = [replace(item, task=task.name) for item in own]
-        if task.metric is not None and task.metric != "acc,none":  # mergekit-evolve's default for lm-eval
-            own = [replace(item, metric=task.metric) for item in own]
-        items += own
-        weights.update({item.task: task.weight for item in own})
-        if task.head:
-            heads.update({item.task: task.head for item in own})
-    seen = set()
-    for item in items:
-        if (item.task, item.id) in seen:
-            raise ConfigError(f"task {item.task!r}", f"item id {item.id!r} twice", "unique ids within a task")
-        seen.add((item.task, item.id))
-    seed = config.optimizer.seed
-    search, heldout = split_heldout(items, config.heldout.fraction, seed)
-    subset = search
-    if config.limit is not None:
-        subset = _per_task(subset, config.limit, None)
-    if config.extract.method == "random":
-        subset = _per_task(subset, config.extract.size, np.random.default_rng(seed))
-    return Questions(search, subset, heldout, weights, heads)
 
 
 def run(
@@ -124,18 +108,35 @@ def run(
         raise ResumeMismatch(store.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(store.directory / "config.yaml", config.to_yaml())
     report(Progress(stage="statistics", budget=config.optimizer.budget))
-    engine.register(space, questions.subset, questions.heads, questions.weights)
-    best = _search(config, engine, space, questions, store, report, stop)
+    calibrating = lambda done, total: report(Progress(stage="calibration", done=done, budget=total))
+    asking = prepare(
+        config, engine, space, questions.search, questions.subset, questions.heads, questions.weights, questions.assumed,
+        store, calibrating, stop,
+    )  # fmt: skip
+    if asking is None:
+        return None
+    best = _search(config, engine, space, questions, asking, store, report, stop)
     if best is None:
         return None
     candidates = store.candidates()
+    report(Progress(stage="race", done=len(candidates), budget=config.optimizer.budget, best=best.value, best_stderr=best.stderr))
+    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
+    found = _race(config, engine, space, questions, asking, store, candidates, answers, stop)
+    if stop():
+        return None
+    if found is not None:
+        best = found[0]
     recipe = space.recipe(best.genome)
     write_atomically(store.directory / "best.yaml", best_yaml(recipe, config))
     seconds = sum(c.seconds for c in candidates)
+    ledger = Ledger(
+        asking.calibration.answers if asking.calibration else 0, answers, store.answers("check"), store.answers("race"),
+        config.optimizer.budget * len(questions.search),
+    )  # fmt: skip
     outcome = Outcome(
-        best, recipe, len(candidates), sum(c.error is not None for c in candidates),
-        len(candidates) * len(questions.subset), seconds,
+        best, recipe, len(candidates), sum(c.error is not None for c in candidates), ledger.total, seconds,
         sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
+        asking.assumed, ledger, found[1] if found else None, asking.checks, asking.drifted,
     )  # fmt: skip
     measured = questions.heldout or questions.search
     report(Progress(stage="held-out", done=len(candidates), budget=config.optimizer.budget, best=best.value))
@@ -154,22 +155,49 @@ def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
     return head + recipe.to_yaml()
 
 
-def _search(config, engine, space, questions, store, report, stop) -> Candidate | None:
+def _race(config, engine, space, questions, asking, store, candidates, answers, stop) -> tuple[Candidate, Race] | None:
+    """The best candidates race on items the search did not ask. None where there is nothing to settle."""
+    known = list({c.recipe_hash: c for c in reversed(candidates) if not math.isnan(c.value)}.values())  # the earliest of equals
+    last = known[0]  # the distribution's mean races whatever its estimate
+    top = sorted(known, key=lambda c: (-c.value, c.generation, c.position))[: config.race.candidates]
+    if config.optimizer.name == "cma" and last not in top:
+        top = [*top[:-1], last]
+    open_ = asking.unseen()
+    if len(top) < 2 or not open_:
+        return None
+    items = [asking.search[i] for i in open_]
+    contenders = [Contender(f"{c.generation}-{c.position}", c.value, c.stderr) for c in top]
+
+    def ask(c: int, positions: list[int]) -> np.ndarray:
+        where = [open_[i] for i in positions]
+        answer = lambda: engine.answer(space.recipe(top[c].genome), [asking.search[i] for i in where])
+        return store.remember("race", f"{contenders[c].name} from item {where[0]}", where, answer)
+
+    budget = int(config.race.share * answers)
+    found = race(contenders, items, ask, config.extract.size, budget, questions.weights, config.optimizer.seed, stop)
+    return top[found.winner], found
+
+
+def _search(config, engine, space, questions, asking, store, report, stop) -> Candidate | None:
     settings = config.optimizer
     low, high = space.bounds()
     start = space.initial()
     if config.random_init:
         start = np.random.default_rng(settings.seed).uniform(*(np.where(np.isfinite(b), b, d) for b, d in ((low, 0), (high, 1))))
     optimizer = optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, settings.seed)
-    progress = Progress(budget=settings.budget, full_answers=settings.budget * len(questions.search))
+    spent = asking.calibration.answers if asking.calibration else 0
+    progress = Progress(budget=settings.budget, item_answers=spent, full_answers=settings.budget * len(questions.search))
     best, began, generation = None, time.perf_counter(), 0
     while progress.done < settings.budget:
         genomes = optimizer.ask()
         genomes = genomes[: settings.budget - progress.done]
+        last = progress.done + len(genomes) == settings.budget
+        if last and (favorite := optimizer.favorite()) is not None:
+            genomes[-1] = favorite  # the search's last word is its distribution's mean
         answered = store.generation(generation)
         _check_replay(store, answered, genomes, generation)
         for candidate in [answered[p] for p in sorted(answered)]:
-            best = _note(progress, candidate, best, len(questions.subset), replayed=True)
+            best = _note(progress, candidate, best, replayed=True)
         pending = [p for p in range(len(genomes)) if p not in answered]
         for evaluation in engine.evaluate([genomes[p] for p in pending]):
             position = pending[evaluation.index]
@@ -179,7 +207,7 @@ def _search(config, engine, space, questions, store, report, stop) -> Candidate 
             )  # fmt: skip
             store.append(candidate)
             answered[position] = candidate
-            best = _note(progress, candidate, best, len(questions.subset))
+            best = _note(progress, candidate, best)
             progress.generation, progress.seconds = generation, time.perf_counter() - began
             report(progress)
             if stop():
@@ -191,16 +219,28 @@ def _search(config, engine, space, questions, store, report, stop) -> Candidate 
                 f"generation {generation}", f"every candidate failed ({answered[0].error})", "at least one that can be evaluated"
             )
         progress.mean = float(np.mean(known))
-        if len(genomes) == optimizer.population:  # a last, shorter generation has nothing to teach
+        if not last:
             optimizer.tell(genomes, fitness)
         generation += 1
+        if progress.done < settings.budget and _renewal(config, asking, engine, space, questions, store, generation, genomes, answered):
+            renew(asking, config)
+            engine.register(space, asking.subset, questions.heads, questions.weights, asking.estimator)
     return best
 
 
-def _note(progress: Progress, candidate: Candidate, best: Candidate | None, items: int, replayed=False) -> Candidate | None:
+def _renewal(config, asking, engine, space, questions, store, generation, genomes, answered) -> bool:
+    """Whether the next generation is asked other items: by schedule, or because a spot check says so."""
+    drifted, every = False, config.estimate.check_every
+    if asking.estimator is not None and every and generation % every == 0:
+        drifted = check(asking, config, engine, space, questions.weights, store, generation - 1, genomes, answered)
+    scheduled = asking.assumed[0] != "all" and config.extract.renew and generation % config.extract.renew == 0
+    return drifted or bool(scheduled)
+
+
+def _note(progress: Progress, candidate: Candidate, best: Candidate | None, replayed=False) -> Candidate | None:
     progress.done += 1
     progress.replayed += replayed
-    progress.item_answers += items
+    progress.item_answers += 0 if candidate.responses is None else len(candidate.responses)
     progress.failed += candidate.error is not None
     # Ties go to the earlier candidate, so that a resumed run has the same winner.
     if not math.isnan(candidate.value) and (best is None or candidate.value > best.value):
@@ -225,7 +265,7 @@ def _identity(config: EvolveConfig, engine: Engine, space: Space, questions: Que
         "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__,
         "genome": space.definition.hash(),
         "optimizer": config.optimizer.model_dump_json(),
-        "search items": items_hash(questions.subset), "held-out items": items_hash(questions.heldout),
+        "search items": items_hash(questions.search), "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }  # fmt: skip
     return identity | {f"checkpoint {name}": digest for name, digest in info.content_hashes.items()}
@@ -255,12 +295,3 @@ def _short_names(models: Sequence[str]) -> dict[str, str]:
     """The last part of each path, or the whole where that is not unique."""
     last = [Path(m).name for m in models]
     return {m: n if last.count(n) == 1 else m for m, n in zip(models, last)}
-
-
-def _per_task(items: list[Item], size: int, rng: np.random.Generator | None) -> list[Item]:
-    chosen = []
-    for task in dict.fromkeys(item.task for item in items):
-        own = [item for item in items if item.task == task]
-        at = range(min(size, len(own))) if rng is None else sorted(rng.permutation(len(own))[:size])
-        chosen += [own[i] for i in at]
-    return chosen

@@ -12,12 +12,13 @@ import numpy as np
 
 
 class Optimizer(Protocol):
-    """Maximises: ask for a generation, tell its fitness in the same order."""
+    """Maximises: ask for a generation, tell its fitness in the same order. favorite: what it believes in most."""
 
     population: int
 
     def ask(self) -> list[np.ndarray]: ...
     def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None: ...
+    def favorite(self) -> np.ndarray | None: ...
 
 
 def make(name: str, initial, low, high, sigma: float, population: int | None, seed: int) -> Optimizer:
@@ -66,6 +67,11 @@ class CMA:
             warnings.simplefilter("ignore")
             self._strategy.tell(genomes, losses)
 
+    def favorite(self) -> np.ndarray:
+        """The mean of the distribution: under noise better than its best sample (Hansen, The CMA evolution
+        strategy: a tutorial, section B.3)."""
+        return np.asarray(self._strategy.result.xfavorite, dtype=np.float64)
+
     @contextlib.contextmanager
     def _own_random(self):
         outside = np.random.get_state()
@@ -92,3 +98,7 @@ class RandomSearch:
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None:
         pass
+
+    def favorite(self) -> None:
+        """Random search has none."""
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ CREATE TABLE IF NOT EXISTS candidates (
     value REAL, stderr REAL, seconds REAL NOT NULL, swap_seconds REAL NOT NULL,
     engine TEXT NOT NULL, error TEXT,
     PRIMARY KEY (generation, position)
+);
+CREATE TABLE IF NOT EXISTS answers (
+    stage TEXT NOT NULL, name TEXT NOT NULL, items BLOB NOT NULL, responses BLOB NOT NULL, PRIMARY KEY (stage, name)
 );
 """
 
@@ -90,6 +93,29 @@ class RunStore:
                 self._db.execute("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise ResourceError(self.directory / "run.db", f"cannot be written ({error})", "space for the journal") from None
+
+    def remember(self, stage: str, name: str, items: Sequence[int], ask: Callable[[], np.ndarray]) -> np.ndarray:
+        """Answers given outside the search (calibration, checks, race): the journal's, else asked and committed.
+
+        items: positions asked. Raises ResumeMismatch if the journal's answers are to other items.
+        """
+        positions = np.asarray(items, np.int64)
+        row = self._db.execute("SELECT items, responses FROM answers WHERE stage = ? AND name = ?", (stage, name)).fetchone()
+        if row is not None:
+            if row[0] != positions.tobytes():
+                raise ResumeMismatch(self.directory, f"{stage} {name} was asked other items", "the items the run began with")
+            return np.frombuffer(row[1])
+        responses = np.asarray(ask(), np.float64)
+        try:
+            with self._db:
+                self._db.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (stage, name, positions.tobytes(), responses.tobytes()))
+        except sqlite3.Error as error:
+            raise ResourceError(self.directory / "run.db", f"cannot be written ({error})", "space for the journal") from None
+        return responses
+
+    def answers(self, stage: str) -> int:
+        """How many answers a stage has cost."""
+        return sum(len(row[0]) // 8 for row in self._db.execute("SELECT responses FROM answers WHERE stage = ?", (stage,)))
 
     def generation(self, number: int) -> dict[int, Candidate]:
         """Answered candidates of one generation, by position."""

@@ -21,7 +21,7 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search import optimizers
 from merge3.search.config import load_config
-from merge3.search.loop import load_questions
+from merge3.search.questions import load_questions
 from merge3.search.store import RunStore
 from merge3.space import Space
 from merge3.tasks import Item
@@ -176,7 +176,7 @@ BAD_CONFIGS = {
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),
     "no tasks": (dict(tasks=[]), "tasks"),
     "fraction": (dict(heldout={"fraction": 1.5}), "heldout.fraction: found 1.5"),
-    "later": (dict(estimate={"method": "gmp-irt"}), "estimate.method: 'gmp-irt' is not available yet"),
+    "estimator": (dict(estimate={"method": "best"}), "estimate.method: 'best'"),
     "bounds": (dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}), "expected low < high"),
 }  # fmt: skip
 

@@ -1,0 +1,140 @@
+"""The commands of item response theory: calibrate, extract, estimate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge3.client.terminal import bar
+from merge3.errors import BadInput
+from merge3.files import write_atomically
+from merge3.irt import estimate as irt
+from merge3.irt import read_responses
+from merge3.irt.diagnostics import fit_statistics
+from merge3.irt.extract import Subset
+from merge3.irt.responses import ResponsesError
+from merge3.search import calibration as calibrations
+
+
+def calibrate(
+    out: Path, config_file: Path | None, responses_file: Path | None, endpoints: tuple[str, ...], dimensions: int,
+    seed: int, device: str, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Fit banks to a response file, or to the answers of a configuration's endpoints and random merges."""
+    if (out / "calibration.json").exists():
+        raise BadInput(out, "a calibration is there already", "a new directory")
+    if config_file is None and responses_file is None:
+        raise BadInput("calibrate", "neither a configuration nor --responses", "one of them, or both")
+    groups = None
+    if config_file is not None:
+        responses, groups, models, dimensions, seed = _configured(config_file, responses_file, out, device, quiet, dimensions)
+        endpoints = endpoints or models
+    else:
+        responses = read_responses(responses_file)
+    unknown = [e for e in endpoints if e not in responses.models]
+    if unknown and config_file is None:
+        raise ResponsesError(responses_file, f"no rows of endpoint {unknown[0]!r}", "one of its models")
+    show = lambda task, step, steps: quiet or bar(f"fitting {task}", step, steps)
+    found = calibrations.calibrate(responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show)
+    calibrations.save(found, out)
+    return {"path": str(out), "answers": found.answers, "tasks": {task: _described(found, task) for task in found.banks}}
+
+
+def _configured(config_file: Path, responses_file: Path | None, out: Path, device: str, quiet: bool, dimensions: int):
+    import torch
+
+    from merge3.client.run import open_pool
+    from merge3.engine import LocalEngine
+    from merge3.search.config import load_config
+    from merge3.search.questions import load_questions
+    from merge3.search.store import RunStore
+    from merge3.space import Space
+
+    config = load_config(config_file)
+    questions = load_questions(config)
+    groups = {t: [calibrations.item_key(i) for i in g] for t, g in calibrations.by_task(questions.search).items()}
+    settings = (groups, config.models, max(dimensions, config.estimate.dimensions), config.optimizer.seed)
+    if responses_file is not None:
+        return read_responses(responses_file), *settings
+    pool = open_pool(config.models, device, quiet)
+    engine = LocalEngine(pool, config.optimizer.seed, config.apply_chat_template, getattr(torch, config.genome.dtype or "", None))
+    space = Space(config.genome.definition(), pool.layouts[pool.base])
+    engine.register(space, questions.search, questions.heads, questions.weights)
+    store = RunStore(out)  # what was answered before a kill is not asked again
+    store.begin({"calibration of": config.hash()} | {f"checkpoint {k}": v for k, v in pool.content_hashes().items()})
+    show = lambda done, total: quiet or bar("models answering", done, total)
+    responses = calibrations.gather(engine, space, questions.search, config.models, config, store, show)
+    store.close()
+    return responses, *settings
+
+
+def _described(found: calibrations.Calibration, task: str) -> dict[str, Any]:
+    bank = found.banks[task]
+    outfit = fit_statistics(bank, found.responses[task]).item_outfit
+    return {
+        "items": len(bank.items), "models": len(bank.models), "answers": bank.meta["answers"], "steps": bank.meta["steps"],
+        "ability_sd": float(bank.theta_sd.mean()), "misfitting_items": int((outfit > 1.5).sum()),
+    }  # fmt: skip
+
+
+def extract(directory: Path, method: str, size: int, seed: int, out: Path | None) -> dict[str, Any]:
+    """Choose items of every task; {"method", "tasks": {task: {"items": [keys], "weights": [..]}}}."""
+    found = calibrations.load(directory)
+    subsets = calibrations.subsets_of(found, method, size, seed)
+    result = {
+        "method": method,
+        "tasks": {
+            task: {"items": [found.banks[task].items[i] for i in s.index], "weights": s.weights.tolist()} for task, s in subsets.items()
+        },
+    }
+    if out is not None:
+        write_atomically(out, json.dumps(result, indent=1))
+    return result
+
+
+def estimate(directory: Path, subset_file: Path, responses_file: Path, method: str) -> list[dict[str, Any]]:
+    """Accuracy of every model in a response file from its answers to a subset: one dict per model."""
+    found, subset = calibrations.load(directory), _read_subset(subset_file)
+    answers = read_responses(responses_file)
+    per_model: dict[str, dict[str, tuple[float, float]]] = {}
+    for task, chosen in subset["tasks"].items():
+        if task not in found.banks:
+            raise ResponsesError(subset_file, f"unknown task {task!r}", ", ".join(found.banks))
+        bank = found.banks[task]
+        position = {item: i for i, item in enumerate(bank.items)}
+        missing = [item for item in chosen["items"] if item not in position]
+        if missing:
+            raise ResponsesError(subset_file, f"item {missing[0]!r} is not in the calibration", f"items of {directory}")
+        index = np.array([position[item] for item in chosen["items"]])
+        estimator = irt.prepare(
+            bank, found.responses[task], Subset(index, np.array(chosen["weights"]), subset["method"]), method, found.endpoints
+        )
+        if estimator.note:
+            print(f"{task}: {estimator.note}", file=sys.stderr)
+        own = answers.only(chosen["items"], str(responses_file))
+        result = irt.estimate(estimator, own.values)
+        for name, value, stderr in zip(own.models, result.value.tolist(), result.stderr.tolist()):
+            per_model.setdefault(name, {})[task] = (value, stderr)
+    rows = []
+    for name, tasks in per_model.items():
+        values, errors = np.array(list(tasks.values())).T
+        rows.append(
+            {"model": name, "accuracy": float(values.mean()), "stderr": float((errors**2).sum() ** 0.5 / len(errors)),
+             "tasks": {t: {"accuracy": v, "stderr": e} for t, (v, e) in tasks.items()}, "complete": len(tasks) == len(subset["tasks"])}
+        )  # fmt: skip
+    return sorted(rows, key=lambda row: -row["accuracy"])
+
+
+def _read_subset(path: Path) -> dict[str, Any]:
+    try:
+        subset = json.loads(path.read_text())
+        for task in subset["tasks"].values():
+            if len(task["items"]) != len(task["weights"]) or not task["items"]:
+                raise ValueError("as many weights as items")
+        return {"method": subset["method"], "tasks": subset["tasks"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResponsesError(path, f"{type(error).__name__}: {error}"[:200], "what `merge3-client extract --out` wrote") from None
