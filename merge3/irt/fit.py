@@ -149,8 +149,7 @@ def _variational(responses, dimensions, kind, steps, seed, device, tolerance, pr
             losses.append(svi.step(index) / total)
             if taken % 50 == 0:
                 progress(taken, steps, losses[-1])
-            # Not before the step size has come down: early losses are flat for other reasons.
-            if taken % 50 or taken < max(600, steps // 2):
+            if taken % 50 or taken < max(400, steps // 4):
                 continue
             if np.mean(losses[-400:-200]) - np.mean(losses[-200:]) < tolerance:
                 break

@@ -125,7 +125,12 @@ def calibrate(
     own, banks = {}, {}
     for task, keys in groups.items():
         own[task] = responses.only(keys, f"responses: task {task!r}")
-        banks[task] = fit(own[task], dimensions, seed=seed, progress=lambda step, steps, _, task=task: report(task, step, steps))
+        progress = lambda step, steps, _, task=task: report(task, step, steps)
+        try:
+            banks[task] = fit(own[task], dimensions, seed=seed, progress=progress)
+        except ResponsesError as error:
+            hint = error.hint or "or search without calibration: `estimate: {method: mean}`"
+            raise ResponsesError(f"task {task!r}: {error.where}", error.found, error.expected, hint) from None
     answers = int(responses.answered.sum()) if cost is None else cost
     return Calibration(own, banks, tuple(endpoints), answers)
 

@@ -234,7 +234,8 @@ def _readable(path: Path, error: ValidationError) -> ConfigError:
         return ConfigError(f"{path}: {where}", "unknown key", ", ".join(fields), nearest(str(key), fields))
     if first["type"] == "missing":
         return ConfigError(f"{path}: {where}", "missing", "a value")
-    if first["type"] == "literal_error" and where.startswith(("extract", "estimate", "objective")):
-        return ConfigError(f"{path}: {where}", f"{first['input']!r} is not available yet", first["ctx"]["expected"])
+    if first["type"] == "literal_error":
+        hint = "several objectives are not available yet" if where == "objective" else ""
+        return ConfigError(f"{path}: {where}", f"found {first['input']!r}", first["ctx"]["expected"], hint)
     found = "" if isinstance(first["input"], dict) else f"found {first['input']!r}: "
     return ConfigError(f"{path}: {where}", f"{found}{message}")

@@ -176,7 +176,8 @@ BAD_CONFIGS = {
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),
     "no tasks": (dict(tasks=[]), "tasks"),
     "fraction": (dict(heldout={"fraction": 1.5}), "heldout.fraction: found 1.5"),
-    "estimator": (dict(estimate={"method": "best"}), "estimate.method: 'best'"),
+    "estimator": (dict(estimate={"method": "best"}), "estimate.method: found 'best'; expected 'auto', 'mean'"),
+
     "bounds": (dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}), "expected low < high"),
 }  # fmt: skip
 

@@ -1,0 +1,256 @@
+"""Searches on a few items: calibration, estimates as fitness, renewal, checks, race, ledger, resume."""
+
+import json
+import sqlite3
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from merge3.client import run, tiny
+from merge3.engine import LocalEngine
+from merge3.errors import BadInput, ConfigError
+from merge3.irt import read_responses
+from merge3.irt.bank import sigmoid
+from merge3.pool import Pool
+from merge3.search import asking, calibration
+from merge3.search.config import load_config
+from merge3.search.questions import load_questions
+from merge3.search.race import Contender, race
+from merge3.search.store import RunStore
+from merge3.space import Space
+from merge3.tasks import Item
+
+FEW = {
+    "extract": {"method": "irt", "size": 4},
+    "estimate": {"method": "gmp-irt", "models": 5, "check_every": 2},
+    "race": {"candidates": 4, "share": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def few(tiny_world, tmp_path_factory):
+    """A configuration that calibrates, estimates, checks and races; models that solve some of the items."""
+    root = tmp_path_factory.mktemp("few-models")
+    tiny.make_models(root, seed=0, base_steps=160, expert_steps=15)
+    for task in tiny.TASKS:
+        (root / f"{task}.jsonl").write_text("".join((root / f"{task}.jsonl").open().readlines()[:40]))
+    path = root / "few.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load((tiny_world / "evolve.yaml").read_text()) | FEW))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("few") / "run"
+    return directory, run.evolve(load_config(few), directory, quiet=True, export=False)
+
+
+def journal(directory):
+    with sqlite3.connect(directory / "run.db") as db:
+        candidates = "SELECT generation, position, genome, recipe_hash, responses, value, stderr FROM candidates ORDER BY 1, 2"
+        return db.execute(candidates).fetchall(), db.execute("SELECT * FROM answers ORDER BY 1, 2").fetchall()
+
+
+def test_every_answer_is_in_the_ledger(undisturbed):
+    directory, result = undisturbed
+    ledger = result["ledger"]
+    candidates, answers = journal(directory)
+    counted = {stage: sum(len(row[3]) // 8 for row in answers if row[0] == stage) for stage in ("calibration", "check", "race")}
+    assert ledger["calibration"] == counted["calibration"] == (4 + 5) * 56  # endpoints and merges, all items
+    assert ledger["search"] == sum(len(row[4]) // 8 for row in candidates) == 24 * 8
+    assert ledger["checks"] == counted["check"] > 0 and ledger["race"] == counted["race"] > 0
+    assert ledger["total"] == sum(ledger[k] for k in ("calibration", "search", "checks", "race")) == result["item_answers"]
+    assert ledger["full"] == 24 * 56 and result["asked"]["estimate"] == "gmp-irt" and "chosen by `irt`" in result["asked"]["why"]
+    assert all(0 <= row[5] <= 1 and 0 < row[6] < 1 for row in candidates)
+
+
+@pytest.mark.parametrize("stop_after", [3, 12, 40])
+def test_a_run_stopped_anywhere_resumes_to_the_same_bits(undisturbed, few, tmp_path, monkeypatch, stop_after):
+    """Stopped by an exception inside the n-th question to the engine: in calibration, search or race."""
+    asked = 0
+    answer, evaluate = LocalEngine.answer, LocalEngine.evaluate
+
+    class Killed(BaseException):
+        pass
+
+    def counted():
+        nonlocal asked
+        asked += 1
+        if asked == stop_after:
+            raise Killed
+
+    def stopping_answer(self, what, items):
+        counted()
+        return answer(self, what, items)
+
+    def stopping_evaluate(self, genomes):
+        for evaluation in evaluate(self, genomes):
+            counted()
+            yield evaluation
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "answer", stopping_answer)
+        patch.setattr(LocalEngine, "evaluate", stopping_evaluate)
+        with pytest.raises(Killed):
+            run.evolve(load_config(few), tmp_path / "run", quiet=True, export=False)
+    result = run.evolve(load_config(few), tmp_path / "run", resume=True, quiet=True, export=False)
+    directory, expected = undisturbed
+    assert journal(tmp_path / "run") == journal(directory)
+    assert (tmp_path / "run" / "best.yaml").read_text() == (directory / "best.yaml").read_text()
+    assert {k: result[k] for k in ("heldout", "ledger", "race", "checks")} == {k: expected[k] for k in ("heldout", "ledger", "race", "checks")}
+
+
+def test_generations_are_asked_different_items(few, tmp_path):
+    config = load_config(few)
+    questions = load_questions(config)
+    pool = Pool.open(config.models[0], config.models[1:])
+    engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
+    store = RunStore(tmp_path)
+    found = asking.prepare(
+        config, engine, space, questions.search, questions.subset, {}, questions.weights, questions.assumed, store,
+        lambda *_: None, lambda: False,
+    )  # fmt: skip
+    first = [item.id for item in found.subset]
+    assert len(first) == 8 and engine.items == found.subset
+    asking.renew(found, config)
+    assert [item.id for item in found.subset] != first and len(found.subset) == 8
+    assert len(found.unseen()) == 56 - 8
+    store.close()
+
+
+def test_a_check_notices_estimates_that_are_off(few, tmp_path):
+    """Three checks with answers far from the estimates: the subset must go."""
+    config = load_config(few)
+    questions = load_questions(config)
+
+    class Engine:
+        def answer(self, what, items):
+            return np.zeros(len(items))
+
+    class Anything:
+        def recipe(self, genome):
+            return genome
+
+    found = asking.Asking(questions.search, questions.search[:4])
+    store = RunStore(tmp_path)
+    candidate = type("C", (), {"value": 0.9, "stderr": 0.05})()
+    outcomes = [
+        asking.check(found, config, Engine(), Anything(), questions.weights, store, g, [np.zeros(1)], {0: candidate}) for g in range(4)
+    ]
+    assert outcomes == [False, False, True, False] and found.drifted == [2] and len(found.checks) == 4
+    store.close()
+
+
+def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
+    directory, _ = undisturbed
+    config = load_config(few)
+    questions = load_questions(config)
+    pool = Pool.open(config.models[0], config.models[1:])
+    engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
+    engine.register(space, questions.search)
+    responses = calibration.gather(engine, space, questions.search, config.models, config, None)
+    groups = {t: [calibration.item_key(i) for i in g] for t, g in calibration.by_task(questions.search).items()}
+    calibration.save(calibration.calibrate(responses, groups, config.models, seed=config.optimizer.seed), tmp_path / "bank")
+    assert {p.name for p in (tmp_path / "bank").iterdir()} == {
+        "responses.csv", "calibration.json", "diagnostics-0.png", "diagnostics-1.png",
+        *(f"bank-{n}.{e}" for n in (0, 1) for e in ("json", "safetensors")),
+    }  # fmt: skip
+    results = []
+    for given in (tmp_path / "bank" / "responses.csv", tmp_path / "bank"):
+        free = replace_estimate(config, calibration=str(given))
+        results.append(run.evolve(free, tmp_path / f"run-{given.suffix}", quiet=True, export=False))
+        assert results[-1]["ledger"]["calibration"] == 0 and results[-1]["ledger"]["search"] == 24 * 8
+    assert results[0]["heldout"] == results[1]["heldout"]
+    other = tmp_path / "bank" / "responses.csv"
+    other.write_text(other.read_text().replace("translation/", "spelling/"))
+    with pytest.raises(BadInput, match="task 'translation': none of its"):
+        run.evolve(replace_estimate(config, calibration=str(other)), tmp_path / "bad", quiet=True, export=False)
+
+
+def replace_estimate(config, **changes):
+    return config.model_copy(update={"estimate": config.estimate.model_copy(update=changes)})
+
+
+def test_auto_calibrates_only_where_it_pays(few):
+    config = load_config(few)
+    questions = load_questions(config)
+    auto = config.model_copy(update={"extract": type(config.extract)(), "estimate": type(config.estimate)()})
+    assert calibration.assumptions(auto, questions.search)[:2] == ("all", "mean")
+    many = [replace(item, id=f"{item.id}-{n}") for n in range(40) for item in questions.search]
+    long = auto.model_copy(update={"optimizer": auto.optimizer.model_copy(update={"budget": 1000})})
+    assert calibration.assumptions(long, many)[:2] == ("irt", "gmp-irt")
+    plain = long.model_copy(update={"estimate": type(config.estimate)(method="mean")})
+    assert calibration.assumptions(plain, many)[:2] == ("random", "mean")
+    wrong = plain.model_copy(update={"extract": type(config.extract)(method="irt")})
+    with pytest.raises(ConfigError, match="mean with extract.method irt"):
+        calibration.assumptions(wrong, many)
+
+
+def test_a_race_finds_the_best_among_lucky_ones():
+    g = np.random.default_rng(0)
+    items = [Item(f"{t}{i}", t, "generate", "p", "a") for t in "ab" for i in range(400)]
+    difficulty = g.normal(0, 1, len(items))
+    chances = [sigmoid(ability - difficulty) for ability in (0.0, 0.1, 0.9, 0.2)]
+    answers = [(g.random(len(items)) < p).astype(float) for p in chances]
+    lucky = [Contender("x", 0.70, 0.05), Contender("y", 0.69, 0.05), Contender("z", 0.62, 0.05), Contender("w", 0.60, 0.05)]
+    asked = {c: [] for c in range(4)}
+
+    def ask(c, positions):
+        asked[c] += positions
+        return answers[c][positions]
+
+    found = race(lucky, items, ask, 20, 10**6, seed=1)
+    assert found.winner == 2 and found.settled and found.rounds[-1] == 1
+    assert found.answers == sum(map(len, asked.values()))
+    assert all(len(set(a)) == len(a) for a in asked.values()) and set(asked[0]) <= set(asked[2])
+    assert abs(found.value - chances[2].mean()) < 4 * found.stderr
+
+
+def test_a_race_keeps_its_budget_and_says_when_it_is_not_settled():
+    items = [Item(str(i), "a", "generate", "p", "a") for i in range(100)]
+    twins = [Contender("x", 0.5, 0.05), Contender("y", 0.5, 0.05)]
+    found = race(twins, items, lambda c, at: np.array([i % 2 for i in at], float), 10, 10**6)
+    assert not found.settled and found.winner == 0 and found.answers == 2 * 100 and found.rounds == (2, 2, 2, 2)
+    poor = race(twins, items, lambda c, at: np.zeros(len(at)), 10, 25)
+    assert poor.answers == 20 and poor.rounds == (2,)
+
+
+def test_calibrate_extract_estimate_on_the_command_line(tmp_path, capsys):
+    from merge3.client import cli
+
+    g = np.random.default_rng(2)
+    theta, b = g.normal(size=24), g.normal(size=60)
+    y = (g.random((24, 60)) < sigmoid(theta[:, None] - b)).astype(int)
+    lines = ["model,task,item,score", *(f"m{m},{'st'[i % 2]},q{i},{y[m, i]}" for m in range(20) for i in range(60))]
+    (tmp_path / "board.csv").write_text("\n".join(lines) + "\n")
+    bank = tmp_path / "bank"
+
+    def call(*arguments):
+        cli.app([str(a) for a in arguments], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    described = call("calibrate", "--out", bank, "--responses", tmp_path / "board.csv", "--endpoint", "m0", "--endpoint", "m1", "--json")
+    assert described["answers"] == 1200 and set(described["tasks"]) == {"s", "t"} and described["tasks"]["s"]["items"] == 30
+    subset = call("extract", bank, "--size", "10", "--out", tmp_path / "subset.json", "--json")
+    assert [len(t["items"]) for t in subset["tasks"].values()] == [10, 10]
+    keys = {key for t in subset["tasks"].values() for key in t["items"]}
+    new = ["model,item,score"]
+    new += [f"m{m},{key},{y[m, int(key.split('q')[1])]}" for m in (20, 21, 22, 23) for key in sorted(keys)]
+    (tmp_path / "new.csv").write_text("\n".join(new) + "\n")
+    rows = call("estimate", bank, tmp_path / "subset.json", tmp_path / "new.csv", "--json")
+    assert len(rows) == 4 and all(r["complete"] and 0 < r["stderr"] < 0.3 for r in rows)
+    truth = {f"m{m}": y[m].mean() for m in range(20, 24)}
+    assert all(abs(r["accuracy"] - truth[r["model"]]) < 4 * r["stderr"] for r in rows)
+    assert read_responses(bank / "responses.csv").values.shape == (20, 60)
+    for arguments, message in [
+        (("calibrate", "--out", bank, "--responses", tmp_path / "board.csv"), "a calibration is there already"),
+        (("calibrate", "--out", tmp_path / "x"), "neither a configuration nor --responses"),
+        (("extract", bank, "--size", "10", "--method", "best"), "method 'best'"),
+        (("extract", tmp_path), "calibration.json"),
+        (("estimate", bank, tmp_path / "new.csv", tmp_path / "new.csv"), "extract --out"),
+        (("calibrate", "--out", tmp_path / "x", "--responses", tmp_path / "board.csv", "--endpoint", "zz"), "no rows of endpoint 'zz'"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            cli.app([str(a) for a in arguments], standalone_mode=False)
