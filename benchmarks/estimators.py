@@ -1,0 +1,126 @@
+"""How far are estimates from a few answers from the accuracy on all items, for real merges?
+
+Gathers every search item's answers of the demo's endpoints, random merges and the candidates of a search
+(about ten minutes on two cores; kept with --responses), calibrates on the endpoints and 24 random merges, and
+estimates all other merges with every estimator, extractor and n.
+
+python benchmarks/estimators.py --models runs/demo-0/models [--responses FILE.csv] [--save]
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from measure import report, table
+from scipy.stats import kendalltau
+
+from merge3.engine import LocalEngine
+from merge3.irt import Responses, read_responses, write_responses
+from merge3.irt import estimate as irt
+from merge3.pool import Pool
+from merge3.search import calibration, optimizers
+from merge3.search.config import load_config
+from merge3.search.questions import load_questions
+from merge3.space import Space
+
+CALIBRATION, RANDOM, GENERATIONS, OF_EACH, SEEDS = 24, 160, 24, 5, 10
+EXTRACTORS = ("random", "irt", "correctness", "entropy", "information")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, required=True, help="the models folder of a demo run")
+    parser.add_argument("--responses", type=Path, help="read the answers from here, or keep them here")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 15, 20, 30, 50, 100])
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    config = load_config(options.models / "evolve.yaml")
+    questions = load_questions(config)
+    groups = {t: [calibration.item_key(i) for i in g] for t, g in calibration.by_task(questions.search).items()}
+    if options.responses and options.responses.exists():
+        everything = read_responses(options.responses).only([k for keys in groups.values() for k in keys])
+    else:
+        everything = gather(config, questions)
+        if options.responses:
+            write_responses(everything, options.responses)
+    count = len(config.models) + CALIBRATION
+    endpoints, first = everything.models[: len(config.models)], everything.models[:count]
+    known = calibration.calibrate(everything.rows(first), groups, endpoints)
+    others = everything.rows(everything.models[count:])
+    truth = np.mean([others.only(keys).values.mean(1) for keys in groups.values()], 0)
+    rows, data, plain = [], [], None
+    for size in options.sizes:
+        for extractor in EXTRACTORS:
+            found = {method: estimates(known, others, groups, extractor, size, method) for method in irt.METHODS}
+            if extractor == "random":
+                plain = found["mean"]
+            cells = []
+            for method, (value, stderr) in found.items():
+                error = np.abs(value - truth)
+                less = np.abs(plain[0] - truth) - error
+                # Merges are the sample: subsets of one merge are not independent.
+                per_merge = less.mean(0)
+                half = 1.96 * per_merge.std(ddof=1) / len(per_merge) ** 0.5
+                data.append(
+                    {"n": size, "extract": extractor, "estimate": method, "error": error.mean(), "below_mean": per_merge.mean(),
+                     "interval": half, "covered": float((error < 2 * stderr).mean()),
+                     "tau": float(np.mean([kendalltau(v, truth).statistic for v in value]))}
+                )  # fmt: skip
+                share = 100 * per_merge.mean() / np.abs(plain[0] - truth).mean()
+                cells.append(f"{error.mean():.4f} ({share:+.0f} %)" if method != "mean" or extractor != "random" else f"{error.mean():.4f}")
+            default = next(d for d in reversed(data) if d["estimate"] == "gmp-irt")
+            rows.append([size, extractor, *cells, f"{100 * default['covered']:.1f} %", f"{default['tau']:.2f}"])
+            print(rows[-1], flush=True)
+    columns = ["n per task", "items", *irt.METHODS, "gmp-irt within 2 se", "Kendall τ"]
+    title = (
+        f"Mean |estimate - accuracy| of {len(others.models)} merges not used in calibration, {SEEDS} subsets each; "
+        f"in brackets: less than `mean` on random items"
+    )
+    report("estimators", table(title, columns, rows), {"rows": data}, options.save)
+
+
+def estimates(known, others: Responses, groups, extractor: str, size: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """(value, stderr), each [seeds, merges]: means over tasks."""
+    values, errors = [], []
+    for seed in range(SEEDS):
+        subsets = calibration.subsets_of(known, extractor, size, seed)
+        value, variance = 0.0, 0.0
+        for task, keys in groups.items():
+            estimator = irt.prepare(known.banks[task], known.responses[task], subsets[task], method, known.endpoints)
+            found = irt.estimate(estimator, others.only(keys).values[:, subsets[task].index])
+            value = value + found.value / len(groups)
+            variance = variance + (found.stderr / len(groups)) ** 2
+        values.append(value)
+        errors.append(np.sqrt(variance))
+    return np.array(values), np.array(errors)
+
+
+def gather(config, questions) -> Responses:
+    """Endpoints, random merges, and a random part of a search's candidates, on every search item."""
+    pool = Pool.open(config.models[0], config.models[1:])
+    pool.read_all()
+    engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
+    engine.register(space, questions.search)
+    names = [Path(m).name for m in config.models]
+    rows = [engine.answer(m, questions.search) for m in config.models]
+    genomes = calibration.random_genomes(space, RANDOM, 1, config.optimizer.sigma)
+    for evaluation in engine.evaluate(genomes):
+        names.append(f"random-{evaluation.index}")
+        rows.append(evaluation.responses)
+    rng = np.random.default_rng(0)
+    few = [questions.search[i] for i in rng.permutation(len(questions.search))[:400]]
+    optimizer = optimizers.make("cma", space.initial(), *space.bounds(), config.optimizer.sigma, 20, 5)
+    for generation in range(GENERATIONS):
+        genomes = optimizer.ask()
+        engine.register(space, few)
+        optimizer.tell(genomes, [e.value for e in engine.evaluate(genomes)])
+        engine.register(space, questions.search)
+        for evaluation in engine.evaluate([genomes[i] for i in rng.permutation(20)[:OF_EACH]]):
+            names.append(f"search-{generation}-{evaluation.index}")
+            rows.append(evaluation.responses)
+        print(f"generation {generation} of {GENERATIONS}", flush=True)
+    return Responses(tuple(names), tuple(calibration.item_key(i) for i in questions.search), np.array(rows))
+
+
+if __name__ == "__main__":
+    main()
