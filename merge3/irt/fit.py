@@ -135,8 +135,8 @@ def _variational(responses, dimensions, kind, steps, seed, device, tolerance, pr
             pyro.sample("b", dist.Normal(b_loc[index], b_scale[index]))
 
     generator = torch.Generator(device=device).manual_seed(seed)
-    with pyro.util.optional(torch.random.fork_rng(devices=[]), True), pyro.get_param_store().scope():
-        pyro.set_rng_seed(seed)
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+        torch.manual_seed(seed)  # all that Pyro draws from here
         optimizer = ClippedAdam({"lr": 0.1, "lrd": 0.03 ** (1 / steps)})
         svi = SVI(model, guide, optimizer, TraceMeanField_ELBO())
         total, losses, taken = float(answered.sum()), [], 0
