@@ -140,17 +140,15 @@ def _parts(e: Estimator, y: np.ndarray, answered: np.ndarray) -> _Parts:
 def ability(e: Estimator, a, b, y, answered, steps: int = 25) -> tuple[np.ndarray, np.ndarray]:
     """Maximum a posteriori abilities [C, D] and their Laplace covariances [C, D, D], by Newton's method.
 
-    a [.., n, D], b [.., n]: the items answered; y, answered: [C, n].
+    a [n, D], b [n]: the items; y, answered: [C, n].
     """
-    slope, Q = a @ e.basis, e.basis.shape[1]  # [.., n, Q]
+    slope, Q = a @ e.basis, e.basis.shape[1]  # [n, Q]
     x = np.broadcast_to(e.centre, (len(y), Q)).copy()
     for _ in range(steps):
-        p = sigmoid(np.einsum("...nq,cq->cn" if slope.ndim == 2 else "cnq,cq->cn", slope, x) - b)
+        p = sigmoid(x @ slope.T - b)
         weight = answered * p * (1 - p)
-        gradient = np.einsum("cn,nq->cq" if slope.ndim == 2 else "cn,cnq->cq", answered * (y - p), slope)
-        gradient -= (x - e.centre) @ e.precision
-        pairs = "cn,nq,nr->cqr" if slope.ndim == 2 else "cn,cnq,cnr->cqr"
-        hessian = np.einsum(pairs, weight, slope, slope, optimize=True) + e.precision
+        gradient = (answered * (y - p)) @ slope - (x - e.centre) @ e.precision
+        hessian = np.einsum("cn,nq,nr->cqr", weight, slope, slope, optimize=True) + e.precision
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
         # A logistic posterior is concave but far from quadratic in its tails: long steps are cut.
         step *= np.minimum(1.0, 3.0 / np.maximum(np.linalg.norm(step @ e.basis.T, axis=1), 1e-12))[:, None]
@@ -225,7 +223,7 @@ class _LeftOut:
 
 
 def leave_one_out(e: Estimator, responses: Responses, rows: list[int]) -> _LeftOut:
-    """The estimator's parts for each calibration model (endpoints excepted where they are the basis).
+    """The estimator's parts for each calibration model (not for an endpoint without which one is left).
 
     A model that did not answer the subset is asked as many of the items that it did answer.
     """

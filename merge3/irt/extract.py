@@ -80,7 +80,7 @@ def _entropy(bank, responses, size, rng, endpoints):
 def _information(bank, responses, size, rng, endpoints):
     spread = bank.theta.std(0) + 0.1
     points = bank.theta.mean(0) + spread * rng.normal(size=(64, bank.dimensions))
-    slopes = bank.a * 1.0
+    slopes = bank.a
     p = sigmoid(points @ slopes.T - bank.b)
     w = p * (1 - p)  # [points, N]
     covariance = np.broadcast_to(np.diag(spread**2), (len(points), *np.diag(spread).shape)).copy()

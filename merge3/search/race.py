@@ -43,7 +43,8 @@ def race(
     contenders: Sequence[Contender], items: Sequence[Item], ask: Callable[[int, list[int]], np.ndarray], size: int, budget: int,
     weights: dict[str, float] | None = None, seed: int = 0, halt: Callable[[], bool] = lambda: False,
 ) -> Race:  # fmt: skip
-    """Race them. items: none of which the search asked; ask(contender, positions) -> responses.
+    """Race them. items: what the search's last subset leaves out (earlier ones may overlap: then a few
+    answers count twice); ask(contender, positions) -> responses.
 
     size: items per task in the first round; budget: answers at most.
     """
