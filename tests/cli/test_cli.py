@@ -12,8 +12,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from merge3.client.cli import app
+
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("merge", "evolve", "evaluate", "report", "demo", "methods")
+COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands)
 
 
 def client(*arguments, **options):
