@@ -156,7 +156,7 @@ def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
 
 
 def _race(config, engine, space, questions, asking, store, candidates, answers, stop) -> tuple[Candidate, Race] | None:
-    """The best candidates race on items the search did not ask. None where there is nothing to settle."""
+    """The best candidates race on items that the last subset leaves out. None where there is nothing to settle."""
     known = list({c.recipe_hash: c for c in reversed(candidates) if not math.isnan(c.value)}.values())  # the earliest of equals
     last = known[0]  # the distribution's mean races whatever its estimate
     top = sorted(known, key=lambda c: (-c.value, c.generation, c.position))[: config.race.candidates]
@@ -187,7 +187,7 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> Ca
     optimizer = optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, settings.seed)
     spent = asking.calibration.answers if asking.calibration else 0
     progress = Progress(budget=settings.budget, item_answers=spent, full_answers=settings.budget * len(questions.search))
-    best, began, generation = None, time.perf_counter(), 0
+    best, began, generation, renewed = None, time.perf_counter(), 0, False
     while progress.done < settings.budget:
         genomes = optimizer.ask()
         genomes = genomes[: settings.budget - progress.done]
@@ -199,6 +199,9 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> Ca
         for candidate in [answered[p] for p in sorted(answered)]:
             best = _note(progress, candidate, best, replayed=True)
         pending = [p for p in range(len(genomes)) if p not in answered]
+        if pending and renewed:  # a replayed generation asks nothing
+            engine.register(space, asking.subset, questions.heads, questions.weights, asking.estimator)
+            renewed = False
         for evaluation in engine.evaluate([genomes[p] for p in pending]):
             position = pending[evaluation.index]
             candidate = Candidate(
@@ -224,7 +227,7 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> Ca
         generation += 1
         if progress.done < settings.budget and _renewal(config, asking, engine, space, questions, store, generation, genomes, answered):
             renew(asking, config)
-            engine.register(space, asking.subset, questions.heads, questions.weights, asking.estimator)
+            renewed = True
     return best
 
 
