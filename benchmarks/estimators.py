@@ -113,7 +113,8 @@ def gather(config, questions) -> Responses:
     for generation in range(GENERATIONS):
         genomes = optimizer.ask()
         engine.register(space, few)
-        optimizer.tell(genomes, [e.value for e in engine.evaluate(genomes)])
+        evaluations = list(engine.evaluate(genomes))
+        optimizer.tell(genomes, [e.value for e in evaluations], [e.stderr for e in evaluations])
         engine.register(space, questions.search)
         for evaluation in engine.evaluate([genomes[i] for i in rng.permutation(20)[:OF_EACH]]):
             names.append(f"search-{generation}-{evaluation.index}")

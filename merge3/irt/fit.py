@@ -98,6 +98,10 @@ def _variational(responses, dimensions, kind, steps, seed, device, tolerance, pr
     ability, difficulty = _start(responses)
     positive = dist.constraints.positive
 
+    def apart(count):
+        """Where all dimensions start alike, none would become another than the first."""
+        return 0.3 * torch.randn(count, D, device=device, generator=generator) if D > 1 else torch.zeros(count, D, device=device)
+
     def model(index):
         s_a, s_b = (pyro.sample(n, dist.LogNormal(-0.7, 0.5).expand([d]).to_event(1)) for n, d in (("s_a", D), ("s_b", 1)))
         mu_a = pyro.sample("mu_a", dist.Normal(torch.zeros(D, device=device), 1.0).to_event(1))
@@ -118,14 +122,11 @@ def _variational(responses, dimensions, kind, steps, seed, device, tolerance, pr
             constraint = positive if name.startswith("s_") else dist.constraints.real
             point = pyro.param(name + "_at", torch.full((size,), value, device=device), constraint=constraint)
             pyro.sample(name, dist.Delta(point).to_event(1))
-        jitter = 0.3 * torch.randn(M, D, device=device, generator=generator) if D > 1 else 0.0
-        start = torch.as_tensor(ability, dtype=torch.float32, device=device)[:, None].expand(M, D) + jitter
-        loc = pyro.param("theta_loc", lambda: start.contiguous())
+        loc = pyro.param("theta_loc", lambda: torch.as_tensor(ability, dtype=torch.float32, device=device)[:, None] + apart(M))
         scale = pyro.param("theta_scale", lambda: torch.full((M, D), 0.2, device=device), constraint=positive)
         with pyro.plate("models", M):
             pyro.sample("theta", dist.Normal(loc, scale).to_event(1))
-        spread = 0.3 * torch.randn(N, D, device=device, generator=generator) if D > 1 else torch.zeros(N, D, device=device)
-        z_loc = pyro.param("z_loc", lambda: spread + (0.0 if D == 1 else 0.7))
+        z_loc = pyro.param("z_loc", lambda: apart(N) + (0.0 if D == 1 else 0.7))
         z_scale = pyro.param("z_scale", lambda: torch.full((N, D), 0.2, device=device), constraint=positive)
         b_loc = pyro.param("b_loc", lambda: torch.as_tensor(difficulty, dtype=torch.float32, device=device))
         b_scale = pyro.param("b_scale", lambda: torch.full((N,), 0.3, device=device), constraint=positive)

@@ -118,13 +118,16 @@ class RaceSettings(_Section):
 
 
 class Optimizer(_Section):
-    """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range."""
+    """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
+    surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
+    auto: where candidates answer a part of the items."""
 
     name: Literal["cma", "random"] = "cma"
     budget: int = Field(300, ge=1)
     population: int | None = Field(None, ge=2)
     sigma: float = Field(1 / 6, gt=0, le=1)
     seed: int = Field(0, ge=0)
+    surrogate: bool | Literal["auto"] = "auto"
 
 
 class Heldout(_Section):

@@ -115,13 +115,15 @@ def run(
     )  # fmt: skip
     if asking is None:
         return None
-    best = _search(config, engine, space, questions, asking, store, report, stop)
-    if best is None:
+    optimizer = _search(config, engine, space, questions, asking, store, report, stop)
+    if optimizer is None:
         return None
     candidates = store.candidates()
+    ranked = _ranked(candidates, optimizer)
+    best = ranked[0][0]
     report(Progress(stage="race", done=len(candidates), budget=config.optimizer.budget, best=best.value, best_stderr=best.stderr))
     answers = sum(len(c.responses) for c in candidates if c.responses is not None)
-    found = _race(config, engine, space, questions, asking, store, candidates, answers, stop)
+    found = _race(config, engine, space, questions, asking, store, ranked, answers, stop)
     if stop():
         return None
     if found is not None:
@@ -155,44 +157,53 @@ def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
     return head + recipe.to_yaml()
 
 
-def _race(config, engine, space, questions, asking, store, candidates, answers, stop) -> tuple[Candidate, Race] | None:
+def _ranked(candidates: list[Candidate], optimizer: optimizers.Optimizer) -> list[tuple[Candidate, float, float]]:
+    """(candidate, value, stderr) by value, the optimizer's where it has any; of equals the earliest, and no recipe twice."""
+    known = list({c.recipe_hash: c for c in reversed(candidates) if not math.isnan(c.value)}.values())
+    believed = optimizer.beliefs([c.genome for c in known])
+    values, stderrs = believed if believed else ([c.value for c in known], [c.stderr for c in known])
+    ranked = zip(known, map(float, values), map(float, stderrs))
+    return sorted(ranked, key=lambda r: (-r[1], r[0].generation, r[0].position))
+
+
+def _race(config, engine, space, questions, asking, store, ranked, answers, stop) -> tuple[Candidate, Race] | None:
     """The best candidates race on items that the last subset leaves out. None where there is nothing to settle."""
-    known = list({c.recipe_hash: c for c in reversed(candidates) if not math.isnan(c.value)}.values())  # the earliest of equals
-    last = known[0]  # the distribution's mean races whatever its estimate
-    top = sorted(known, key=lambda c: (-c.value, c.generation, c.position))[: config.race.candidates]
+    top = ranked[: config.race.candidates]
+    last = max(ranked, key=lambda r: (r[0].generation, r[0].position))  # the distribution's mean races whatever its value
     if config.optimizer.name == "cma" and last not in top:
         top = [*top[:-1], last]
     open_ = asking.unseen()
     if len(top) < 2 or not open_:
         return None
     items = [asking.search[i] for i in open_]
-    contenders = [Contender(f"{c.generation}-{c.position}", c.value, c.stderr) for c in top]
+    contenders = [Contender(f"{c.generation}-{c.position}", value, stderr) for c, value, stderr in top]
 
     def ask(c: int, positions: list[int]) -> np.ndarray:
         where = [open_[i] for i in positions]
-        answer = lambda: engine.answer(space.recipe(top[c].genome), [asking.search[i] for i in where])
+        answer = lambda: engine.answer(space.recipe(top[c][0].genome), [asking.search[i] for i in where])
         return store.remember("race", f"{contenders[c].name} from item {where[0]}", where, answer)
 
     budget = int(config.race.share * answers)
     found = race(contenders, items, ask, config.extract.size, budget, questions.weights, config.optimizer.seed, stop)
-    return top[found.winner], found
+    return top[found.winner][0], found
 
 
-def _search(config, engine, space, questions, asking, store, report, stop) -> Candidate | None:
+def _search(config, engine, space, questions, asking, store, report, stop) -> optimizers.Optimizer | None:
+    """Spend the budget; the optimizer as it was left. None if stopped."""
     settings = config.optimizer
     low, high = space.bounds()
     start = space.initial()
     if config.random_init:
         start = np.random.default_rng(settings.seed).uniform(*(np.where(np.isfinite(b), b, d) for b, d in ((low, 0), (high, 1))))
-    optimizer = optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, settings.seed)
+    assisted = asking.assumed[0] != "all" if settings.surrogate == "auto" else settings.surrogate
+    optimizer = optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, settings.seed, assisted)
     spent = asking.calibration.answers if asking.calibration else 0
     progress = Progress(budget=settings.budget, item_answers=spent, full_answers=settings.budget * len(questions.search))
     best, began, generation, renewed = None, time.perf_counter(), 0, False
     while progress.done < settings.budget:
         genomes = optimizer.ask()
         genomes = genomes[: settings.budget - progress.done]
-        last = progress.done + len(genomes) == settings.budget
-        if last and (favorite := optimizer.favorite()) is not None:
+        if progress.done + len(genomes) == settings.budget and (favorite := optimizer.favorite()) is not None:
             genomes[-1] = favorite  # the search's last word is its distribution's mean
         answered = store.generation(generation)
         _check_replay(store, answered, genomes, generation)
@@ -222,13 +233,12 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> Ca
                 f"generation {generation}", f"every candidate failed ({answered[0].error})", "at least one that can be evaluated"
             )
         progress.mean = float(np.mean(known))
-        if not last:
-            optimizer.tell(genomes, fitness)
+        optimizer.tell(genomes, fitness, [answered[p].stderr for p in range(len(genomes))])
         generation += 1
         if progress.done < settings.budget and _renewal(config, asking, engine, space, questions, store, generation, genomes, answered):
             renew(asking, config)
             renewed = True
-    return best
+    return optimizer
 
 
 def _renewal(config, asking, engine, space, questions, store, generation, genomes, answered) -> bool:

@@ -10,21 +10,29 @@ from typing import Protocol
 
 import numpy as np
 
+from merge3.search.surrogate import Surrogate
+
+POOL = 10  # genomes an assisted generation draws for each one that is asked
+
 
 class Optimizer(Protocol):
-    """Maximises: ask for a generation, tell its fitness in the same order. favorite: what it believes in most."""
+    """Maximises: ask for a generation, tell its fitness and standard errors in the same order (the last
+    one may be shorter). favorite: what it believes in most. beliefs: (value, stderr) of any genomes, each
+    [C], or None where it only ranks."""
 
     population: int
 
     def ask(self) -> list[np.ndarray]: ...
-    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None: ...
+    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None: ...
     def favorite(self) -> np.ndarray | None: ...
+    def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None: ...
 
 
-def make(name: str, initial, low, high, sigma: float, population: int | None, seed: int) -> Optimizer:
-    """`cma` or `random`. initial, low, high: float64 [d]; sigma: a share of each gene's range."""
+def make(name: str, initial, low, high, sigma: float, population: int | None, seed: int, assisted: bool = False) -> Optimizer:
+    """`cma` (assisted: by a surrogate) or `random`. initial, low, high: float64 [d]; sigma: a share of each gene's range."""
     count = population or 4 + int(3 * math.log(len(initial)))
-    return {"cma": CMA, "random": RandomSearch}[name](initial, low, high, sigma, count, seed)
+    kind = {"cma": AssistedCMA if assisted else CMA, "random": RandomSearch}[name]
+    return kind(initial, low, high, sigma, count, seed)
 
 
 class CMA:
@@ -59,7 +67,9 @@ class CMA:
         with self._own_random():
             return [np.asarray(x, dtype=np.float64) for x in self._strategy.ask()]
 
-    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None:
+    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
+        if len(genomes) < self.population:
+            return  # the budget's last few: nothing is asked after them
         known = [f for f in fitness if not math.isnan(f)]
         worst = min(known, default=0.0) - 1.0
         losses = [-(worst if math.isnan(f) else f) for f in fitness]
@@ -72,6 +82,10 @@ class CMA:
         strategy: a tutorial, section B.3)."""
         return np.asarray(self._strategy.result.xfavorite, dtype=np.float64)
 
+    def beliefs(self, genomes: list[np.ndarray]) -> None:
+        """None: it compares, it does not estimate."""
+        return None
+
     @contextlib.contextmanager
     def _own_random(self):
         outside = np.random.get_state()
@@ -81,6 +95,34 @@ class CMA:
         finally:
             self._state = np.random.get_state()
             np.random.set_state(outside)
+
+
+class AssistedCMA(CMA):
+    """CMA-ES on what a surrogate makes of noisy estimates.
+
+    Of each generation's many genomes few are asked; the strategy is told the surrogate's values of all. So
+    selection sees what all generations have in common rather than one candidate's luck, and a large
+    population, which noise calls for (Arnold and Beyer 2002), costs no answers.
+    """
+
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
+        super().__init__(initial, low, high, sigma, POOL * population, seed)
+        self._asked = population
+        self._surrogate = Surrogate(low, high, sigma)
+
+    def ask(self) -> list[np.ndarray]:
+        self._pool = super().ask()
+        return self._pool[: self._asked]
+
+    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
+        self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs))
+        values = self._surrogate.predict(np.array(self._pool))[0]
+        values[: len(genomes)][np.isnan(fitness)] = np.nan
+        super().tell(self._pool, values.tolist(), [])
+
+    def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The surrogate's."""
+        return self._surrogate.predict(np.array(genomes))
 
 
 class RandomSearch:
@@ -96,9 +138,13 @@ class RandomSearch:
             return list(self._rng.uniform(self._low, self._high, shape))
         return list(self._initial + self._sigma * self._rng.standard_normal(shape))
 
-    def tell(self, genomes: list[np.ndarray], fitness: list[float]) -> None:
+    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         pass
 
     def favorite(self) -> None:
         """Random search has none."""
+        return None
+
+    def beliefs(self, genomes: list[np.ndarray]) -> None:
+        """None: it learns nothing."""
         return None

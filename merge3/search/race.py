@@ -1,8 +1,9 @@
 """After a search: its top candidates answer more items until it is clear who is best.
 
 The best of many noisy estimates is partly the luckiest. So the best few answer further random items,
-the same for all; whoever falls two standard errors of the paired difference behind leaves; the number of
-items doubles from round to round (successive halving: Jamieson and Talwalkar 2016).
+the same for all; whoever falls two standard errors of the paired difference behind leaves, the search's
+own estimates counted in; the number of items doubles from round to round (successive halving: Jamieson
+and Talwalkar 2016), and the last round takes what the budget leaves.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def race(
     running, asked, spent, rounds = list(range(len(contenders))), [], 0, []
     answers: dict[int, np.ndarray] = {c: np.zeros(0) for c in running}
     while len(running) > 1 and not halt():
+        size = min(size, (budget - spent) // (len(running) * len(order)))
         batch = [int(i) for positions in order.values() for i in positions[:size]]
-        if not batch or spent + len(batch) * len(running) > budget:
+        if not batch:
             break
         order = {task: positions[size:] for task, positions in order.items()}
         for c in running:
@@ -68,8 +70,8 @@ def race(
         leader = max(running, key=lambda c: (score[c], -c))
         kept = []
         for c in running:
-            gap, error = mean_over_tasks(answers[leader] - answers[c], own, weights)
-            if c == leader or gap <= 2 * error:
+            behind = _together(_gap(contenders[leader], contenders[c]), answers[leader] - answers[c], own, weights)
+            if c == leader or behind[0] <= 2 * behind[1]:
                 kept.append(c)
         running = kept
         rounds.append(len(running))
@@ -77,6 +79,10 @@ def race(
     final = {c: _together(contenders[c], answers[c], own, weights) for c in running}
     winner = max(running, key=lambda c: (final[c][0], -c))
     return Race(winner, spent, tuple(rounds), len(running) == 1, *final[winner])
+
+
+def _gap(a: Contender, b: Contender) -> Contender:
+    return Contender("", a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
 
 
 def _together(contender: Contender, answers: np.ndarray, items: list[Item], weights) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from merge3.tasks.items import Item
 from merge3.tasks.prompts import Group, encode
 
 BATCH_TOKENS = 4096  # padded tokens per forward
+# Found once per live model: a search that renews its items prepares new ones every generation.
+_TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {folder: tokenizer}
+_HONOURS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: honours masks of one's own}
 
 
 class Scorer:
@@ -40,7 +44,10 @@ class Scorer:
             return
         if images:
             raise ItemsError("items", "texts and images together", "one kind of input per run")
-        tokenizer = load_tokenizer(folder)
+        tokenizers = _TOKENIZERS.setdefault(model, {})
+        if str(folder) not in tokenizers:
+            tokenizers[str(folder)] = load_tokenizer(folder)
+        tokenizer = tokenizers[str(folder)]
         pad = tokenizer.pad_token_id or 0
         limit = getattr(text_config, "max_position_embeddings", None)
         for group in encode(items, tokenizer, "choice", chat, limit):
@@ -76,22 +83,27 @@ def load_tokenizer(folder: str | Path):
 
 def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> ChoiceScorer:
     """The shared scorer if this architecture honours its masks (tried on a few items), else the plain one."""
-    sample = Group(group.prefix, group.prompts[:3])
+    known = _HONOURS.setdefault(model, {})
+    if bool(group.prefix) not in known:
+        known[bool(group.prefix)] = _honours_masks(Group(group.prefix, group.prompts[:3]), model, device, dtype, batch_tokens, pad)
+        if not known[bool(group.prefix)]:
+            warnings.warn(
+                f"{type(model).__name__} does not honour masks of one's own: each choice is scored in a row of its own, "
+                "without a shared prefix, which is slower",
+                stacklevel=2,
+            )
+    scorer = ChoiceScorer if known[bool(group.prefix)] else PlainChoiceScorer
+    return scorer(group, device, dtype, batch_tokens, pad)
+
+
+def _honours_masks(sample: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> bool:
     plain = PlainChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
     try:
         shared = ChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
-        by_index = {index: values for index, _, values in shared}
-        same = all(torch.allclose(v, by_index[i], atol=1e-3 if dtype == torch.float32 else 0.1) for i, _, v in plain)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-        same = False
-    if same:
-        return ChoiceScorer(group, device, dtype, batch_tokens, pad)
-    warnings.warn(
-        f"{type(model).__name__} does not honour masks of one's own: each choice is scored in a row of its own, "
-        "without a shared prefix, which is slower",
-        stacklevel=2,
-    )
-    return PlainChoiceScorer(group, device, dtype, batch_tokens, pad)
+        return False
+    by_index = {index: values for index, _, values in shared}
+    return all(torch.allclose(v, by_index[i], atol=1e-3 if dtype == torch.float32 else 0.1) for i, _, v in plain)
 
 
 def _check_kinds(items: Sequence[Item], model) -> None:

@@ -205,15 +205,15 @@ def test_items_that_all_go_to_the_heldout_split(tiny_world, tmp_path):
 # -- optimizers and estimates
 
 
-@pytest.mark.parametrize("name", ["cma", "random"])
-def test_optimizers_replay_and_leave_numpys_generator_alone(name):
+@pytest.mark.parametrize("name,assisted", [("cma", False), ("cma", True), ("random", False)])
+def test_optimizers_replay_and_leave_numpys_generator_alone(name, assisted):
     def sequence():
-        o = optimizers.make(name, np.full(5, 0.5), np.zeros(5), np.ones(5), 0.2, 6, seed=7)
+        o = optimizers.make(name, np.full(5, 0.5), np.zeros(5), np.ones(5), 0.2, 6, seed=7, assisted=assisted)
         asked = []
         for _ in range(4):
             genomes = o.ask()
             asked += genomes
-            o.tell(genomes, [-float(((g - 0.2) ** 2).sum()) for g in genomes])
+            o.tell(genomes, [-float(((g - 0.2) ** 2).sum()) for g in genomes], [0.01] * len(genomes))
         return np.array(asked)
 
     np.random.seed(1)
@@ -230,12 +230,12 @@ def test_cma_begins_at_the_start_survives_flat_fitness_and_improves():
     genomes = o.ask()
     assert np.allclose(genomes[0], 0.5)
     for _ in range(5):
-        o.tell(genomes, [0.5] * len(genomes))
+        o.tell(genomes, [0.5] * len(genomes), [0.1] * len(genomes))
         genomes = o.ask()
     for _ in range(60):
         fitness = [-float(((g - 0.8) ** 2).sum()) for g in genomes]
         fitness[0] = float("nan")  # a failed candidate
-        o.tell(genomes, fitness)
+        o.tell(genomes, fitness, [0.0] * len(genomes))
         genomes = o.ask()
     assert max(-float(((g - 0.8) ** 2).sum()) for g in genomes) > -1e-3
 

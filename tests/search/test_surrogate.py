@@ -1,0 +1,88 @@
+"""The surrogate sees through noise that hides the differences between candidates."""
+
+import numpy as np
+import pytest
+from scipy.optimize import check_grad
+
+from merge3.search import optimizers
+from merge3.search.surrogate import Surrogate
+
+LOW, HIGH = np.full(8, -0.5), np.full(8, 1.5)
+
+
+def truth(x):
+    """Four genes matter, each with a best value of its own; four do not."""
+    return 0.7 - 0.15 * ((x[:, :4] - [0.9, 0.6, 0.3, 0.1]) ** 2).sum(1)
+
+
+def generations(seed, count=15, noise=0.1, offset=0.05):
+    """(genomes, noisy values, stderrs) of generations around the middle, all easier or harder by an offset."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        x = np.clip(0.5 + 0.25 * rng.normal(size=(20, 8)), LOW, HIGH)
+        yield x, truth(x) + noise * rng.normal(size=20) + offset * rng.normal(), np.full(20, noise)
+
+
+def fitted(seed, **changes):
+    surrogate = Surrogate(LOW, HIGH, 0.125)
+    for genomes, values, stderrs in generations(seed, **changes):
+        surrogate.add(genomes, values, stderrs)
+    return surrogate
+
+
+def test_its_gradient_is_right():
+    surrogate = fitted(0, count=3)
+    at = surrogate._prior + 0.3 * np.random.default_rng(1).normal(size=len(surrogate._prior))
+    error = check_grad(lambda p: surrogate._loss(p)[0], lambda p: surrogate._loss(p)[1], at)
+    assert error < 1e-4 * np.linalg.norm(surrogate._loss(at)[1])
+
+
+def test_a_candidate_never_asked_is_ranked_better_than_its_own_answers_would():
+    predicted, own, covered = [], [], []
+    for seed in range(5):
+        surrogate = fitted(seed)
+        genomes, values, _ = next(iter(generations(100 + seed)))
+        value, stderr = surrogate.predict(genomes)
+        predicted.append(np.corrcoef(value, truth(genomes))[0, 1])
+        own.append(np.corrcoef(values, truth(genomes))[0, 1])
+        error = value - truth(genomes)
+        covered.append(np.abs(error - error.mean()) < 2 * stderr)  # the level is the items'
+    assert np.mean(predicted) > np.mean(own) + 0.1
+    assert 0.9 <= np.mean(covered) <= 1
+
+
+def test_what_a_generation_has_in_common_does_not_count():
+    even, uneven = fitted(3, offset=0.0), fitted(3, offset=0.3)
+    at = next(iter(generations(4)))[0]
+    assert np.corrcoef(even.predict(at)[0], uneven.predict(at)[0])[0, 1] > 0.95
+
+
+def test_genes_that_do_not_matter_get_long_lengths():
+    lengths = fitted(5, count=25)._at[:8]
+    assert lengths[4:].min() > lengths[:4].max()
+
+
+@pytest.mark.parametrize("bounds", [(LOW, HIGH), (np.full(8, -np.inf), np.full(8, np.inf))])
+def test_failed_candidates_and_open_bounds_are_no_obstacle(bounds):
+    surrogate = Surrogate(*bounds, 0.125)
+    for genomes, values, stderrs in generations(6, count=3):
+        values[::4] = np.nan
+        surrogate.add(genomes, values, stderrs)
+    surrogate.add(genomes, np.full(20, 0.5), np.zeros(20))  # estimates without error, all alike
+    value, stderr = surrogate.predict(genomes)
+    assert np.isfinite(value).all() and np.isfinite(stderr).all()
+
+
+def test_assisted_cma_gets_further_than_plain_cma_on_the_same_noisy_answers():
+    def reached(assisted, seed):
+        rng = np.random.default_rng(seed)
+        optimizer = optimizers.make("cma", np.zeros(8), LOW, HIGH, 0.1, 12, seed, assisted)
+        for _ in range(25):
+            genomes = optimizer.ask()
+            assert len(genomes) == 12
+            values = truth(np.array(genomes)) + 0.1 * rng.normal(size=12) + 0.05 * rng.normal()
+            optimizer.tell(genomes, values.tolist(), [0.1] * 12)
+        return truth(optimizer.favorite()[None])[0]
+
+    gain = [reached(True, seed) - reached(False, seed) for seed in range(6)]
+    assert np.mean(gain) > 0 and np.median(gain) > 0
