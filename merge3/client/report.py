@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import yaml
@@ -32,7 +33,7 @@ def write_report(directory: str | Path) -> Path:
     rows += sorted(((n, b, False) for n, b in result["baselines_detail"].items()), key=lambda r: -r[1]["accuracy"])
     page = jinja2.Template(template, autoescape=True).render(
         result=result, rows=rows, tasks=list(result["heldout_detail"]["tasks"]), curve=fitness_curve(candidates),
-        maps=heat_maps(recipe), bars=bars(rows), recipe=recipe.to_yaml(),
+        maps=heat_maps(recipe), bars=bars(rows), checks=spot_checks(result["checks"]["made"]), recipe=recipe.to_yaml(),
         config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()), sort_keys=False),
     )  # fmt: skip
     write_atomically(directory / "report.html", page)
@@ -40,7 +41,7 @@ def write_report(directory: str | Path) -> Path:
 
 
 def fitness_curve(candidates: list[Candidate]) -> str:
-    """Every candidate as a dot, the best so far as a line."""
+    """Every candidate as a dot; the best so far and each generation's mean as lines."""
     known = [(i, c.value) for i, c in enumerate(candidates) if not math.isnan(c.value)]
     if not known:
         return ""
@@ -57,8 +58,31 @@ def fitness_curve(candidates: list[Candidate]) -> str:
             line += [(i, best), (i, v)] if line else [(i, v)]
             best = v
     line.append((len(candidates) - 1, best))
-    parts.append(f'<polyline class="best" points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in line)}"/>')
+    generations: dict[int, list[tuple[int, float]]] = {}
+    for i, v in known:
+        generations.setdefault(candidates[i].generation, []).append((i, v))
+    means = [tuple(map(statistics.fmean, zip(*own))) for own in generations.values()]
+    for name, points in (("mean", means), ("best", line)):
+        parts.append(f'<polyline class="{name}" points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in points)}"/>')
     return _svg(parts, WIDTH, HEIGHT, "Fitness of every candidate")
+
+
+def spot_checks(made: list) -> str:
+    """Estimates beside the means of further answers, each with a standard error each way. made: of result.json."""
+    if not made:
+        return ""
+    marks = []
+    for i, (_, estimate, error, mean, mean_error) in enumerate(made):
+        marks += [("estimated", i - 0.12, estimate, error), ("answered", i + 0.12, mean, mean_error)]
+    low, high = min(v - e for *_, v, e in marks) - 0.01, max(v + e for *_, v, e in marks) + 0.01
+    x = lambda i: PAD + (WIDTH - PAD - 12) * (i + 0.5) / len(made)
+    y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
+    parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">generation</text>']
+    parts += [f'<text x="{x(i):.1f}" y="{HEIGHT - 20}" class="label">{generation}</text>' for i, (generation, *_) in enumerate(made)]
+    for name, i, v, e in marks:
+        parts.append(f'<line class="{name}" x1="{x(i):.1f}" x2="{x(i):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}"/>')
+        parts.append(f'<circle class="{name}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.5"/>')
+    return _svg(parts, WIDTH, HEIGHT, "Spot checks")
 
 
 def bars(rows) -> str:

@@ -66,6 +66,15 @@ def test_every_answer_is_in_the_ledger(undisturbed):
     assert all(0 <= row[5] <= 1 and 0 < row[6] < 1 for row in candidates)
 
 
+def test_the_report_shows_ledger_checks_and_race(undisturbed):
+    directory, result = undisturbed
+    page = (directory / "report.html").read_text()
+    for stage in ("calibration", "search", "checks", "race", "total"):
+        assert f"<td>{stage}</td><td>{result['ledger'][stage]:,}</td>" in page
+    assert page.count('<circle class="estimated"') == page.count('<circle class="answered"') == len(result["checks"]["made"]) > 0
+    assert " → ".join(map(str, result["race"]["rounds"])) + " of the best" in page and result["asked"]["why"] in page
+
+
 @pytest.mark.parametrize("stop_after", [3, 12, 40])
 def test_a_run_stopped_anywhere_resumes_to_the_same_bits(undisturbed, few, tmp_path, monkeypatch, stop_after):
     """Stopped by an exception inside the n-th question to the engine: in calibration, search or race."""
@@ -214,7 +223,14 @@ def test_a_race_keeps_its_budget_and_says_when_it_is_not_settled():
     found = race(twins, items, lambda c, at: np.array([i % 2 for i in at], float), 10, 10**6)
     assert not found.settled and found.winner == 0 and found.answers == 2 * 100 and found.rounds == (2, 2, 2, 2)
     poor = race(twins, items, lambda c, at: np.zeros(len(at)), 10, 25)
-    assert poor.answers == 20 and poor.rounds == (2,)
+    assert poor.answers == 24 and poor.rounds == (2, 2)  # the last round takes what is left
+
+
+def test_a_race_counts_what_the_search_knew():
+    items = [Item(str(i), "a", "generate", "p", "a") for i in range(12)]
+    sure = [Contender("x", 0.80, 0.01), Contender("y", 0.60, 0.01)]
+    found = race(sure, items, lambda c, at: np.array([(i + c) % 2 for i in at], float), 12, 10**6)
+    assert found.winner == 0 and found.settled
 
 
 def test_calibrate_extract_estimate_on_the_command_line(tmp_path, capsys):
