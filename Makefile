@@ -23,9 +23,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lora]'
 	touch $@
 
-# mergekit is only ever run by tests, which skip without it.
+# mergekit and py-irt are only ever run by tests, which skip without them. py-irt asks for old versions of
+# packages that its models do not use, so it comes alone.
 $(VENV)/.parity: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[parity]'
+	$(BIN)/python -m pip install --quiet --no-deps py-irt==0.7.1 || echo "no py-irt: its test will be skipped"
 	touch $@
 
 demo: $(VENV)/.installed
