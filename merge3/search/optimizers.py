@@ -12,7 +12,7 @@ import numpy as np
 
 from merge3.search.surrogate import Surrogate
 
-POOL = 10  # genomes an assisted generation draws for each one that is asked
+POOL = 200  # genomes of an assisted generation, of which few are asked
 
 
 class Optimizer(Protocol):
@@ -106,7 +106,7 @@ class AssistedCMA(CMA):
     """
 
     def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
-        super().__init__(initial, low, high, sigma, POOL * population, seed)
+        super().__init__(initial, low, high, sigma, max(POOL, population), seed)
         self._asked = population
         self._surrogate = Surrogate(low, high, sigma)
 
