@@ -26,7 +26,7 @@ SEARCHES = {
     "full": {"extract": {"method": "all"}, "estimate": {"method": "mean"}},
     "mean": {"extract": {"method": "random", "size": 9}, "estimate": {"method": "mean"}, "optimizer": {"population": 10}},
     "gmp-irt": {
-        "extract": {"method": "irt", "size": 9},
+        "extract": {"method": "random", "size": 9},
         "estimate": {"method": "gmp-irt", "models": 24, "share": 0.2},
         "optimizer": {"population": 10},
     },

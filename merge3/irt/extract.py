@@ -2,6 +2,9 @@
 
 random: any. irt: one item near the centre of each of n clusters of (a, b), weighted by the cluster's
 share (Polo et al. 2024, tinyBenchmarks). correctness: the same on the columns of the response matrix.
+Where one subset follows another, the central items would be asked again and again and the others never;
+`anywhere` takes a random item of each cluster instead, so that over many subsets every item counts
+(stratified sampling).
 entropy: items on which the endpoints disagree most (Iacobelli et al. 2026, Evo-L2S). information: a
 greedy choice that leaves the least uncertainty over the abilities seen so far (Bayesian D-optimality).
 """
@@ -27,11 +30,12 @@ class Subset:
 
 
 def extract(
-    bank: ItemBank, responses: Responses, method: str, size: int, seed: int = 0, endpoints: tuple[str, ...] = ()
+    bank: ItemBank, responses: Responses, method: str, size: int, seed: int = 0, endpoints: tuple[str, ...] = (), anywhere: bool = False
 ) -> Subset:
     """Choose `size` items of the bank. responses: of the calibration, columns as the bank's items.
 
-    endpoints: names of rows for `entropy` (default: all rows). Raises ResponsesError for an unknown
+    endpoints: names of rows for `entropy` (default: all rows). anywhere: in its cluster (`irt`,
+    `correctness`), not at its centre. Raises ResponsesError for an unknown
     method, or a size outside 1..N.
     """
     if method not in METHODS:
@@ -44,28 +48,28 @@ def extract(
     if size == N:
         return Subset(np.arange(N), np.full(N, 1 / N), method)
     rng = np.random.default_rng(seed)
-    index, weights = METHODS[method](bank, responses, size, rng, endpoints)
+    index, weights = METHODS[method](bank, responses, size, rng, endpoints, anywhere)
     order = np.argsort(index)
     return Subset(np.asarray(index)[order], np.asarray(weights)[order], method)
 
 
-def _random(bank, responses, size, rng, endpoints):
+def _random(bank, responses, size, rng, endpoints, anywhere):
     return rng.permutation(len(bank.items))[:size], np.full(size, 1 / size)
 
 
-def _irt(bank, responses, size, rng, endpoints):
-    return _clusters(np.column_stack([bank.a, bank.b]), size, rng)
+def _irt(bank, responses, size, rng, endpoints, anywhere):
+    return _clusters(np.column_stack([bank.a, bank.b]), size, rng, anywhere)
 
 
-def _correctness(bank, responses, size, rng, endpoints):
+def _correctness(bank, responses, size, rng, endpoints, anywhere):
     values = responses.values
     answered = responses.answered
     share = np.where(answered, values, 0).sum(0) / np.maximum(answered.sum(0), 1)
     filled = np.where(answered, values, np.where(answered.any(0), share, 0.5))
-    return _clusters(filled.T, size, rng)
+    return _clusters(filled.T, size, rng, anywhere)
 
 
-def _entropy(bank, responses, size, rng, endpoints):
+def _entropy(bank, responses, size, rng, endpoints, anywhere):
     rows = responses.rows([m for m in endpoints if m in responses.models]) if endpoints else responses
     rows = rows if rows.models else responses
     answered = rows.answered
@@ -77,7 +81,7 @@ def _entropy(bank, responses, size, rng, endpoints):
     return np.lexsort((rng.random(len(p)), -entropy))[:size], np.full(size, 1 / size)
 
 
-def _information(bank, responses, size, rng, endpoints):
+def _information(bank, responses, size, rng, endpoints, anywhere):
     spread = bank.theta.std(0) + 0.1
     points = bank.theta.mean(0) + spread * rng.normal(size=(64, bank.dimensions))
     slopes = bank.a
@@ -97,8 +101,8 @@ def _information(bank, responses, size, rng, endpoints):
     return np.array(chosen), np.full(size, 1 / size)
 
 
-def _clusters(points: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The point nearest to each of `size` k-means centres, weighted by its cluster's share."""
+def _clusters(points: np.ndarray, size: int, rng: np.random.Generator, anywhere: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The point nearest to each of `size` k-means centres, or any of its cluster, weighted by the cluster's share."""
     from scipy.cluster.vq import kmeans2
     from scipy.spatial.distance import cdist
 
@@ -107,6 +111,8 @@ def _clusters(points: np.ndarray, size: int, rng: np.random.Generator) -> tuple[
         return rng.permutation(len(points))[:size], np.full(size, 1 / size)
     centres, label = kmeans2(points, size, iter=30, minit="++", seed=rng, missing="warn")
     distance = cdist(centres, points)
+    if anywhere:  # a random order within each cluster, before all others
+        distance = np.where(label == np.arange(size)[:, None], rng.random(distance.shape) - 1, distance)
     chosen: list[int] = []
     for c in range(size):
         distance[c, chosen] = np.inf  # an empty cluster's centre may share its nearest item

@@ -59,7 +59,7 @@ def prepare(
             calibration = calibrate(responses, groups, config.models, settings.dimensions, seed)
         else:
             calibration = given(settings.calibration, search, config.models, settings, seed)
-        chosen, estimator = choose(calibration, search, how, config.extract.size, what, seed)
+        chosen, estimator = choose(calibration, search, how, config.extract.size, what, seed, bool(config.extract.renew))
         asking = Asking(search, chosen, estimator, calibration, assumed)
     engine.register(space, asking.subset, heads, weights, asking.estimator)
     return asking
@@ -103,4 +103,4 @@ def renew(asking: Asking, config: EvolveConfig) -> None:
     if asking.calibration is None:
         asking.subset = per_task(asking.search, config.extract.size, np.random.default_rng(seed))
     else:
-        asking.subset, asking.estimator = choose(asking.calibration, asking.search, how, config.extract.size, what, seed)
+        asking.subset, asking.estimator = choose(asking.calibration, asking.search, how, config.extract.size, what, seed, True)

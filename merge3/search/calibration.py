@@ -189,10 +189,10 @@ def load(directory: str | Path) -> Calibration:
 
 
 def choose(
-    calibration: Calibration, items: Sequence[Item], method: str, size: int, estimator: str, seed: int
+    calibration: Calibration, items: Sequence[Item], method: str, size: int, estimator: str, seed: int, anywhere: bool = False
 ) -> tuple[list[Item], TaskEstimator]:
     """(the items to ask, what makes accuracy of the answers); `size` per task, all of a smaller task."""
-    subsets, estimators = subsets_of(calibration, method, size, seed), {}
+    subsets, estimators = subsets_of(calibration, method, size, seed, anywhere), {}
     chosen = []
     for task, group in by_task(items).items():
         bank, responses = calibration.banks[task], calibration.responses[task]
@@ -201,10 +201,10 @@ def choose(
     return chosen, TaskEstimator(estimators)
 
 
-def subsets_of(calibration: Calibration, method: str, size: int, seed: int) -> dict[str, Subset]:
+def subsets_of(calibration: Calibration, method: str, size: int, seed: int, anywhere: bool = False) -> dict[str, Subset]:
     """`size` items of every task, all of a smaller one."""
     return {
-        task: extract(bank, calibration.responses[task], method, min(size, len(bank.items)), seed + 1000 * n, calibration.endpoints)
+        task: extract(bank, calibration.responses[task], method, min(size, len(bank.items)), seed + 1000 * n, calibration.endpoints, anywhere)
         for n, (task, bank) in enumerate(calibration.banks.items())
     }
 

@@ -1,5 +1,7 @@
 """Extraction and estimation: exact where all is known, better than the mean where it is not, every edge."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,6 +46,19 @@ def test_a_subset_is_distinct_items_with_weights_that_sum_to_one(world, method, 
     assert abs(subset.weights.sum() - 1) < 1e-9 and (subset.weights >= 0).all()
     again = extract(bank, responses, method, size, seed=3, endpoints=ENDPOINTS)
     assert np.array_equal(subset.index, again.index) and np.array_equal(subset.weights, again.weights)
+
+
+@pytest.mark.parametrize("method", ["irt", "correctness"])
+def test_over_many_subsets_every_item_counts(world, method):
+    bank, responses, _, truth = world
+    subsets = [extract(bank, responses, method, 10, seed, anywhere=True) for seed in range(200)]
+    central = [extract(bank, responses, method, 10, seed) for seed in range(200)]
+    seen = lambda chosen: len(set(np.concatenate([s.index for s in chosen]).tolist()))
+    assert seen(subsets) > 350 and seen(subsets) > 1.2 * seen(central)
+    # Any item of a cluster, weighted by the cluster's share, gives the mean without bias.
+    p = bank.probability(bank.theta[:1])[0]
+    found = np.array([(s.weights * p[s.index]).sum() for s in subsets])
+    assert abs(found.mean() - p.mean()) < 4 * found.std() / len(found) ** 0.5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,8 +157,11 @@ def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions
     subset = extract(bank, responses, "random", 30)
     estimator = irt.prepare(bank, responses, subset, "mp-irt", ("m0", "m1"))
     found = irt.estimate(estimator, y[:, subset.index])
-    # Mixtures of two endpoints lie near their line; its sum of coordinates is 1.
-    assert np.abs(found.theta.sum(1) - 1).max() < 0.7
+    # Mixtures of two endpoints lie near their line, whose sum of coordinates is 1: nearer than abilities
+    # estimated without knowing the endpoints' line.
+    away = lambda theta: np.abs(theta.sum(1) - 1)
+    free = irt.estimate(replace(estimator, basis=np.eye(2), centre=np.array([0.5, 0.5]), precision=np.eye(2)), y[:, subset.index])
+    assert away(found.theta).max() < 0.7 and away(found.theta).mean() < 0.7 * away(free.theta).mean()
 
 
 def test_endpoints_of_equal_ability_are_no_obstacle(world):
