@@ -54,6 +54,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/merge_command.py
 	$(BIN)/python benchmarks/open_pool.py
+	$(BIN)/python benchmarks/irt_fit.py
 
 clean:
 	rm -rf build merge3/*.so *.egg-info

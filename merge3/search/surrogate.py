@@ -17,6 +17,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 WINDOW = 500  # latest candidates that count: the cost grows with their cube
+_TOO_FAR = 1e30
 
 
 class Surrogate:
@@ -39,8 +40,10 @@ class Surrogate:
         new = (genomes[known] / self._span, values[known], stderrs[known], np.full(known.sum(), generation))
         self._seen = tuple(np.concatenate([a, b])[-WINDOW:] for a, b in zip(self._seen, new))
         if len(self._seen[1]):
-            self._at = minimize(self._loss, self._at, jac=True, method="L-BFGS-B", options={"maxiter": steps}).x
-            self._loss(self._at)
+            for start in (self._at, self._prior):
+                self._at = minimize(self._loss, start, jac=True, method="L-BFGS-B", options={"maxiter": steps}).x
+                if self._loss(self._at)[0] < _TOO_FAR:
+                    break
 
     def predict(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(value, its standard error), each [C], on items of no generation in particular."""
@@ -57,7 +60,10 @@ class Surrogate:
         same = (generation[:, None] == generation).astype(float)
         near = of_f * _closeness(x / lengths, x / lengths)
         covariance = near + of_g * same + np.diag(kappa * noise + 1e-9)
-        factor = cho_factor(covariance, lower=True)
+        try:
+            factor = cho_factor(covariance, lower=True)
+        except (np.linalg.LinAlgError, ValueError):  # not positive in floating point, or not finite: a step back
+            return _TOO_FAR, np.zeros(len(at))
         self._inverse = cho_solve(factor, np.eye(len(y)))
         rows = self._inverse.sum(1)
         self._mean = rows @ y / rows.sum()
