@@ -275,7 +275,7 @@ def _identity(config: EvolveConfig, engine: Engine, space: Space, questions: Que
     """What must be equal for a journal to be continued."""
     info = engine.info()
     identity = {
-        "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__,
+        "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__, "scipy": metadata.version("scipy"),
         "genome": space.definition.hash(),
         "optimizer": config.optimizer.model_dump_json(),
         "search items": items_hash(questions.search), "held-out items": items_hash(questions.heldout),

@@ -37,7 +37,9 @@ class Surrogate:
         """Another generation's estimates (NaN: failed, left out), and a few steps of the fit."""
         known = ~np.isnan(values)
         generation = self._seen[3].max(initial=-1.0) + 1
-        new = (genomes[known] / self._span, values[known], stderrs[known], np.full(known.sum(), generation))
+        # A few answers that happen to be all alike have no spread; they are no surer than others for it.
+        errors = np.maximum(stderrs[known], 0.5 * np.median(stderrs[known])) if known.any() else stderrs[known]
+        new = (genomes[known] / self._span, values[known], errors, np.full(known.sum(), generation))
         self._seen = tuple(np.concatenate([a, b])[-WINDOW:] for a, b in zip(self._seen, new))
         if len(self._seen[1]):
             for start in (self._at, self._prior):

@@ -73,6 +73,20 @@ def test_failed_candidates_and_open_bounds_are_no_obstacle(bounds):
     assert np.isfinite(value).all() and np.isfinite(stderr).all()
 
 
+def test_answers_that_are_all_alike_are_not_taken_for_certain():
+    """Every one of a lucky candidate's few answers was right: its plug-in standard error is 0."""
+
+    def believed(stderr):
+        surrogate = fitted(7)
+        genomes, values, stderrs = next(iter(generations(8)))
+        values[0], stderrs[0] = values.max() + 0.1, stderr
+        surrogate.add(genomes, values, stderrs)
+        return surrogate.predict(genomes[:1])[0][0], values[0]
+
+    (sure, value), (unsure, _) = believed(0.0), believed(0.05)
+    assert sure == unsure < value - 0.1
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-9, 1e6])
 def test_estimates_that_say_nothing_or_nonsense_end_no_run(spread):
     surrogate, rng = Surrogate(LOW, HIGH, 0.125), np.random.default_rng(0)
