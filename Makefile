@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type f 2>/dev/null)
 SEED ?= 0
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -20,7 +20,8 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lora]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt grpcio-tools
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lora,ray]'
 	touch $@
 
 # mergekit and py-irt are only ever run by tests, which skip without them. py-irt asks for old versions of

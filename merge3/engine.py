@@ -6,8 +6,10 @@ and the space never cross again. Several engines may stand behind this protocol.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +17,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from merge3.errors import Merge3Error
+from merge3.checkpoint.layout import Layout
+from merge3.errors import BadInput, ResourceError
 from merge3.export import merge_to_disk
+from merge3.fitness import EstimateOf, mean_over_tasks
 from merge3.methods import METHODS, plan
 from merge3.pool import Pool
 from merge3.recipe import Recipe
@@ -24,8 +28,6 @@ from merge3.slot import Slot
 from merge3.space import DENSITY_STEPS, Space
 from merge3.tasks import Item, Scorer
 
-# (responses, items, task weights) -> (estimated accuracy, its standard error)
-EstimateOf = Callable[[np.ndarray, Sequence[Item], dict[str, float] | None], tuple[float, float]]
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 
 
@@ -45,13 +47,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PoolInfo:
-    """What a driver may know of a pool."""
+    """What a driver may know of a pool. endpoints: base first; layout: the base's, what a Space is met with;
+    kept: tensors that are not merged, with the reason; where: `local`, or the daemon asked."""
 
     endpoints: tuple[str, ...]
     content_hashes: dict[str, str]
     parameters: int
     kept: dict[str, str]
     device: str
+    layout: Layout
+    where: str = "local"
 
 
 class Engine(Protocol):
@@ -59,12 +64,13 @@ class Engine(Protocol):
 
     def info(self) -> PoolInfo: ...
     def register(
-        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None,
+        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
         weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
     ) -> None: ...
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
     def export(self, recipe: Recipe, directory: Path) -> dict: ...
+    def close(self) -> None: ...
 
 
 class LocalEngine:
@@ -72,22 +78,24 @@ class LocalEngine:
 
     seed: of random keeps, the same for every candidate, so that candidates differ by their genes alone.
     dtype: of the live model; what the recipes to come will be exported in (default: the endpoints').
+    slot: one that this engine shares with others, which then take turns.
     """
 
-    def __init__(self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None):
+    def __init__(self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None, slot: Slot | None = None):
         self.pool, self.seed, self.chat = pool, seed, chat
-        self.slot = Slot(pool, dtype)
+        self.slot = slot or Slot(pool, dtype)
         self.heads: dict[str, str] = {}
         self._scorers: dict[tuple, Scorer] = {}
 
     def info(self) -> PoolInfo:
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
-            tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device)
-        )
+            tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device),
+            self.pool.layouts[self.pool.base],
+        )  # fmt: skip
 
     def register(
-        self, space: Space, items: Sequence[Item], heads: dict[str, str] | None = None,
+        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
         weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
     ) -> None:
         """Fix what `evaluate` decodes, asks and counts. heads: task -> the endpoint whose head answers it;
@@ -95,10 +103,12 @@ class LocalEngine:
         self.space, self.items, self.heads, self.weights = space, list(items), dict(heads or {}), weights
         self.estimate = estimate or mean_over_tasks
         self._rounds = self._by_task(self.items)
-        self._prefetch()
+        if space is not None:
+            self._prefetch()
 
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
-        """Swap, ask and estimate each genome. A candidate that fails is reported, never raised."""
+        """Swap, ask and estimate each genome. A candidate that cannot be merged or asked is reported, not
+        raised; what is no candidate's fault (memory, a caller who left) is raised."""
         for index, genome in enumerate(genomes):
             start = time.perf_counter()
             recipe_hash, swap = "", 0.0
@@ -106,26 +116,31 @@ class LocalEngine:
                 recipe = self.space.recipe(genome)
                 recipe_hash = recipe.hash()
                 before = time.perf_counter()
-                self.slot.swap(recipe, self.seed, "candidate")
-                swap = time.perf_counter() - before
-                responses = self._ask(self._rounds, len(self.items))
+                with _enough_memory(self.pool.device):
+                    self.slot.swap(recipe, self.seed, "candidate")
+                    swap = time.perf_counter() - before
+                    responses = self._ask(self._rounds, len(self.items))
                 value, stderr = self.estimate(responses, self.items, self.weights)
                 yield Evaluation(index, recipe_hash, responses, value, stderr, time.perf_counter() - start, swap)
-            except (Merge3Error, torch.OutOfMemoryError) as error:
+            except BadInput as error:
                 seconds = time.perf_counter() - start
                 yield Evaluation(index, recipe_hash, None, float("nan"), float("nan"), seconds, swap, str(error))
 
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
         """Responses of a recipe's merge, or of an endpoint by name, to any items: float64 [items]."""
-        if isinstance(what, Recipe):
-            self.slot.swap(what, self.seed)
-        else:
-            self.slot.load(what)
-        return self._ask(self._by_task(items, what if isinstance(what, str) else None), len(items))
+        with _enough_memory(self.pool.device):
+            if isinstance(what, Recipe):
+                self.slot.swap(what, self.seed)
+            else:
+                self.slot.load(what)
+            return self._ask(self._by_task(items, what if isinstance(what, str) else None), len(items))
 
     def export(self, recipe: Recipe, directory: Path) -> dict:
         """Write the merged checkpoint; see export.merge_to_disk."""
         return merge_to_disk(recipe, directory, self.pool, self.seed)
+
+    def close(self) -> None:
+        """Nothing to give up: pool and slot go with the process."""
 
     def _by_task(self, items: Sequence[Item], endpoint: str | None = None) -> list[tuple[list[int], str, Scorer]]:
         """(positions, head, scorer) per task. A task's head is its own, else the endpoint's asked, else the base's."""
@@ -165,15 +180,19 @@ class LocalEngine:
         )
 
 
-def mean_over_tasks(
-    responses: np.ndarray, items: Sequence[Item], weights: dict[str, float] | None = None
-) -> tuple[float, float]:
-    """(mean over tasks of their mean response, its standard error). weights: of tasks, default equal."""
-    values, variances, total = 0.0, 0.0, 0.0
-    for task in dict.fromkeys(item.task for item in items):
-        own = responses[[i for i, item in enumerate(items) if item.task == task]]
-        w = (weights or {}).get(task, 1.0)
-        values += w * own.mean()
-        variances += w**2 * own.var() / len(own)
-        total += w
-    return float(values / total), float(variances**0.5 / total)
+@contextmanager
+def _enough_memory(device: torch.device):
+    """Out of memory as a ResourceError with numbers; the pool and the next candidate are none the worse."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+        if not isinstance(error, torch.OutOfMemoryError) and wanted is None:
+            raise
+        free = ""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free of {torch.cuda.mem_get_info(device)[1] / 2**30:.2f}"
+        raise ResourceError(
+            str(device), f"out of memory: {wanted[1] if wanted else 'more'} needed{free}", "fewer experts, or shorter items"
+        ) from None

@@ -5,9 +5,14 @@
     │   ├── RecipeError      a recipe or its parameters
     │   ├── CheckpointError  a checkpoint, its tensors or its files
     │   ├── ItemsError       an items file
-    │   └── ConfigError      an evolve configuration
+    │   ├── ConfigError      an evolve configuration
+    │   ├── ResumeMismatch   a run directory that this configuration did not make
+    │   ├── NotFound         a pool, items or a model that the daemon does not have
+    │   ├── Denied           a path outside the daemon's roots
+    │   └── Unauthenticated  no token, a wrong one, or one that has expired
     ├── ResourceError        memory, disk or permission ran out
-    ├── ResumeMismatch       a run directory that this configuration did not make
+    │   └── Busy             a queue or a limit is full; come back after `retry_after` seconds
+    ├── Cancelled            whoever asked has left
     └── Unavailable          a build, device or service that is not there
 """
 
@@ -76,6 +81,40 @@ class ResumeMismatch(BadInput):
     """A run directory that this configuration did not make."""
 
     reason, code = "resume_mismatch", "FAILED_PRECONDITION"
+
+
+class NotFound(BadInput):
+    """A pool, items or a model that the daemon does not have, or not any more."""
+
+    reason, code = "not_found", "NOT_FOUND"
+
+
+class Denied(BadInput):
+    """A path outside the daemon's roots."""
+
+    reason, code = "denied", "PERMISSION_DENIED"
+
+
+class Unauthenticated(BadInput):
+    """No token, a wrong one, or one that has expired."""
+
+    reason, code = "unauthenticated", "UNAUTHENTICATED"
+
+
+class Busy(ResourceError):
+    """A queue is full for now. retry_after: seconds until it may have room; 0 where waiting does not help."""
+
+    reason = "busy"
+
+    def __init__(self, where: str, found: str = "", expected: str = "", hint: str = "", retry_after: float = 0.0):
+        super().__init__(where, found, expected, hint)
+        self.retry_after = retry_after
+
+
+class Cancelled(Merge3Error):
+    """Whoever asked has left, or the deadline has passed; work stopped between two batches."""
+
+    reason, code = "cancelled", "CANCELLED"
 
 
 class Unavailable(Merge3Error):

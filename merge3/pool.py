@@ -49,11 +49,13 @@ class Pool:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
+        locate: Callable[[str], str] = str,
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
         dtype: convert every endpoint to it (default: as stored, promoted where endpoints differ).
         memory_budget: not available yet; everything is resident or memory-mapped.
+        locate: from a path as named to where it lies; endpoints keep the names they were given.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
         an expert lacks a tensor of the base.
         """
@@ -65,7 +67,7 @@ class Pool:
         endpoints = {}
         for model in (base, *experts):
             ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
-            endpoints.setdefault(str(ref), _open(ref))
+            endpoints.setdefault(str(ref), _open(ref, locate))
         pool = Pool(endpoints, device, dtype)
         pool._align()
         return pool
@@ -226,9 +228,9 @@ def tied(config: Mapping) -> bool:
     return bool(config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings", False)))
 
 
-def _open(ref: ModelRef) -> Checkpoint:
+def _open(ref: ModelRef, locate: Callable[[str], str]) -> Checkpoint:
     if ref.lora is None:
-        return open_checkpoint(ref.path, ref.revision)
+        return open_checkpoint(locate(ref.path), ref.revision)
     from merge3.checkpoint.adapter import open_with_adapter
 
-    return open_with_adapter(Path(ref.path), Path(ref.lora.path), ref.revision, ref.lora.revision)
+    return open_with_adapter(Path(locate(ref.path)), Path(locate(ref.lora.path)), ref.revision, ref.lora.revision)

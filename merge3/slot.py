@@ -112,7 +112,7 @@ def load_model(pool: Pool, dtype: torch.dtype):
     architecture = (pool.base_checkpoint.config.get("architectures") or [""])[0]
     loader = next(getattr(transformers, auto) for suffix, auto in _LOADERS if suffix in architecture)
     try:
-        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype)
+        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         raise CheckpointError(pool.base, f"transformers cannot load it ({reason})", "a supported architecture") from None

@@ -27,7 +27,7 @@ def open_with_adapter(
         raise CheckpointError(directory, "no adapter_model.safetensors", "an adapter in safetensors")
     architecture = (base.config.get("architectures") or ["AutoModelForCausalLM"])[0]
     loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-    loaded = loader.from_pretrained(base.path, dtype="auto")
+    loaded = loader.from_pretrained(base.path, dtype="auto", trust_remote_code=False, use_safetensors=True)
     try:
         merged = peft.PeftModel.from_pretrained(loaded, str(directory)).merge_and_unload()
     except (RuntimeError, ValueError, KeyError) as error:

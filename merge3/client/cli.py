@@ -18,6 +18,11 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
+Ca = Annotated[str | None, typer.Option("--tls-ca", help="TLS: PEM of the authority to trust, or `system`.")]
+Certificate = Annotated[Path | None, typer.Option("--tls-cert", help="PEM certificate to show the daemon.")]
+Key = Annotated[Path | None, typer.Option("--tls-key", help="Its PEM key.")]
+TokenFile = Annotated[Path | None, typer.Option(help="A file with the bearer token; or MERGE3_TOKEN.")]
+Server = Annotated[str, typer.Option(help="The daemon: host:port or unix:/path.")]
 
 
 @app.command(epilog="Example: merge3-client merge recipe.yaml merged/")
@@ -53,14 +58,20 @@ def evolve(
     seed: Annotated[int | None, typer.Option(help="Overrides the file.")] = None,
     device: Device = "cpu",
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
+    server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
+    tls_ca: Ca = None,
+    tls_cert: Certificate = None,
+    tls_key: Key = None,
+    token_file: TokenFile = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
-    """Search for the best merge, in this process."""
+    """Search for the best merge, in this process or on a daemon."""
     from merge3.client import run
     from merge3.search.config import load_config
 
-    result = run.evolve(load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export)
+    target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
+    result = run.evolve(load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export, target)
     _finish(result, run_dir, as_json)
 
 
@@ -160,6 +171,37 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A finished run.")], as_
     print(json.dumps({"report": str(path)}) if as_json else path)
 
 
+@app.command(epilog="Example: merge3-client status --server 127.0.0.1:50051")
+def status(
+    server: Server = "127.0.0.1:50051",
+    tls_ca: Ca = None,
+    tls_cert: Certificate = None,
+    tls_key: Key = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+):
+    """What a daemon holds and does, once."""
+    from merge3.client import status as command
+
+    command.show(_target(server, tls_ca, tls_cert, tls_key, token_file), as_json)
+
+
+@app.command(epilog="Example: merge3-client watch --server 127.0.0.1:50051 --interval 2")
+def watch(
+    server: Server = "127.0.0.1:50051",
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 1.0,
+    tls_ca: Ca = None,
+    tls_cert: Certificate = None,
+    tls_key: Key = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+):
+    """What a daemon does, until Ctrl-C."""
+    from merge3.client import status as command
+
+    command.watch(_target(server, tls_ca, tls_cert, tls_key, token_file), interval, as_json)
+
+
 @app.command(epilog="Example: merge3-client demo --seed 1 --run-dir runs/demo")
 def demo(
     seed: Annotated[int, typer.Option(help="Of training, items and search.")] = 0,
@@ -222,6 +264,12 @@ def _finish(result: dict | None, directory: Path, as_json: bool) -> None:
     from merge3.client.run import print_result
 
     print_result(result, directory)
+
+
+def _target(server: str, ca: str | None, certificate: Path | None, key: Path | None, token_file: Path | None):
+    from merge3.client.channel import Target
+
+    return Target(server, ca, certificate, key, token_file)
 
 
 def _free(path: Path) -> Path:

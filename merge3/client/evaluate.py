@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from merge3.engine import LocalEngine, mean_over_tasks
+from merge3.engine import LocalEngine
 from merge3.errors import ItemsError
 from merge3.files import write_atomically
+from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.tasks import read_items

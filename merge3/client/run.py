@@ -8,14 +8,14 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.terminal import bar
-from merge3.engine import LocalEngine
+from merge3.engine import Engine, LocalEngine
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
@@ -24,30 +24,36 @@ from merge3.search.loop import Outcome, run
 from merge3.search.questions import load_questions
 from merge3.search.store import RunStore
 
+if TYPE_CHECKING:
+    from merge3.client.channel import Target
+
 
 def evolve(
     config: EvolveConfig, directory: Path, resume: bool = False, as_json: bool = False, quiet: bool = False,
-    device: str = "cpu", export: bool = True,
+    device: str = "cpu", export: bool = True, target: Target | None = None,
 ) -> dict[str, Any] | None:
-    """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C."""
+    """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C.
+
+    target: the daemon that holds the models; None: this process does.
+    """
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
     questions = load_questions(config)  # bad items are found before any model is opened
-    pool = open_pool(config.models, device, quiet)
-    dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-    engine = LocalEngine(pool, config.optimizer.seed, config.apply_chat_template, dtype)
+    engine = open_engine(config, device, quiet, target)
     store = RunStore(directory)
     if not quiet:
         print(questions.assumed[2], file=sys.stderr)
     stopping = _StopOnInterrupt()
     with stopping, chosen(as_json, quiet) as report:
-        outcome = run(config, engine, pool.layouts[pool.base], store, resume, report, stopping)
+        outcome = run(config, engine, engine.info().layout, store, resume, report, stopping)
     store.close()
     if outcome is None:
+        engine.close()
         print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
         return None
     if export and not (directory / "model").exists():
         engine.export(outcome.recipe, directory / "model")
+    engine.close()
     result = summary(config, outcome, len(questions.heldout or questions.search))
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_report(directory)
@@ -58,10 +64,27 @@ def open_pool(models, device: str = "cpu", quiet: bool = False) -> Pool:
     """Open every model, read it once (hashes, statistics, NaN check) and say what is there."""
     pool = Pool.open(models[0], models[1:], device)
     pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
-    if not quiet:
-        for name, reason in pool.kept.items():
-            print(f"kept from the base: {name} ({reason})", file=sys.stderr)
+    _say_kept(pool.kept, quiet)
     return pool
+
+
+def open_engine(config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None) -> Engine:
+    """A run's engine, in this process or on a daemon."""
+    seed, chat = config.optimizer.seed, config.apply_chat_template
+    if target is None:
+        dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
+        return LocalEngine(open_pool(config.models, device, quiet), seed, chat, dtype)
+    from merge3.client.remote import RemoteEngine
+
+    engine = RemoteEngine(target, config.models, seed, chat, config.genome.dtype)
+    _say_kept(engine.info().kept, quiet)
+    return engine
+
+
+def _say_kept(kept: dict[str, str], quiet: bool) -> None:
+    if not quiet:
+        for name, reason in kept.items():
+            print(f"kept from the base: {name} ({reason})", file=sys.stderr)
 
 
 def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from merge3.engine import Engine, mean_over_tasks
-from merge3.search.calibration import Calibration, TaskEstimator, by_task, calibrate, choose, gather, given, item_key
+from merge3.engine import Engine
+from merge3.fitness import TaskEstimator, mean_over_tasks
+from merge3.search.calibration import Calibration, by_task, calibrate, choose, gather, given, item_key
 from merge3.search.config import EvolveConfig
 from merge3.search.questions import per_task
 from merge3.search.store import Candidate, RunStore

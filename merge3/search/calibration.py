@@ -16,6 +16,7 @@ import numpy as np
 from merge3.engine import Engine
 from merge3.errors import ConfigError, Merge3Error
 from merge3.files import write_atomically
+from merge3.fitness import TaskEstimator
 from merge3.irt import ItemBank, Responses, read_responses, write_responses
 from merge3.irt import estimate as irt
 from merge3.irt.diagnostics import plot
@@ -37,25 +38,6 @@ class Calibration:
     banks: dict[str, ItemBank]
     endpoints: tuple[str, ...]
     answers: int
-
-
-class TaskEstimator:
-    """Responses to a subset of every task's items -> (weighted mean of the tasks' accuracies, its
-    standard error). Tasks' errors are independent: they share no item."""
-
-    def __init__(self, estimators: dict[str, irt.Estimator]):
-        self.estimators = estimators
-
-    def __call__(self, responses: np.ndarray, items: Sequence[Item], weights: dict[str, float] | None = None) -> tuple[float, float]:
-        value, variance, total = 0.0, 0.0, 0.0
-        tasks = np.array([item.task for item in items])
-        for task, estimator in self.estimators.items():
-            w = (weights or {}).get(task, 1.0)
-            found = irt.estimate(estimator, responses[None, tasks == task])
-            value += w * found.value[0]
-            variance += (w * found.stderr[0]) ** 2
-            total += w
-        return float(value / total), float(variance**0.5 / total)
 
 
 def item_key(item: Item) -> str:

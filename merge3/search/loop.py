@@ -19,9 +19,10 @@ import numpy as np
 
 from merge3 import __version__
 from merge3.checkpoint.layout import Layout
-from merge3.engine import Engine, mean_over_tasks
+from merge3.engine import Engine
 from merge3.errors import ConfigError, ResumeMismatch
 from merge3.files import write_atomically
+from merge3.fitness import mean_over_tasks
 from merge3.methods import METHODS
 from merge3.recipe import Recipe
 from merge3.search import optimizers
@@ -199,7 +200,7 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> op
     optimizer = optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, settings.seed, assisted)
     spent = asking.calibration.answers if asking.calibration else 0
     progress = Progress(budget=settings.budget, item_answers=spent, full_answers=settings.budget * len(questions.search))
-    best, began, generation, renewed = None, time.perf_counter(), 0, False
+    best, began, generation, renewed, where = None, time.perf_counter(), 0, False, engine.info().where
     while progress.done < settings.budget:
         genomes = optimizer.ask()
         genomes = genomes[: settings.budget - progress.done]
@@ -217,7 +218,7 @@ def _search(config, engine, space, questions, asking, store, report, stop) -> op
             position = pending[evaluation.index]
             candidate = Candidate(
                 generation, position, genomes[position], evaluation.recipe_hash, evaluation.responses, evaluation.value,
-                evaluation.stderr, evaluation.seconds, evaluation.swap_seconds, "local", evaluation.error,
+                evaluation.stderr, evaluation.seconds, evaluation.swap_seconds, where, evaluation.error,
             )  # fmt: skip
             store.append(candidate)
             answered[position] = candidate

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merge3.engine import mean_over_tasks
+from merge3.fitness import mean_over_tasks
 from merge3.tasks import Item
 
 

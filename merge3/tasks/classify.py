@@ -70,7 +70,7 @@ def _pixels(item: Item, folder: Path) -> torch.Tensor:
         from PIL import Image
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         return processor(Image.open(item.image).convert("RGB"), return_tensors="pt")["pixel_values"][0]
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
         raise ItemsError(f"item {item.id!r}", f"unreadable image {item.image} ({error})") from None

@@ -70,6 +70,11 @@ def parse_item(line: str, where: str, task: str, default_id: str, folder: Path =
         data = json.loads(line)
     except ValueError as error:
         raise ItemsError(where, f"not JSON ({error})", "one JSON object per line") from None
+    return make_item(data, where, task, default_id, folder)
+
+
+def make_item(data, where: str, task: str, default_id: str, folder: Path = Path()) -> Item:
+    """Validate the content of one item. Raises ItemsError naming `where` and the key."""
     if not isinstance(data, dict):
         raise ItemsError(where, f"found {type(data).__name__}", "a JSON object")
     unknown = sorted(set(data) - set(_KEYS))

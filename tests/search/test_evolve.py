@@ -14,9 +14,10 @@ import torch
 import yaml
 
 from merge3.client import run
-from merge3.engine import LocalEngine, mean_over_tasks
+from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, ItemsError, ResumeMismatch
 from merge3.export import merge_to_disk
+from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search import optimizers

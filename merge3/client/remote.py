@@ -1,0 +1,244 @@
+"""RemoteEngine: the Engine protocol over gRPC, for a daemon that holds the models.
+
+A daemon that dies and comes back is waited for: the pool is opened again, items are registered again, and
+what was not yet answered is asked again, under the same idempotency keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import numpy as np
+
+from merge3.checkpoint import check_free
+from merge3.client.channel import Target, translated
+from merge3.client.register import Registrar
+from merge3.engine import Evaluation, PoolInfo
+from merge3.errors import Busy, Cancelled, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
+from merge3.files import resource_error, sync
+from merge3.fitness import EstimateOf, TaskEstimator
+from merge3.recipe import Recipe
+from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import merge3_pb2 as pb
+from merge3.space import Space
+from merge3.tasks import Item
+
+T = TypeVar("T")
+PATIENCE = 600.0  # seconds that a daemon may be away
+_PASSING = (Unavailable, Cancelled, NotFound, Busy)  # what may be gone at the next try
+
+
+class RemoteEngine:
+    """A pool on a daemon. models: base first, as the daemon's roots have them.
+
+    patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
+    note: told once when waiting begins and when it ends.
+    """
+
+    def __init__(
+        self, target: Target | str, models: Sequence[str], seed: int = 0, chat: bool = False, dtype: str | None = None,
+        patience: float = PATIENCE, note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ):  # fmt: skip
+        self.target = Target(target) if isinstance(target, str) else target
+        self.models, self.seed, self.chat, self.dtype = tuple(models), seed, chat, dtype
+        self.patience, self.note = patience, note
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._keys = itertools.count()
+        self._metadata = (*self.target.metadata(), ("merge3-driver", self._name))
+        self._channel = self.target.channel()
+        self._stub = merge3_pb2_grpc.Merge3Stub(self._channel)
+        self._registrar = Registrar(self._send)
+        self._context = None  # what `register` was told, as arguments for the registrar
+        self._info: PoolInfo | None = None
+        # The first connection is not waited for: a wrong address should be told at once.
+        self._open()
+
+    def info(self) -> PoolInfo:
+        return self._info
+
+    def register(
+        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
+        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
+    ) -> None:
+        """As LocalEngine's; what the daemon has seen before crosses as hashes only. estimate: None or a TaskEstimator."""
+        if estimate is not None and not isinstance(estimate, TaskEstimator):
+            raise TypeError(f"estimate: {type(estimate).__name__} cannot cross; expected None or a TaskEstimator")
+        header = pb.RegisterHeader(seed=self.seed, chat=self.chat, heads=heads, weights=weights)
+        self._context = (header, space.definition if space else None, estimate, list(items))
+        self._persist(self._register)
+
+    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
+        """One stream for all genomes; evaluations as they arrive. After a broken stream only what is missing is asked."""
+        waiting = {
+            i: pb.EvaluateRequest(genome=pb.Genome(values=genome), idempotency_key=self._key(), index=i) for i, genome in enumerate(genomes)
+        }
+        failures, until = 0, 0.0
+        while waiting:
+            stream = self._persist(lambda: self._stream(waiting))
+            try:
+                with self._translated():
+                    for message in stream:
+                        if waiting.pop(message.index, None) is not None:
+                            failures = 0
+                            yield convert.evaluation_from(message)
+            except _PASSING as error:
+                until = until if failures else time.monotonic() + self.patience
+                self._recover(error, until, failures)
+                failures += 1
+            finally:
+                stream.cancel()
+
+    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
+        """As LocalEngine's."""
+        header, *_ = self._context or (pb.RegisterHeader(seed=self.seed, chat=self.chat),)
+        request = pb.EvaluateRequest(idempotency_key=self._key())
+        if isinstance(what, Recipe):
+            request.recipe = convert.recipe_to(what)
+        else:
+            request.endpoint = what
+
+        def ask() -> np.ndarray:
+            request.pool_id = self._pool_id
+            request.items_id = self._registrar.register(self._pool_id, header, None, None, items)
+            with self._translated():
+                return np.array(self._stub.Evaluate(request, metadata=self._metadata).responses)
+
+        return self._persist(ask)
+
+    def export(self, recipe: Recipe, directory: Path) -> dict:
+        """Write the merged checkpoint here: the daemon merges, its files cross, the directory appears whole."""
+        check_free(directory)
+        return self._persist(lambda: self._fetch(recipe, Path(directory)))
+
+    def close(self) -> None:
+        """Give the pool up. What fails is not told: the daemon closes idle pools by itself."""
+        with contextlib.suppress(grpc.RpcError):
+            self._stub.ClosePool(pb.ClosePoolRequest(pool_id=self._pool_id), metadata=self._metadata, timeout=5)
+        self._channel.close()
+
+    # -- one try each
+
+    def _open(self) -> None:
+        with self._translated():
+            pool = self._stub.OpenPool(pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata)
+        info = convert.pool_from(pool, self.target.address)
+        if self._info is not None and info.content_hashes != self._info.content_hashes:
+            changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
+            raise ResumeMismatch(self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with")
+        self._info, self._pool_id = info, pool.pool_id
+
+    def _register(self) -> str:
+        header, space, estimate, items = self._context
+        return self._registrar.register(self._pool_id, header, space, estimate, items)
+
+    def _send(self, requests: Iterator[pb.RegisterItemsRequest]) -> pb.RegisterItemsResponse:
+        with self._translated():
+            return self._stub.RegisterItems(requests, metadata=self._metadata)
+
+    def _stream(self, waiting: dict[int, pb.EvaluateRequest]):
+        items_id = self._register()
+        for request in waiting.values():
+            request.pool_id, request.items_id = self._pool_id, items_id
+        return self._stub.EvaluateStream(iter(list(waiting.values())), metadata=self._metadata)
+
+    def _fetch(self, recipe: Recipe, directory: Path) -> dict:
+        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=self.seed)
+        try:
+            partial.mkdir(parents=True)
+            with self._translated():
+                result = _received(self._stub.Export(request, metadata=self._metadata), partial)
+            for file in partial.iterdir():
+                sync(file)
+            if directory.exists():
+                directory.rmdir()  # empty, as was checked
+            partial.rename(directory)
+            sync(directory.parent)
+        except OSError as error:
+            raise resource_error(directory, error) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return {"path": str(directory), "tensors": result.tensors, "parameters": result.parameters, "kept": dict(result.kept)}
+
+    # -- persistence
+
+    def _persist(self, act: Callable[[], T]) -> T:
+        """`act`, again while the daemon is away, full, or has forgotten."""
+        until = time.monotonic() + self.patience
+        for attempt in itertools.count():
+            try:
+                return act()
+            except _PASSING as error:
+                self._recover(error, until, attempt)
+
+    def _recover(self, error: Merge3Error, until: float, attempt: int) -> None:
+        """Wait until it makes sense to try again; raises the error where it does not."""
+        if isinstance(error, NotFound):
+            if attempt > 2:
+                raise error
+            return self._reopen(until)
+        if isinstance(error, Busy):
+            if not error.retry_after or time.monotonic() > until:
+                raise error
+            return time.sleep(error.retry_after)
+        if isinstance(error, Cancelled) and attempt > 2:
+            raise error
+        if time.monotonic() > until:
+            raise error
+        if attempt == 0:
+            self.note(f"{self.target.address} is away ({error}); waiting up to {self.patience:.0f} s")
+        time.sleep(min(2.0, 0.1 * 2**attempt))
+        self._reopen(until)
+        if attempt == 0:
+            self.note(f"{self.target.address} is back")
+
+    def _reopen(self, until: float) -> None:
+        """Open the pool again, whatever the daemon remembers of it."""
+        for attempt in itertools.count():
+            try:
+                return self._open()
+            except (Unavailable, Cancelled) as error:
+                if time.monotonic() > until:
+                    raise error
+                time.sleep(min(2.0, 0.1 * 2**attempt))
+
+    def _translated(self):
+        return translated(self.target.address)
+
+    def _key(self) -> str:
+        return f"{self._name}-{next(self._keys)}"
+
+
+def _received(stream, directory: Path) -> pb.ExportResult:
+    """Files of an Export stream, checked against their digests."""
+    import hashlib
+
+    digests, offsets, result = {}, {}, None
+    for message in stream:
+        if message.HasField("result"):
+            result = message.result
+        elif message.HasField("chunk"):
+            chunk = message.chunk
+            if Path(chunk.file).name != chunk.file or chunk.file in ("", ".", ".."):
+                raise ResourceError("export", f"the daemon sent a file named {chunk.file!r}", "a plain name")
+            if chunk.offset != offsets.get(chunk.file, 0):
+                raise ResourceError("export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}")
+            with open(directory / chunk.file, "ab") as handle:
+                handle.write(chunk.data)
+            offsets[chunk.file] = chunk.offset + len(chunk.data)
+            digests.setdefault(chunk.file, hashlib.sha256()).update(chunk.data)
+    if result is None or {f: d.digest() for f, d in digests.items()} != dict(result.files):
+        raise ResourceError("export", "files arrived incomplete", "what the daemon wrote")
+    return result

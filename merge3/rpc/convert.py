@@ -1,0 +1,225 @@
+"""Messages <-> our objects, and statuses <-> our errors: the same error class is raised on both sides.
+
+Numbers cross as float64, so what a driver sees is what an engine in its own process would have given it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+
+from merge3 import errors
+from merge3.checkpoint.layout import Layout
+from merge3.engine import Evaluation, PoolInfo
+from merge3.irt import ItemBank
+from merge3.irt.estimate import METHODS as ESTIMATORS
+from merge3.irt.estimate import Estimator
+from merge3.irt.extract import Subset
+from merge3.recipe import Recipe
+from merge3.rpc import merge3_pb2 as pb
+from merge3.space import PRESETS, SpaceDefinition
+from merge3.tasks.items import Item, make_item
+
+ERROR_KEY = "merge3-error-bin"
+
+
+def digest(message: Any) -> bytes:
+    """What a message's content is known by: SHA-256 of its deterministic serialization."""
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+
+
+# -- items
+
+
+def item_to(item: Item) -> pb.Item:
+    message = pb.Item(
+        id=item.id, task=item.task, kind=item.kind, prompt=item.prompt, choices=item.choices, metric=item.metric,
+        image=item.image or "", max_tokens=item.max_tokens, stop=item.stop,
+    )  # fmt: skip
+    if isinstance(item.answer, int):
+        message.index = item.answer
+    elif isinstance(item.answer, str):
+        message.label = item.answer
+    else:
+        message.texts.values.extend(item.answer)
+    return message
+
+
+def item_from(message: pb.Item, where: str) -> Item:
+    """Raises ItemsError: an item from the wire is checked as one from a file is."""
+    which = message.WhichOneof("answer")
+    answer = list(message.texts.values) if which == "texts" else getattr(message, which) if which else None
+    data: dict[str, Any] = {"id": message.id or where, "kind": message.kind, "prompt": message.prompt, "answer": answer}
+    for key in ("task", "choices", "metric", "image", "max_tokens", "stop"):
+        if value := getattr(message, key):
+            data[key] = list(value) if key in ("choices", "stop") else value
+    return make_item(data, where, "items", where)
+
+
+# -- spaces
+
+
+def space_to(d: SpaceDefinition) -> pb.SpaceDefinition:
+    return pb.SpaceDefinition(
+        models=d.models, method=d.method, base=d.base or "", layer_granularity=d.layer_granularity, filters=d.filters,
+        smooth=d.smooth, normalize=d.normalize, allow_negative_weights=d.allow_negative_weights, preset=d.preset, genes=d.genes,
+        bounds={gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()},
+        tokenizer_source=d.tokenizer_source or "", dtype=d.dtype or "",
+    )  # fmt: skip
+
+
+def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
+    """Raises ConfigError for what only an evolve configuration's own checks would have caught."""
+    if m.preset and m.preset not in PRESETS:
+        raise errors.ConfigError("space: preset", f"found {m.preset!r}", ", ".join(PRESETS))
+    for gene, r in m.bounds.items():
+        if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
+            raise errors.ConfigError(f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high")
+    return SpaceDefinition(
+        tuple(m.models), m.method, m.base or None, m.layer_granularity, tuple(m.filters), m.smooth,
+        m.normalize if m.HasField("normalize") else None, m.allow_negative_weights, m.preset or "layerwise", tuple(m.genes),
+        {gene: (r.low, r.high) for gene, r in m.bounds.items()}, m.tokenizer_source or None, m.dtype or None,
+    )  # fmt: skip
+
+
+# -- estimators
+
+
+def array_to(values: np.ndarray) -> pb.Array:
+    return pb.Array(shape=values.shape, values=np.ravel(values))
+
+
+def array_from(message: pb.Array, where: str, *shape: int) -> np.ndarray:
+    """float64 of a shape that must be as expected."""
+    found = tuple(message.shape)
+    values = np.array(message.values)
+    if found != shape or len(values) != int(np.prod(shape)) or not np.isfinite(values).all():
+        raise errors.BadInput(where, f"{len(values)} values, shape {list(found)}", f"finite numbers of shape {list(shape)}")
+    return values.reshape(shape)
+
+
+def bank_to(bank: ItemBank) -> pb.ItemBank:
+    return pb.ItemBank(
+        items=bank.items, models=bank.models, a=array_to(bank.a), b=array_to(bank.b), theta=array_to(bank.theta),
+        item_covariance=array_to(bank.item_covariance), theta_covariance=array_to(bank.theta_covariance),
+    )  # fmt: skip
+
+
+def bank_from(m: pb.ItemBank, where: str = "item bank") -> ItemBank:
+    n, models, d = len(m.items), len(m.models), m.a.shape[1] if len(m.a.shape) == 2 else 0
+    return ItemBank(
+        tuple(m.items), tuple(m.models), array_from(m.a, f"{where}: a", n, d), array_from(m.b, f"{where}: b", n),
+        array_from(m.theta, f"{where}: theta", models, d),
+        array_from(m.item_covariance, f"{where}: item_covariance", n, d + 1, d + 1),
+        array_from(m.theta_covariance, f"{where}: theta_covariance", models, d, d),
+    )  # fmt: skip
+
+
+def estimator_to(e: Estimator, bank: bytes) -> pb.Estimator:
+    """bank: the digest of its bank's message."""
+    return pb.Estimator(
+        method=e.method, bank=bank, subset=e.subset.index.tolist(), weights=array_to(e.subset.weights),
+        subset_method=e.subset.method, basis=array_to(e.basis), centre=array_to(e.centre), precision=array_to(e.precision),
+        share=e.share, scale=e.scale, note=e.note,
+    )  # fmt: skip
+
+
+def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") -> Estimator:
+    if m.method not in ESTIMATORS:
+        raise errors.BadInput(f"{where}: method", f"found {m.method!r}", ", ".join(ESTIMATORS))
+    index, q = np.array(m.subset, dtype=int), len(m.centre.values)
+    if len(index) == 0 or index.max() >= len(bank.items) or len(set(index)) < len(index):
+        raise errors.BadInput(f"{where}: subset", f"{len(index)} positions", f"different positions below {len(bank.items)}")
+    subset = Subset(index, array_from(m.weights, f"{where}: weights", len(index)), m.subset_method)
+    return Estimator(
+        m.method, bank, subset, array_from(m.basis, f"{where}: basis", bank.dimensions, q),
+        array_from(m.centre, f"{where}: centre", q), array_from(m.precision, f"{where}: precision", q, q), m.share, m.scale, m.note,
+    )  # fmt: skip
+
+
+# -- pools and candidates
+
+
+def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
+    at = info.layout
+    return pb.Pool(
+        models=info.endpoints, content_hashes=info.content_hashes, parameters=info.parameters, kept=info.kept, device=info.device,
+        layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post), **extra,
+    )  # fmt: skip
+
+
+def pool_from(m: pb.Pool, where: str) -> PoolInfo:
+    at = m.layout
+    layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
+    return PoolInfo(tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where)
+
+
+def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:
+    return pb.Evaluation(
+        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses, value=e.value,
+        stderr=e.stderr, seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, error=e.error or "", worker=worker,
+    )  # fmt: skip
+
+
+def evaluation_from(m: pb.Evaluation) -> Evaluation:
+    responses = None if m.error else np.array(m.responses)
+    return Evaluation(m.index, m.recipe_hash, responses, m.value, m.stderr, m.seconds, m.swap_seconds, m.error or None)
+
+
+def recipe_to(recipe: Recipe) -> str:
+    return json.dumps(recipe.to_dict())
+
+
+def recipe_from(text: str, where: str = "recipe") -> Recipe:
+    """JSON, or YAML without aliases: a few of those, nested, would unfold to gigabytes."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                raise errors.RecipeError(where, "an alias", "YAML without anchors and aliases")
+            data = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise errors.RecipeError(where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON") from None
+    try:
+        return Recipe.parse(data, where)
+    except RecursionError:
+        raise errors.RecipeError(where, "nested too deeply", "a recipe") from None
+
+
+# -- errors
+
+_BY_REASON: dict[str, type[errors.Merge3Error]] = {}
+
+
+def _register(kind: type[errors.Merge3Error]) -> None:
+    _BY_REASON[kind.reason] = kind
+    for child in kind.__subclasses__():
+        _register(child)
+
+
+def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
+    return pb.Error(
+        reason=error.reason, where=error.where, found=error.found, expected=error.expected, hint=error.hint,
+        retry_after_ms=round(1000 * getattr(error, "retry_after", 0)), request_id=request_id,
+    )  # fmt: skip
+
+
+def error_from(code: str, details: str, metadata: Mapping[str, Any]) -> errors.Merge3Error:
+    """The error behind a status. code: its name; metadata: trailing."""
+    _register(errors.Merge3Error)
+    message = pb.Error()
+    if ERROR_KEY in metadata:
+        message.ParseFromString(metadata[ERROR_KEY])
+        kind = _BY_REASON.get(message.reason, errors.Merge3Error)
+        error = kind(message.where, message.found, message.expected, message.hint)
+        if isinstance(error, errors.Busy):
+            error.retry_after = message.retry_after_ms / 1000
+        return error
+    kind = next((k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error)
+    return kind(details or code)

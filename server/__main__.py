@@ -1,0 +1,3 @@
+from merge3_server.cli import main
+
+main()

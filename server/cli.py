@@ -1,0 +1,85 @@
+"""merge3-server: one command, its options, one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Hold models on one machine; drivers come and go.",
+    epilog="Example: merge3-server serve --root /models",
+)  # fmt: skip
+
+
+@app.callback()
+def _group() -> None:
+    """Hold models on one machine; drivers come and go."""
+
+
+@app.command(epilog="Example: merge3-server serve --root /models --pool pool.yaml --listen 127.0.0.1:50051")
+def serve(
+    root: Annotated[list[Path], typer.Option(help="Checkpoints may be read below here; repeat for several.")],
+    listen: Annotated[list[str] | None, typer.Option(help="host:port (port 0: any) or unix:/path; repeat. Default 127.0.0.1:50051.")] = None,
+    pool: Annotated[list[Path] | None, typer.Option(help="Open at once and keep: a file with `models: [base, ..]`.")] = None,
+    export_root: Annotated[Path | None, typer.Option(help="Checkpoints may be written below here; without it they are streamed.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    workers: Annotated[str, typer.Option(help="local, ray (one engine per GPU) or ray:N. RAY_ADDRESS names a cluster.")] = "local",
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM authority: callers must show a certificate it signed.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="One bearer token per line, `TOKEN [EXPIRES]`; or MERGE3_TOKEN.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without TLS.")] = False,
+    metrics: Annotated[str | None, typer.Option(help="host:port for Prometheus.")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for calls under way when asked to stop.")] = 30.0,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests waiting, in all.")] = 1024,
+    max_pools: Annotated[int, typer.Option(min=1, help="Pools open at once.")] = 4,
+    max_items: Annotated[int, typer.Option(min=1, help="Items of one registration.")] = 100_000,
+    retention: Annotated[float, typer.Option(min=0, help="Seconds that answers to idempotency keys are remembered.")] = 600.0,
+    log_json: Annotated[bool, typer.Option("--log-json", help="The log as JSON lines.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every call.")] = False,
+):
+    """Serve until SIGTERM; a second one stops at once."""
+    import asyncio
+
+    from merge3_server.logs import set_up
+    from merge3_server.settings import Limits, Settings
+
+    settings = Settings(
+        tuple(listen or ["127.0.0.1:50051"]), tuple(root), tuple(pool or ()), export_root, device, workers, tls_cert, tls_key,
+        tls_client_ca, token_file, insecure, metrics, grace,
+        Limits(queue=max_queue, pools=max_pools, items=max_items, retention=retention, driver_queue=min(256, max_queue)),
+    )  # fmt: skip
+    set_up(log_json, verbose)
+    from merge3_server.daemon import serve as run
+
+    def ready(addresses: list[str]) -> None:
+        print(f"merge3-server listens on {', '.join(addresses)}", flush=True)
+
+    asyncio.run(run(settings, ready))
+    # The host's thread may be inside a kernel; what it computes nobody waits for.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    """Entry point: a bad option or setting is one line and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from the roots alone
+    from merge3.errors import Merge3Error
+
+    try:
+        app(standalone_mode=True)
+    except Merge3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

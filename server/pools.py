@@ -1,0 +1,119 @@
+"""The pools that are open: who holds them, and which one makes room when there are too many."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+from merge3.engine import PoolInfo
+from merge3.errors import BadInput, Busy, NotFound
+from merge3.recipe import DTYPES, ModelRef
+from merge3.rpc import convert
+from merge3.rpc import merge3_pb2 as pb
+from merge3_server.catalog import Catalog
+from merge3_server.host import PoolSpec
+from merge3_server.scheduler import Scheduler
+from merge3_server.security import Roots
+from merge3_server.settings import Settings
+
+OPERATOR = "the operator"  # holds the pools of the command line, for good
+MAX_MODELS = 64
+
+
+@dataclass(eq=False)
+class Open:
+    """info: None until it is open. holders: driver -> its OpenPools that are not closed."""
+
+    spec: PoolSpec
+    opening: asyncio.Future
+    info: PoolInfo | None = None
+    resident: int = 0
+    holders: dict[str, int] = field(default_factory=dict)
+    used: float = field(default_factory=time.monotonic)
+
+    def message(self) -> pb.Pool:
+        return convert.pool_to(
+            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=sum(self.holders.values()), resident_bytes=self.resident
+        )
+
+
+class Pools:
+    """Opens by name below the roots, once per pool however many ask."""
+
+    def __init__(self, settings: Settings, scheduler: Scheduler, catalog: Catalog):
+        self.settings, self.scheduler, self.catalog = settings, scheduler, catalog
+        self.roots = Roots(settings.roots)
+        self._open: dict[str, Open] = {}
+
+    async def open(self, driver: str, models: tuple[str, ...], dtype: str) -> Open:
+        spec = self._spec(models, dtype)
+        if spec.pool_id not in self._open:
+            await self._make_room()
+        if spec.pool_id not in self._open:  # nobody opened it while room was made
+            self._open[spec.pool_id] = Open(spec, asyncio.ensure_future(self.scheduler.broadcast(driver, "open", spec)))
+        entry = self._open[spec.pool_id]
+        try:
+            # Shielded: one driver that leaves does not stop the opening others wait for.
+            done = await asyncio.shield(entry.opening)
+        except Exception:
+            if self._open.get(spec.pool_id) is entry:
+                del self._open[spec.pool_id]
+            raise
+        entry.info, entry.resident = done[0].result
+        entry.holders[driver] = entry.holders.get(driver, 0) + 1
+        entry.used = time.monotonic()
+        return entry
+
+    def get(self, pool_id: str) -> Open:
+        entry = self._open.get(pool_id)
+        if entry is None or entry.info is None:
+            raise NotFound("pool_id", f"{pool_id[:64]!r} is not open", "OpenPool first")
+        entry.used = time.monotonic()
+        return entry
+
+    def list(self) -> list[Open]:
+        return [entry for entry in self._open.values() if entry.info is not None]
+
+    async def close(self, driver: str, pool_id: str) -> int:
+        """Holders left; the last one's leaving frees the pool."""
+        entry = self.get(pool_id)
+        if entry.holders.get(driver, 0) > 1:
+            entry.holders[driver] -= 1
+        else:
+            entry.holders.pop(driver, None)
+        if not entry.holders:
+            await self._free(entry)
+        return sum(entry.holders.values())
+
+    async def _free(self, entry: Open) -> None:
+        del self._open[entry.spec.pool_id]
+        self.catalog.forget_pool(entry.spec.pool_id)
+        await self.scheduler.broadcast(OPERATOR, "close", entry.spec.pool_id)
+
+    async def _make_room(self) -> None:
+        """At the limit, close the pool that nobody has used for longest: its drivers may have died."""
+        limits = self.settings.limits
+        while len(self._open) >= limits.pools:
+            idle = [e for e in self.list() if OPERATOR not in e.holders and e.used < time.monotonic() - limits.idle]
+            if not idle:
+                raise Busy("pools", f"{len(self._open)} are open", f"at most {limits.pools}", "close one, or start with --max-pools")
+            await self._free(min(idle, key=lambda e: e.used))
+
+    def _spec(self, models: tuple[str, ...], dtype: str) -> PoolSpec:
+        if not 1 <= len(models) <= MAX_MODELS:
+            raise BadInput("models", f"{len(models)} models", f"1 to {MAX_MODELS}, base first")
+        if dtype not in ("", *DTYPES):
+            raise BadInput("dtype", f"found {dtype[:40]!r}", ", ".join(DTYPES))
+        places, names = {}, []
+        for i, model in enumerate(models):
+            ref = ModelRef.parse(model, f"models[{i}]")
+            if ref.revision or (ref.lora and ref.lora.revision):
+                raise BadInput(f"models[{i}]", f"a revision in {model[:100]!r}", "a path below the daemon's roots")
+            names.append(str(ref))
+            for part in (ref, ref.lora):
+                if part is not None:
+                    places[part.path] = self.roots.directory(part.path)
+        pool_id = hashlib.sha256(repr((names, sorted(places.items()), dtype)).encode()).hexdigest()[:32]
+        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device)

@@ -1,0 +1,283 @@
+"""Every call of proto/merge3/v1/merge3.proto: messages in, the scheduler's answers out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge3 import __version__
+from merge3.errors import BadInput, Busy, Cancelled
+from merge3.recipe import Recipe
+from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import merge3_pb2 as pb
+from merge3_server.answers import Answers
+from merge3_server.catalog import Catalog, Gathering, Registered
+from merge3_server.export import sent_files
+from merge3_server.metrics import Metrics, resident_bytes
+from merge3_server.pools import Pools
+from merge3_server.scheduler import Done, Scheduler
+from merge3_server.security import export_directory
+from merge3_server.settings import Settings
+
+log = logging.getLogger("merge3.candidates")
+IN_FLIGHT = 64  # of one EvaluateStream; the next request is read when one is answered
+
+
+class Service(merge3_pb2_grpc.Merge3Servicer):
+    """Thin: no call decides anything that a driver embedded in its own process would decide otherwise."""
+
+    def __init__(self, settings: Settings, scheduler: Scheduler, metrics: Metrics):
+        self.settings, self.limits, self.scheduler, self.metrics = settings, settings.limits, scheduler, metrics
+        self.catalog = Catalog(self.limits, lambda name, where: self.pools.roots.file(name, where))
+        self.pools = Pools(settings, scheduler, self.catalog)
+        self.answers = Answers(self.limits.retention, self.limits.answers)
+        self.began = time.monotonic()
+        metrics.watch(lambda: scheduler.queued, lambda: len(self.pools.list()))
+
+    # -- pools
+
+    async def OpenPool(self, request, context):
+        return (await self.pools.open(_driver(context), tuple(request.models), request.dtype)).message()
+
+    async def ListPools(self, request, context):
+        return pb.ListPoolsResponse(pools=[entry.message() for entry in self.pools.list()])
+
+    async def ClosePool(self, request, context):
+        return pb.ClosePoolResponse(holders=await self.pools.close(_driver(context), request.pool_id))
+
+    # -- items
+
+    async def RegisterItems(self, requests, context):
+        gathering = Gathering(self.catalog)
+        async for request in _lively(requests, self.limits.stalled):
+            gathering.add(request)
+            if gathering.header is not None and not gathering.digests:
+                self.pools.get(gathering.header.pool_id)  # before anything large is sent
+        registration, response = gathering.finish()
+        if registration is None:
+            return response
+        entry = self.pools.get(registration.pool_id)
+        if self.catalog.registered.get(registration.items_id) is None:
+            done = await self.scheduler.run(_driver(context), "register", entry.spec, registration)
+            self.catalog.registered.put(registration.items_id, Registered(registration, done.result), 1)
+        return response
+
+    # -- candidates
+
+    async def Evaluate(self, request, context):
+        return await self._evaluate(request, _driver(context))
+
+    async def EvaluateStream(self, requests, context):
+        driver, room, outstanding = _driver(context), asyncio.Semaphore(IN_FLIGHT), 0
+        ready: asyncio.Queue = asyncio.Queue()
+        tasks: set[asyncio.Task] = set()
+        ended = object()
+
+        async def one(request):
+            try:
+                ready.put_nowait(await self._evaluate(request, driver, patient=True))
+            except Exception as error:  # told to whoever reads `ready`, where it ends the stream
+                ready.put_nowait(error)
+            finally:
+                room.release()
+
+        async def read():
+            nonlocal outstanding
+            async for request in requests:
+                await room.acquire()
+                outstanding += 1
+                task = asyncio.create_task(one(request))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+        reader = asyncio.create_task(read())
+        reader.add_done_callback(lambda _: ready.put_nowait(ended))
+        try:
+            while not reader.done() or outstanding:
+                found = await ready.get()
+                if found is ended:
+                    reader.result()  # what it raised
+                    continue
+                outstanding -= 1
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+        finally:
+            for task in (reader, *tasks):
+                task.cancel()
+
+    async def _evaluate(self, request: pb.EvaluateRequest, driver: str, patient: bool = False) -> pb.Evaluation:
+        """patient: where the queue is full wait, as a stream's next request does, rather than refuse."""
+        entry = self.pools.get(request.pool_id)
+        registered = self.catalog.registration(request.pool_id, request.items_id)
+        what = await self._candidate(request, registered)
+        if len(request.idempotency_key) > 200:
+            raise BadInput("idempotency_key", f"{len(request.idempotency_key)} characters", "at most 200")
+        run = lambda: self.scheduler.run(driver, "evaluate", entry.spec, registered.registration, what)
+        body = pb.EvaluateRequest()
+        body.CopyFrom(request)
+        body.index = 0  # the same question may come back at another place
+        act = (lambda: _patiently(run)) if patient else run
+        done = await self.answers.once(request.idempotency_key, convert.digest(body), lambda: self._logged(act, driver))
+        return convert.evaluation_to(done.result, request.index, done.queue_seconds, done.worker)
+
+    async def _logged(self, run: Callable[[], Awaitable[Done]], driver: str) -> Done:
+        done = await run()
+        found = done.result
+        answers = 0 if found.responses is None else len(found.responses)
+        self.metrics.candidate(found.seconds, found.swap_seconds, done.queue_seconds, answers, found.error is not None)
+        log.info("candidate", extra={
+            "driver": driver, "recipe": found.recipe_hash or None, "value": _number(found.value), "stderr": _number(found.stderr),
+            "answers": answers, "seconds": round(found.seconds, 4), "queued": round(done.queue_seconds, 4), "worker": done.worker,
+            "failed": found.error,
+        })  # fmt: skip
+        return done
+
+    async def _candidate(self, request: pb.EvaluateRequest, registered: Registered) -> np.ndarray | Recipe | str:
+        which = request.WhichOneof("candidate")
+        if which == "genome":
+            genome = np.array(request.genome.values)
+            if registered.genome_size is None:
+                raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+            if len(genome) != registered.genome_size:
+                raise BadInput("genome", f"{len(genome)} values", f"{registered.genome_size}, the space's")
+            if not np.isfinite(genome).all():
+                at = int(np.flatnonzero(~np.isfinite(genome))[0])
+                raise BadInput(f"genome[{at}]", f"found {genome[at]}", "a finite number")
+            return genome
+        if which is None:
+            raise BadInput("candidate", "none", "a genome, a recipe or an endpoint")
+        return await self._recipe_or_endpoint(request, which)
+
+    async def _recipe_or_endpoint(self, request, which: str) -> Recipe | str:
+        if which == "endpoint":
+            return request.endpoint
+        if len(request.recipe) > self.limits.recipe:
+            raise Busy("recipe", f"{len(request.recipe)} characters", f"at most {self.limits.recipe}")
+        return await asyncio.to_thread(convert.recipe_from, request.recipe)
+
+    # -- checkpoints and text
+
+    async def Export(self, request, context):
+        entry = self.pools.get(request.pool_id)
+        recipe = await self._recipe_or_endpoint(request, "recipe")
+        temporary = None
+        if request.directory:
+            directory = export_directory(self.settings.export_root, request.directory)
+        else:
+            temporary = tempfile.mkdtemp(prefix="merge3-export-", dir=self.settings.export_root)
+            directory = Path(temporary) / "model"
+        try:
+            arguments = (entry.spec, recipe, str(directory), request.seed)
+            async for kind, value in self._emitting(_driver(context), "export", *arguments):
+                if kind == "emitted":
+                    yield pb.ExportResponse(progress=pb.ExportProgress(done=value[0], total=value[1]))
+                else:
+                    result = pb.ExportResult(tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"])
+            if temporary is None:
+                result.path = str(directory)
+            else:
+                async for chunk in sent_files(directory, result.files):
+                    yield pb.ExportResponse(chunk=chunk)
+            yield pb.ExportResponse(result=result)
+        finally:
+            if temporary:
+                await asyncio.shield(asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True))
+
+    async def Generate(self, request, context):
+        entry = self.pools.get(request.pool_id)
+        which = request.WhichOneof("candidate")
+        if which is None:
+            raise BadInput("candidate", "none", "a recipe or an endpoint")
+        what = await self._recipe_or_endpoint(request, which)
+        tokens = request.max_tokens or 64
+        if not 1 <= tokens <= self.limits.tokens:
+            raise BadInput("max_tokens", f"found {tokens}", f"1 to {self.limits.tokens}")
+        arguments = (entry.spec, what, request.seed, request.prompt, tokens, request.chat)
+        async for kind, value in self._emitting(_driver(context), "generate", *arguments):
+            if kind == "emitted":
+                yield pb.GenerateResponse(text=value)
+
+    async def _emitting(self, driver: str, call: str, *arguments: Any) -> AsyncIterator[tuple[str, Any]]:
+        """("emitted", value) for what the host emits while it works, then ("result", value)."""
+        loop, emitted = asyncio.get_running_loop(), asyncio.Queue()
+        emit = lambda value: loop.call_soon_threadsafe(emitted.put_nowait, ("emitted", value))
+        task = asyncio.create_task(self.scheduler.run(driver, call, *arguments, emit=emit))
+        task.add_done_callback(lambda _: loop.call_soon(emitted.put_nowait, ("done", None)))
+        try:
+            while (found := await emitted.get())[0] != "done":
+                yield found
+            yield "result", (await task).result
+        finally:
+            task.cancel()
+
+    # -- status
+
+    async def Status(self, request, context):
+        return self._status()
+
+    async def Watch(self, request, context):
+        interval = request.interval_seconds or 1.0
+        if not math.isfinite(interval) or not 0.05 <= interval <= 3600:
+            raise BadInput("interval_seconds", f"found {interval}", "0.05 to 3600")
+        while True:
+            yield self._status()
+            await asyncio.sleep(interval)
+
+    def _status(self) -> pb.StatusResponse:
+        s, now = self.scheduler, time.monotonic()
+        return pb.StatusResponse(
+            version=__version__, state="stopping" if s.stopping else "serving", uptime_seconds=now - self.began,
+            pools=[entry.message() for entry in self.pools.list()], queued=s.queued, queue_limit=self.limits.queue,
+            workers=[pb.Worker(name=w.name, device=w.device, pid=w.pid, busy_with=_doing(s.busy.get(w.name))) for w in s.workers],
+            drivers=[pb.Driver(name=name, queued=len(state.jobs), evaluated=state.evaluated, idle_seconds=now - state.last_seen)
+                     for name, state in list(s.drivers.items())[-100:]],
+            evaluated=s.evaluated, candidates_per_minute=s.rate(), retention_seconds=self.limits.retention,
+            resident_bytes=resident_bytes(),
+        )  # fmt: skip
+
+
+def _driver(context) -> str:
+    """Who asks: the name it gives itself, within its peer's address, else the connection."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "merge3-driver" and isinstance(value, str):
+            return value[:100]
+    return context.peer()
+
+
+def _doing(job) -> str:
+    return f"{job.call} for {job.driver}" if job else ""
+
+
+def _number(value: float) -> float | None:
+    return round(value, 5) if math.isfinite(value) else None
+
+
+async def _patiently(run: Callable[[], Awaitable[Done]]) -> Done:
+    while True:
+        try:
+            return await run()
+        except Busy as error:
+            if not error.retry_after:
+                raise
+            await asyncio.sleep(error.retry_after)
+
+
+async def _lively(requests: AsyncIterator, seconds: float) -> AsyncIterator:
+    """The stream's messages; an error where the next does not come in time."""
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(requests), seconds)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise Cancelled("stream", f"nothing for {seconds:g} s", "the next message") from None
