@@ -94,14 +94,14 @@ class Gathering:
 
     def add(self, request: pb.RegisterItemsRequest) -> None:
         part = request.WhichOneof("part")
-        if (part == "header") != (self.header is None):
-            raise BadInput("RegisterItems", f"a {part or 'message of nothing'}", "first one header, then entries and blobs")
+        if part is None or (part == "header") != (self.header is None):
+            raise BadInput("RegisterItems", f"a message of {part or 'nothing'}", "first one header, then entries and blobs")
         if part == "header":
             self.header = request.header
         elif part == "entries":
             for entry in request.entries.entries:
                 self._add_entry(entry)
-        elif part == "blob":
+        else:
             self._add_blob(request.blob)
 
     def finish(self) -> tuple[Registration | None, pb.RegisterItemsResponse]:

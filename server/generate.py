@@ -13,7 +13,7 @@ from merge3.tasks.score import load_tokenizer
 
 @torch.inference_mode()
 def continuation(model, folder: Path, prompt: str, max_tokens: int, chat: bool = False) -> Iterator[str]:
-    """Pieces of the continuation, each at least one whole character."""
+    """Pieces of the continuation, each at least one whole character. max_tokens: 0 for as many as fit, up to 64."""
     if "Classification" in type(model).__name__:
         raise BadInput("generate", f"a {type(model).__name__}", "a language model")
     tokenizer = load_tokenizer(folder)
@@ -26,8 +26,9 @@ def continuation(model, folder: Path, prompt: str, max_tokens: int, chat: bool =
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not ids:
         raise BadInput("prompt", "no tokens", "text")
-    if limit and len(ids) + max_tokens > limit:
-        raise BadInput("prompt", f"{len(ids)} tokens and {max_tokens} to come", f"at most {limit} in all")
+    if limit and len(ids) + max(1, max_tokens) > limit:
+        raise BadInput("prompt", f"{len(ids)} tokens and {max(1, max_tokens)} to come", f"at most {limit} in all")
+    max_tokens = max_tokens or min(64, (limit or 64) - len(ids))
     end = getattr(model.generation_config, "eos_token_id", None)
     end = set(end) if isinstance(end, (list, tuple)) else {end, tokenizer.eos_token_id}
     device, cache, written, shown = next(model.parameters()).device, None, [], ""

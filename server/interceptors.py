@@ -11,8 +11,9 @@ from contextlib import aclosing
 from contextvars import ContextVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from merge3.errors import Busy, Cancelled, Merge3Error
+from merge3.errors import BadInput, Busy, Cancelled, Merge3Error
 from merge3.rpc import convert
 from merge3_server.metrics import Metrics
 from merge3_server.security import Tokens
@@ -36,13 +37,25 @@ class Around(grpc.aio.ServerInterceptor):
         kind = next(k for k in _KINDS if getattr(handler, k) is not None)
         act, method = getattr(handler, kind), details.method
 
+        def parsed(data):  # here, and not by gRPC, which would call bytes that are no message an unknown error
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError as error:
+                raise BadInput("request", f"not a message ({str(error)[:100]})", f"what {method} takes") from None
+
+        async def each(messages):
+            async for data in messages:
+                yield parsed(data)
+
+        read = each if kind.startswith("stream") else parsed
+
         async def unary(request, context):
             async with _Call(self, method, context):
-                return await act(request, context)
+                return await act(read(request), context)
 
         async def stream(request, context):
             async with _Call(self, method, context):
-                found = act(request, context)
+                found = act(read(request), context)
                 if not hasattr(found, "__aiter__"):  # health's Watch writes by itself
                     return await found
                 async with aclosing(found):
@@ -51,7 +64,7 @@ class Around(grpc.aio.ServerInterceptor):
 
         return getattr(grpc, f"{kind}_rpc_method_handler")(
             stream if kind.endswith("stream") else unary,
-            request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer,
+            request_deserializer=None, response_serializer=handler.response_serializer,
         )  # fmt: skip
 
     async def _write(self, context, response) -> None:
@@ -90,6 +103,8 @@ class _Call:
             self._ended("CANCELLED")
         elif isinstance(error, grpc.aio.AbortError):
             self._ended(str(self.context.code()))
+        elif self.context.cancelled() or self.context.done():  # whoever would read has left in the middle of a write
+            self._ended("CANCELLED")
         elif isinstance(error, Exception):
             log.exception("internal error in %s", self.method)
             await self._fail(Merge3Error("internal error", f"request {self.id}, see the daemon's log"))

@@ -60,7 +60,8 @@ class Scheduler:
         self.workers, self.limits = list(workers), limits
         self.drivers: OrderedDict[str, DriverState] = OrderedDict()
         self.busy: dict[str, Job] = {}
-        self.queued, self.stopping, self.evaluated = 0, False, 0
+        self.queued, self.evaluated = 0, 0
+        self.ending = asyncio.Event()
         self.ended: deque[float] = deque()  # times of the last minute's candidates
         self._pinned: dict[str, deque[Job]] = {worker.name: deque() for worker in workers}
         self._numbers, self._changed = itertools.count(), asyncio.Condition()
@@ -75,8 +76,7 @@ class Scheduler:
 
         Cancelling the caller drops the job if it waits, and stops it between two batches if it runs.
         """
-        if self.stopping:
-            raise Unavailable("daemon", "stopping", "another try when it is back")
+        self.refuse_if_stopping()
         state = self.drivers.setdefault(driver, DriverState())
         state.last_seen = time.monotonic()
         for found, limit, whose in ((self.queued, self.limits.queue, "the daemon's"),
@@ -97,6 +97,14 @@ class Scheduler:
             self._pinned[worker.name].append(jobs[-1])
         return await asyncio.gather(*(self._finish(job) for job in jobs))
 
+    @property
+    def stopping(self) -> bool:
+        return self.ending.is_set()
+
+    def refuse_if_stopping(self) -> None:
+        if self.stopping:
+            raise Unavailable("daemon", "stopping", "another try when it is back")
+
     def rate(self) -> float:
         """Candidates of the last minute."""
         while self.ended and self.ended[0] < time.monotonic() - 60:
@@ -105,13 +113,13 @@ class Scheduler:
 
     async def drain(self) -> None:
         """Until nothing waits or runs. New jobs are refused from now on."""
-        self.stopping = True
+        self.ending.set()
         async with self._changed:
             await self._changed.wait_for(lambda: not self.queued and not self.busy and not any(self._pinned.values()))
 
     def abandon(self) -> None:
         """Stop what runs between two batches; what waits is answered as unavailable."""
-        self.stopping = True
+        self.ending.set()
         for job in [*self.busy.values(), *(j for s in self.drivers.values() for j in s.jobs), *itertools.chain(*self._pinned.values())]:
             job.stop.set()
             if not job.future.done():

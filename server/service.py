@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import shutil
@@ -199,10 +200,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         if which is None:
             raise BadInput("candidate", "none", "a recipe or an endpoint")
         what = await self._recipe_or_endpoint(request, which)
-        tokens = request.max_tokens or 64
-        if not 1 <= tokens <= self.limits.tokens:
-            raise BadInput("max_tokens", f"found {tokens}", f"1 to {self.limits.tokens}")
-        arguments = (entry.spec, what, request.seed, request.prompt, tokens, request.chat)
+        if not 0 <= request.max_tokens <= self.limits.tokens:
+            raise BadInput("max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}")
+        arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
         async for kind, value in self._emitting(_driver(context), "generate", *arguments):
             if kind == "emitted":
                 yield pb.GenerateResponse(text=value)
@@ -231,7 +231,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             raise BadInput("interval_seconds", f"found {interval}", "0.05 to 3600")
         while True:
             yield self._status()
-            await asyncio.sleep(interval)
+            self.scheduler.refuse_if_stopping()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.scheduler.ending.wait(), interval)
 
     def _status(self) -> pb.StatusResponse:
         s, now = self.scheduler, time.monotonic()

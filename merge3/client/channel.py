@@ -18,6 +18,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # responses to 100,000 items are close to a megabyte
     ("grpc.keepalive_time_ms", 20_000),  # a daemon whose machine has gone is noticed within half a minute
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.use_local_subchannel_pool", 1),  # the back-off of another connection to this address is not ours
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -42,6 +42,9 @@ class Plan:
 def plan(recipe: Recipe, method: Method, pool: Endpoints, where: str = "recipe") -> Plan:
     """Resolve every output tensor. Raises RecipeError for what does not fit: method, parameters, layers."""
     _check(recipe, method, where)
+    for model in recipe.models():
+        if str(model) not in pool.layouts:
+            raise RecipeError(where, f"model {str(model)!r} is not in the pool", ", ".join(pool.layouts))
     slices = [_with_base(part, recipe, method, f"{where}: slices[{i}]") for i, part in enumerate(recipe.slices)]
     lead = pool.layouts[str(slices[0].sources[0].model)]
     jobs, copies, layers = [], {}, 0

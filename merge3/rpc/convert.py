@@ -26,6 +26,8 @@ from merge3.space import PRESETS, SpaceDefinition
 from merge3.tasks.items import Item, make_item
 
 ERROR_KEY = "merge3-error-bin"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MAX_DEPTH = 64
 
 
 def digest(message: Any) -> bytes:
@@ -176,14 +178,22 @@ def recipe_to(recipe: Recipe) -> str:
 
 
 def recipe_from(text: str, where: str = "recipe") -> Recipe:
-    """JSON, or YAML without aliases: a few of those, nested, would unfold to gigabytes."""
+    """JSON, or YAML. Without aliases, a few of which, nested, would unfold to gigabytes, and not nested so deeply
+    that reading it would never end; both are seen in the stream of events, before anything is built."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                raise errors.RecipeError(where, "an alias", "YAML without anchors and aliases")
-            data = yaml.safe_load(text)
+            depth = 0
+            for event in yaml.parse(text, _Loader):
+                if isinstance(event, yaml.AliasEvent):
+                    raise errors.RecipeError(where, "an alias", "YAML without anchors and aliases")
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > _MAX_DEPTH:
+                    raise errors.RecipeError(where, "nested too deeply", "a recipe")
+            data = yaml.load(text, _Loader)
+        except errors.RecipeError:
+            raise
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise errors.RecipeError(where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON") from None
     try:

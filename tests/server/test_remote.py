@@ -1,0 +1,225 @@
+"""A search on a daemon is the search in this process, also when the daemon dies in the middle of it."""
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from merge3.client import run
+from merge3.client.channel import Target
+from merge3.client.remote import RemoteEngine
+from merge3.engine import LocalEngine
+from merge3.errors import Merge3Error, NotFound, RecipeError, ResourceError, ResumeMismatch, Unavailable
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+from merge3.search.config import load_config
+from merge3.search.questions import load_questions
+
+
+def journal(directory):
+    with sqlite3.connect(directory / "run.db") as db:
+        rows = "SELECT generation, position, genome, recipe_hash, responses, value, stderr, error FROM candidates ORDER BY 1, 2"
+        return db.execute(rows).fetchall(), db.execute("SELECT * FROM answers ORDER BY 1, 2").fetchall()
+
+
+def variant(tiny_world, name, **changes):
+    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+    for key, value in changes.items():
+        data[key] = data.get(key, {}) | value
+    (tiny_world / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return tiny_world / f"{name}.yaml"
+
+
+VARIANTS = {
+    "all-items": {},
+    "random-renewed": {"extract": {"method": "random", "size": 8}, "optimizer": {"budget": 18, "population": 6, "seed": 1}},
+    "calibrated": {
+        "extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1},
+        "optimizer": {"budget": 18, "population": 6, "seed": 1},
+    },
+    # DELLA refuses some densities: failed candidates fail with the same words
+    "failing": {"genome": {"merge_method": "della", "genes": ["weight", "density"]}, "optimizer": {"budget": 12, "population": 6, "seed": 2}},
+    "random-keeps": {"genome": {"merge_method": "dare_ties", "dtype": "bfloat16"}, "optimizer": {"budget": 6, "population": 6, "seed": 9}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_remote_and_embedded_journals_are_identical(daemon, tiny_world, tmp_path, name):
+    config = load_config(variant(tiny_world, name, **VARIANTS[name]))
+    local = run.evolve(config, tmp_path / "local", quiet=True)
+    remote = run.evolve(config, tmp_path / "remote", quiet=True, target=Target(daemon.address))
+    assert journal(tmp_path / "local") == journal(tmp_path / "remote")
+    for file in ("best.yaml", "model/model.safetensors", "model/config.json", "model/tokenizer.json"):
+        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes(), file
+    timeless = lambda result: {k: v for k, v in result.items() if k not in ("seconds", "swap_share")}
+    assert timeless(local) == timeless(remote)
+    assert (tmp_path / "remote" / "report.html").exists()
+    if name == "failing":
+        assert local["failed"] > 0
+
+
+def test_the_command_with_server_and_a_resume_across(daemon, tiny_world, tmp_path):
+    """Begun on a daemon, stopped, continued embedded: the journal of neither alone."""
+    config = tiny_world / "evolve.yaml"
+    run.evolve(load_config(config), tmp_path / "whole", quiet=True)
+    command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--run-dir", str(tmp_path / "run"), "--json"]
+    process = subprocess.Popen([*command, "--server", daemon.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("{") and json.loads(line)["done"] >= 8 and json.loads(line)["stage"] == "search":
+            process.send_signal(signal.SIGINT)
+            break
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in said
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert journal(tmp_path / "whole") == journal(tmp_path / "run")
+
+
+@pytest.mark.parametrize("port", ["tcp", "unix"])
+def test_kill_9_of_the_daemon_in_mid_generation(tiny_world, tmp_path, start, free_port, port):
+    address = f"127.0.0.1:{free_port}" if port == "tcp" else f"unix:{tmp_path}/merge3.sock"
+    options = ("--root", tiny_world, "--listen", address)
+    config = load_config(variant(tiny_world, "killed", **VARIANTS["calibrated"]))
+    run.evolve(config, tmp_path / "undisturbed", quiet=True)
+    daemons, killed = [start(*options)], []
+    kills = (3, 9, 14) if port == "tcp" else (8,)  # inside the first, second and third generation of six
+
+    def kill_and_restart():
+        store = tmp_path / "run" / "run.db"
+        for after in kills:
+            while not store.exists() or count(store) < after:
+                time.sleep(0.002)
+            daemons[-1].kill()
+            killed.append(count(store))
+            daemons.append(start(*options))
+
+    def count(store):
+        try:
+            with sqlite3.connect(store) as db:
+                return db.execute("SELECT COUNT(*) FROM candidates").fetchone()[0]
+        except sqlite3.OperationalError:
+            return 0
+
+    killer = threading.Thread(target=kill_and_restart, daemon=True)
+    killer.start()
+    run.evolve(config, tmp_path / "run", quiet=True, target=Target(address))
+    killer.join(120)
+    assert len(killed) == len(kills)
+    assert journal(tmp_path / "undisturbed") == journal(tmp_path / "run")
+    assert (tmp_path / "undisturbed" / "best.yaml").read_bytes() == (tmp_path / "run" / "best.yaml").read_bytes()
+
+
+def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, free_port):
+    config = load_config(tiny_world / "evolve.yaml")
+    with pytest.raises(Unavailable, match=f"daemon 127.0.0.1:{free_port}: does not answer; expected merge3-server serve"):
+        RemoteEngine(f"127.0.0.1:{free_port}", config.models)
+    daemon, notes = start("--root", tiny_world, "--listen", f"127.0.0.1:{free_port}"), []
+    engine = RemoteEngine(daemon.address, config.models, patience=1.5, note=notes.append)
+    items = load_questions(config).subset[:4]
+    assert len(engine.answer("base" if "base" in config.models else config.models[0], items)) == 4
+    daemon.kill()
+    began = time.monotonic()
+    with pytest.raises(Unavailable):
+        engine.answer(config.models[0], items)
+    assert 1.4 < time.monotonic() - began < 10
+    assert len(notes) == 1 and "is away" in notes[0]
+
+
+def test_the_pool_that_comes_back_must_be_the_same(tiny_world, tmp_path, start, free_port):
+    import shutil
+
+    shutil.copytree(tiny_world / "base", tmp_path / "base")
+    shutil.copytree(tiny_world / "english", tmp_path / "expert")
+    options = ("--root", tmp_path, "--listen", f"127.0.0.1:{free_port}")
+    daemon = start(*options)
+    engine = RemoteEngine(daemon.address, ["base", "expert"], note=lambda text: None)
+    items = load_questions(load_config(tiny_world / "evolve.yaml")).subset[:4]
+    engine.answer("expert", items)
+    daemon.kill()
+    shutil.copy(tiny_world / "italian" / "model.safetensors", tmp_path / "expert")
+    start(*options)
+    with pytest.raises(ResumeMismatch, match="expert has other weights than before"):
+        engine.answer("expert", items)
+
+
+def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, tmp_path):
+    config = load_config(tiny_world / "evolve.yaml")
+    items = load_questions(config).subset[:4]
+    local = LocalEngine(Pool.open(config.models[0], config.models[1:]))
+    remote = RemoteEngine(daemon.address, config.models)
+    bad = {"merge_method": "ties", "base_model": config.models[0], "models": [{"model": config.models[1], "parameters": {"density": 7}}]}
+    unknown = bad | {"models": [{"model": "/nowhere", "parameters": {"weight": 1.0}}]}
+    seen = []
+    for what in (Recipe.parse(bad), Recipe.parse(unknown)):
+        both = []
+        for engine in (local, remote):
+            with pytest.raises(Merge3Error) as caught:
+                engine.answer(what, items)
+            both.append((type(caught.value), str(caught.value)))
+        assert both[0] == both[1]
+        seen.append(both[0][0])
+    assert RecipeError in seen
+    with pytest.raises(Merge3Error) as caught:
+        remote.answer(config.models[1], [items[0].__class__("x", "t", "classify", "p", 0, metric="acc")])
+    assert "classify" in str(caught.value)
+    with pytest.raises(NotFound, match="no such directory below the daemon's roots"):
+        RemoteEngine(daemon.address, ["base", "nowhere"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(ResourceError, match="exists and is not empty"):
+        remote.export(Recipe.parse(bad), tmp_path / "full")
+    with pytest.raises(RecipeError, match="density"):
+        remote.export(Recipe.parse(bad), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_prompts_and_item_banks_cross_once(daemon, tiny_world, tmp_path, monkeypatch):
+    """What is registered again, or as a part of what is known, crosses as hashes."""
+    from merge3.client.register import Registrar
+
+    sizes = []
+    original = Registrar._requests
+
+    def counted(self, *arguments):
+        requests = list(original(self, *arguments))
+        sizes.append(sum(r.ByteSize() for r in requests))
+        return iter(requests)
+
+    monkeypatch.setattr(Registrar, "_requests", counted)
+    config = load_config(variant(tiny_world, "once", **VARIANTS["calibrated"]))
+    engine = RemoteEngine(daemon.address, config.models)
+    questions = load_questions(config)
+    engine.answer(config.models[0], questions.search)
+    whole = sizes[-1]
+    engine.answer(config.models[1], questions.search)
+    engine.answer(config.models[1], questions.search[::2])
+    assert sizes[-2] < whole / 2 and sizes[-1] < whole / 4
+    assert sizes[-2] < 40 * len(questions.search) + 200
+
+
+def test_a_generation_is_one_stream_and_a_driver_may_leave_in_the_middle(daemon, tiny_world):
+    config = load_config(tiny_world / "evolve.yaml")
+    engine = RemoteEngine(daemon.address, config.models)
+    local = LocalEngine(Pool.open(config.models[0], config.models[1:]))
+    from merge3.space import Space
+
+    space, items = Space(config.genome.definition(), engine.info().layout), load_questions(config).subset[:10]
+    rng = np.random.default_rng(0)
+    genomes = [np.clip(space.initial() + rng.normal(size=space.size) * 0.1, *space.bounds()) for _ in range(5)]
+    for e in (engine, local):
+        e.register(space, items)
+    found = {e.index: e for e in engine.evaluate(genomes)}
+    for mine in local.evaluate(genomes):
+        assert np.array_equal(mine.responses, found[mine.index].responses) and mine.value == found[mine.index].value
+    for evaluation in engine.evaluate(genomes):
+        break
+    assert evaluation.index in range(5)
+    again = {e.index: e.value for e in engine.evaluate(genomes)}
+    assert again == {i: e.value for i, e in found.items()}
