@@ -29,6 +29,7 @@ def serve(
     export_root: Annotated[Path | None, typer.Option(help="Checkpoints may be written below here; without it they are streamed.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     workers: Annotated[str, typer.Option(help="local, ray (one engine per GPU) or ray:N. RAY_ADDRESS names a cluster.")] = "local",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker (default: its share of the cores).")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM authority: callers must show a certificate it signed.")] = None,
@@ -50,7 +51,7 @@ def serve(
     from merge3_server.settings import Limits, Settings
 
     settings = Settings(
-        tuple(listen or ["127.0.0.1:50051"]), tuple(root), tuple(pool or ()), export_root, device, workers, tls_cert, tls_key,
+        tuple(listen or ["127.0.0.1:50051"]), tuple(root), tuple(pool or ()), export_root, device, workers, threads, tls_cert, tls_key,
         tls_client_ca, token_file, insecure, metrics, grace,
         Limits(queue=max_queue, pools=max_pools, items=max_items, retention=retention, driver_queue=min(256, max_queue)),
     )  # fmt: skip

@@ -41,7 +41,7 @@ async def serve(settings: Settings, ready=lambda addresses: None) -> None:
     """Run until SIGTERM or SIGINT. ready(addresses): called when calls are accepted, ports filled in."""
     _raise_file_limit()
     tokens, secrets, metrics = Tokens(settings.tokens), credentials(settings), Metrics()
-    workers = make_workers(settings.workers, settings.device)
+    workers = make_workers(settings.workers, settings.device, settings.threads)
     for worker in workers:
         if isinstance(worker, RayWorker):
             await worker.start()

@@ -27,7 +27,7 @@ class Limits:
     pools: int = 4
     registrations: int = 256
     retention: float = 600.0
-    answers: int = 20_000
+    answers: int = 4096
     idle: float = 3600.0
     stalled: float = 120.0  # a stream whose other end does nothing for so many seconds is ended
 
@@ -35,7 +35,8 @@ class Limits:
 @dataclass(frozen=True)
 class Settings:
     """listen: `host:port` (port 0: a free one) or `unix:/path`. roots: where checkpoints may be read. workers:
-    `local`, or `ray[:N]`. grace: seconds that calls under way have when the daemon is asked to stop."""
+    `local`, or `ray[:N]`; threads: of each on the CPU (default: its share of the cores).
+    grace: seconds that calls under way have when the daemon is asked to stop."""
 
     listen: tuple[str, ...]
     roots: tuple[Path, ...]
@@ -43,6 +44,7 @@ class Settings:
     export_root: Path | None = None
     device: str = "cpu"
     workers: str = "local"
+    threads: int | None = None
     certificate: Path | None = None
     key: Path | None = None
     client_ca: Path | None = None

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from merge3.errors import ConfigError, Merge3Error, Unavailable
 from merge3_server.host import Host, Registration
 from merge3_server.scheduler import Job
@@ -35,8 +37,10 @@ class Worker(Protocol):
 class LocalWorker:
     """A thread of this process."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, threads: int | None = None):
         self.name, self.device, self.pid = "local", device, os.getpid()
+        if threads:
+            torch.set_num_threads(threads)
         self._host = Host()
         self._thread = ThreadPoolExecutor(1, "host")
 
@@ -53,14 +57,14 @@ class LocalWorker:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def make_workers(choice: str, device: str) -> list[Worker]:
+def make_workers(choice: str, device: str, threads: int | None = None) -> list[Worker]:
     """`local`, `ray` (one worker per GPU, or one in all on the CPU) or `ray:N`."""
     if choice == "local":
-        return [LocalWorker(device)]
+        return [LocalWorker(device, threads)]
     match = re.fullmatch(r"ray(?::([1-9]\d*))?", choice)
     if match is None:
         raise ConfigError("--workers", f"found {choice!r}", "local, ray or ray:N")
-    return _ray_workers(int(match[1]) if match[1] else None, device)
+    return _ray_workers(int(match[1]) if match[1] else None, device, threads)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,6 @@ class _Actor:
     """A host in a process of its own. Runs with two threads, so that `cancel` gets in while `call` works."""
 
     def __init__(self, threads: int | None):
-        import torch
-
         if threads:
             torch.set_num_threads(threads)
         self._host, self._cancelled = Host(), -1
@@ -92,13 +94,14 @@ class _Actor:
     def cancel(self, number: int) -> None:
         self._cancelled = max(self._cancelled, number)
 
-    def call(self, number: int, name: str, arguments: list) -> tuple[Any, list]:
-        """(result, what was emitted). Errors travel as values: Ray repeats calls whose process died, not ours."""
+    def call(self, number: int, name: str, arguments: list) -> tuple[Any, list, int]:
+        """(result, what was emitted, process). Errors travel as values: Ray repeats calls whose process died, not ours."""
         emitted: list = []
         try:
-            return getattr(self._host, name)(*arguments, stop=lambda: self._cancelled >= number, emit=emitted.append), emitted
+            result = getattr(self._host, name)(*arguments, stop=lambda: self._cancelled >= number, emit=emitted.append)
         except Merge3Error as error:
-            return error, emitted
+            result = error
+        return result, emitted, os.getpid()
 
 
 class RayWorker:
@@ -116,7 +119,7 @@ class RayWorker:
 
         arguments = [self._reference(a) if isinstance(a, Registration) else a for a in job.arguments]
         try:
-            result, emitted = await self._actor.call.remote(job.number, job.call, arguments)
+            result, emitted, self.pid = await self._actor.call.remote(job.number, job.call, arguments)
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
             raise Unavailable(f"worker {self.name}", f"died {RETRIES + 1} times at this ({type(error).__name__})") from None
         for what in emitted:
@@ -145,7 +148,7 @@ class RayWorker:
         return self._remembered[registration.items_id]
 
 
-def _ray_workers(count: int | None, device: str) -> list[Worker]:
+def _ray_workers(count: int | None, device: str, threads: int | None) -> list[Worker]:
     try:
         import ray
     except ImportError:
@@ -159,7 +162,7 @@ def _ray_workers(count: int | None, device: str) -> list[Worker]:
         raise Unavailable("--workers", f"{gpus} GPUs in the Ray cluster", f"{count or 1}")
     count = count or max(1, gpus)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    threads = None if gpus else max(1, cores // count)
+    threads = threads or (None if gpus else max(1, cores // count))
     resources = {"num_gpus": 1} if gpus else {"num_cpus": min(1, cores / count)}
     kind = ray.remote(max_restarts=-1, max_task_retries=RETRIES, max_concurrency=2, **resources)(_Actor)
     remembered: dict[str, Remembered] = {}

@@ -60,6 +60,7 @@ class RemoteEngine:
         self._stub = merge3_pb2_grpc.Merge3Stub(self._channel)
         self._registrar = Registrar(self._send)
         self._context = None  # what `register` was told, as arguments for the registrar
+        self._items_id = ""  # of that context, as long as the daemon is known to have it
         self._info: PoolInfo | None = None
         # The first connection is not waited for: a wrong address should be told at once.
         self._open()
@@ -75,8 +76,8 @@ class RemoteEngine:
         if estimate is not None and not isinstance(estimate, TaskEstimator):
             raise TypeError(f"estimate: {type(estimate).__name__} cannot cross; expected None or a TaskEstimator")
         header = pb.RegisterHeader(seed=self.seed, chat=self.chat, heads=heads, weights=weights)
-        self._context = (header, space.definition if space else None, estimate, list(items))
-        self._persist(self._register)
+        self._context, self._items_id = (header, space.definition if space else None, estimate, list(items)), ""
+        self._persist(self._registered)
 
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
         """One stream for all genomes; evaluations as they arrive. After a broken stream only what is missing is asked."""
@@ -136,18 +137,20 @@ class RemoteEngine:
         if self._info is not None and info.content_hashes != self._info.content_hashes:
             changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
             raise ResumeMismatch(self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with")
-        self._info, self._pool_id = info, pool.pool_id
+        self._info, self._pool_id, self._items_id = info, pool.pool_id, ""
 
-    def _register(self) -> str:
-        header, space, estimate, items = self._context
-        return self._registrar.register(self._pool_id, header, space, estimate, items)
+    def _registered(self) -> str:
+        if not self._items_id:
+            header, space, estimate, items = self._context
+            self._items_id = self._registrar.register(self._pool_id, header, space, estimate, items)
+        return self._items_id
 
     def _send(self, requests: Iterator[pb.RegisterItemsRequest]) -> pb.RegisterItemsResponse:
         with self._translated():
             return self._stub.RegisterItems(requests, metadata=self._metadata)
 
     def _stream(self, waiting: dict[int, pb.EvaluateRequest]):
-        items_id = self._register()
+        items_id = self._registered()
         for request in waiting.values():
             request.pool_id, request.items_id = self._pool_id, items_id
         return self._stub.EvaluateStream(iter(list(waiting.values())), metadata=self._metadata)

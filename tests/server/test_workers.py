@@ -1,0 +1,92 @@
+"""Several workers behind one daemon: Ray actors, restarted and asked again by Ray when they die."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from merge3.client import run
+from merge3.client.channel import Target
+from merge3.client.remote import RemoteEngine
+from merge3.engine import LocalEngine
+from merge3.pool import Pool
+from merge3.rpc import merge3_pb2 as pb
+from merge3.search.config import load_config
+from merge3.search.questions import load_questions
+from merge3.space import Space
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def two(tiny_world, tmp_path_factory):
+    """A daemon with two workers on the CPU."""
+    from tests.server.conftest import Daemon
+
+    daemon = Daemon("--root", tiny_world, "--listen", "127.0.0.1:0", "--workers", "ray:2")
+    yield daemon
+    assert daemon.stop(60) == 0
+
+
+@pytest.fixture
+def asked(tiny_world):
+    config = load_config(tiny_world / "evolve.yaml")
+    local = LocalEngine(Pool.open(config.models[0], config.models[1:]))
+    space, items = Space(config.genome.definition(), local.info().layout), load_questions(config).subset
+    rng = np.random.default_rng(0)
+    genomes = [np.clip(space.initial() + rng.normal(size=space.size) * 0.1, *space.bounds()) for _ in range(60)]
+    local.register(space, items)
+    return config, space, items, genomes, {e.index: e.value for e in local.evaluate(genomes)}
+
+
+def test_both_work_and_the_answers_are_the_same(two, asked):
+    config, space, items, genomes, expected = asked
+    engine = RemoteEngine(two.address, config.models)
+    engine.register(space, items)
+    assert {e.index: e.value for e in engine.evaluate(genomes)} == expected
+    status = two.stub().Status(pb.StatusRequest())
+    assert [w.name for w in status.workers] == ["ray-0", "ray-1"]
+    assert len({w.pid for w in status.workers} | {two.process.pid}) == 3
+
+
+def test_kill_9_of_a_worker_loses_no_candidate(two, asked):
+    config, space, items, genomes, expected = asked
+    engine = RemoteEngine(two.address, config.models)
+    engine.register(space, items)
+    pids, found = [w.pid for w in two.stub().Status(pb.StatusRequest()).workers], {}
+    for evaluation in engine.evaluate(genomes):
+        found[evaluation.index] = evaluation.value
+        if len(found) == 10:
+            os.kill(pids[0], signal.SIGKILL)
+        if len(found) == 30:
+            os.kill(pids[1], signal.SIGKILL)
+    assert found == expected
+    again = [w.pid for w in two.stub().Status(pb.StatusRequest()).workers]
+    assert set(again).isdisjoint(pids)
+
+
+def test_a_search_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_path):
+    config = load_config(tiny_world / "evolve.yaml")
+    run.evolve(config, tmp_path / "local", quiet=True)
+    run.evolve(config, tmp_path / "two", quiet=True, target=Target(two.address))
+    from tests.server.test_remote import journal
+
+    assert journal(tmp_path / "local") == journal(tmp_path / "two")
+
+
+def test_who_leaves_stops_a_worker_too(two, asked, by_hand):
+    config, space, _, genomes, _ = asked
+    _, some_items = by_hand
+    engine = RemoteEngine(two.address, config.models)
+    engine.register(space, some_items(3000, start=5000))
+    began = time.monotonic()
+    next(engine.evaluate(genomes[:1]))
+    whole = time.monotonic() - began
+    began = time.monotonic()
+    for _ in engine.evaluate(genomes):
+        break
+    engine.register(space, some_items(4))
+    assert len(list(engine.evaluate(genomes[:2]))) == 2
+    assert time.monotonic() - began < 4 * whole + 2  # not the sixty that were asked for
