@@ -7,6 +7,7 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 
+from merge3 import __version__
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.recipe import DTYPES, ModelRef
@@ -35,8 +36,9 @@ class Open:
 
     def message(self) -> pb.Pool:
         return convert.pool_to(
-            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=sum(self.holders.values()), resident_bytes=self.resident
-        )
+            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=sum(self.holders.values()),
+            resident_bytes=self.resident, version=__version__,
+        )  # fmt: skip
 
 
 class Pools:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import grpc
 import numpy as np
 
+from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
 from merge3.client.register import Registrar
@@ -86,10 +87,10 @@ class RemoteEngine:
         }
         failures, until = 0, 0.0
         while waiting:
-            stream = self._persist(lambda: self._stream(waiting))
+            self._persist(lambda: self._address(waiting))
             try:
-                with self._translated():
-                    for message in stream:
+                with self._translated(), contextlib.closing(self._evaluations(list(waiting.values()))) as messages:
+                    for message in messages:
                         if waiting.pop(message.index, None) is not None:
                             failures = 0
                             yield convert.evaluation_from(message)
@@ -97,8 +98,6 @@ class RemoteEngine:
                 until = until if failures else time.monotonic() + self.patience
                 self._recover(error, until, failures)
                 failures += 1
-            finally:
-                stream.cancel()
 
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
         """As LocalEngine's."""
@@ -134,6 +133,8 @@ class RemoteEngine:
         with self._translated():
             pool = self._stub.OpenPool(pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata)
         info = convert.pool_from(pool, self.target.address)
+        if pool.version != __version__ and self._info is None:
+            self.note(f"{self.target.address} runs merge3 {pool.version}, this is {__version__}: its answers may differ from ours")
         if self._info is not None and info.content_hashes != self._info.content_hashes:
             changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
             raise ResumeMismatch(self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with")
@@ -149,11 +150,20 @@ class RemoteEngine:
         with self._translated():
             return self._stub.RegisterItems(requests, metadata=self._metadata)
 
-    def _stream(self, waiting: dict[int, pb.EvaluateRequest]):
+    def _address(self, waiting: dict[int, pb.EvaluateRequest]) -> None:
         items_id = self._registered()
         for request in waiting.values():
             request.pool_id, request.items_id = self._pool_id, items_id
-        return self._stub.EvaluateStream(iter(list(waiting.values())), metadata=self._metadata)
+
+    def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:
+        if len(requests) == 1:  # a stream takes two milliseconds more than a call, which a generation shares
+            yield self._stub.Evaluate(requests[0], metadata=self._metadata)
+            return
+        stream = self._stub.EvaluateStream(iter(requests), metadata=self._metadata)
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
 
     def _fetch(self, recipe: Recipe, directory: Path) -> dict:
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")

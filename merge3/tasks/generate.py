@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import regex
 import torch
 
+from merge3.errors import ItemsError
 from merge3.tasks.forward import expanded, last_logits, prefix_cache
 from merge3.tasks.items import Item
 from merge3.tasks.prompts import Group, Prompt, batches
 
+_PATTERN_SECONDS = 1.0
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -108,6 +111,17 @@ def correct(item: Item, text: str) -> bool:
     if item.metric == "exact":
         return text.strip() in {a.strip() for a in item.answer}
     if item.metric == "regex":
-        return any(re.search(pattern, text) for pattern in item.answer)
+        return any(_matches(pattern, text, item) for pattern in item.answer)
     numbers = _NUMBER.findall(text)
     return bool(numbers) and float(numbers[-1].replace(",", "")) in {float(a) for a in item.answer}
+
+
+def _matches(pattern: str, text: str, item: Item) -> bool:
+    """Whether a pattern is found. Some patterns take exponentially long; a candidate does not wait for them."""
+    try:
+        return regex.search(pattern, text, timeout=_PATTERN_SECONDS, concurrent=True) is not None
+    except TimeoutError:
+        raise ItemsError(
+            f"item {item.id!r}", f"its pattern {pattern!r} takes more than {_PATTERN_SECONDS} s on {len(text)} characters",
+            "one without nested repetition",
+        ) from None  # fmt: skip

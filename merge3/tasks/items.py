@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import regex
 
 from merge3.errors import ItemsError
 
@@ -125,8 +126,8 @@ def _answer(answer, kind: str, choices: Sequence[str], metric: str, where: str):
     if metric == "regex":
         for pattern in texts:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ItemsError(where, f"answer {pattern!r} is no pattern ({error})", "a regular expression") from None
     if metric == "number":
         for text in texts:

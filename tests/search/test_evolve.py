@@ -15,7 +15,7 @@ import yaml
 
 from merge3.client import run
 from merge3.engine import LocalEngine
-from merge3.errors import ConfigError, ItemsError, ResumeMismatch
+from merge3.errors import ConfigError, ItemsError, ResourceError, ResumeMismatch
 from merge3.export import merge_to_disk
 from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
@@ -369,3 +369,16 @@ def test_space_is_registered_once_and_engines_prefetch_every_threshold(tiny_worl
     assert calls and not seen  # asked for, and all there
 
 
+def test_out_of_memory_is_nobodys_answer(tiny_world):
+    """Told with numbers and raised, not journalled as a candidate that failed; the next candidate is none the worse."""
+    config = load_config(tiny_world / "evolve.yaml")
+    engine = LocalEngine(Pool.open(config.models[0], config.models[1:]))
+    engine.register(Space(config.genome.definition(), engine.info().layout), load_questions(config).subset[:4])
+    (before,) = engine.evaluate([engine.space.initial()])
+    hook = engine.slot.model.register_forward_pre_hook(lambda module, inputs: torch.empty(1 << 50))
+    for act in (lambda: list(engine.evaluate([engine.space.initial()])), lambda: engine.answer(config.models[0], engine.items)):
+        with pytest.raises(ResourceError, match=r"cpu: out of memory: \d+ bytes needed"):
+            act()
+    hook.remove()
+    (after,) = engine.evaluate([engine.space.initial()])
+    assert np.array_equal(before.responses, after.responses)

@@ -16,7 +16,7 @@ from merge3.client import run
 from merge3.client.channel import Target
 from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
-from merge3.errors import Merge3Error, NotFound, RecipeError, ResourceError, ResumeMismatch, Unavailable
+from merge3.errors import BadInput, Merge3Error, NotFound, RecipeError, ResumeMismatch, Unavailable
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search.config import load_config
@@ -50,14 +50,27 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def embedded(tiny_world, tmp_path_factory):
+    """name -> (configuration, directory, result) of the run in this process, made once."""
+    made = {}
+
+    def run_once(name):
+        if name not in made:
+            config, directory = load_config(variant(tiny_world, name, **VARIANTS[name])), tmp_path_factory.mktemp(name) / "run"
+            made[name] = config, directory, run.evolve(config, directory, quiet=True)
+        return made[name]
+
+    return run_once
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_remote_and_embedded_journals_are_identical(daemon, tiny_world, tmp_path, name):
-    config = load_config(variant(tiny_world, name, **VARIANTS[name]))
-    local = run.evolve(config, tmp_path / "local", quiet=True)
+def test_remote_and_embedded_journals_are_identical(daemon, embedded, tmp_path, name):
+    config, directory, local = embedded(name)
     remote = run.evolve(config, tmp_path / "remote", quiet=True, target=Target(daemon.address))
-    assert journal(tmp_path / "local") == journal(tmp_path / "remote")
+    assert journal(directory) == journal(tmp_path / "remote")
     for file in ("best.yaml", "model/model.safetensors", "model/config.json", "model/tokenizer.json"):
-        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes(), file
+        assert (directory / file).read_bytes() == (tmp_path / "remote" / file).read_bytes(), file
     timeless = lambda result: {k: v for k, v in result.items() if k not in ("seconds", "swap_share")}
     assert timeless(local) == timeless(remote)
     assert (tmp_path / "remote" / "report.html").exists()
@@ -65,10 +78,10 @@ def test_remote_and_embedded_journals_are_identical(daemon, tiny_world, tmp_path
         assert local["failed"] > 0
 
 
-def test_the_command_with_server_and_a_resume_across(daemon, tiny_world, tmp_path):
+def test_the_command_with_server_and_a_resume_across(daemon, embedded, tiny_world, tmp_path):
     """Begun on a daemon, stopped, continued embedded: the journal of neither alone."""
-    config = tiny_world / "evolve.yaml"
-    run.evolve(load_config(config), tmp_path / "whole", quiet=True)
+    _, whole, _ = embedded("all-items")
+    config = tiny_world / "all-items.yaml"
     command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--run-dir", str(tmp_path / "run"), "--json"]
     process = subprocess.Popen([*command, "--server", daemon.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
@@ -79,15 +92,14 @@ def test_the_command_with_server_and_a_resume_across(daemon, tiny_world, tmp_pat
     assert process.returncode == 130 and "--resume" in said
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert journal(tmp_path / "whole") == journal(tmp_path / "run")
+    assert journal(whole) == journal(tmp_path / "run")
 
 
 @pytest.mark.parametrize("port", ["tcp", "unix"])
-def test_kill_9_of_the_daemon_in_mid_generation(tiny_world, tmp_path, start, free_port, port):
+def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, start, free_port, port):
     address = f"127.0.0.1:{free_port}" if port == "tcp" else f"unix:{tmp_path}/merge3.sock"
     options = ("--root", tiny_world, "--listen", address)
-    config = load_config(variant(tiny_world, "killed", **VARIANTS["calibrated"]))
-    run.evolve(config, tmp_path / "undisturbed", quiet=True)
+    config, undisturbed, _ = embedded("calibrated" if port == "tcp" else "random-renewed")
     daemons, killed = [start(*options)], []
     kills = (3, 9, 14) if port == "tcp" else (8,)  # inside the first, second and third generation of six
 
@@ -112,8 +124,8 @@ def test_kill_9_of_the_daemon_in_mid_generation(tiny_world, tmp_path, start, fre
     run.evolve(config, tmp_path / "run", quiet=True, target=Target(address))
     killer.join(120)
     assert len(killed) == len(kills)
-    assert journal(tmp_path / "undisturbed") == journal(tmp_path / "run")
-    assert (tmp_path / "undisturbed" / "best.yaml").read_bytes() == (tmp_path / "run" / "best.yaml").read_bytes()
+    assert journal(undisturbed) == journal(tmp_path / "run")
+    assert (undisturbed / "best.yaml").read_bytes() == (tmp_path / "run" / "best.yaml").read_bytes()
 
 
 def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, free_port):
@@ -173,7 +185,7 @@ def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, t
         RemoteEngine(daemon.address, ["base", "nowhere"])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(ResourceError, match="exists and is not empty"):
+    with pytest.raises(BadInput, match="exists and is not empty"):
         remote.export(Recipe.parse(bad), tmp_path / "full")
     with pytest.raises(RecipeError, match="density"):
         remote.export(Recipe.parse(bad), tmp_path / "out")

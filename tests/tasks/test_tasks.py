@@ -108,6 +108,8 @@ def test_metrics():
     assert correct(item("number", "1234.5"), "so it is 1,234.50.") and not correct(item("number", "4"), "4 or 5")
     assert correct(item("number", "-3"), "= -3") and not correct(item("number", "3"), "none")
     assert correct(item("regex", r"^yes\b"), "yes!") and not correct(item("regex", r"^yes\b"), "yesterday")
+    with pytest.raises(ItemsError, match="its pattern .* takes more than 1.0 s on 200 characters"):
+        correct(item("regex", r"(.*a){25}b"), "a" * 200)
 
 
 def test_text_classification(world, tmp_path):
