@@ -13,8 +13,12 @@ constexpr int kThreads = 256;
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, int64_t blocks, cudaStream_t stream, Args... args) {
   if (blocks == 0) return cudaSuccess;
+#if defined(MERGE3_EMULATED)  // tests/kernels/emulation: this file as C++
+  return emulation::launch(kernel, blocks, kThreads, args...);
+#else
   kernel<<<unsigned(blocks), kThreads, 0, stream>>>(args...);
   return cudaGetLastError();
+#endif
 }
 
 // A stream-ordered device array: no call synchronises, and the pool of the allocator keeps it cheap.

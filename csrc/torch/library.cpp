@@ -11,6 +11,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <stdlib.h>
+
+#include <string>
 #include <vector>
 
 #include "../include/merge3/merge.h"
@@ -41,6 +44,14 @@ int32_t storage_dtype(const Tensor& x, const char* list, int64_t t) {
   }
 }
 
+int device_of(const Tensor& x) {
+#if defined(MERGE3_EMULATED)  // tests: CPU tensors stand for a GPU's
+  static const bool cpu = getenv("MERGE3_TEST_DEVICE") && std::string(getenv("MERGE3_TEST_DEVICE")) == "cpu";
+  return cpu ? MERGE3_CPU : MERGE3_CUDA;
+#endif
+  return x.is_cuda() ? MERGE3_CUDA : MERGE3_CPU;
+}
+
 // One row per tensor, K experts each (expert fastest); `out` and `base` may be empty lists.
 struct Table {
   std::vector<merge3_tensor> rows;
@@ -57,7 +68,7 @@ struct Table {
     experts = int32_t(int64_t(experts_list.size()) / tensors);
     STD_TORCH_CHECK(experts <= MERGE3_MAX_EXPERTS, "merge3: ", experts, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
     const Tensor& lead = experts_list[0];
-    device = lead.is_cuda() ? MERGE3_CUDA : MERGE3_CPU;
+    device = device_of(lead);
     device_index = lead.get_device_index();
     rows.resize(size_t(tensors));
     for (int64_t t = 0; t < tensors; ++t) {
@@ -82,7 +93,7 @@ struct Table {
 
   merge3_context context() const {
     merge3_context c{device, nullptr, &kTorchThreads};
-#if defined(MERGE3_WITH_CUDA)
+#if defined(MERGE3_WITH_CUDA) && !defined(MERGE3_EMULATED)
     if (device == MERGE3_CUDA)
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &c.stream) == 0, "merge3: no CUDA stream");
 #endif
@@ -94,7 +105,7 @@ struct Table {
     STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
     STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
                     " elements, expected ", row.numel);
-    STD_TORCH_CHECK((x.is_cuda() ? MERGE3_CUDA : MERGE3_CPU) == device && x.get_device_index() == device_index,
+    STD_TORCH_CHECK(device_of(x) == device && x.get_device_index() == device_index,
                     "merge3: ", list, "[", i, "]: on another device than experts[0]");
     STD_TORCH_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, "merge3: ", list, "[", i,
                     "]: its dtype differs from the first expert's of this tensor");

@@ -1,0 +1,191 @@
+// A CUDA device on the CPU, for tests: enough of the runtime to compile csrc/cuda/*.cu as C++ and run them.
+//
+// A launch runs its blocks one after the other. A block's threads are fibers: each runs to its next barrier
+// or its end before the next one starts, in an order that changes from barrier to barrier, so that a result
+// that depends on the order shows. A barrier that some threads miss ends the program. Device memory is host
+// memory, filled with 0xCD when allocated, so that what was never written shows as well.
+#pragma once
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __shared__ static thread_local  // blocks take turns on one thread, and its fibers share what it has
+
+typedef int cudaError_t;
+typedef void* cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+inline cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
+  *to = malloc(bytes);
+  if (!*to) return cudaErrorMemoryAllocation;
+  memset(*to, 0xCD, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { free(p); return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+template <class T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
+  *at = std::max(before, value);
+  return before;
+}
+
+namespace emulation {
+
+struct Index { unsigned x = 0, y = 0, z = 0; };
+inline thread_local Index block_index, thread_index, block_dim, grid_dim;
+// Blocks outside [first_block, end_block) are left out: a tensor larger than memory is touched at its ends.
+inline int64_t first_block = 0, end_block = INT64_MAX;
+
+// One block's threads.
+class Block {
+ public:
+  explicit Block(unsigned threads) : fibers_(threads) {
+    for (Fiber& fiber : fibers_) {
+      fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (fiber.stack == MAP_FAILED) abort();
+    }
+  }
+  ~Block() {
+    for (Fiber& fiber : fibers_) munmap(fiber.stack, kStack);
+  }
+
+  void run(const std::function<void()>& body) {
+    body_ = &body;
+    current() = this;
+    for (Fiber& fiber : fibers_) {
+      fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    for (size_t pass = 0, ended = 0; ended == 0; ++pass) {
+      for (size_t i = 0; i < fibers_.size(); ++i) {
+        // Forwards, backwards, and from the middle on, in turn.
+        const size_t n = fibers_.size(), at = pass % 3 == 0 ? i : pass % 3 == 1 ? n - 1 - i : (i + n / 2) % n;
+        running_ = &fibers_[at];
+        thread_index.x = unsigned(at);
+        leave_for(&main_, &running_->context, running_->stack, kStack);
+        ended += running_->done;
+      }
+      if (ended != 0 && ended != fibers_.size()) {
+        fprintf(stderr, "emulation: %zu of %zu threads ended while the others wait at a barrier\n", ended, fibers_.size());
+        abort();
+      }
+    }
+    current() = nullptr;
+  }
+
+  void barrier() { leave_for(&running_->context, &main_, main_stack_, main_size_); }
+
+  static Block*& current() {
+    static thread_local Block* block = nullptr;
+    return block;
+  }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    void* stack;
+    bool done;
+  };
+  static constexpr size_t kStack = 256 << 10;
+
+  static void enter() {
+    Block& block = *current();
+    block.arrived(&block.main_stack_, &block.main_size_);
+    (*block.body_)();
+    block.running_->done = true;
+    block.leave_for(nullptr, &block.main_, block.main_stack_, block.main_size_);
+  }
+
+  // Switch contexts, and tell the address sanitizer which stack is now in use. from: null when it never comes back.
+  void leave_for(ucontext_t* from, ucontext_t* to, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(from ? &fake : nullptr, stack, size);
+#endif
+    if (!from) setcontext(to);
+    swapcontext(from, to);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+    (void)stack, (void)size;
+  }
+  void arrived(const void** stack, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, stack, size);
+#endif
+    (void)stack, (void)size;
+  }
+
+  std::vector<Fiber> fibers_;
+  Fiber* running_ = nullptr;
+  ucontext_t main_;
+  const void* main_stack_ = nullptr;
+  size_t main_size_ = 0;
+  const std::function<void()>* body_ = nullptr;
+};
+
+template <class Kernel, class... Args>
+cudaError_t launch(Kernel kernel, int64_t blocks, unsigned threads, Args... args) {
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // as a real grid's x
+  block_dim.x = threads;
+  grid_dim.x = unsigned(blocks);
+  Block block(threads);
+  const std::function<void()> body = [&] { kernel(args...); };
+  for (int64_t b = std::max<int64_t>(0, first_block); b < std::min(blocks, end_block); ++b) {
+    block_index.x = unsigned(b);
+    block.run(body);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+#define blockIdx ::emulation::block_index
+#define threadIdx ::emulation::thread_index
+#define blockDim ::emulation::block_dim
+#define gridDim ::emulation::grid_dim
+inline void __syncthreads() { emulation::Block::current()->barrier(); }

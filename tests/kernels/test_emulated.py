@@ -1,0 +1,84 @@
+"""The CUDA sources run without a GPU: compiled as C++ with the sanitizers on, under the same kernel tests.
+
+A slower marker than most, but part of `make test`: nothing else runs these files where there is no GPU.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.emulation.library import HERE, ROOT, SANITIZE, build, environment
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")
+SUITES = ("test_merge.py", "test_statistics.py")
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build(ROOT / "build" / "emulated")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.timeout(1200)
+def test_kernel_suite_under_the_sanitizers(library, device):
+    """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has."""
+    files = [str(Path(__file__).with_name(name)) for name in SUITES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.kernels.emulation.library", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(device, library))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " passed" in done.stdout
+
+
+def test_a_missed_barrier_and_an_overrun_are_noticed(tmp_path):
+    """The emulation itself: what it is there to catch, it catches."""
+    (tmp_path / "bad.cpp").write_text("""
+#include "cuda_runtime.h"
+__global__ void divergent() { if (threadIdx.x < 3) __syncthreads(); }
+__global__ void overrun(int* data, int n) { if (int(threadIdx.x) <= n) data[threadIdx.x] = 1; }
+__global__ void racing(int* data) { data[0] = threadIdx.x; __syncthreads(); data[1 + threadIdx.x] = data[0]; }
+__global__ void sum(int* out) {
+  __shared__ int shared[8];
+  shared[threadIdx.x] = threadIdx.x + 1;
+  __syncthreads();
+  for (int half = 4; half > 0; half /= 2) {
+    if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = shared[0] + int(gridDim.x) * 100;
+}
+int main(int, char** argv) {
+  std::vector<int> data(8);
+  switch (argv[1][0]) {
+    case 'd': emulation::launch(divergent, 1, 8); break;
+    case 'o': emulation::launch(overrun, 1, 16, data.data(), 8); break;
+    case 'r': emulation::launch(racing, 1, 7, data.data()); return data[1] != 6;
+    case 's': emulation::launch(sum, 3, 8, data.data()); return data[0] == 336 && data[2] == 336 ? 0 : 1;
+  }
+}
+""")
+    subprocess.run(["g++", "-std=c++20", "-O1", *SANITIZE, f"-I{HERE}", "bad.cpp", "-o", "bad"], cwd=tmp_path, check=True)
+    run = lambda what: subprocess.run([tmp_path / "bad", what], capture_output=True, text=True)
+    assert run("sum").returncode == 0 and run("racing").returncode == 0
+    divergent, overrun = run("divergent"), run("overrun")
+    assert divergent.returncode != 0 and "5 of 8 threads ended while the others wait" in divergent.stderr
+    assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr
+
+
+def test_tensors_beyond_2_to_the_31(tmp_path):
+    objects = [HERE / "large.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED", f"-I{HERE}", "-x", "c++"]
+    subprocess.run([*command, *map(str, objects), "-o", str(tmp_path / "large")], check=True)
+    done = subprocess.run([tmp_path / "large"], capture_output=True, text=True, timeout=300)
+    if done.returncode == 77:
+        pytest.skip(f"no address space: {done.stderr}")
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+
+
+def test_nothing_in_csrc_but_the_binding_knows_torch():
+    found = [f for f in (ROOT / "csrc").rglob("*.*") if "torch" not in f.parts and f.suffix in (".h", ".cuh", ".cpp", ".cu")
+             and any(line.startswith("#include") and any(w in line for w in ("torch", "ATen", "c10")) for line in f.open())]  # fmt: skip
+    assert found == [] and os.listdir(ROOT / "csrc" / "torch")
