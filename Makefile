@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type
 SEED ?= 0
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test test-all lint check-cuda bench clean
+.PHONY: install demo test test-sanitized lint check-cuda bench clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
+# The kernel tests once more: CUDA sources compiled as C++, and the CPU's, with address and UB sanitizers.
+test-sanitized: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m sanitized tests/kernels
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
@@ -56,6 +60,7 @@ bench: $(VENV)/.parity
 	$(BIN)/python benchmarks/merge_command.py
 	$(BIN)/python benchmarks/open_pool.py
 	$(BIN)/python benchmarks/irt_fit.py
+	$(BIN)/python benchmarks/daemon.py
 
 clean:
 	rm -rf build merge3/*.so *.egg-info

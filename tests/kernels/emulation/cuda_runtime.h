@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -89,35 +90,43 @@ class Block {
     for (Fiber& fiber : fibers_) munmap(fiber.stack, kStack);
   }
 
+  unsigned threads() const { return unsigned(fibers_.size()); }
+
   void run(const std::function<void()>& body) {
     body_ = &body;
     current() = this;
-    for (Fiber& fiber : fibers_) {
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack;
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::enter, 0);
+    const size_t n = fibers_.size();
+    // Most kernels have no barrier. Where the first thread meets none, the others are called as functions.
+    resume(0, true);
+    if (fibers_[0].done) {
+      running_ = nullptr;
+      for (size_t t = n - 1; t > 0; --t) {
+        thread_index.x = unsigned(t);
+        body();
+      }
+      return;
     }
     for (size_t pass = 0, ended = 0; ended == 0; ++pass) {
-      for (size_t i = 0; i < fibers_.size(); ++i) {
+      for (size_t i = pass == 0 ? 1 : 0; i < n; ++i) {
         // Forwards, backwards, and from the middle on, in turn.
-        const size_t n = fibers_.size(), at = pass % 3 == 0 ? i : pass % 3 == 1 ? n - 1 - i : (i + n / 2) % n;
-        running_ = &fibers_[at];
-        thread_index.x = unsigned(at);
-        leave_for(&main_, &running_->context, running_->stack, kStack);
-        ended += running_->done;
+        const size_t at = pass % 3 == 0 ? i : pass % 3 == 1 ? n - 1 - i : (i + n / 2) % n;
+        resume(at, pass == 0);
+        ended += fibers_[at].done;
       }
       if (ended != 0 && ended != fibers_.size()) {
         fprintf(stderr, "emulation: %zu of %zu threads ended while the others wait at a barrier\n", ended, fibers_.size());
         abort();
       }
     }
-    current() = nullptr;
   }
 
-  void barrier() { leave_for(&running_->context, &main_, main_stack_, main_size_); }
+  void barrier() {
+    if (!running_) {
+      fprintf(stderr, "emulation: a thread waits at a barrier that the first thread did not meet\n");
+      abort();
+    }
+    leave_for(&running_->context, &main_, main_stack_, main_size_);
+  }
 
   static Block*& current() {
     static thread_local Block* block = nullptr;
@@ -131,6 +140,21 @@ class Block {
     bool done;
   };
   static constexpr size_t kStack = 256 << 10;
+
+  void resume(size_t at, bool first) {
+    Fiber& fiber = fibers_[at];
+    if (first) {
+      fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    running_ = &fiber;
+    thread_index.x = unsigned(at);
+    leave_for(&main_, &fiber.context, fiber.stack, kStack);
+  }
 
   static void enter() {
     Block& block = *current();
@@ -173,7 +197,9 @@ cudaError_t launch(Kernel kernel, int64_t blocks, unsigned threads, Args... args
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // as a real grid's x
   block_dim.x = threads;
   grid_dim.x = unsigned(blocks);
-  Block block(threads);
+  static thread_local std::unique_ptr<Block> kept;  // its stacks serve the next launch
+  if (!kept || kept->threads() != threads) kept = std::make_unique<Block>(threads);
+  Block& block = *kept;
   const std::function<void()> body = [&] { kernel(args...); };
   for (int64_t b = std::max<int64_t>(0, first_block); b < std::min(blocks, end_block); ++b) {
     block_index.x = unsigned(b);
