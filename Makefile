@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type
 SEED ?= 0
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test test-sanitized lint check-cuda bench clean
+.PHONY: install demo test test-heavy lint check-cuda bench clean
 
 install: $(VENV)/.installed
 
@@ -37,9 +37,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-# The kernel tests once more: CUDA sources compiled as C++, and the CPU's, with address and UB sanitizers.
-test-sanitized: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m sanitized tests/kernels
+# Minutes of compiling: the CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library.
+test-heavy: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m heavy
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

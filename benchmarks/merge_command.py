@@ -1,4 +1,5 @@
-"""merge3-client merge against mergekit-yaml on one recipe, whole processes: wall time and peak memory.
+"""merge3-client merge, and mergekit on our kernels, against mergekit-yaml on one recipe: wall time and peak memory of
+whole processes.
 
 A 0.1 B parameter Llama, three experts, bfloat16. python benchmarks/merge_command.py [--methods ties dare_ties] [--save]
 """
@@ -64,10 +65,11 @@ def main() -> None:
             if method in ("ties", "dare_ties"):
                 recipe["parameters"] = {"density": 0.5}
             (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-            found: dict[str, list[tuple[float, int]]] = {"merge3": [], "mergekit": []}
+            found: dict[str, list[tuple[float, int]]] = {"merge3": [], "adapter": [], "mergekit": []}
             for _ in range(options.repeats):
                 for name, command in (
                     ("merge3", [programs / "merge3-client", "merge", root / "recipe.yaml", root / "out", "--quiet"]),
+                    ("adapter", [sys.executable, "-m", "merge3.adapters.mergekit", root / "recipe.yaml", root / "out", "--quiet"]),
                     ("mergekit", [programs / "mergekit-yaml", root / "recipe.yaml", root / "out", "--quiet"]),
                 ):
                     shutil.rmtree(root / "out", ignore_errors=True)
@@ -75,11 +77,14 @@ def main() -> None:
             wall = {n: median([w for w, _ in f]) for n, f in found.items()}
             peak = {n: median([p for _, p in f]) for n, f in found.items()}
             data[method] = {"wall": wall, "peak": peak}
-            rows.append([method, f"{wall['mergekit']:.1f}", f"{wall['merge3']:.1f}", f"**{wall['mergekit'] / wall['merge3']:.1f}x**",
+            faster = {n: f"**{wall['mergekit'] / w:.1f}x**" for n, w in wall.items()}
+            # linear is not among the methods that the adapter takes over
+            adapter = ["", ""] if method == "linear" else [f"{wall['adapter']:.1f}", faster["adapter"]]
+            rows.append([method, f"{wall['mergekit']:.1f}", f"{wall['merge3']:.1f}", faster["merge3"], *adapter,
                          f"{peak['mergekit'] / 1e9:.2f}", f"{peak['merge3'] / 1e9:.2f}"])  # fmt: skip
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    columns = ["method", "mergekit s", "merge3 s", "faster", "mergekit peak GB", "merge3 peak GB"]
+    columns = ["method", "mergekit s", "merge3 s", "faster", "mergekit on our kernels s", "faster", "mergekit peak GB", "merge3 peak GB"]
     title = f"Merging three {parameters / 1e6:.0f} M parameter experts, bfloat16, whole process"
     report("merge_command", table(title, columns, rows), data, options.save)
 

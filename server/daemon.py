@@ -23,7 +23,7 @@ from merge3_server.scheduler import Scheduler
 from merge3_server.security import Tokens, credentials
 from merge3_server.service import Service
 from merge3_server.settings import Settings, read_pool_file
-from merge3_server.workers import RayWorker, make_workers
+from merge3_server.workers import RayWorker, Worker, make_workers
 
 log = logging.getLogger("merge3.daemon")
 SERVICE = pb.DESCRIPTOR.services_by_name["Merge3"].full_name
@@ -42,6 +42,14 @@ async def serve(settings: Settings, ready=lambda addresses: None) -> None:
     _raise_file_limit()
     tokens, secrets, metrics = Tokens(settings.tokens), credentials(settings), Metrics()
     workers = make_workers(settings.workers, settings.device, settings.threads)
+    try:
+        await _serve(settings, workers, tokens, secrets, metrics, ready)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+async def _serve(settings: Settings, workers: list[Worker], tokens: Tokens, secrets, metrics: Metrics, ready) -> None:
     for worker in workers:
         if isinstance(worker, RayWorker):
             await worker.start()
@@ -71,8 +79,6 @@ async def serve(settings: Settings, ready=lambda addresses: None) -> None:
     log.info("stopping", extra={"queued": scheduler.queued, "grace": settings.grace})
     await health.enter_graceful_shutdown()
     await _stop(server, scheduler, settings.grace, now)
-    for worker in workers:
-        worker.close()
     log.info("stopped")
 
 
@@ -110,6 +116,8 @@ def _listen(server: grpc.aio.Server, address: str, secrets: grpc.ServerCredentia
         port = 0
     if port == 0:
         raise Unavailable(f"--listen {address}", "cannot listen there", "a free address of this machine")
+    if address.startswith("unix:/"):
+        os.chmod(address.removeprefix("unix:"), 0o600)  # its user's alone; the operator may widen it
     return address if address.startswith("unix") else f"{address.rpartition(':')[0]}:{port}"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from merge3.engine import Evaluation, LocalEngine, PoolInfo
-from merge3.errors import BadInput, Cancelled
+from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
 from merge3.fitness import TaskEstimator, mean_over_tasks
 from merge3.irt.estimate import Estimator
@@ -66,11 +66,13 @@ class Host:
 
     def __init__(self):
         self._opened: dict[str, tuple[Pool, Slot]] = {}
+        self._closed: set[str] = set()  # what still waits for a pool that was closed must not open it again
         self._engines: OrderedDict[str, tuple[str, LocalEngine]] = OrderedDict()  # items_id -> (pool_id, engine)
         self._stop: Callable[[], bool] = lambda: False
 
     def open(self, spec: PoolSpec, stop=None, emit=None) -> tuple[PoolInfo, int]:
         """(what the pool is, bytes of it and its live model)"""
+        self._closed.discard(spec.pool_id)
         pool, slot = self._pool(spec, emit)
         info = LocalEngine(pool, slot=slot).info()
         weights = sum(t.nbytes for c in pool.endpoints.values() for t in c.tensors.values())
@@ -78,6 +80,7 @@ class Host:
 
     def close(self, pool_id: str, stop=None, emit=None) -> None:
         self._opened.pop(pool_id, None)
+        self._closed.add(pool_id)
         self._engines = OrderedDict((i, e) for i, e in self._engines.items() if e[0] != pool_id)
 
     def register(self, spec: PoolSpec, registration: Registration, stop=None, emit=None) -> int | None:
@@ -132,6 +135,8 @@ class Host:
             self._stop = lambda: False
 
     def _pool(self, spec: PoolSpec, emit=None) -> tuple[Pool, Slot]:
+        if spec.pool_id in self._closed:
+            raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
             pool = Pool.open(spec.models[0], spec.models[1:], spec.device, locate=lambda path: spec.places.get(path, path))
             pool.read_all(lambda done, total: emit and emit((done, total)))

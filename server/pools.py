@@ -28,7 +28,7 @@ class Open:
     """info: None until it is open. holders: driver -> its OpenPools that are not closed."""
 
     spec: PoolSpec
-    opening: asyncio.Future
+    opening: asyncio.Task | None = None
     info: PoolInfo | None = None
     resident: int = 0
     holders: dict[str, int] = field(default_factory=dict)
@@ -54,16 +54,10 @@ class Pools:
         if spec.pool_id not in self._open:
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
-            self._open[spec.pool_id] = Open(spec, asyncio.ensure_future(self.scheduler.broadcast(driver, "open", spec)))
+            entry = self._open[spec.pool_id] = Open(spec)
+            entry.opening = asyncio.create_task(self._begin(driver, entry))
         entry = self._open[spec.pool_id]
-        try:
-            # Shielded: one driver that leaves does not stop the opening others wait for.
-            done = await asyncio.shield(entry.opening)
-        except Exception:
-            if self._open.get(spec.pool_id) is entry:
-                del self._open[spec.pool_id]
-            raise
-        entry.info, entry.resident = done[0].result
+        await asyncio.shield(entry.opening)  # one driver that leaves does not stop the opening others wait for
         entry.holders[driver] = entry.holders.get(driver, 0) + 1
         entry.used = time.monotonic()
         return entry
@@ -88,6 +82,14 @@ class Pools:
         if not entry.holders:
             await self._free(entry)
         return sum(entry.holders.values())
+
+    async def _begin(self, driver: str, entry: Open) -> None:
+        try:
+            done = await self.scheduler.broadcast(driver, "open", entry.spec)
+            entry.info, entry.resident = done[0].result
+        finally:
+            if entry.info is None and self._open.get(entry.spec.pool_id) is entry:
+                del self._open[entry.spec.pool_id]
 
     async def _free(self, entry: Open) -> None:
         del self._open[entry.spec.pool_id]

@@ -17,6 +17,7 @@ import numpy as np
 
 from merge3 import __version__
 from merge3.errors import BadInput, Busy, Cancelled
+from merge3.files import resource_error
 from merge3.recipe import Recipe
 from merge3.rpc import convert, merge3_pb2_grpc
 from merge3.rpc import merge3_pb2 as pb
@@ -175,7 +176,10 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         if request.directory:
             directory = export_directory(self.settings.export_root, request.directory)
         else:
-            temporary = tempfile.mkdtemp(prefix="merge3-export-", dir=self.settings.export_root)
+            try:
+                temporary = tempfile.mkdtemp(prefix="merge3-export-", dir=self.settings.export_root)
+            except OSError as error:
+                raise resource_error(Path(self.settings.export_root or tempfile.gettempdir()), error) from None
             directory = Path(temporary) / "model"
         try:
             arguments = (entry.spec, recipe, str(directory), request.seed)
@@ -249,7 +253,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
 
 
 def _driver(context) -> str:
-    """Who asks: the name it gives itself, within its peer's address, else the connection."""
+    """Who asks: the name it gives itself, else its connection."""
     for key, value in context.invocation_metadata() or ():
         if key == "merge3-driver" and isinstance(value, str):
             return value[:100]

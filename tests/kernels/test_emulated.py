@@ -1,6 +1,6 @@
 """The CUDA sources run without a GPU: compiled as C++ with the sanitizers on, under the same kernel tests.
 
-The whole suite takes five minutes with its build, so it is marked `sanitized`: `make test-sanitized`, and CI.
+The whole suite takes five minutes with its build, so it is marked `heavy`: `make test-heavy`, and CI.
 """
 
 import os
@@ -22,7 +22,7 @@ def library():
     return build(ROOT / "build" / "emulated")
 
 
-@pytest.mark.sanitized
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.timeout(1200)
 def test_kernel_suite_under_the_sanitizers(library, device):

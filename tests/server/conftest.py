@@ -96,7 +96,8 @@ def start():
 def daemon(tiny_world, tmp_path_factory):
     """One for all tests that leave it as it was."""
     exports = tmp_path_factory.mktemp("exports")
-    daemon = Daemon("--root", tiny_world, "--export-root", exports, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--verbose")
+    options = ("--export-root", exports, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--max-pools", 100, "--verbose")
+    daemon = Daemon("--root", tiny_world, *options)
     daemon.exports = exports
     yield daemon
     daemon.kill()

@@ -101,16 +101,44 @@ def test_a_pool_is_shared_counted_and_freed(daemon, tiny_world):
     refused(lambda: stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=me), "NOT_FOUND", "is not open")
 
 
-def test_the_fifth_pool_is_one_too_many(daemon, tiny_world, world):
-    stub, opened = daemon.stub(), []
-    try:
-        with pytest.raises(grpc.RpcError) as caught:
-            for expert in ("english", "italian", "translation", "sorting", "base"):
-                opened.append(stub.OpenPool(pb.OpenPoolRequest(models=["base", expert], dtype="float32")))
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "--max-pools" in caught.value.details()
-    finally:
-        for pool in opened:
-            stub.ClosePool(pb.ClosePoolRequest(pool_id=pool.pool_id))
+def test_a_pool_closed_under_those_who_wait_is_not_opened_again(daemon, tiny_world, world, by_hand):
+    registering, some_items = by_hand
+    stub, me = daemon.stub(), (("merge3-driver", "closing"),)
+    pool = stub.OpenPool(pb.OpenPoolRequest(models=["base", "translation"]), metadata=me)
+    items_id = stub.RegisterItems(registering(pool.pool_id, some_items(3000, start=7000)), metadata=me).items_id
+    request = pb.EvaluateRequest(pool_id=pool.pool_id, items_id=items_id, endpoint="base")
+    calls = [stub.Evaluate.future(request, metadata=me) for _ in range(4)]
+    while stub.Status(pb.StatusRequest()).queued < 3:
+        time.sleep(0.002)
+    assert stub.ClosePool(pb.ClosePoolRequest(pool_id=pool.pool_id), metadata=me).holders == 0
+    assert len(calls[0].result().responses) == 3000
+    assert {call.exception().code().name for call in calls[1:]} == {"NOT_FOUND"}
+    assert pool.pool_id not in {p.pool_id for p in stub.ListPools(pb.ListPoolsRequest()).pools}
+    again = stub.OpenPool(pb.OpenPoolRequest(models=["base", "translation"]), metadata=me)
+    assert again.pool_id == pool.pool_id
+    refused(lambda: stub.Evaluate(request, metadata=me), "NOT_FOUND", "items_id")  # went with the pool
+    stub.ClosePool(pb.ClosePoolRequest(pool_id=pool.pool_id), metadata=me)
+
+
+def test_who_leaves_while_a_pool_opens_leaves_it_usable(daemon, tiny_world, world):
+    stub, me = daemon.stub(), (("merge3-driver", "impatient"),)
+    wanted = pb.OpenPoolRequest(models=["base", "italian"])
+    leaving = stub.OpenPool.future(wanted, metadata=me)
+    time.sleep(0.005)
+    leaving.cancel()
+    pool = stub.OpenPool(wanted, metadata=me)
+    assert pool.holders == 1
+    assert stub.ClosePool(pb.ClosePoolRequest(pool_id=pool.pool_id), metadata=me).holders == 0
+
+
+def test_one_pool_too_many(tiny_world, start):
+    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--max-pools", "2")
+    stub = daemon.stub()
+    pools = [stub.OpenPool(pb.OpenPoolRequest(models=["base", expert])) for expert in ("english", "italian")]
+    refused(lambda: stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"])), "RESOURCE_EXHAUSTED", "2 are open", "--max-pools")
+    stub.OpenPool(pb.OpenPoolRequest(models=["base", "italian"]))  # one that is open is shared
+    stub.ClosePool(pb.ClosePoolRequest(pool_id=pools[0].pool_id))
+    stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"]))
 
 
 BAD_POOLS = {
@@ -384,7 +412,7 @@ def test_status_watch_metrics_and_the_log(daemon, world):
     assert re.search(r"driver=somebody recipe=[0-9a-f]+ value=[\d.]+ .*answers=6 .*worker=local", line)
     port = next(line for line in daemon.lines if " metrics address=" in line).rsplit(":", 1)[1].strip()
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    for name in ("merge3_candidates_total", "merge3_queued", "merge3_queue_seconds_bucket", "merge3_pools 1.0", "merge3_resident_bytes"):
+    for name in ("merge3_candidates_total", "merge3_queued", "merge3_queue_seconds_bucket", "merge3_pools ", "merge3_resident_bytes"):
         assert name in page
     assert re.search(r'merge3_calls_total\{code="INVALID_ARGUMENT",method="/merge3.v1.Merge3/Watch"\} 1.0', page)
 
