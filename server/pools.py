@@ -25,18 +25,18 @@ MAX_MODELS = 64
 
 @dataclass(eq=False)
 class Open:
-    """info: None until it is open. holders: driver -> its OpenPools that are not closed."""
+    """info: None until it is open. holders: drivers that opened it and have not closed it."""
 
     spec: PoolSpec
     opening: asyncio.Task | None = None
     info: PoolInfo | None = None
     resident: int = 0
-    holders: dict[str, int] = field(default_factory=dict)
+    holders: set[str] = field(default_factory=set)
     used: float = field(default_factory=time.monotonic)
 
     def message(self) -> pb.Pool:
         return convert.pool_to(
-            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=sum(self.holders.values()),
+            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=len(self.holders),
             resident_bytes=self.resident, version=__version__,
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ class Pools:
             entry.opening = asyncio.create_task(self._begin(driver, entry))
         entry = self._open[spec.pool_id]
         await asyncio.shield(entry.opening)  # one driver that leaves does not stop the opening others wait for
-        entry.holders[driver] = entry.holders.get(driver, 0) + 1
+        entry.holders.add(driver)
         entry.used = time.monotonic()
         return entry
 
@@ -75,13 +75,10 @@ class Pools:
     async def close(self, driver: str, pool_id: str) -> int:
         """Holders left; the last one's leaving frees the pool."""
         entry = self.get(pool_id)
-        if entry.holders.get(driver, 0) > 1:
-            entry.holders[driver] -= 1
-        else:
-            entry.holders.pop(driver, None)
+        entry.holders.discard(driver)
         if not entry.holders:
             await self._free(entry)
-        return sum(entry.holders.values())
+        return len(entry.holders)
 
     async def _begin(self, driver: str, entry: Open) -> None:
         try:

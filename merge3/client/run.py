@@ -7,6 +7,7 @@ import json
 import math
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,21 +40,19 @@ def evolve(
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
     questions = load_questions(config)  # bad items are found before any model is opened
-    engine = open_engine(config, device, quiet, target)
-    store = RunStore(directory)
-    if not quiet:
-        print(questions.assumed[2], file=sys.stderr)
-    stopping = _StopOnInterrupt()
-    with stopping, chosen(as_json, quiet) as report:
-        outcome = run(config, engine, engine.info().layout, store, resume, report, stopping)
-    store.close()
-    if outcome is None:
-        engine.close()
-        print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
-        return None
-    if export and not (directory / "model").exists():
-        engine.export(outcome.recipe, directory / "model")
-    engine.close()
+    with closing(open_engine(config, device, quiet, target)) as engine:
+        store = RunStore(directory)
+        if not quiet:
+            print(questions.assumed[2], file=sys.stderr)
+        stopping = _StopOnInterrupt()
+        with stopping, chosen(as_json, quiet) as report:
+            outcome = run(config, engine, engine.info().layout, store, resume, report, stopping)
+        store.close()
+        if outcome is None:
+            print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
+            return None
+        if export and not (directory / "model").exists():
+            engine.export(outcome.recipe, directory / "model")
     result = summary(config, outcome, len(questions.heldout or questions.search))
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_report(directory)

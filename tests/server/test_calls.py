@@ -87,6 +87,7 @@ def test_a_pool_is_shared_counted_and_freed(daemon, tiny_world):
     me, you = ((("merge3-driver", name),) for name in ("me", "you"))
     first = stub.OpenPool(pb.OpenPoolRequest(models=models), metadata=me)
     assert first.holders == 1 and first.parameters > 10_000 and first.resident_bytes > 8 * first.parameters
+    assert stub.OpenPool(pb.OpenPoolRequest(models=models), metadata=me).holders == 1  # held once, however often opened
     again = stub.OpenPool(pb.OpenPoolRequest(models=models), metadata=you)
     assert again.pool_id == first.pool_id and again.holders == 2
     relative = stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"]), metadata=you)
