@@ -1,4 +1,4 @@
-"""A directory of files as a stream of chunks, and how a stalled reader is noticed."""
+"""A directory of files as a stream of chunks."""
 
 from __future__ import annotations
 

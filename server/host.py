@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,19 +92,15 @@ class Host:
     def evaluate(self, spec: PoolSpec, registration: Registration, what: Candidate, stop=None, emit=None) -> Evaluation:
         """Merge, ask, estimate. A genome gets the registered estimate; a recipe or an endpoint the plain mean."""
         engine = self._engine(spec, registration)
-        self._stop = stop or (lambda: False)
-        try:
+        with self._stopping(stop):
             if isinstance(what, np.ndarray):
                 return next(engine.evaluate([what]))
             began = time.perf_counter()
-            if isinstance(what, str) and what not in engine.pool.endpoints:
-                raise BadInput("endpoint", f"found {what!r}", ", ".join(engine.pool.endpoints))
+            _check_endpoint(what, engine.pool)
             responses = engine.answer(what, engine.items)
             value, stderr = mean_over_tasks(responses, engine.items, engine.weights)
             recipe_hash = what.hash() if isinstance(what, Recipe) else ""
             return Evaluation(0, recipe_hash, responses, value, stderr, time.perf_counter() - began)
-        finally:
-            self._stop = lambda: False
 
     def export(self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, stop=None, emit=None) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:
@@ -121,18 +118,14 @@ class Host:
         from merge3_server.generate import continuation
 
         pool, slot = self._pool(spec)
-        self._stop = stop or (lambda: False)
-        try:
+        _check_endpoint(what, pool)
+        with self._stopping(stop):
             if isinstance(what, Recipe):
                 slot.swap(what, seed)
-            elif what in pool.endpoints:
-                slot.load(what)
             else:
-                raise BadInput("endpoint", f"found {what!r}", ", ".join(pool.endpoints))
+                slot.load(what)
             for piece in continuation(slot.model, pool.base_checkpoint.path, prompt, max_tokens, chat):
                 emit(piece)
-        finally:
-            self._stop = lambda: False
 
     def _pool(self, spec: PoolSpec, emit=None) -> tuple[Pool, Slot]:
         if spec.pool_id in self._closed:
@@ -163,6 +156,20 @@ class Host:
             self._engines.popitem(last=False)
         return engine
 
+    @contextmanager
+    def _stopping(self, stop: Callable[[], bool] | None):
+        """Every forward pass asks `stop` first."""
+        self._stop = stop or (lambda: False)
+        try:
+            yield
+        finally:
+            self._stop = lambda: False
+
     def _between_batches(self, module, inputs) -> None:
         if self._stop():
             raise Cancelled("candidate", "whoever asked has left, or the deadline has passed")
+
+
+def _check_endpoint(what: Candidate, pool: Pool) -> None:
+    if isinstance(what, str) and what not in pool.endpoints:
+        raise BadInput("endpoint", f"found {what!r}", ", ".join(pool.endpoints))

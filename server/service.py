@@ -183,11 +183,13 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             directory = Path(temporary) / "model"
         try:
             arguments = (entry.spec, recipe, str(directory), request.seed)
-            async for kind, value in self._emitting(_driver(context), "export", *arguments):
-                if kind == "emitted":
-                    yield pb.ExportResponse(progress=pb.ExportProgress(done=value[0], total=value[1]))
-                else:
-                    result = pb.ExportResult(tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"])
+            # Closed before the directory is removed: a merge under way is stopped first.
+            async with contextlib.aclosing(self._emitting(_driver(context), "export", *arguments)) as emitted:
+                async for kind, value in emitted:
+                    if kind == "emitted":
+                        yield pb.ExportResponse(progress=pb.ExportProgress(done=value[0], total=value[1]))
+                    else:
+                        result = pb.ExportResult(tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"])
             if temporary is None:
                 result.path = str(directory)
             else:
@@ -207,9 +209,10 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         if not 0 <= request.max_tokens <= self.limits.tokens:
             raise BadInput("max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}")
         arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
-        async for kind, value in self._emitting(_driver(context), "generate", *arguments):
-            if kind == "emitted":
-                yield pb.GenerateResponse(text=value)
+        async with contextlib.aclosing(self._emitting(_driver(context), "generate", *arguments)) as emitted:
+            async for kind, value in emitted:
+                if kind == "emitted":
+                    yield pb.GenerateResponse(text=value)
 
     async def _emitting(self, driver: str, call: str, *arguments: Any) -> AsyncIterator[tuple[str, Any]]:
         """("emitted", value) for what the host emits while it works, then ("result", value)."""

@@ -57,12 +57,21 @@ def tied_family(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
     """The demo's models, barely trained: base, four experts, items and an evolve.yaml."""
+    return make_world(tmp_path_factory.mktemp("tiny"), base_steps=60, expert_steps=10)
+
+
+@pytest.fixture(scope="session")
+def solving_world(tmp_path_factory):
+    """The same, trained until each item is solved by some models: calibration has something to learn."""
+    return make_world(tmp_path_factory.mktemp("solving"), base_steps=160, expert_steps=15)
+
+
+def make_world(root, base_steps, expert_steps):
     import yaml
 
     from merge3.client import tiny
 
-    root = tmp_path_factory.mktemp("tiny")
-    tiny.make_models(root, seed=0, base_steps=60, expert_steps=10)
+    tiny.make_models(root, seed=0, base_steps=base_steps, expert_steps=expert_steps)
     for task in tiny.TASKS:
         lines = (root / f"{task}.jsonl").read_text().splitlines()[:40]
         (root / f"{task}.jsonl").write_text("\n".join(lines) + "\n")

@@ -48,8 +48,9 @@ int device_of(const Tensor& x) {
 #if defined(MERGE3_EMULATED)  // tests: CPU tensors stand for a GPU's
   static const bool cpu = getenv("MERGE3_TEST_DEVICE") && std::string(getenv("MERGE3_TEST_DEVICE")) == "cpu";
   return cpu ? MERGE3_CPU : MERGE3_CUDA;
-#endif
+#else
   return x.is_cuda() ? MERGE3_CUDA : MERGE3_CPU;
+#endif
 }
 
 // One row per tensor, K experts each (expert fastest); `out` and `base` may be empty lists.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from merge3.client import run, tiny
+from merge3.client import run
 from merge3.engine import LocalEngine
 from merge3.errors import BadInput, ConfigError
 from merge3.irt import read_responses
@@ -30,14 +30,10 @@ FEW = {
 
 
 @pytest.fixture(scope="module")
-def few(tiny_world, tmp_path_factory):
-    """A configuration that calibrates, estimates, checks and races; models that solve some of the items."""
-    root = tmp_path_factory.mktemp("few-models")
-    tiny.make_models(root, seed=0, base_steps=160, expert_steps=15)
-    for task in tiny.TASKS:
-        (root / f"{task}.jsonl").write_text("".join((root / f"{task}.jsonl").open().readlines()[:40]))
-    path = root / "few.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load((tiny_world / "evolve.yaml").read_text()) | FEW))
+def few(solving_world):
+    """A configuration that calibrates, estimates, checks and races."""
+    path = solving_world / "few.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load((solving_world / "evolve.yaml").read_text()) | FEW))
     return path
 
 

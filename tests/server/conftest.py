@@ -66,16 +66,8 @@ class Daemon:
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tiny_world, tmp_path_factory):
-    """The others' world with models trained a little longer: calibration needs some items that some solve."""
-    from merge3.client import tiny
-
-    root = tmp_path_factory.mktemp("solving")
-    tiny.make_models(root, seed=0, base_steps=160, expert_steps=15)
-    for task in tiny.TASKS:
-        (root / f"{task}.jsonl").write_text("".join((root / f"{task}.jsonl").open().readlines()[:40]))
-    (root / "evolve.yaml").write_text((tiny_world / "evolve.yaml").read_text())
-    return root
+def tiny_world(solving_world):
+    return solving_world
 
 
 @pytest.fixture
