@@ -14,6 +14,7 @@
 
 #include "cpu/merge_cpu.h"
 #include "cuda/launch.h"
+#include "overlap.h"
 
 namespace merge3 {
 namespace {
@@ -27,6 +28,9 @@ merge3_status fail(merge3_status status, const char* format, ...) {
   va_end(args);
   return status;
 }
+
+// Results larger than this do not come back from the caches soon: they are stored past them.
+constexpr int64_t kCacheElements = int64_t(4) << 20;
 
 void threads_for(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(std::thread::hardware_concurrency(), count));
@@ -76,8 +80,22 @@ const Loops& loops() {
   return chosen;
 }
 
-merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
-                    const merge3_tensor* table, bool needs_out) {
+merge3_status check_experts(int32_t experts) {
+  if (experts < 1 || experts > MERGE3_MAX_EXPERTS)
+    return fail(MERGE3_INVALID_ARGUMENT, "%d experts: expected 1 to %d", int(experts), MERGE3_MAX_EXPERTS);
+  return MERGE3_OK;
+}
+
+merge3_status check_modes(const merge3_modes* modes) {
+  if (!modes) return fail(MERGE3_INVALID_ARGUMENT, "modes is NULL");
+  if (modes->sparsify < 0 || modes->sparsify > MERGE3_KEEP_BAND)
+    return fail(MERGE3_INVALID_ARGUMENT, "sparsify %d: expected 0 to %d", int(modes->sparsify), MERGE3_KEEP_BAND);
+  if (modes->elect < 0 || modes->elect > MERGE3_ELECT_COUNT)
+    return fail(MERGE3_INVALID_ARGUMENT, "elect %d: expected 0 to %d", int(modes->elect), MERGE3_ELECT_COUNT);
+  return check_experts(modes->experts);
+}
+
+merge3_status check_context(const merge3_context* context) {
   if (!context) return fail(MERGE3_INVALID_ARGUMENT, "context is NULL");
   if (context->device != MERGE3_CPU && context->device != MERGE3_CUDA)
     return fail(MERGE3_INVALID_ARGUMENT, "device %d: expected MERGE3_CPU or MERGE3_CUDA", int(context->device));
@@ -85,8 +103,13 @@ merge3_status check(const merge3_context* context, int32_t experts, int64_t tens
   if (context->device == MERGE3_CUDA)
     return fail(MERGE3_UNSUPPORTED, "this build has no CUDA kernels: build with MERGE3_CUDA=1 where nvcc is installed");
 #endif
-  if (experts < 1 || experts > MERGE3_MAX_EXPERTS)
-    return fail(MERGE3_INVALID_ARGUMENT, "%d experts: expected 1 to %d", int(experts), MERGE3_MAX_EXPERTS);
+  return MERGE3_OK;
+}
+
+merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
+                    const merge3_tensor* table, bool needs_out) {
+  if (merge3_status s = check_context(context)) return s;
+  if (merge3_status s = check_experts(experts)) return s;
   for (int64_t t = 0; t < tensors; ++t) {
     const merge3_tensor& x = table[t];
     if (x.numel < 0) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %lld elements", (long long)t, (long long)x.numel);
@@ -96,14 +119,23 @@ merge3_status check(const merge3_context* context, int32_t experts, int64_t tens
     if (needs_out && !x.out) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: out is NULL", (long long)t);
     for (int k = 0; k < experts; ++k)
       if (!x.experts[k]) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: expert %d is NULL", (long long)t, k);
+    const auto misaligned = [](const void* data, int32_t dtype) { return reinterpret_cast<uintptr_t>(data) % uintptr_t(element_size(dtype)) != 0; };
+    bool bad = misaligned(x.base, x.dtype) || (needs_out && misaligned(x.out, x.out_dtype));
+    for (int k = 0; k < experts; ++k) bad |= misaligned(x.experts[k], x.dtype);
+    if (bad) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: an address that is no multiple of its element size", (long long)t);
+  }
+  if (needs_out) {
+    const std::string overlap = find_overlap(table, tensors, experts);
+    if (!overlap.empty()) return fail(MERGE3_INVALID_ARGUMENT, "%s: expected memory of its own (out may be its tensor's base)", overlap.c_str());
   }
   return MERGE3_OK;
 }
 
-merge3_status check_rows(const merge3_tensor* table, int64_t tensors, int32_t experts, const char* what) {
+// slices: the rows of a slice may begin and end in its neighbours.
+merge3_status check_rows(const merge3_tensor* table, int64_t tensors, int32_t experts, const char* what, bool slices = false) {
   for (int64_t t = 0; t < tensors; ++t) {
     if (table[t].numel == 0) continue;
-    if (table[t].columns < 1 || table[t].numel % table[t].columns)
+    if (table[t].columns < 1 || (!slices && table[t].numel % table[t].columns))
       return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %s needs columns that divide its %lld elements, found %lld",
                   (long long)t, what, (long long)table[t].numel, (long long)table[t].columns);
     for (int k = 0; k < experts; ++k)
@@ -140,26 +172,45 @@ using namespace merge3;
 
 extern "C" {
 
+merge3_status merge3_prepare(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
+                             const merge3_tensor* table, int64_t* first) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check_modes(modes)) return s;
+    if (merge3_status s = check(context, modes->experts, tensors, table, true)) return s;
+    for (int64_t t = 0; t < tensors; ++t)
+      if (table[t].offset < 0 || table[t].offset % kChunk)
+        return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: a slice from element %lld: expected a multiple of %lld",
+                    (long long)t, (long long)table[t].offset, (long long)kChunk);
+    if (modes->sparsify == MERGE3_KEEP_RANKED)
+      if (merge3_status s = check_rows(table, tensors, modes->experts, "a ranked keep", true)) return s;
+    count_chunks(table, tensors, first);
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_merge_resident(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
+                                    int64_t chunks, const merge3_tensor* table, const int64_t* first,
+                                    const merge3_coefficient* coefficients, const float* lambda) {
+  return guarded([&]() -> merge3_status {
+    if (merge3_status s = check_modes(modes)) return s;
+    if (merge3_status s = check_context(context)) return s;
+    MERGE3_ON_DEVICE(merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
+    const ChunkRange range{first, tensors};
+    const MergeCall call{modes, table, coefficients, lambda, &range, chunks * kChunk > kCacheElements};
+    const auto loop = loops().merge;
+    parallel(*context, chunks, [&](int64_t from, int64_t to) { loop(call, from, to); });
+    return MERGE3_OK;
+  });
+}
+
 merge3_status merge3_merge(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
                            const merge3_tensor* table, const merge3_coefficient* coefficients,
                            const float* lambda) {
   return guarded([&]() -> merge3_status {
-    if (!modes) return fail(MERGE3_INVALID_ARGUMENT, "modes is NULL");
-    if (merge3_status s = check(context, modes->experts, tensors, table, true)) return s;
-    if (modes->sparsify < 0 || modes->sparsify > MERGE3_KEEP_BAND)
-      return fail(MERGE3_INVALID_ARGUMENT, "sparsify %d: expected 0 to %d", int(modes->sparsify), MERGE3_KEEP_BAND);
-    if (modes->elect < 0 || modes->elect > MERGE3_ELECT_COUNT)
-      return fail(MERGE3_INVALID_ARGUMENT, "elect %d: expected 0 to %d", int(modes->elect), MERGE3_ELECT_COUNT);
-    if (modes->sparsify == MERGE3_KEEP_RANKED)
-      if (merge3_status s = check_rows(table, tensors, modes->experts, "a ranked keep")) return s;
+    std::vector<int64_t> first(size_t(tensors) + 1);
+    if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
     MERGE3_ON_DEVICE(merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
-    const Chunks chunks(table, tensors);
-    int64_t bytes = 0;
-    for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * (table[t].out_dtype == MERGE3_FLOAT32 ? 4 : 2);
-    const MergeCall call{modes, table, coefficients, lambda, &chunks, bytes > (int64_t(16) << 20)};
-    const auto loop = loops().merge;
-    parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { loop(call, from, to); });
-    return MERGE3_OK;
+    return merge3_merge_resident(context, modes, tensors, first.back(), table, first.data(), coefficients, lambda);
   });
 }
 
@@ -202,7 +253,7 @@ merge3_status merge3_gram(const merge3_context* context, int32_t experts, int64_
       for (int a = 0, p = 0; a < vectors; ++a)
         for (int b = a; b < vectors; ++b, ++p) {
           double sum = 0.0;
-          for (int64_t c = chunks.first[size_t(t)]; c < chunks.first[size_t(t) + 1]; ++c)
+          for (int64_t c = chunks.first[t]; c < chunks.first[t + 1]; ++c)
             sum += partial[size_t(c * pairs + p)];
           g[a * vectors + b] = g[b * vectors + a] = sum;
         }

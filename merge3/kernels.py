@@ -29,9 +29,11 @@ STATISTICS = ("magnitude", "variance")
 MAX_EXPERTS = 8
 RANK_BINS = 32
 RANK_STRIDE = 2 * RANK_BINS - 1
+CHUNK = 65536  # elements; slices of a tensor start at its multiples
 # Columns of a coefficient row, as in merge3_coefficient.
 WEIGHT, RESCALE, LO, LO_SHARE, HI, HI_SHARE, DENSITY, EPSILON = range(8)
 FIELDS = 8
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,68 @@ def merge_(
     modes: Modes = Modes(),
     ids: torch.Tensor | None = None,
     rank_tables: Sequence[torch.Tensor] = (),
+    offsets: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> None:
     """Write base + λ · elect(sparsify(experts − base)) into `out`, in place, one pass.
 
     out, base: T tensors; base may be empty (then θ = 0 and the result is a sum of experts).
     experts: T·K, expert fastest. coefficients: float32 CPU [T, K, FIELDS]; lambda_: float32 CPU [T].
     ids: int64 CPU [T], the tensors' random streams (default 0..T−1). rank_tables: T·K, for `ranked`.
+    offsets, columns: int64 CPU [T], where the given tensors are slices: each one's first element within
+    its whole tensor (a multiple of CHUNK) and that tensor's last dimension. Slices give the bits of the whole.
     Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
-    Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch.
+    Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch, or an overlap.
     TIES: Yadav et al. 2023, Algorithm 1; DARE: Yu et al. 2024; DELLA: Deep et al. 2024.
     """
     if ids is None:
         ids = torch.arange(len(out))
-    sparsify, elect = _mode(modes.sparsify, SPARSIFY, "sparsify"), _mode(modes.elect, ELECT, "elect")
-    # Seeds are 64-bit patterns; the operator schema only has signed integers.
-    seed = (modes.seed + 2**63) % 2**64 - 2**63
+    sparsify, elect, seed = _numbers(modes)
     _call(
         torch.ops.merge3.merge_, list(out), list(base), list(experts), coefficients, lambda_, ids,
+        _NONE if offsets is None else offsets, _NONE if columns is None else columns,
         list(rank_tables), sparsify, elect, modes.normalize, seed,
     )  # fmt: skip
+
+
+class Prepared:
+    """A merge whose tensors stay where they are. Their table is checked once and lies beside them, so that a
+    run uploads coefficients and launches one kernel: no check, no synchronisation.
+
+    `launch` alone can be captured in a CUDA graph; `upload` before a replay changes what it merges. Arguments
+    as for merge_; the tensors are kept alive.
+    """
+
+    def __init__(self, out, base, experts, ids=None, rank_tables=(), sparsify: str = "all"):
+        self._tensors = [*out, *base, *experts, *rank_tables]
+        self._count, self._experts = len(out), len(experts) // max(1, len(out))
+        self._sparsify = sparsify
+        head = 8 * (self._count + 1)
+        table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
+        ids = torch.arange(self._count) if ids is None else ids
+        _call(torch.ops.merge3.prepare_, table, list(out), list(base), list(experts), ids, list(rank_tables),
+              _mode(sparsify, SPARSIFY, "sparsify"))  # fmt: skip
+        self._chunks = int(table[head - 8 : head].view(torch.int64))
+        device = out[0].device
+        self._table = table.to(device)
+        self._coefficients = torch.empty(self._count, self._experts, FIELDS, device=device)
+        self._lambda = torch.empty(self._count, device=device)
+
+    def upload(self, coefficients: torch.Tensor, lambda_: torch.Tensor) -> None:
+        """float32 [T, K, FIELDS] and [T]. Ordered on the current stream."""
+        if coefficients.shape != self._coefficients.shape or lambda_.shape != self._lambda.shape:
+            raise BadInput("coefficients, lambda_", f"shapes {list(coefficients.shape)} and {list(lambda_.shape)}",
+                           f"{list(self._coefficients.shape)} and {list(self._lambda.shape)}")  # fmt: skip
+        self._coefficients.copy_(coefficients, non_blocking=True)
+        self._lambda.copy_(lambda_, non_blocking=True)
+
+    def launch(self, modes: Modes = Modes()) -> None:
+        """Merge with what was uploaded. `modes.sparsify` must be the one that was prepared."""
+        if modes.sparsify != self._sparsify:
+            raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
+        sparsify, elect, seed = _numbers(modes)
+        _call(torch.ops.merge3.merge_prepared_, self._table, self._coefficients, self._lambda, self._count, self._chunks,
+              self._experts, sparsify, elect, modes.normalize, seed)  # fmt: skip
 
 
 def elementwise_(
@@ -187,6 +232,12 @@ def rank_tables(
     return tables, bin_l1
 
 
+def _numbers(modes: Modes) -> tuple[int, int, int]:
+    # Seeds are 64-bit patterns; the operator schema only has signed integers.
+    seed = (modes.seed + 2**63) % 2**64 - 2**63
+    return _mode(modes.sparsify, SPARSIFY, "sparsify"), _mode(modes.elect, ELECT, "elect"), seed
+
+
 def _mode(name: str, names: tuple[str, ...], what: str) -> int:
     if name not in names:
         raise BadInput(what, f"unknown {name!r}", ", ".join(names))
@@ -203,6 +254,6 @@ def _call(op, *arguments) -> None:
         raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
 
 
-for _name in ("merge_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
+for _name in ("merge_", "prepare_", "merge_prepared_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

@@ -209,6 +209,8 @@ class Op(NamedTuple):
 # Every operator that PyTorch lists under merge3:: has its oracle here (a test compares the names).
 OPS = {
     "merge_": Op(kernels.merge_, merge_ref),
+    "prepare_": Op(kernels.Prepared, merge_ref),
+    "merge_prepared_": Op(kernels.Prepared.launch, merge_ref),
     "elementwise_": Op(kernels.elementwise_, elementwise_ref),
     "gram_": Op(kernels.gram, gram_ref),
     "order_statistics_": Op(kernels.order_statistics, order_statistics_ref),

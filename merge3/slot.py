@@ -6,6 +6,8 @@ stays valid from candidate to candidate.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 
 from merge3.checkpoint.layout import Ref
@@ -29,6 +31,7 @@ class Slot:
         self.model = load_model(pool, dtype or _promoted(pool))
         self._weights = self._bind()
         self._head = pool.base
+        self._prepared: OrderedDict = OrderedDict()
 
     def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe") -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
@@ -45,7 +48,7 @@ class Slot:
         jobs = [job for job in planned.jobs if job.name not in head]
         steps = steps_for(method, jobs, self.pool.statistics)
         with torch.no_grad():
-            execute(((j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)), self.pool.get, seed)
+            execute(((j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)), self.pool.get, seed, self._prepared)
             for name, ref in planned.copies.items():
                 if name not in head:
                     self._weights[name].copy_(self.pool.get(ref))

@@ -10,7 +10,7 @@ struct MergeCall {
   const merge3_tensor* table;
   const merge3_coefficient* coefficients;
   const float* lambda;
-  const Chunks* chunks;
+  const ChunkRange* chunks;
   bool stream;  // the result is larger than the caches
 };
 

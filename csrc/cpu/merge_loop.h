@@ -99,7 +99,7 @@ void merge_floats(const MergeCall& call, int64_t t, int64_t begin, int64_t end) 
   constexpr bool kRandom = kRanked || SPARSIFY == MERGE3_KEEP_RANDOM;
   const merge3_tensor& tensor = call.table[t];
   const auto p = prepare<Float, K>(call.coefficients + t * K, call.lambda[t], tensor.base != nullptr);
-  const Limits<K, SPARSIFY> limits(call.coefficients + t * K, begin, tensor.id, [](int j) { return j; });
+  const Limits<K, SPARSIFY> limits(call.coefficients + t * K, tensor.offset + begin, tensor.id, [](int j) { return j; });
   alignas(64) float copy[K + 1][kBlock] = {};
   alignas(64) float out[kBlock];
   alignas(64) uint16_t bits[kRandom ? K : 1][kBlock];
@@ -114,9 +114,10 @@ void merge_floats(const MergeCall& call, int64_t t, int64_t begin, int64_t end) 
       if (tensor.dtype == MERGE3_FLOAT32 && n % W == 0) source[v] = static_cast<const float*>(data) + at;
       else load_floats(tensor.dtype, data, at, n, copy[v]);
     }
-    for (int k = 0; kRandom && k < K; ++k) random_block(at, n, tensor.id, uint32_t(k), call.modes->seed, bits[k]);
+    const int64_t whole = tensor.offset + at;  // the block's place in the whole tensor
+    for (int k = 0; kRandom && k < K; ++k) random_block(whole, n, tensor.id, uint32_t(k), call.modes->seed, bits[k]);
     for (int k = 0; kRanked && k < K; ++k)
-      rank_block(source[0], source[k + 1], n, at, tensor.columns, tensor.rank_tables[k], ranks[k]);
+      rank_block(source[0], source[k + 1], n, whole, tensor.columns, tensor.rank_tables[k], ranks[k]);
     for (int j = 0; j < n; j += W) {
       Float expert[K];
       Keep<Float, K> keep;
@@ -143,7 +144,7 @@ template <int K, int SPARSIFY, int ELECT, bool NORMALIZE>
 void merge_bfloat16(const MergeCall& call, int64_t t, int64_t begin, int64_t end) {
   const merge3_tensor& tensor = call.table[t];
   const auto p = prepare<Float, K>(call.coefficients + t * K, call.lambda[t], tensor.base != nullptr);
-  const Limits<K, SPARSIFY> limits(call.coefficients + t * K, begin, tensor.id, [](int j) {
+  const Limits<K, SPARSIFY> limits(call.coefficients + t * K, tensor.offset + begin, tensor.id, [](int j) {
     return j / (2 * W) * (2 * W) + j % W * 2 + j / W % 2;  // W even elements, then W odd ones
   });
   const uint16_t* source[K + 1];

@@ -52,7 +52,7 @@ int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge
   DeviceArray<merge3_tensor> device_table(table, count, stream);
   DeviceArray<float> device_scalars(scalars, count, stream);
   DeviceArray<float> device_weights(per_expert, count * size_t(experts), stream);
-  DeviceArray<int64_t> first(chunks.first.data(), chunks.first.size(), stream);
+  DeviceArray<int64_t> first(chunks.first, size_t(tensors) + 1, stream);
   MERGE3_TRY(device_table.status);
   MERGE3_TRY(device_scalars.status);
   MERGE3_TRY(device_weights.status);

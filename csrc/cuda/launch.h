@@ -8,6 +8,10 @@ namespace merge3 {
 const char* cuda_message(int code);
 int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
                const merge3_coefficient* coefficients, const float* lambda, void* stream);
+// The same, every array already on the device: one launch and nothing else.
+int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
+                        const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
+                        void* stream);
 int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
                      const float* scalars, const float* per_expert, void* stream);
 int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);

@@ -1,4 +1,4 @@
-// The fused merge on a GPU: one launch for the whole model, one block per chunk of 65,536 elements.
+// The fused merge on a GPU: one launch for the whole model, one block per chunk.
 //
 // Moves (K + 1) reads + 1 write per element in 16-byte accesses; each thread has K + 1 independent loads
 // in flight before its first use of any. No atomics, no barriers. The arithmetic is merge_element, built
@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
     uint32_t words[kRandom ? K : 1][4];
     if (kRandom)
       for (int k = 0; k < K; ++k) {
-        const uint64_t block = uint64_t(i) / 8;
+        const uint64_t block = uint64_t(tensor.offset + i) / 8;
         philox_block(uint32_t(block), uint32_t(block >> 32), tensor.id, uint32_t(k), a.seed, words[k]);
       }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float e[K];
       Keep<float, K> keep;
-      const int32_t hash = tie_hash(i + j, tensor.id);
+      const int32_t hash = tie_hash(tensor.offset + i + j, tensor.id);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         e[k] = expert[k][j];
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
         if (kRandom) keep.random[k] = int32_t((words[kRandom ? k : 0][j / 2] >> (16 * (j & 1))) & 0xffffu);
         if (kRanked && j < n)
           keep.rank[k] = rank_in_row(magnitude(e[k] - theta[j]),
-                                     tensor.rank_tables[k] + (i + j) / tensor.columns * MERGE3_RANK_STRIDE);
+                                     tensor.rank_tables[k] + (tensor.offset + i + j) / tensor.columns * MERGE3_RANK_STRIDE);
       }
       out[j] = merge_element<K, SPARSIFY, ELECT>(theta[j], e, p, keep, a.normalize);
     }
@@ -73,6 +73,22 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
 
 const char* cuda_message(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
+int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
+                        const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
+                        void* stream) {
+  const Args args{table, coefficients, lambda, first, tensors, modes.seed, modes.normalize != 0};
+  cudaError_t status = cudaErrorInvalidValue;
+  dispatch_experts(modes.experts, [&](auto k) {
+    dispatch_sparsify(modes.sparsify, [&](auto s) {
+      dispatch_elect(modes.elect, [&](auto e) {
+        status = launch(merge_kernel<decltype(k)::value, decltype(s)::value, decltype(e)::value>, chunks,
+                        static_cast<cudaStream_t>(stream), args);
+      });
+    });
+  });
+  return status;
+}
+
 int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
                const merge3_coefficient* coefficients, const float* lambda, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
@@ -81,23 +97,13 @@ int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* 
   DeviceArray<merge3_tensor> device_table(table, count, stream);
   DeviceArray<merge3_coefficient> device_coefficients(coefficients, count * size_t(modes.experts), stream);
   DeviceArray<float> device_lambda(lambda, count, stream);
-  DeviceArray<int64_t> first(chunks.first.data(), chunks.first.size(), stream);
+  DeviceArray<int64_t> first(chunks.first, count + 1, stream);
   MERGE3_TRY(device_table.status);
   MERGE3_TRY(device_coefficients.status);
   MERGE3_TRY(device_lambda.status);
   MERGE3_TRY(first.status);
-  const Args args{device_table.get(), device_coefficients.get(), device_lambda.get(), first.get(),
-                  tensors, modes.seed, modes.normalize != 0};
-  cudaError_t status = cudaErrorInvalidValue;
-  dispatch_experts(modes.experts, [&](auto k) {
-    dispatch_sparsify(modes.sparsify, [&](auto s) {
-      dispatch_elect(modes.elect, [&](auto e) {
-        status = launch(merge_kernel<decltype(k)::value, decltype(s)::value, decltype(e)::value>,
-                        chunks.count(), stream, args);
-      });
-    });
-  });
-  return status;
+  return merge_resident_cuda(modes, tensors, chunks.count(), device_table.get(), first.get(),
+                             device_coefficients.get(), device_lambda.get(), raw_stream);
 }
 
 }  // namespace merge3

@@ -223,7 +223,7 @@ int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, doub
   const Chunks chunks(table, tensors);
   const int pairs = (experts + 1) * (experts + 2) / 2;
   DeviceArray<merge3_tensor> device_table(table, size_t(tensors), stream);
-  DeviceArray<int64_t> first(chunks.first.data(), chunks.first.size(), stream);
+  DeviceArray<int64_t> first(chunks.first, size_t(tensors) + 1, stream);
   DeviceArray<double> sums(size_t(chunks.count() * pairs), stream);
   MERGE3_TRY(device_table.status);
   MERGE3_TRY(first.status);

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <stdlib.h>
+#include <string.h>
 
 #include <string>
 #include <vector>
@@ -53,6 +54,17 @@ int device_of(const Tensor& x) {
 #endif
 }
 
+// Work on a GPU goes to the stream that torch is using there.
+merge3_context context_on(int device, int32_t index) {
+  merge3_context c{device, nullptr, &kTorchThreads};
+#if defined(MERGE3_WITH_CUDA) && !defined(MERGE3_EMULATED)
+  if (device == MERGE3_CUDA)
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &c.stream) == 0, "merge3: no CUDA stream");
+#endif
+  (void)index;
+  return c;
+}
+
 // One row per tensor, K experts each (expert fastest); `out` and `base` may be empty lists.
 struct Table {
   std::vector<merge3_tensor> rows;
@@ -85,29 +97,22 @@ struct Table {
       if (!out.empty()) {
         row.out = data(out[size_t(t)], row, "out", t, false);
         row.out_dtype = storage_dtype(out[size_t(t)], "out", t);
-        for (int k = 0; k < experts; ++k)
-          STD_TORCH_CHECK(row.numel == 0 || row.out != row.experts[k], "merge3: out[", t,
-                          "] is experts[", t * experts + k, "]: expected memory of its own (it may be base)");
       }
     }
   }
 
-  merge3_context context() const {
-    merge3_context c{device, nullptr, &kTorchThreads};
-#if defined(MERGE3_WITH_CUDA) && !defined(MERGE3_EMULATED)
-    if (device == MERGE3_CUDA)
-      STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_index, &c.stream) == 0, "merge3: no CUDA stream");
-#endif
-    return c;
-  }
+  bool here(const Tensor& x) const { return device_of(x) == device && x.get_device_index() == device_index; }
+
+  merge3_context context() const { return context_on(device, device_index); }
 
  private:
   void* data(const Tensor& x, const merge3_tensor& row, const char* list, int64_t i, bool same_dtype) const {
     STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
     STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
                     " elements, expected ", row.numel);
-    STD_TORCH_CHECK(device_of(x) == device && x.get_device_index() == device_index,
-                    "merge3: ", list, "[", i, "]: on another device than experts[0]");
+    STD_TORCH_CHECK(here(x), "merge3: ", list, "[", i, "]: on another device than experts[0]");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % (row.dtype == MERGE3_FLOAT32 ? 4 : 2) == 0, "merge3: ", list,
+                    "[", i, "]: misaligned, expected an address that is a multiple of its element size");
     STD_TORCH_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, "merge3: ", list, "[", i,
                     "]: its dtype differs from the first expert's of this tensor");
     return x.data_ptr();
@@ -122,33 +127,84 @@ T* host(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
   return static_cast<T*>(x.data_ptr());
 }
 
-void set_rank_tables(Table& table, const Tensors& tables, int64_t stride, const char* name) {
+void set_rank_tables(Table& table, const Tensors& tables, int64_t stride, const char* name, bool slices = false) {
   STD_TORCH_CHECK(tables.size() == table.rows.size() * size_t(table.experts), "merge3: ", tables.size(), " ", name,
                   ": expected ", table.rows.size() * size_t(table.experts));
   for (size_t i = 0; i < tables.size(); ++i) {
     merge3_tensor& row = table.rows[i / size_t(table.experts)];
-    const int64_t expected = row.columns ? row.numel / row.columns * stride : 0;
+    // A slice has the tables of its whole tensor.
+    const int64_t found = tables[i].numel(), expected = row.columns ? (row.offset + row.numel + row.columns - 1) / row.columns * stride : 0;
     STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Float && tables[i].is_contiguous() &&
-                        tables[i].numel() == expected,
-                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32, found ", tables[i].numel());
+                        (found == expected || (slices && found > expected)) && table.here(tables[i]),
+                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32 on the device of experts[0], found ",
+                    tables[i].numel(), " elements");
     row.rank_tables[i % size_t(table.experts)] = static_cast<const float*>(tables[i].data_ptr());
   }
 }
 
-void merge_(Tensors out, Tensors base, Tensors experts, Tensor coefficients, Tensor lambda, Tensor ids,
-            Tensors rank_tables, int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
+// columns: of each row's tensor where the rows are slices, whose own shapes do not tell.
+Table merge_table(const Tensors& out, const Tensors& base, const Tensors& experts, const Tensor& ids, const Tensors& rank_tables,
+                  int64_t sparsify, const Tensor* offsets = nullptr, const Tensor* columns = nullptr) {
   const int64_t T = int64_t(out.size());
-  if (T == 0) return;
   Table table(out, base, experts, T);
   const int64_t* id = host<int64_t>(ids, ScalarType::Long, T, "ids");
-  for (int64_t t = 0; t < T; ++t) table.rows[size_t(t)].id = uint32_t(id[t]);
-  if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables");
-  const int64_t fields = sizeof(merge3_coefficient) / sizeof(float);
-  const auto* c = reinterpret_cast<const merge3_coefficient*>(
-      host<float>(coefficients, ScalarType::Float, T * table.experts * fields, "coefficients"));
+  const bool slices = offsets && offsets->numel() != 0;
+  const int64_t* offset = slices ? host<int64_t>(*offsets, ScalarType::Long, T, "offsets") : nullptr;
+  const int64_t* column = slices ? host<int64_t>(*columns, ScalarType::Long, T, "columns") : nullptr;
+  for (int64_t t = 0; t < T; ++t) {
+    merge3_tensor& row = table.rows[size_t(t)];
+    row.id = uint32_t(id[t]);
+    if (slices) row.offset = offset[t], row.columns = column[t];
+  }
+  if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables", slices);
+  return table;
+}
+
+constexpr int64_t kFields = sizeof(merge3_coefficient) / sizeof(float);
+
+const merge3_coefficient* as_coefficients(const Tensor& x, int64_t pairs) {
+  return reinterpret_cast<const merge3_coefficient*>(host<float>(x, ScalarType::Float, pairs * kFields, "coefficients"));
+}
+
+void merge_(Tensors out, Tensors base, Tensors experts, Tensor coefficients, Tensor lambda, Tensor ids, Tensor offsets,
+            Tensor columns, Tensors rank_tables, int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
+  const int64_t T = int64_t(out.size());
+  if (T == 0) return;
+  const Table table = merge_table(out, base, experts, ids, rank_tables, sparsify, &offsets, &columns);
   const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
   const merge3_context context = table.context();
-  require(merge3_merge(&context, &modes, T, table.rows.data(), c, host<float>(lambda, ScalarType::Float, T, "lambda_")));
+  require(merge3_merge(&context, &modes, T, table.rows.data(), as_coefficients(coefficients, T * table.experts),
+                       host<float>(lambda, ScalarType::Float, T, "lambda_")));
+}
+
+// A prepared table: first[T + 1], then the rows. Its bytes go to the device as they are.
+void prepare_(Tensor table, Tensors out, Tensors base, Tensors experts, Tensor ids, Tensors rank_tables, int64_t sparsify) {
+  const int64_t T = int64_t(out.size());
+  const Table rows = merge_table(out, base, experts, ids, rank_tables, sparsify);
+  char* to = host<char>(table, ScalarType::Byte, 8 * (T + 1) + T * int64_t(sizeof(merge3_tensor)), "table");
+  const merge3_modes modes{rows.experts, int32_t(sparsify), 0, 0, 0};
+  const merge3_context context = rows.context();
+  require(merge3_prepare(&context, &modes, T, rows.rows.data(), reinterpret_cast<int64_t*>(to)));
+  memcpy(to + 8 * (T + 1), rows.rows.data(), size_t(T) * sizeof(merge3_tensor));
+}
+
+void merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda, int64_t tensors, int64_t chunks, int64_t experts,
+                     int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
+  const auto resident = [&](const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
+    STD_TORCH_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), "merge3: ", name,
+                    ": on another device than the table");
+    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, "merge3: ", name, ": expected ", numel,
+                    " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
+    return static_cast<const char*>(x.data_ptr());
+  };
+  const int64_t head = 8 * (tensors + 1);
+  const char* data = resident(table, ScalarType::Byte, head + tensors * int64_t(sizeof(merge3_tensor)), "table");
+  const merge3_modes modes{int32_t(experts), int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
+  const merge3_context context = context_on(device_of(table), table.get_device_index());
+  require(merge3_merge_resident(
+      &context, &modes, tensors, chunks, reinterpret_cast<const merge3_tensor*>(data + head), reinterpret_cast<const int64_t*>(data),
+      reinterpret_cast<const merge3_coefficient*>(resident(coefficients, ScalarType::Float, tensors * experts * kFields, "coefficients")),
+      reinterpret_cast<const float*>(resident(lambda, ScalarType::Float, tensors, "lambda_"))));
 }
 
 void elementwise_(Tensors out, Tensors base, Tensors experts, Tensor scalars, Tensor per_expert, Tensors rows,
@@ -204,7 +260,11 @@ void rank_tables_(Tensors tables, Tensor bin_l1, Tensors base, Tensors experts) 
 
 STABLE_TORCH_LIBRARY(merge3, m) {
   m.def("merge_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor coefficients, Tensor lambda_, "
-        "Tensor ids, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
+        "Tensor ids, Tensor offsets, Tensor columns, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
+  m.def("prepare_(Tensor(a!) table, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
+        "int sparsify) -> ()");
+  m.def("merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda_, int tensors, int chunks, int experts, "
+        "int sparsify, int elect, bool normalize, int seed) -> ()");
   m.def("elementwise_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor scalars, Tensor per_expert, "
         "Tensor[] rows, int rule) -> ()");
   m.def("gram_(Tensor(a!) gram, Tensor[] base, Tensor[] experts) -> ()");
@@ -216,6 +276,8 @@ STABLE_TORCH_LIBRARY(merge3, m) {
 #define MERGE3_IMPLEMENT(key)                               \
   STABLE_TORCH_LIBRARY_IMPL(merge3, key, m) {               \
     m.impl("merge_", TORCH_BOX(&merge_));                   \
+    m.impl("prepare_", TORCH_BOX(&prepare_));               \
+    m.impl("merge_prepared_", TORCH_BOX(&merge_prepared_)); \
     m.impl("elementwise_", TORCH_BOX(&elementwise_));       \
     m.impl("gram_", TORCH_BOX(&gram_));                     \
     m.impl("order_statistics_", TORCH_BOX(&order_statistics_)); \
@@ -233,5 +295,6 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   if (m == nullptr) return m;
   PyModule_AddStringConstant(m, "build", merge3_build());
   PyModule_AddStringConstant(m, "cpu", merge3_cpu());
+  PyModule_AddIntConstant(m, "tensor_bytes", sizeof(merge3_tensor));
   return m;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from merge3.statistics import Statistics, rows_of
 
 Get = Callable[[Any], torch.Tensor]
 Output = tuple[str, Step, torch.Tensor]  # tensor name, what to do, where to
+PREPARED = 8  # tables kept: one search uses one or two, a daemon's drivers may mix methods
 
 
 def steps_for(method: Method, jobs: list[Job], statistics: Statistics) -> list[Step]:
@@ -22,8 +24,11 @@ def steps_for(method: Method, jobs: list[Job], statistics: Statistics) -> list[S
     return [method.step(job, statistics) for job in jobs]
 
 
-def execute(outputs: Iterable[Output], get: Get, seed: int = 0) -> None:
-    """Write every output in place. seed: of random keeps; each tensor draws from a stream of its name."""
+def execute(outputs: Iterable[Output], get: Get, seed: int = 0, prepared: OrderedDict | None = None) -> None:
+    """Write every output in place. seed: of random keeps; each tensor draws from a stream of its name.
+
+    prepared: kept by a caller who executes ever the same tensors; see kernels.Prepared.
+    """
     fused: dict[tuple, list[tuple[str, Fused, torch.Tensor]]] = {}
     rules: dict[tuple, list[tuple[Elementwise, torch.Tensor]]] = {}
     for name, step, out in outputs:
@@ -38,12 +43,12 @@ def execute(outputs: Iterable[Output], get: Get, seed: int = 0) -> None:
     for (modes, no_base, _, split, columns), group in fused.items():
         if columns:
             turned = [(name, step, rows_of(out, True)) for name, step, out in group]
-            _merge(modes, no_base, split, turned, lambda ref: rows_of(get(ref), True), seed)
+            _merge(modes, no_base, split, turned, lambda ref: rows_of(get(ref), True), seed, None)
             for (_, _, out), (_, _, rows) in zip(group, turned):
                 exchanged = out.transpose(0, -1)
                 exchanged.copy_(rows.reshape(exchanged.shape))
         else:
-            _merge(modes, no_base, split, group, get, seed)
+            _merge(modes, no_base, split, group, get, seed, None if split else prepared)
     for (rule, _), group in rules.items():
         kernels.elementwise_(
             [out for _, out in group],
@@ -56,22 +61,32 @@ def execute(outputs: Iterable[Output], get: Get, seed: int = 0) -> None:
         )
 
 
-def _merge(modes, no_base: bool, split: bool, group: list, get: Get, seed: int) -> None:
+def _merge(modes, no_base: bool, split: bool, group: list, get: Get, seed: int, prepared: OrderedDict | None) -> None:
     rows = rows_of if split else lambda tensor: (tensor,)
     outs = [row for _, _, out in group for row in rows(out)]
     bases = [] if no_base else [row for _, step, _ in group for row in rows(get(step.base))]
     experts = [
         row for _, step, _ in group for together in zip(*(rows(get(e)) for e in step.experts)) for row in together
     ]
-    coefficients = np.concatenate([s.coefficients if split else s.coefficients[None] for _, s, _ in group])
-    lambdas = np.concatenate([np.broadcast_to(s.lambda_, len(s.coefficients) if split else 1) for _, s, _ in group])
+    coefficients = torch.from_numpy(
+        np.concatenate([s.coefficients if split else s.coefficients[None] for _, s, _ in group]).astype(np.float32)
+    )
+    lambdas = torch.from_numpy(
+        np.concatenate([np.broadcast_to(s.lambda_, len(s.coefficients) if split else 1) for _, s, _ in group]).astype(np.float32)
+    )
     # Rows of one tensor are drawn and thinned alike; only deterministic methods split tensors.
-    ids = [kernels.tensor_id(name) for name, _, out in group for _ in rows(out)]
-    kernels.merge_(
-        outs, bases, experts,
-        torch.from_numpy(coefficients.astype(np.float32)),
-        torch.from_numpy(lambdas.astype(np.float32)),
-        kernels.Modes(modes.sparsify, modes.elect, modes.normalize, seed),
-        torch.tensor(ids, dtype=torch.int64),
-        [table for _, step, _ in group for table in step.rank_tables],
-    )  # fmt: skip
+    ids = torch.tensor([kernels.tensor_id(name) for name, _, out in group for _ in rows(out)], dtype=torch.int64)
+    tables = [table for _, step, _ in group for table in step.rank_tables]
+    modes = kernels.Modes(modes.sparsify, modes.elect, modes.normalize, seed)
+    if prepared is None:
+        kernels.merge_(outs, bases, experts, coefficients, lambdas, modes, ids, tables)
+        return
+    # What is prepared holds its tensors, so an address stands for the same memory as long as it is kept.
+    key = (modes.sparsify, no_base, *(t.data_ptr() for tensors in (outs, bases, experts, tables) for t in tensors))
+    if key not in prepared:
+        prepared[key] = kernels.Prepared(outs, bases, experts, ids, tables, modes.sparsify)
+        while len(prepared) > PREPARED:
+            prepared.popitem(last=False)
+    prepared.move_to_end(key)
+    prepared[key].upload(coefficients, lambdas)
+    prepared[key].launch(modes)

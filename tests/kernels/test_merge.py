@@ -172,8 +172,68 @@ def test_output_may_be_the_base_but_not_an_expert():
     inplace = [base[0].clone()]
     kernels.merge_(inplace, inplace, experts, c, lam, Modes("magnitude", "sum"))
     assert torch.equal(inplace[0], expected[0])
-    with pytest.raises(BadInput, match=r"out\[0\] is experts\[1\]"):
+    with pytest.raises(BadInput, match=r"expert 1 of tensor 0 overlaps out of tensor 0|out of tensor 0 overlaps expert 1 of tensor 0"):
         kernels.merge_([experts[1]], base, experts, c, lam)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 24), min_size=6, max_size=6))
+def test_an_output_that_overlaps_anything_is_found(starts):
+    """Two tensors, each with out, base and one expert: 8 elements somewhere in one buffer of 32."""
+    buffer = torch.zeros(32)
+    at = [buffer[s : s + 8] for s in starts]
+    out, base, experts = at[:2], at[2:4], at[4:]
+    touch = lambda a, b: abs(a - b) < 8
+    (o0, o1, b0, b1, e0, e1) = starts
+    bad = touch(o0, o1) or any(touch(o, e) for o in (o0, o1) for e in (e0, e1)) or touch(o0, b1) or touch(o1, b0)
+    bad |= (touch(o0, b0) and o0 != b0) or (touch(o1, b1) and o1 != b1)
+    call = lambda: kernels.merge_(out, base, experts, kernels.coefficients(2, 1), torch.ones(2))
+    if bad:
+        with pytest.raises(BadInput, match=r"(out|base|expert 0) of tensor [01] overlaps .*expected memory of its own"):
+            call()
+    else:
+        call()
+
+
+@pytest.mark.parametrize("sparsify", kernels.SPARSIFY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_give_the_bits_of_the_whole(sparsify, dtype):
+    base, experts = make_case([(70, 3001), (3, 65)], 3, dtype)
+    c, lam = random_coefficients(2, 3)
+    modes, ids = Modes(sparsify, "sum", True, 5), torch.tensor([7, 8])
+    whole = run(base, experts, c, lam, modes, dtype, ids)
+    tables = kernels.rank_tables(base, experts, 2)[0] if sparsify == "ranked" else []
+    out = torch.empty(70 * 3001, dtype=dtype)
+    cuts = [0, kernels.CHUNK, 3 * kernels.CHUNK, out.numel()]
+    pieces = list(zip(cuts, cuts[1:]))[::-1]
+    kernels.merge_(
+        [out[a:b] for a, b in pieces], [base[0].flatten()[a:b] for a, b in pieces],
+        [e.flatten()[a:b] for a, b in pieces for e in experts[:3]], c[:1].repeat(3, 1, 1), lam[:1].repeat(3), modes,
+        ids[:1].repeat(3), tables[:3] * 3, torch.tensor([a for a, _ in pieces]), torch.full((3,), 3001),
+    )  # fmt: skip
+    assert torch.equal(out, whole[0].flatten())
+    with pytest.raises(BadInput, match="slice from element 100: expected a multiple of 65536"):
+        kernels.merge_([out], base[:1], experts[:3], c[:1], lam[:1], Modes(), ids[:1], [], torch.tensor([100]), torch.tensor([3001]))
+
+
+@pytest.mark.parametrize("sparsify", kernels.SPARSIFY)
+def test_a_prepared_merge_gives_the_same_bits_for_every_upload(sparsify):
+    base, experts = make_case(SIZES, 3, torch.bfloat16)
+    ids = torch.arange(len(base)) * 31
+    tables = kernels.rank_tables(base, experts, len(base))[0] if sparsify == "ranked" else []
+    out = [torch.empty_like(b) for b in base]
+    prepared = kernels.Prepared(out, base, experts, ids, tables, sparsify)
+    for seed, elect in enumerate(kernels.ELECT):
+        c, lam = random_coefficients(len(base), 3, seed)
+        modes = Modes(sparsify, elect, seed % 2 == 0, seed)
+        prepared.upload(c, lam)
+        prepared.launch(modes)
+        for found, expected in zip(out, run(base, experts, c, lam, modes, torch.bfloat16, ids)):
+            assert torch.equal(found, expected)
+    with pytest.raises(BadInput, match="as prepared"):
+        prepared.launch(Modes("band" if sparsify != "band" else "all"))
+    with pytest.raises(BadInput, match="coefficients"):
+        prepared.upload(c[:, :2], lam)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,6 +253,12 @@ def test_float16_results_round_to_nearest_even_and_overflow_to_infinity():
     assert torch.equal(out, values.half())
 
 
+def misaligned(numel):
+    """A float32 tensor one byte off, which only foreign memory can be."""
+    raw = bytearray(4 * numel + 8)
+    return torch.frombuffer(memoryview(raw)[1 : 1 + 4 * numel], dtype=torch.float32)
+
+
 def test_bad_arguments_name_the_tensor():
     base, experts = make_case([8, 8], 2, torch.float32)
     c, lam, out = kernels.coefficients(2, 2), torch.ones(2), [torch.empty(8), torch.empty(8)]
@@ -206,6 +272,8 @@ def test_bad_arguments_name_the_tensor():
         (dict(coefficients=kernels.coefficients(2, 3)), rf"coefficients: found {2 * 3 * FIELDS} elements"),
         (dict(lambda_=lam.double()), r"lambda_: expected a contiguous CPU tensor"),
         (dict(experts=experts * 9), r"18 experts: expected 1 to 8"),
+        (dict(experts=[]), r"0 expert tensors for 2 tensors"),
+        (dict(base=[base[0], misaligned(8)]), r"base\[1\]: misaligned"),
     ]
     for change, message in cases:
         arguments = dict(out=out, base=base, experts=experts, coefficients=c, lambda_=lam) | change
@@ -260,7 +328,7 @@ def test_operators_pass_opcheck():
     out = [torch.empty(16)]
     torch.library.opcheck(
         torch.ops.merge3.merge_.default,
-        (out, base, experts, c, torch.ones(1), torch.arange(1), [], 1, 1, True, 0),
+        (out, base, experts, c, torch.ones(1), torch.arange(1), *[torch.empty(0, dtype=torch.int64)] * 2, [], 1, 1, True, 0),
     )
     torch.library.opcheck(
         torch.ops.merge3.gram_.default, (torch.empty(1, 3, 3, dtype=torch.float64), base, experts)

@@ -25,6 +25,8 @@ extern "C" {
 #define MERGE3_RANK_BINS 32
 /* Floats per row of a rank table: (bins - 1) boundaries, then one mean rank per bin. */
 #define MERGE3_RANK_STRIDE (2 * MERGE3_RANK_BINS - 1)
+/* Elements that one thread or block works on; slices of a tensor start at multiples of it. */
+#define MERGE3_CHUNK 65536
 
 typedef enum {
   MERGE3_OK = 0,
@@ -55,6 +57,9 @@ typedef struct {
   const float *rank_tables[MERGE3_MAX_EXPERTS]; /* ranked only: [rows, MERGE3_RANK_STRIDE] */
   int64_t numel;
   int64_t columns; /* ranked and arcee_fusion: elements per row */
+  /* merge: where this row starts in its whole tensor, a multiple of MERGE3_CHUNK. The slices of a
+   * tensor give the bits of the whole; their rank tables are the whole tensor's. */
+  int64_t offset;
   int32_t dtype;     /* of base and experts */
   int32_t out_dtype;
   uint32_t id; /* names the tensor's random stream; stable across calls */
@@ -96,6 +101,18 @@ typedef struct {
 merge3_status merge3_merge(const merge3_context *context, const merge3_modes *modes,
                            int64_t tensors, const merge3_tensor *table,
                            const merge3_coefficient *coefficients, const float *lambda);
+
+/* The same for a table that stays: prepare it once, put it where the tensors lie, then merge as often
+ * as coefficients change. merge3_prepare checks the table for these modes (K and sparsify count) and
+ * fills first[tensors + 1]: how many chunks come before each tensor, and in all.
+ * Every array given to merge3_merge_resident is memory of the device: on a GPU it is one launch, with
+ * no copy and no synchronisation, so a CUDA graph can capture it. */
+merge3_status merge3_prepare(const merge3_context *context, const merge3_modes *modes,
+                             int64_t tensors, const merge3_tensor *table, int64_t *first);
+merge3_status merge3_merge_resident(const merge3_context *context, const merge3_modes *modes,
+                                    int64_t tensors, int64_t chunks, const merge3_tensor *table,
+                                    const int64_t *first, const merge3_coefficient *coefficients,
+                                    const float *lambda);
 
 /* Methods whose per-element rule is not a sparsified, elected, scaled sum. */
 typedef enum {
