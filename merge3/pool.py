@@ -1,16 +1,19 @@
-"""The pool: a base and its experts, resident or memory-mapped, aligned tensor by tensor.
+"""The pool: a base and its experts, aligned tensor by tensor, resident or streamed within a memory budget.
 
 On the CPU the memory-mapped files are the pool, so no expert is ever copied; on another device, or
-where an endpoint's dtype differs, each tensor is copied there once.
+where an endpoint's dtype differs, each tensor is copied there once, or whenever it is used if the
+budget has no room for it.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,8 +21,11 @@ from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
 from merge3.errors import BadInput, CheckpointError, Unavailable
+from merge3.memory import DEVICE, HOST, MemoryPlan, parse_size, pinnable, plan_memory
 from merge3.recipe import ModelRef
 from merge3.statistics import Statistics
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Pool:
 
     kept: tensors that cannot be merged and stay the base's, with the reason.
     heads: expert -> tensors outside the backbone, which stay with their expert.
+    memory: which tensors are resident.
     """
 
     endpoints: dict[str, Checkpoint]
@@ -36,11 +43,15 @@ class Pool:
     kept: dict[str, str] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
     statistics: Statistics = field(init=False)
+    memory: MemoryPlan = field(init=False)
     _resident: dict[Ref, torch.Tensor] = field(default_factory=dict, repr=False)
+    _pinned: dict[Ref, torch.Tensor] = field(default_factory=dict, repr=False)
+    _mapped: dict[Ref, int] = field(default_factory=dict, repr=False)  # streamed from a file, in memory now: bytes
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        self.statistics = Statistics(self.get)
+        self.statistics = Statistics(self.get, self.in_groups)
+        self.memory = MemoryPlan(str(self.device), None, 0, 0)
 
     @staticmethod
     def open(
@@ -48,19 +59,19 @@ class Pool:
         experts: Iterable[str | ModelRef],
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         locate: Callable[[str], str] = str,
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
         dtype: convert every endpoint to it (default: as stored, promoted where endpoints differ).
-        memory_budget: not available yet; everything is resident or memory-mapped.
+        memory_budget: bytes, or a size such as "20GiB", that the live model and the weights may take on the
+        device (on the CPU: of resident memory); what does not fit is streamed. Default: everything is resident.
         locate: from a path as named to where it lies; endpoints keep the names they were given.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
         an expert lacks a tensor of the base.
         """
-        if memory_budget is not None:
-            raise Unavailable("memory_budget", "streaming tiers are not built yet", "None")
+        budget = None if memory_budget is None else parse_size(memory_budget)
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device", "no CUDA device can be used here", "cpu")
@@ -70,6 +81,7 @@ class Pool:
             endpoints.setdefault(str(ref), _open(ref, locate))
         pool = Pool(endpoints, device, dtype)
         pool._align()
+        pool._plan(budget)
         return pool
 
     @property
@@ -107,14 +119,55 @@ class Pool:
 
     def get(self, ref: Ref) -> torch.Tensor:
         """A tensor on the pool's device, in the common dtype of its name (integers as they are)."""
+        return self.staged(ref).to(self.device)
+
+    def staged(self, ref: Ref) -> torch.Tensor:
+        """The same where it lies: a streamed tensor in host memory, pinned or a view of the mapped file."""
         if ref in self._resident:
             return self._resident[ref]
+        if ref in self._pinned:
+            return self._pinned[ref]
         tensor = self.endpoints[ref.model].get(self._info(ref).name)
-        wanted = self.common_dtype(ref.tensor) if tensor.is_floating_point() else tensor.dtype
-        if tensor.dtype != wanted or tensor.device != self.device:
-            tensor = tensor.to(self.device, wanted)
-        self._resident[ref] = tensor  # on the CPU a view of the mapped file: costs no memory
+        tensor = tensor.to(self.common_dtype(ref.tensor) if tensor.is_floating_point() else tensor.dtype)
+        tier = self.memory.tier(ref)
+        if tier == DEVICE:
+            self._resident[ref] = tensor = tensor.to(self.device)  # on the CPU a view of the mapped file: costs no memory
+        elif tier == HOST:
+            self._pinned[ref] = tensor = tensor.pin_memory()
+        else:
+            self._use(ref)
         return tensor
+
+    def resident(self, refs: Iterable[Ref]) -> bool:
+        """Whether these tensors stay where a kernel finds them."""
+        return all(self.memory.tier(ref) == DEVICE for ref in refs)
+
+    def in_groups(self, requests: Iterable[T], refs_of: Callable[[T], Iterable[Ref]]) -> Iterator[list[T]]:
+        """Requests in groups whose streamed tensors fit the window together."""
+        group, size = [], 0
+        for request in requests:
+            more = self.memory.streamed(refs_of(request))
+            if group and more and size + more > self.memory.window:
+                yield group
+                group, size = [], 0
+            group.append(request)
+            size += more
+        if group:
+            yield group
+
+    def give_back(self, refs: Iterable[Ref]) -> None:
+        """Take a mapped file's pages out of memory. Harmless while they are in use: they are read again."""
+        for ref in refs:
+            if self._mapped.pop(ref, None) is not None:
+                self.endpoints[ref.model].release(self._info(ref).name)
+
+    def _use(self, ref: Ref) -> None:
+        """Count a streamed tensor's pages as in memory; those used longest ago leave for it."""
+        size = self.memory.streamed((ref,))
+        self.give_back((ref,))
+        while self._mapped and sum(self._mapped.values()) + size > self.memory.window:
+            self.give_back((next(iter(self._mapped)),))
+        self._mapped[ref] = size
 
     def release(self, refs: Iterable[Ref]) -> None:
         """Drop tensors and their statistics: a merge to disk streams through the pool."""
@@ -136,6 +189,7 @@ class Pool:
         for name in sorted({n for c in self.endpoints.values() for n in c.tensors}):
             for model, checkpoint in self.endpoints.items():
                 if name in checkpoint.tensors:
+                    self._read(Ref(model, name))
                     hashes[model][name] = checkpoint.tensor_hash(name)
                     done += checkpoint.tensors[name].nbytes
             self._check_finite(name)
@@ -146,7 +200,11 @@ class Pool:
         """SHA-256 of each endpoint's tensors."""
         for model, checkpoint in self.endpoints.items():
             if model not in self._hashes:
-                self._hashes[model] = checkpoint.content_hash()
+                hashes = {}
+                for name in checkpoint.tensors:
+                    self._read(Ref(model, name))
+                    hashes[name] = checkpoint.tensor_hash(name)
+                self._hashes[model] = combine_hashes(hashes)
         return dict(self._hashes)
 
     def _check_finite(self, name: str) -> None:
@@ -175,6 +233,23 @@ class Pool:
         if not ref.tensor.endswith("lm_head.weight") or not tied(checkpoint.config):
             return None
         return next((n for n in checkpoint.tensors if re.search(r"(embed_tokens|wte|embed_in)\.weight$", n)), None)
+
+    def _read(self, ref: Ref) -> None:
+        if not self.resident((ref,)):
+            self._use(ref)
+
+    def _plan(self, budget: int | None) -> None:
+        # The live model is not built yet: its dtype is the pool's, unless somebody asks for another.
+        sizes = {
+            name: {
+                Ref(model, name): math.prod(c.tensors[name].shape) * self.common_dtype(name).itemsize
+                for model, c in self.endpoints.items() if name in c.tensors
+            }
+            for name in dict.fromkeys(n for c in self.endpoints.values() for n in c.tensors)
+        }  # fmt: skip
+        slot = sum(sizes[name][Ref(self.base, name)] for name in self.base_checkpoint.tensors)
+        host = pinnable() if self.device.type == "cuda" and budget is not None else 0
+        self.memory = plan_memory(sizes.values(), slot, str(self.device), budget, host)
 
     def _align(self) -> None:
         base = self.base_checkpoint

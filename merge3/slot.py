@@ -15,6 +15,7 @@ from merge3.errors import CheckpointError, RecipeError
 from merge3.methods import execute, method_named, plan, steps_for
 from merge3.pool import Pool
 from merge3.recipe import Recipe
+from merge3.streaming import execute_streamed, refs_of
 
 _LOADERS = (
     ("ForSequenceClassification", "AutoModelForSequenceClassification"),
@@ -48,7 +49,10 @@ class Slot:
         jobs = [job for job in planned.jobs if job.name not in head]
         steps = steps_for(method, jobs, self.pool.statistics)
         with torch.no_grad():
-            execute(((j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)), self.pool.get, seed, self._prepared)
+            outputs = [(j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)]
+            here = {name: self.pool.resident(refs_of(step)) for name, step, _ in outputs}
+            execute((o for o in outputs if here[o[0]]), self.pool.get, seed, self._prepared)
+            execute_streamed((o for o in outputs if not here[o[0]]), self.pool, seed)
             for name, ref in planned.copies.items():
                 if name not in head:
                     self._weights[name].copy_(self.pool.get(ref))

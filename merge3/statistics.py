@@ -8,7 +8,7 @@ the singular accessors then read the cache. Keys are the tensors' references, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from merge3 import kernels
 
 Key = Hashable
+InGroups = Callable[[Iterable, Callable[[Any], Iterable[Key]]], Iterable[list]]
 
 
 class Order(NamedTuple):
@@ -30,10 +31,11 @@ class Order(NamedTuple):
 
 
 class Statistics:
-    """Caches over a function that gives the tensor of a key."""
+    """Caches over a function that gives the tensor of a key. in_groups(requests, keys_of): the requests in groups
+    whose tensors may be in memory together."""
 
-    def __init__(self, get: Callable[[Key], torch.Tensor]):
-        self.get = get
+    def __init__(self, get: Callable[[Key], torch.Tensor], in_groups: InGroups = lambda requests, keys_of: [list(requests)]):
+        self.get, self.in_groups = get, in_groups
         self._gram: dict[tuple, np.ndarray] = {}
         self._order: dict[tuple, dict[int, Order]] = {}
         self._ranks: dict[tuple, tuple[torch.Tensor, np.ndarray]] = {}
@@ -52,10 +54,11 @@ class Statistics:
         for base, experts in dict.fromkeys(requests):
             if (base, experts) not in self._gram:
                 by_shape.setdefault((base is None, len(experts)), []).append((base, experts))
-        for (no_base, _), group in by_shape.items():
-            bases = [] if no_base else [self.get(base) for base, _ in group]
-            grams = kernels.gram(bases, [self.get(e) for _, experts in group for e in experts], len(group))
-            self._gram.update(zip(group, grams.numpy()))
+        for (no_base, _), alike in by_shape.items():
+            for group in self.in_groups(alike, lambda request: (request[0], *request[1])):
+                bases = [] if no_base else [self.get(base) for base, _ in group]
+                grams = kernels.gram(bases, [self.get(e) for _, experts in group for e in experts], len(group))
+                self._gram.update(zip(group, grams.numpy()))
 
     def gram(self, base: Key | None, experts: tuple[Key, ...]) -> np.ndarray:
         self.prefetch_gram([(base, experts)])
@@ -83,17 +86,21 @@ class Statistics:
         by_base: dict[bool, list] = {}
         for pair, ranks in wanted.items():
             by_base.setdefault(pair[0] is None, []).append((pair, sorted(ranks)))
-        for no_base, group in by_base.items():
-            width = max(len(ranks) for _, ranks in group)
-            table = torch.tensor([ranks + [ranks[-1]] * (width - len(ranks)) for _, ranks in group])
-            bases = [] if no_base else [self.get(base) for (base, _), _ in group]
-            found = kernels.order_statistics(bases, [self.get(expert) for (_, expert), _ in group], table)
-            columns = [x.squeeze(1).tolist() for x in (found.value, found.greater, found.equal, found.l1_greater)]
-            totals, nonzeros = found.total[:, 0].tolist(), found.nonzero[:, 0].tolist()
-            for i, (pair, ranks) in enumerate(group):
-                cache = self._order.setdefault(pair, {})
-                for j, rank in enumerate(ranks):
-                    cache[rank] = Order(*(c[i][j] for c in columns), totals[i], nonzeros[i])
+        for no_base, alike in by_base.items():
+            for group in self.in_groups(alike, lambda request: request[0]):
+                self._find_order(no_base, group)
+
+    def _find_order(self, no_base: bool, group: list[tuple[tuple, list[int]]]) -> None:
+        width = max(len(ranks) for _, ranks in group)
+        table = torch.tensor([ranks + [ranks[-1]] * (width - len(ranks)) for _, ranks in group])
+        bases = [] if no_base else [self.get(base) for (base, _), _ in group]
+        found = kernels.order_statistics(bases, [self.get(expert) for (_, expert), _ in group], table)
+        columns = [x.squeeze(1).tolist() for x in (found.value, found.greater, found.equal, found.l1_greater)]
+        totals, nonzeros = found.total[:, 0].tolist(), found.nonzero[:, 0].tolist()
+        for i, (pair, ranks) in enumerate(group):
+            cache = self._order.setdefault(pair, {})
+            for j, rank in enumerate(ranks):
+                cache[rank] = Order(*(c[i][j] for c in columns), totals[i], nonzeros[i])
 
     def order(self, base: Key | None, expert: Key, rank: int) -> Order:
         """The rank-th largest |τ| of one expert, 1-based."""
@@ -109,7 +116,8 @@ class Statistics:
         for request in dict.fromkeys(requests):
             if ("variance", *request) not in self._memo:
                 by_count.setdefault(len(request[1]), []).append(request)
-        for group in by_count.values():
+        groups = (g for alike in by_count.values() for g in self.in_groups(alike, lambda request: (request[0], *request[1])))
+        for group in groups:
             found = kernels.order_statistics(
                 [self.get(base) for base, _, _ in group], [self.get(e) for _, experts, _ in group for e in experts],
                 torch.tensor([[rank] for *_, rank in group]), "variance",
@@ -127,11 +135,12 @@ class Statistics:
 
     def prefetch_ranks(self, requests: Iterable[tuple[Key, Key]]) -> None:
         missing = [pair for pair in dict.fromkeys(requests) if pair not in self._ranks]
-        if missing:
-            tables, bin_l1 = kernels.rank_tables(
-                [self.get(base) for base, _ in missing], [self.get(expert) for _, expert in missing], len(missing)
-            )
-            self._ranks.update(zip(missing, zip(tables, bin_l1[:, 0].numpy())))
+        for group in self.in_groups(missing, lambda pair: pair):
+            if group:
+                tables, bin_l1 = kernels.rank_tables(
+                    [self.get(base) for base, _ in group], [self.get(expert) for _, expert in group], len(group)
+                )
+                self._ranks.update(zip(group, zip(tables, bin_l1[:, 0].numpy())))
 
     def ranks(self, base: Key, expert: Key) -> tuple[torch.Tensor, np.ndarray]:
         """The rank table of one task vector, and Σ|τ| per bin of rank [RANK_BINS]."""

@@ -28,6 +28,7 @@ def serve(
     pool: Annotated[list[Path] | None, typer.Option(help="Open at once and keep: a file with `models: [base, ..]`.")] = None,
     export_root: Annotated[Path | None, typer.Option(help="Checkpoints may be written below here; without it they are streamed.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    memory_budget: Annotated[str | None, typer.Option(help="Of each pool on its device, e.g. 20GiB; the rest is streamed.")] = None,
     workers: Annotated[str, typer.Option(help="local, ray (one engine per GPU) or ray:N. RAY_ADDRESS names a cluster.")] = "local",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker (default: its share of the cores).")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
@@ -47,6 +48,7 @@ def serve(
     """Serve until SIGTERM; a second one stops at once."""
     import asyncio
 
+    from merge3.memory import parse_size
     from merge3_server.logs import set_up
     from merge3_server.settings import Limits, Settings
 
@@ -54,6 +56,7 @@ def serve(
         tuple(listen or ["127.0.0.1:50051"]), tuple(root), tuple(pool or ()), export_root, device, workers, threads, tls_cert, tls_key,
         tls_client_ca, token_file, insecure, metrics, grace,
         Limits(queue=max_queue, pools=max_pools, items=max_items, retention=retention, driver_queue=min(256, max_queue)),
+        parse_size(memory_budget) if memory_budget else None,
     )  # fmt: skip
     set_up(log_json, verbose)
     from merge3_server.daemon import serve as run

@@ -6,6 +6,7 @@ start anew between two calls.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from merge3.slot import Slot
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item
 
+log = logging.getLogger("merge3.host")
 ENGINES = 64  # registrations a host keeps prepared; others are prepared again when they are asked for
 Candidate = np.ndarray | Recipe | str  # a genome, a recipe, an endpoint's name
 
@@ -41,6 +43,7 @@ class PoolSpec:
     places: dict[str, str]
     dtype: str
     device: str
+    memory_budget: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,9 @@ class Host:
         if spec.pool_id in self._closed:
             raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
-            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, locate=lambda path: spec.places.get(path, path))
+            where = lambda path: spec.places.get(path, path)
+            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, memory_budget=spec.memory_budget, locate=where)
+            log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))
             slot = Slot(pool, getattr(torch, spec.dtype) if spec.dtype else None)
             slot.model.register_forward_pre_hook(self._between_batches)

@@ -117,4 +117,4 @@ class Pools:
                 if part is not None:
                     places[part.path] = self.roots.directory(part.path)
         pool_id = hashlib.sha256(repr((names, sorted(places.items()), dtype)).encode()).hexdigest()[:32]
-        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device)
+        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device, self.settings.memory_budget)

@@ -36,7 +36,7 @@ class Limits:
 class Settings:
     """listen: `host:port` (port 0: a free one) or `unix:/path`. roots: where checkpoints may be read. workers:
     `local`, or `ray[:N]`; threads: of each on the CPU (default: its share of the cores).
-    grace: seconds that calls under way have when the daemon is asked to stop."""
+    grace: seconds that calls under way have when the daemon is asked to stop. memory_budget: bytes, of each pool."""
 
     listen: tuple[str, ...]
     roots: tuple[Path, ...]
@@ -53,6 +53,7 @@ class Settings:
     metrics: str | None = None
     grace: float = 30.0
     limits: Limits = Limits()
+    memory_budget: int | None = None
 
     def __post_init__(self):
         if not self.roots:

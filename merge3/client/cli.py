@@ -18,6 +18,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed.")
+]
 Ca = Annotated[str | None, typer.Option("--tls-ca", help="TLS: PEM of the authority to trust, or `system`.")]
 Certificate = Annotated[Path | None, typer.Option("--tls-cert", help="PEM certificate to show the daemon.")]
 Key = Annotated[Path | None, typer.Option("--tls-key", help="Its PEM key.")]
@@ -57,6 +60,7 @@ def evolve(
     budget: Annotated[int | None, typer.Option(help="Candidates; overrides the file.")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides the file.")] = None,
     device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
     server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
     tls_ca: Ca = None,
@@ -71,7 +75,9 @@ def evolve(
     from merge3.search.config import load_config
 
     target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
-    result = run.evolve(load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export, target)
+    result = run.evolve(
+        load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export, target, memory_budget
+    )
     _finish(result, run_dir, as_json)
 
 
@@ -81,13 +87,14 @@ def evaluate(
     items: Annotated[list[Path], typer.Argument(help="JSONL files of items.")],
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
     as_json: Json = False,
 ):
     """Ask a model, or a recipe's merge, the items of one or more files."""
     from merge3.client.evaluate import evaluate_files
 
-    result = evaluate_files(what, items, seed, device, responses)
+    result = evaluate_files(what, items, seed, device, responses, memory_budget)
     if as_json:
         print(json.dumps(result))
         return

@@ -19,8 +19,9 @@ from merge3.tasks import read_items
 
 
 def evaluate_files(
-    what: Path, files: list[Path], seed: int = 0, device: str = "cpu", responses_file: Path | None = None
-) -> dict[str, Any]:
+    what: Path, files: list[Path], seed: int = 0, device: str = "cpu", responses_file: Path | None = None,
+    memory_budget: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "seconds"}."""
     items = [item for file in files for item in read_items(file)]
     seen: set[tuple[str, str]] = set()
@@ -29,12 +30,13 @@ def evaluate_files(
             raise ItemsError(f"task {item.task!r}", f"item id {item.id!r} in two files", "unique ids within a task")
         seen.add((item.task, item.id))
     if what.is_dir() or what.suffix not in (".yaml", ".yml"):
-        pool, dtype = Pool.open(str(what), [], device), None
+        pool, dtype = Pool.open(str(what), [], device, memory_budget=memory_budget), None
         subject = pool.base
     else:
         subject = Recipe.from_yaml(what)
         models = subject.models()
-        pool, dtype = Pool.open(models[0], models[1:], device), subject.out_dtype or subject.dtype
+        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
+        dtype = subject.out_dtype or subject.dtype
     engine = LocalEngine(pool, seed, dtype=getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
     responses = engine.answer(subject, items)

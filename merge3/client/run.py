@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def evolve(
     config: EvolveConfig, directory: Path, resume: bool = False, as_json: bool = False, quiet: bool = False,
-    device: str = "cpu", export: bool = True, target: Target | None = None,
+    device: str = "cpu", export: bool = True, target: Target | None = None, memory_budget: str | None = None,
 ) -> dict[str, Any] | None:
     """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C.
 
@@ -40,7 +40,7 @@ def evolve(
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
     questions = load_questions(config)  # bad items are found before any model is opened
-    with closing(open_engine(config, device, quiet, target)) as engine:
+    with closing(open_engine(config, device, quiet, target, memory_budget)) as engine:
         store = RunStore(directory)
         if not quiet:
             print(questions.assumed[2], file=sys.stderr)
@@ -59,20 +59,24 @@ def evolve(
     return result
 
 
-def open_pool(models, device: str = "cpu", quiet: bool = False) -> Pool:
+def open_pool(models, device: str = "cpu", quiet: bool = False, memory_budget: str | None = None) -> Pool:
     """Open every model, read it once (hashes, statistics, NaN check) and say what is there."""
-    pool = Pool.open(models[0], models[1:], device)
+    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
+    if not quiet:
+        print(pool.memory.describe(), file=sys.stderr)
     pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
     _say_kept(pool.kept, quiet)
     return pool
 
 
-def open_engine(config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None) -> Engine:
+def open_engine(
+    config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None, memory_budget: str | None = None,
+) -> Engine:  # fmt: skip
     """A run's engine, in this process or on a daemon."""
     seed, chat = config.optimizer.seed, config.apply_chat_template
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        return LocalEngine(open_pool(config.models, device, quiet), seed, chat, dtype)
+        return LocalEngine(open_pool(config.models, device, quiet, memory_budget), seed, chat, dtype)
     from merge3.client.remote import RemoteEngine
 
     engine = RemoteEngine(target, config.models, seed, chat, config.genome.dtype)

@@ -181,3 +181,11 @@ def test_nothing_names_this_machine():
         if path.is_file() and path.suffix in (".py", ".md", ".toml", ".txt", ".h", ".cpp", ".cu", ".yaml", ".json", ""):
             text = path.read_text(errors="ignore")
             assert "/wo" + "rk/" not in text and "/ro" + "ot/" not in text, name
+
+
+def test_a_bad_memory_budget_is_one_line(family, tmp_path):
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"id": "a", "kind": "choice", "prompt": "x", "choices": ["y", "z"], "answer": 0}\n')
+    for budget, message in (("plenty", "memory_budget: found 'plenty'"), ("1KiB", "memory_budget: found 0.0 MiB; expected at least")):
+        done = client("evaluate", str(family / "base"), str(items), "--memory-budget", budget)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

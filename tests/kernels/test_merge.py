@@ -205,7 +205,7 @@ def test_slices_give_the_bits_of_the_whole(sparsify, dtype):
     tables = kernels.rank_tables(base, experts, 2)[0] if sparsify == "ranked" else []
     out = torch.empty(70 * 3001, dtype=dtype)
     cuts = [0, kernels.CHUNK, 3 * kernels.CHUNK, out.numel()]
-    pieces = list(zip(cuts, cuts[1:]))[::-1]
+    pieces = list(itertools.pairwise(cuts))[::-1]
     kernels.merge_(
         [out[a:b] for a, b in pieces], [base[0].flatten()[a:b] for a, b in pieces],
         [e.flatten()[a:b] for a, b in pieces for e in experts[:3]], c[:1].repeat(3, 1, 1), lam[:1].repeat(3), modes,

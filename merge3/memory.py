@@ -1,0 +1,106 @@
+"""Where a pool's weights lie within a budget of bytes: what stays on the device and what is streamed to it.
+
+Three tiers. `device`: resident, read by every swap where it lies. `host`: pinned memory, copied through a
+window on the device. `file`: the memory-mapped checkpoint, through the same window; on the CPU its pages are
+given back after use. The tier never changes a result.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from merge3.errors import BadInput
+from merge3.kernels import CHUNK, MAX_EXPERTS
+
+DEVICE, HOST, FILE = "device", "host", "file"
+WINDOW = 512 << 20  # bytes; larger ones stream no faster
+PADDING = 256  # bytes, between what lies in a window
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of each part. slot: the live model; resident, host, file: weights per tier; window: the part of the
+    device that streamed weights pass through. A model's activations come on top."""
+
+    device: str
+    budget: int | None
+    slot: int
+    resident: int
+    host: int = 0
+    file: int = 0
+    window: int = 0
+    away: Mapping[Hashable, tuple[str, int]] = field(default_factory=dict, repr=False)  # streamed: tier, bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.slot + self.resident + self.window
+
+    def tier(self, key: Hashable) -> str:
+        return self.away[key][0] if key in self.away else DEVICE
+
+    def streamed(self, keys: Iterable[Hashable]) -> int:
+        """Bytes that pass through the window when these tensors are used together."""
+        return sum(self.away[key][1] for key in keys if key in self.away)
+
+    def describe(self) -> str:
+        """One line: what lies where."""
+        parts = [f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"]
+        if self.away:
+            parts[0] += f", window {_gib(self.window)}"
+        parts += [f"streamed from pinned memory {_gib(self.host)}"] if self.host else []
+        parts += [f"streamed from the files {_gib(self.file)}"] if self.file else []
+        parts += [f"budget {_gib(self.budget)}" if self.budget is not None else "no budget"]
+        return "memory: " + "; ".join(parts)
+
+
+def plan_memory(
+    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
+) -> MemoryPlan:
+    """Fill the budget with resident weights, in order; stream the others.
+
+    groups: per output tensor, what it is computed from and each one's bytes (they are used together, so
+    they stay or leave together). slot: bytes of the live model. host: bytes of pinned memory to use at most.
+    Raises BadInput where not even the live model and one group at a time fit.
+    """
+    groups = [dict(group) for group in groups]
+    sizes = [sum(group.values()) for group in groups]
+    if budget is None or slot + sum(sizes) <= budget:
+        return MemoryPlan(device, budget, slot, sum(sizes))
+    # Statistics read whole tensors; a swap, which reads slices, makes two buffers of the same bytes.
+    window = max([min(WINDOW, budget // 8), 2 * (4 * CHUNK + PADDING) * (MAX_EXPERTS + 1), *sizes])
+    free = budget - slot - window
+    if free < 0:
+        raise BadInput(
+            "memory_budget", f"found {_gib(budget)}",
+            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, the largest tensor of all models {_gib(window)}",
+        )  # fmt: skip
+    away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
+    for group, size in zip(groups, sizes):
+        tier = DEVICE if size <= free - used[DEVICE] else HOST if size <= host - used[HOST] else FILE
+        used[tier] += size
+        if tier != DEVICE:
+            away.update({key: (tier, nbytes) for key, nbytes in group.items()})
+    return MemoryPlan(device, budget, slot, used[DEVICE], used[HOST], used[FILE], window, away)
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes from a number or a text like 20GiB, 20 GB, 500MiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise BadInput("memory_budget", f"found {text!r}", "bytes, or a size such as 20GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def pinnable() -> int:
+    """Bytes of host memory that a pool may pin: half of what is free, since pages once pinned cannot be swapped out."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

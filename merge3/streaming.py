@@ -1,0 +1,143 @@
+"""Swapping what does not lie on the device: window after window of slices passes through two buffers, one being
+filled while the kernel reads the other.
+
+Tensors are cut at multiples of a chunk, which never changes a result. On the CPU the slices are views of the
+mapped files, and a window is a bound on the pages that are in memory at one time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from merge3 import kernels
+from merge3.checkpoint.layout import Ref
+from merge3.memory import PADDING
+from merge3.methods.base import Copy, Fused, Step
+from merge3.methods.execute import Output, execute
+from merge3.pool import Pool
+
+
+class Piece(NamedTuple):
+    """Elements [begin, end) of one output, and what they are computed from."""
+
+    name: str
+    step: Fused
+    out: torch.Tensor
+    begin: int
+    end: int
+
+    @property
+    def refs(self) -> list[Ref]:
+        return refs_of(self.step)
+
+
+def refs_of(step: Step) -> list[Ref]:
+    """The tensors a step reads."""
+    if isinstance(step, Copy):
+        return [step.source]
+    return [*([step.base] if step.base is not None else []), *step.experts]
+
+
+def execute_streamed(outputs: Iterable[Output], pool: Pool, seed: int = 0) -> None:
+    """As methods.execute, for outputs whose inputs are not all resident."""
+    alike: dict[tuple, list[Output]] = {}
+    for output in outputs:
+        step = output[1]
+        if isinstance(step, Fused) and step.coefficients.ndim == 2 and not step.columns:
+            alike.setdefault((step.modes, step.base is None, len(step.experts)), []).append(output)
+        else:  # rules and coefficients of single rows need whole tensors: one output at a time
+            execute([output], pool.get, seed)
+    for (modes, _, _), group in alike.items():
+        modes = kernels.Modes(modes.sparsify, modes.elect, modes.normalize, seed)
+        buffers = _Buffers(pool)
+        for window in windows(group, pool, pool.memory.window // 2):
+            inputs = buffers.fill(window)
+            _merge(window, inputs, modes)
+            buffers.read(window)
+
+
+def windows(outputs: Iterable[Output], pool: Pool, limit: int) -> Iterator[list[Piece]]:
+    """Pieces in order, as many at a time as `limit` bytes of streamed inputs allow (at least one chunk)."""
+    window, left = [], limit
+    for name, step, out in outputs:
+        refs = refs_of(step)
+        per_element = sum(pool.common_dtype(ref.tensor).itemsize for ref in refs)
+        begin = 0
+        while begin < out.numel():
+            room = (left - PADDING * len(refs)) // per_element // kernels.CHUNK * kernels.CHUNK
+            if room <= 0 and window:
+                yield window
+                window, left = [], limit
+                continue
+            end = min(begin + max(room, kernels.CHUNK), out.numel())
+            window.append(Piece(name, step, out, begin, end))
+            left -= (end - begin) * per_element + PADDING * len(refs)
+            begin = end
+    if window:
+        yield window
+
+
+def _merge(window: list[Piece], inputs: list[torch.Tensor], modes: kernels.Modes) -> None:
+    width = len(inputs) // len(window)
+    with_base = window[0].step.base is not None
+    coefficients = np.stack([piece.step.coefficients for piece in window]).astype(np.float32)
+    kernels.merge_(
+        [piece.out.view(-1)[piece.begin : piece.end] for piece in window],
+        inputs[::width] if with_base else [],
+        [x for i, x in enumerate(inputs) if i % width or not with_base],
+        torch.from_numpy(coefficients),
+        torch.tensor([float(piece.step.lambda_) for piece in window], dtype=torch.float32),
+        modes,
+        torch.tensor([kernels.tensor_id(piece.name) for piece in window]),
+        [table for piece in window for table in piece.step.rank_tables],
+        torch.tensor([piece.begin for piece in window]),
+        torch.tensor([piece.out.shape[-1] if piece.out.dim() >= 2 else piece.out.numel() for piece in window]),
+    )  # fmt: skip
+
+
+class _Buffers:
+    """Two buffers on the device, filled on a stream of their own. On the CPU: nothing but the order of events."""
+
+    def __init__(self, pool: Pool):
+        self.pool, self.turn = pool, 0
+        self.cuda = pool.device.type == "cuda"
+        if self.cuda:
+            self.copying = torch.cuda.Stream(pool.device)
+            half = pool.memory.window // 2
+            self.memory = [torch.empty(half, dtype=torch.uint8, device=pool.device) for _ in range(2)]
+            self.filled, self.consumed = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
+            # Whatever used this memory before is done with it before the first copy.
+            self.copying.wait_stream(torch.cuda.current_stream(pool.device))
+
+    def fill(self, window: list[Piece]) -> list[torch.Tensor]:
+        """The window's inputs on the device, piece by piece, base first."""
+        source = [(ref, piece) for piece in window for ref in piece.refs]
+        if not self.cuda:
+            return [self.pool.get(ref).reshape(-1)[piece.begin : piece.end] for ref, piece in source]
+        memory, at, views = self.memory[self.turn], 0, []
+        self.copying.wait_event(self.consumed[self.turn])
+        with torch.cuda.stream(self.copying):
+            for ref, piece in source:
+                here = self.pool.staged(ref).reshape(-1)[piece.begin : piece.end]
+                if here.device != self.pool.device:
+                    view = memory[at : at + here.numel() * here.itemsize].view(here.dtype)
+                    view.copy_(here, non_blocking=True)
+                    at += -(-here.numel() * here.itemsize // PADDING) * PADDING
+                    here = view
+                views.append(here)
+        self.filled[self.turn].record(self.copying)
+        torch.cuda.current_stream(self.pool.device).wait_event(self.filled[self.turn])
+        return views
+
+    def read(self, window: list[Piece]) -> None:
+        """The kernel that reads this window has been launched."""
+        if self.cuda:
+            self.consumed[self.turn].record(torch.cuda.current_stream(self.pool.device))
+            self.turn ^= 1
+        else:
+            self.pool.give_back(ref for piece in window for ref in piece.refs)
+

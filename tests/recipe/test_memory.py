@@ -1,0 +1,130 @@
+"""A pool within a memory budget: the plan, the same bits in every tier, and the resident memory it really takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge3 import Pool, Recipe, Slot
+from merge3.checkpoint.layout import Ref
+from merge3.errors import BadInput
+from merge3.memory import DEVICE, FILE, HOST, parse_size, plan_memory
+from merge3.methods import METHODS
+from tests.conftest import save_family
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("text,size", [(7, 7), ("20GiB", 20 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("100", 100)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "20 GiBs", "-1", "0", "1e9"])
+def test_bad_sizes(text):
+    with pytest.raises(BadInput, match="memory_budget: found .*20GiB"):
+        parse_size(text)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.lists(st.integers(1, 64 * MIB), min_size=1, max_size=4), min_size=1, max_size=20),
+    st.integers(0, 200 * MIB), st.integers(1, 2000 * MIB), st.integers(0, 500 * MIB),
+)  # fmt: skip
+def test_a_plan_keeps_to_its_budgets_and_places_every_tensor_once(sizes, slot, budget, host):
+    groups = [{(g, i): size for i, size in enumerate(group)} for g, group in enumerate(sizes)]
+    try:
+        plan = plan_memory(groups, slot, "cuda", budget, host)
+    except BadInput:
+        assert slot + max(map(sum, sizes)) + budget // 8 + 2 * (4 * 65536 + 256) * 9 > budget
+        return
+    assert plan.total <= budget and plan.host <= host
+    assert plan.resident + plan.host + plan.file == sum(map(sum, sizes))
+    for tier, total in ((DEVICE, plan.resident), (HOST, plan.host), (FILE, plan.file)):
+        assert total == sum(size for group in groups for key, size in group.items() if plan.tier(key) == tier)
+    assert all(len({plan.tier(key) for key in group}) == 1 for group in groups)
+    assert all(plan.streamed(group) <= plan.window for group in groups)
+
+
+@pytest.fixture(scope="module")
+def wide_family(tmp_path_factory):
+    """Tensors of more than one chunk, 13 MB a model in float32; the embedding takes three chunks."""
+    return save_family(tmp_path_factory.mktemp("wide"), layers=6, hidden_size=256, intermediate_size=512, vocab_size=700)
+
+
+RECIPES = {
+    "linear": {}, "task_arithmetic": {}, "ties": {"density": 0.5}, "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.1}, "breadcrumbs_ties": {"density": 0.7, "gamma": 0.02}, "sce": {}, "karcher": {},
+    "model_stock": {}, "ramplus_tl": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", sorted(RECIPES))
+def test_every_tier_gives_the_same_bits(wide_family, method):
+    models = [str(wide_family / n) for n in ("base", "e0", "e1", "e2")]
+    parameters = dict(RECIPES[method]) | ({"weight": 0.4} if "weight" in METHODS[method].parameters else {})
+    sources = [{"model": m, "parameters": parameters} for m in models[1:]]
+    base = {} if METHODS[method].base == "source" else {"base_model": models[0]}
+    recipe = Recipe.parse({"merge_method": method, "models": sources, **base})
+    found = []
+    for budget in (None, "40MiB", "28MiB"):
+        pool = Pool.open(models[0], models[1:], memory_budget=budget)
+        slot = Slot(pool)
+        slot.swap(recipe, seed=3)
+        first = {n: p.clone() for n, p in slot.model.named_parameters()}
+        slot.load(models[2])
+        assert torch.equal(slot.model.lm_head.weight, pool.get(Ref(models[2], "lm_head.weight")))
+        slot.swap(recipe, seed=3)
+        assert all(torch.equal(first[n], p) for n, p in slot.model.named_parameters())
+        found.append((pool.memory, pool.content_hashes(), first))
+    assert found[0][0].file == 0 < found[1][0].file < found[2][0].file
+    assert all(hashes == found[0][1] for _, hashes, _ in found)
+    for _, _, weights in found[1:]:
+        assert all(torch.equal(found[0][2][n], w) for n, w in weights.items())
+
+
+def test_a_budget_too_small_says_what_is_needed(wide_family):
+    with pytest.raises(BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"):
+        Pool.open(str(wide_family / "base"), [str(wide_family / "e0")], memory_budget="14MiB")
+
+
+CHILD = """
+import json, sys
+import torch, transformers
+from transformers import LlamaForCausalLM  # what the models need, before the count begins
+from merge3 import Pool, Recipe, Slot
+
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+models, budget = json.loads(sys.argv[1]), sys.argv[2]
+small = Pool.open(sys.argv[3], [])
+Slot(small).model(torch.tensor([[1, 2, 3]]))
+before = status("VmRSS")
+pool = Pool.open(models[0], models[1:], memory_budget=budget or None)
+pool.read_all()
+slot = Slot(pool)
+for density in (0.3, 0.6):
+    sources = [{"model": m, "parameters": {"weight": 0.5, "density": density}} for m in models[1:]]
+    slot.swap(Recipe.parse({"merge_method": "ties", "base_model": models[0], "models": sources}))
+print(json.dumps({"taken": status("VmHWM") - before, "plan": pool.memory.total, "file": pool.memory.file}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_budget_bounds_resident_memory(family, tmp_path):
+    """A process of its own holds a base and three experts, 50 M parameters each in float32, within 480 MiB."""
+    save_family(tmp_path, layers=4, hidden_size=768, intermediate_size=2560, vocab_size=8000)
+    models = json.dumps([str(tmp_path / n) for n in ("base", "e0", "e1", "e2")])
+    taken = {}
+    for budget in ("", "480MiB"):
+        done = subprocess.run([sys.executable, "-c", CHILD, models, budget, str(family / "base")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        taken[budget] = json.loads(done.stdout.splitlines()[-1])
+    for found in taken.values():
+        assert 0.9 * found["plan"] < found["taken"] < 1.1 * found["plan"], found
+    assert taken["480MiB"]["file"] > 0 and taken["480MiB"]["plan"] <= 480 * MIB
