@@ -59,9 +59,7 @@ class MemoryPlan:
         return "memory: " + "; ".join(parts)
 
 
-def plan_memory(
-    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
-) -> MemoryPlan:
+def plan_memory(groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so

@@ -7,12 +7,16 @@ stays valid from candidate to candidate.
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 
-from merge3.checkpoint.layout import Ref
+from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import CheckpointError, RecipeError
 from merge3.methods import execute, method_named, plan, steps_for
+from merge3.methods.base import Copy
+from merge3.methods.execute import Output
+from merge3.overlap import Overlap
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.streaming import execute_streamed, refs_of
@@ -25,14 +29,19 @@ _LOADERS = (
 
 
 class Slot:
-    """One model over a pool. dtype: of its weights (default: what the endpoints' dtypes promote to)."""
+    """One model over a pool. dtype: of its weights (default: what the endpoints' dtypes promote to).
 
-    def __init__(self, pool: Pool, dtype: torch.dtype | None = None):
+    overlap: on a GPU, merge layer by layer while the layers before already compute (see overlap.py) instead of
+    the whole model in one launch. The weights are the same; where it pays, `benchmarks/gpu_check.py` tells.
+    """
+
+    def __init__(self, pool: Pool, dtype: torch.dtype | None = None, overlap: bool = False):
         self.pool = pool
         self.model = load_model(pool, dtype or _promoted(pool))
         self._weights = self._bind()
         self._head = pool.base
         self._prepared: OrderedDict = OrderedDict()
+        self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
 
     def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe") -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
@@ -42,24 +51,41 @@ class Slot:
         """
         method = method_named(recipe.method, f"{where}: merge_method")
         planned = plan(recipe, method, self.pool, where)
-        layers = self.pool.layouts[self.pool.base].layers
-        if planned.layers != layers:
-            raise RecipeError(where, f"{planned.layers} layers", f"{layers}, as in the base: a slot cannot grow")
+        if planned.layers != self._layout.layers:
+            raise RecipeError(where, f"{planned.layers} layers", f"{self._layout.layers}, as in the base: a slot cannot grow")
         head = set(self.pool.heads.get(self.pool.base, ()))
         jobs = [job for job in planned.jobs if job.name not in head]
         steps = steps_for(method, jobs, self.pool.statistics)
+        outputs = [(j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)]
+        outputs += [(name, Copy(ref), self._weights[name]) for name, ref in planned.copies.items() if name not in head]
+        if self._overlap:
+            self._settle()
+            stages: dict[int | None, list[Output]] = {}
+            for output in outputs:
+                stages.setdefault(self._layout.layer_of(output[0]), []).append(output)
+            order = sorted(stages, key=lambda stage: -1 if stage is None else stage)
+            self._overlap.run((stage, partial(self._execute, stages[stage], seed)) for stage in order)
+        else:
+            self._execute(outputs, seed)
+        return {name: self.pool.kept.get(ref.tensor, "not in every model") for name, ref in planned.copies.items()}
+
+    def _execute(self, outputs: list[Output], seed: int) -> None:
+        here = {name: self.pool.resident(refs_of(step)) for name, step, _ in outputs}
         with torch.no_grad():
-            outputs = [(j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)]
-            here = {name: self.pool.resident(refs_of(step)) for name, step, _ in outputs}
             execute((o for o in outputs if here[o[0]]), self.pool.get, seed, self._prepared)
             execute_streamed((o for o in outputs if not here[o[0]]), self.pool, seed)
-            for name, ref in planned.copies.items():
-                if name not in head:
-                    self._weights[name].copy_(self.pool.get(ref))
-        return {name: self.pool.kept.get(ref.tensor, "not in every model") for name, ref in planned.copies.items()}
+
+    @property
+    def _layout(self) -> Layout:
+        return self.pool.layouts[self.pool.base]
+
+    def _settle(self) -> None:
+        if self._overlap:
+            self._overlap.settle()
 
     def load(self, model: str) -> None:
         """Overwrite the model with an endpoint as it is, head included."""
+        self._settle()
         self.use_head(model)
         with torch.no_grad():
             for name, weight in self._weights.items():

@@ -140,4 +140,3 @@ class _Buffers:
             self.turn ^= 1
         else:
             self.pool.give_back(ref for piece in window for ref in piece.refs)
-

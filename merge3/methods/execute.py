@@ -15,7 +15,7 @@ from merge3.statistics import Statistics, rows_of
 
 Get = Callable[[Any], torch.Tensor]
 Output = tuple[str, Step, torch.Tensor]  # tensor name, what to do, where to
-PREPARED = 8  # tables kept: one search uses one or two, a daemon's drivers may mix methods
+PREPARED = 512  # tables kept, a few kB each: one a swap, or one a layer where layers are merged one by one
 
 
 def steps_for(method: Method, jobs: list[Job], statistics: Statistics) -> list[Step]:

@@ -14,6 +14,7 @@ from merge3.checkpoint.layout import Ref
 from merge3.errors import BadInput
 from merge3.memory import DEVICE, FILE, HOST, parse_size, plan_memory
 from merge3.methods import METHODS
+from merge3.overlap import Overlap
 from tests.conftest import save_family
 
 MIB = 2**20
@@ -76,6 +77,9 @@ def test_every_tier_gives_the_same_bits(wide_family, method):
         slot = Slot(pool)
         slot.swap(recipe, seed=3)
         first = {n: p.clone() for n, p in slot.model.named_parameters()}
+        staged = Slot(pool, overlap=True)
+        staged.swap(recipe, seed=3)
+        assert all(torch.equal(first[n], p) for n, p in staged.model.named_parameters())
         slot.load(models[2])
         assert torch.equal(slot.model.lm_head.weight, pool.get(Ref(models[2], "lm_head.weight")))
         slot.swap(recipe, seed=3)
@@ -85,6 +89,41 @@ def test_every_tier_gives_the_same_bits(wide_family, method):
     assert all(hashes == found[0][1] for _, hashes, _ in found)
     for _, _, weights in found[1:]:
         assert all(torch.equal(found[0][2][n], w) for n, w in weights.items())
+
+
+def test_an_overlapped_swap_is_waited_for_layer_by_layer(family):
+    """The stages a forward pass waits for, in the order of the layers; without a GPU the waiting is recorded here."""
+    waited = []
+
+    class Waiting(Overlap):
+        def run(self, stages):
+            for stage, merge in stages:
+                merge()
+                self._pending[stage] = stage
+
+        def _wait(self, stage, *_):
+            if self._pending.pop(stage, "none") != "none":
+                waited.append(stage)
+
+    pool = Pool.open(str(family / "base"), [str(family / "e0")])
+    slot = Slot(pool)
+    slot._overlap = Waiting(slot.model, pool.layouts[pool.base], torch.device("cpu"))
+    recipe = Recipe.parse(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(family / "base"),
+            "models": [{"model": str(family / "e0"), "parameters": {"weight": 0.5}}],
+        }
+    )
+    for _ in range(2):
+        slot.swap(recipe)
+        slot.model(torch.tensor([[1, 2, 3]]))
+        slot.model(torch.tensor([[1, 2, 3]]))
+        assert waited == [None, 0, 1, 2, 3]
+        waited.clear()
+    slot.swap(recipe)
+    slot.load(str(family / "e0"))  # must not be overtaken by what is still under way
+    assert waited == [None, 0, 1, 2, 3]
 
 
 def test_a_budget_too_small_says_what_is_needed(wide_family):
