@@ -214,6 +214,40 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
   });
 }
 
+merge3_status merge3_merge_backward(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
+                                    const merge3_tensor* table, const merge3_coefficient* coefficients,
+                                    const float* lambda, double* weight_gradient, double* rescale_gradient,
+                                    double* lambda_gradient) {
+  return guarded([&]() -> merge3_status {
+    std::vector<int64_t> first(size_t(tensors) + 1);
+    if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    const ChunkRange range{first.data(), tensors};
+    const int64_t width = 2 * modes->experts + 1;
+    std::vector<double> partial(size_t(range.count() * width));
+#if defined(MERGE3_WITH_CUDA)
+    if (context->device == MERGE3_CUDA) {
+      const int code = backward_cuda(*modes, tensors, table, coefficients, lambda, partial.data(), context->stream);
+      if (code) return device_status(code, cuda_message(code));
+    } else
+#endif
+    {
+      const MergeCall call{modes, table, coefficients, lambda, &range, false};
+      parallel(*context, range.count(), [&](int64_t from, int64_t to) { backward_cpu(call, from, to, partial.data()); });
+    }
+    for (int64_t t = 0; t < tensors; ++t) {
+      double sums[2 * MERGE3_MAX_EXPERTS + 1] = {};
+      for (int64_t c = first[size_t(t)]; c < first[size_t(t) + 1]; ++c)
+        for (int64_t s = 0; s < width; ++s) sums[s] += partial[size_t(c * width + s)];
+      for (int32_t k = 0; k < modes->experts; ++k) {
+        weight_gradient[t * modes->experts + k] = sums[2 * k];
+        rescale_gradient[t * modes->experts + k] = sums[2 * k + 1];
+      }
+      lambda_gradient[t] = sums[width - 1];
+    }
+    return MERGE3_OK;
+  });
+}
+
 merge3_status merge3_elementwise(const merge3_context* context, int32_t rule, int32_t experts,
                                  int64_t tensors, const merge3_tensor* table, const float* scalars,
                                  const float* per_expert) {

@@ -105,6 +105,21 @@ MERGE3_HD F rank_in_row(F a, const float* table) {
   return rank;
 }
 
+// Whether expert k's change is kept: one Mask<F>.
+template <int SPARSIFY, int K, class F>
+MERGE3_HD auto is_kept(F tau, int k, const Prepared<F, K>& p, const Keep<F, K>& keep) {
+  if constexpr (SPARSIFY == MERGE3_KEEP_MAGNITUDE) {
+    return magnitude(tau) >= keep.lo[k];
+  } else if constexpr (SPARSIFY == MERGE3_KEEP_BAND) {
+    const F a = magnitude(tau);
+    return (a >= keep.lo[k]) & (a <= keep.hi[k]);
+  } else if constexpr (SPARSIFY == MERGE3_KEEP_RANDOM) {
+    return keep.random[k] < p.keep16[k];
+  } else {
+    return to_float(keep.random[k]) < p.low16[k] + p.span16[k] * keep.rank[k];
+  }
+}
+
 // out for one element, or one per lane.
 template <int K, int SPARSIFY, int ELECT, class F>
 MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
@@ -114,19 +129,8 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
   for (int k = 0; k < K; ++k) {
     const F tau = expert[k] - theta;
     const F scaled = tau * p.scale[k];
-    if (SPARSIFY == MERGE3_KEEP_ALL) {
-      c[k] = scaled;
-    } else if (SPARSIFY == MERGE3_KEEP_MAGNITUDE) {
-      c[k] = select(magnitude(tau) >= keep.lo[k], scaled, zero);
-    } else if (SPARSIFY == MERGE3_KEEP_BAND) {
-      const F a = magnitude(tau);
-      c[k] = select(a >= keep.lo[k], select(a <= keep.hi[k], scaled, zero), zero);
-    } else if (SPARSIFY == MERGE3_KEEP_RANDOM) {
-      c[k] = select(keep.random[k] < p.keep16[k], scaled, zero);
-    } else {
-      const F limit = p.low16[k] + p.span16[k] * keep.rank[k];
-      c[k] = select(to_float(keep.random[k]) < limit, scaled, zero);
-    }
+    if constexpr (SPARSIFY == MERGE3_KEEP_ALL) c[k] = scaled;
+    else c[k] = select(is_kept<SPARSIFY>(tau, k, p, keep), scaled, zero);
   }
   F sum = c[0], divisor = p.total;
   if (ELECT == MERGE3_ELECT_NONE) {
@@ -159,6 +163,56 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
   }
   if (normalize) sum = sum / divisor;
   return theta + p.lambda * sum;
+}
+
+// ------------------------------------------------------------------------------ its gradient
+
+// Adds one element's part to the gradients of a loss whose gradient with respect to `out` is g:
+// sums[2 k] for weight k, sums[2 k + 1] for rescale k, sums[2 K] for lambda. What is kept and which sign is
+// elected do not move under a small change of the coefficients, so they count as constants. For
+// out = theta + lambda S, S = D / N:  dS/dw_k = m_k (rescale_k keep_k tau_k - S) / N,  without - S where N is 1.
+template <int K>
+MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], const merge3_coefficient* coefficient,
+                              const Prepared<float, K>& p, const Keep<float, K>& keep, const merge3_modes& modes,
+                              bool has_base, double (&sums)[2 * K + 1]) {
+  float kept[K], c[K], vote = 0.0f;  // kept: the sparsified task vector
+  for (int k = 0; k < K; ++k) {
+    const float tau = expert[k] - theta;
+    bool keeps = true;
+    switch (modes.sparsify) {
+      case MERGE3_KEEP_MAGNITUDE: keeps = is_kept<MERGE3_KEEP_MAGNITUDE>(tau, k, p, keep); break;
+      case MERGE3_KEEP_BAND: keeps = is_kept<MERGE3_KEEP_BAND>(tau, k, p, keep); break;
+      case MERGE3_KEEP_RANDOM: keeps = is_kept<MERGE3_KEEP_RANDOM>(tau, k, p, keep); break;
+      case MERGE3_KEEP_RANKED: keeps = is_kept<MERGE3_KEEP_RANKED>(tau, k, p, keep); break;
+      default: break;
+    }
+    kept[k] = keeps ? tau : 0.0f;
+    c[k] = kept[k] * p.scale[k];
+    vote = k == 0 ? (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k])
+                  : vote + (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k]);
+  }
+  const bool negative = (as_uint(vote) & 0x80000000u) != 0;
+  float sum = 0.0f, total = 0.0f;
+  bool agrees[K];
+  for (int k = 0; k < K; ++k) {
+    agrees[k] = modes.elect == MERGE3_ELECT_NONE || (negative ? c[k] < 0.0f : c[k] > 0.0f);
+    if (agrees[k]) sum += c[k], total += p.weight[k];
+  }
+  float divisor = 1.0f, merged = sum;
+  bool divides = false;  // the divisor is a sum of weights, not the 1 that replaces a zero
+  if (modes.normalize) {
+    const bool guarded = modes.elect == MERGE3_ELECT_NONE ? has_base && magnitude(total) < 1e-8f : total == 0.0f;
+    divides = !guarded;
+    if (divides) divisor = total;
+    merged = sum / divisor;
+  }
+  const float change = g * p.lambda / divisor;
+  for (int k = 0; k < K; ++k)
+    if (agrees[k]) {
+      sums[2 * k] += double(change) * double(kept[k] * coefficient[k].rescale - (divides ? merged : 0.0f));
+      sums[2 * k + 1] += double(change) * double(kept[k] * coefficient[k].weight);
+    }
+  sums[2 * K] += double(g) * double(merged);
 }
 
 // ----------------------------------------------------------------------- rules of their own

@@ -33,7 +33,7 @@ CHUNK = 65536  # elements; slices of a tensor start at its multiples
 # Columns of a coefficient row, as in merge3_coefficient.
 WEIGHT, RESCALE, LO, LO_SHARE, HI, HI_SHARE, DENSITY, EPSILON = range(8)
 FIELDS = 8
-_NONE = torch.empty(0, dtype=torch.int64)
+NONE = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def merge_(
     sparsify, elect, seed = _numbers(modes)
     _call(
         torch.ops.merge3.merge_, list(out), list(base), list(experts), coefficients, lambda_, ids,
-        _NONE if offsets is None else offsets, _NONE if columns is None else columns,
+        NONE if offsets is None else offsets, NONE if columns is None else columns,
         list(rank_tables), sparsify, elect, modes.normalize, seed,
     )  # fmt: skip
 
@@ -244,9 +244,9 @@ def _mode(name: str, names: tuple[str, ...], what: str) -> int:
     return names.index(name)
 
 
-def _call(op, *arguments) -> None:
+def _call(op, *arguments):
     try:
-        op(*arguments)
+        return op(*arguments)
     except RuntimeError as error:
         message = str(error).split("\n")[0]
         if "merge3: " not in message:
@@ -254,6 +254,6 @@ def _call(op, *arguments) -> None:
         raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
 
 
-for _name in ("merge_", "prepare_", "merge_prepared_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
+for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from merge3 import kernels
+from merge3 import differentiable, kernels
 from merge3.kernels import DENSITY, EPSILON, HI, HI_SHARE, LO, LO_SHARE, RANK_BINS, RESCALE, WEIGHT, Modes
 
 _WORD = 0xFFFFFFFF
@@ -54,6 +54,22 @@ def merge_ref(
         merged = total / divisor if modes.normalize else total
         results.append(theta + lambda_[t].to(dtype) * merged)
     return results
+
+
+def merged_backward_ref(
+    gradients: Sequence[torch.Tensor], base, experts, coefficients: torch.Tensor, lambda_: torch.Tensor, modes: Modes = Modes(), ids=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of Σ <gradient, merged> with respect to coefficients (weight and rescale) and λ, by autograd."""
+    weight, rescale, lam = (
+        x.detach().double().requires_grad_() for x in (coefficients[..., WEIGHT], coefficients[..., RESCALE], lambda_)
+    )
+    columns = list(coefficients.double().unbind(-1))
+    columns[WEIGHT], columns[RESCALE] = weight, rescale
+    out = merge_ref(base, experts, torch.stack(columns, -1), lam, modes, ids)
+    sum((g.double() * o).sum() for g, o in zip(gradients, out)).backward()
+    result = torch.zeros_like(coefficients, dtype=torch.float64)
+    result[..., WEIGHT], result[..., RESCALE] = weight.grad, 0.0 if rescale.grad is None else rescale.grad
+    return result, lam.grad
 
 
 def keep_mask(tau: torch.Tensor, c: torch.Tensor, modes: Modes, tensor: int, expert: int) -> torch.Tensor:
@@ -211,6 +227,9 @@ OPS = {
     "merge_": Op(kernels.merge_, merge_ref),
     "prepare_": Op(kernels.Prepared, merge_ref),
     "merge_prepared_": Op(kernels.Prepared.launch, merge_ref),
+    "merged": Op(differentiable.merged, merge_ref),
+    "merged_backward": Op(differentiable._backward, merged_backward_ref),
+    "merge_backward_": Op(differentiable._backward, merged_backward_ref),
     "elementwise_": Op(kernels.elementwise_, elementwise_ref),
     "gram_": Op(kernels.gram, gram_ref),
     "order_statistics_": Op(kernels.order_statistics, order_statistics_ref),

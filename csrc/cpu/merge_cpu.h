@@ -19,6 +19,9 @@ bool merge_generic(const MergeCall& call, int64_t from, int64_t to);
 bool merge_avx2(const MergeCall& call, int64_t from, int64_t to);
 bool merge_avx512(const MergeCall& call, int64_t from, int64_t to);
 
+// partial: [chunks, 2 K + 1], one row per chunk so that the sum has a fixed order.
+void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* partial);
+
 struct ElementwiseCall {
   int32_t rule, experts;
   const merge3_tensor* table;

@@ -12,6 +12,9 @@ int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* 
 int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
                         const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
                         void* stream);
+// partial: [chunks, 2 K + 1], host memory.
+int backward_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
+                  const merge3_coefficient* coefficients, const float* lambda, double* partial, void* stream);
 int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
                      const float* scalars, const float* per_expert, void* stream);
 int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);

@@ -177,6 +177,22 @@ void merge_(Tensors out, Tensors base, Tensors experts, Tensor coefficients, Ten
                        host<float>(lambda, ScalarType::Float, T, "lambda_")));
 }
 
+// gradients: of the outputs. Fills float64 CPU [T, K], [T, K] and [T].
+void merge_backward_(Tensor weight, Tensor rescale, Tensor lambda_gradient, Tensors gradients, Tensors base, Tensors experts,
+                     Tensor coefficients, Tensor lambda, Tensor ids, Tensors rank_tables, int64_t sparsify, int64_t elect,
+                     bool normalize, int64_t seed) {
+  const int64_t T = int64_t(gradients.size());
+  if (T == 0) return;
+  const Table table = merge_table(gradients, base, experts, ids, rank_tables, sparsify);
+  const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
+  const merge3_context context = table.context();
+  require(merge3_merge_backward(&context, &modes, T, table.rows.data(), as_coefficients(coefficients, T * table.experts),
+                                host<float>(lambda, ScalarType::Float, T, "lambda_"),
+                                host<double>(weight, ScalarType::Double, T * table.experts, "weight"),
+                                host<double>(rescale, ScalarType::Double, T * table.experts, "rescale"),
+                                host<double>(lambda_gradient, ScalarType::Double, T, "lambda_gradient")));
+}
+
 // A prepared table: first[T + 1], then the rows. Its bytes go to the device as they are.
 void prepare_(Tensor table, Tensors out, Tensors base, Tensors experts, Tensor ids, Tensors rank_tables, int64_t sparsify) {
   const int64_t T = int64_t(out.size());
@@ -261,6 +277,9 @@ void rank_tables_(Tensors tables, Tensor bin_l1, Tensors base, Tensors experts) 
 STABLE_TORCH_LIBRARY(merge3, m) {
   m.def("merge_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor coefficients, Tensor lambda_, "
         "Tensor ids, Tensor offsets, Tensor columns, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
+  m.def("merge_backward_(Tensor(a!) weight, Tensor(b!) rescale, Tensor(c!) lambda_gradient, Tensor[] gradients, Tensor[] base, "
+        "Tensor[] experts, Tensor coefficients, Tensor lambda_, Tensor ids, Tensor[] rank_tables, int sparsify, int elect, "
+        "bool normalize, int seed) -> ()");
   m.def("prepare_(Tensor(a!) table, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
         "int sparsify) -> ()");
   m.def("merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda_, int tensors, int chunks, int experts, "
@@ -276,6 +295,7 @@ STABLE_TORCH_LIBRARY(merge3, m) {
 #define MERGE3_IMPLEMENT(key)                               \
   STABLE_TORCH_LIBRARY_IMPL(merge3, key, m) {               \
     m.impl("merge_", TORCH_BOX(&merge_));                   \
+    m.impl("merge_backward_", TORCH_BOX(&merge_backward_)); \
     m.impl("prepare_", TORCH_BOX(&prepare_));               \
     m.impl("merge_prepared_", TORCH_BOX(&merge_prepared_)); \
     m.impl("elementwise_", TORCH_BOX(&elementwise_));       \

@@ -114,6 +114,15 @@ merge3_status merge3_merge_resident(const merge3_context *context, const merge3_
                                     const int64_t *first, const merge3_coefficient *coefficients,
                                     const float *lambda);
 
+/* Gradient of the merge, one pass: table[t].out holds dL/dout (read). weight_gradient and
+ * rescale_gradient [tensors, K], lambda_gradient [tensors]: host memory. What is kept and the elected
+ * signs count as constants. Deterministic. */
+merge3_status merge3_merge_backward(const merge3_context *context, const merge3_modes *modes,
+                                    int64_t tensors, const merge3_tensor *table,
+                                    const merge3_coefficient *coefficients, const float *lambda,
+                                    double *weight_gradient, double *rescale_gradient,
+                                    double *lambda_gradient);
+
 /* Methods whose per-element rule is not a sparsified, elected, scaled sum. */
 typedef enum {
   MERGE3_NEARSWAP = 0,     /* scalar: t */
