@@ -88,8 +88,8 @@ merge3_status check_experts(int32_t experts) {
 
 merge3_status check_modes(const merge3_modes* modes) {
   if (!modes) return fail(MERGE3_INVALID_ARGUMENT, "modes is NULL");
-  if (modes->sparsify < 0 || modes->sparsify > MERGE3_KEEP_BAND)
-    return fail(MERGE3_INVALID_ARGUMENT, "sparsify %d: expected 0 to %d", int(modes->sparsify), MERGE3_KEEP_BAND);
+  if (modes->sparsify < 0 || modes->sparsify > MERGE3_SIGNS)
+    return fail(MERGE3_INVALID_ARGUMENT, "sparsify %d: expected 0 to %d", int(modes->sparsify), MERGE3_SIGNS);
   if (modes->elect < 0 || modes->elect > MERGE3_ELECT_COUNT)
     return fail(MERGE3_INVALID_ARGUMENT, "elect %d: expected 0 to %d", int(modes->elect), MERGE3_ELECT_COUNT);
   return check_experts(modes->experts);
@@ -107,7 +107,7 @@ merge3_status check_context(const merge3_context* context) {
 }
 
 merge3_status check(const merge3_context* context, int32_t experts, int64_t tensors,
-                    const merge3_tensor* table, bool needs_out) {
+                    const merge3_tensor* table, bool needs_out, bool needs_experts = true) {
   if (merge3_status s = check_context(context)) return s;
   if (merge3_status s = check_experts(experts)) return s;
   for (int64_t t = 0; t < tensors; ++t) {
@@ -117,7 +117,7 @@ merge3_status check(const merge3_context* context, int32_t experts, int64_t tens
       return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: unknown dtype", (long long)t);
     if (x.numel == 0) continue;
     if (needs_out && !x.out) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: out is NULL", (long long)t);
-    for (int k = 0; k < experts; ++k)
+    for (int k = 0; needs_experts && k < experts; ++k)
       if (!x.experts[k]) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: expert %d is NULL", (long long)t, k);
     const auto misaligned = [](const void* data, int32_t dtype) { return reinterpret_cast<uintptr_t>(data) % uintptr_t(element_size(dtype)) != 0; };
     bool bad = misaligned(x.base, x.dtype) || (needs_out && misaligned(x.out, x.out_dtype));
@@ -142,6 +142,14 @@ merge3_status check_rows(const merge3_tensor* table, int64_t tensors, int32_t ex
       if (!table[t].rank_tables[k])
         return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %s needs a table for expert %d", (long long)t, what, k);
   }
+  return MERGE3_OK;
+}
+
+merge3_status check_masks(const merge3_tensor* table, int64_t tensors, int32_t experts) {
+  for (int64_t t = 0; t < tensors; ++t)
+    for (int k = 0; table[t].numel && k < experts; ++k)
+      if (!table[t].masks[k])
+        return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: no mask for expert %d", (long long)t, k);
   return MERGE3_OK;
 }
 
@@ -176,7 +184,9 @@ merge3_status merge3_prepare(const merge3_context* context, const merge3_modes* 
                              const merge3_tensor* table, int64_t* first) {
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check_modes(modes)) return s;
-    if (merge3_status s = check(context, modes->experts, tensors, table, true)) return s;
+    if (merge3_status s = check(context, modes->experts, tensors, table, true, modes->sparsify != MERGE3_SIGNS)) return s;
+    if (modes->sparsify > MERGE3_KEEP_BAND)
+      if (merge3_status s = check_masks(table, tensors, modes->experts)) return s;
     for (int64_t t = 0; t < tensors; ++t)
       if (table[t].offset < 0 || table[t].offset % kChunk)
         return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: a slice from element %lld: expected a multiple of %lld",
@@ -197,8 +207,9 @@ merge3_status merge3_merge_resident(const merge3_context* context, const merge3_
     MERGE3_ON_DEVICE(merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
     const ChunkRange range{first, tensors};
     const MergeCall call{modes, table, coefficients, lambda, &range, chunks * kChunk > kCacheElements};
+    const bool packed = modes->sparsify > MERGE3_KEEP_BAND;
     const auto loop = loops().merge;
-    parallel(*context, chunks, [&](int64_t from, int64_t to) { loop(call, from, to); });
+    parallel(*context, chunks, [&](int64_t from, int64_t to) { packed ? packed_cpu(call, from, to) : void(loop(call, from, to)); });
     return MERGE3_OK;
   });
 }
@@ -221,6 +232,7 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
   return guarded([&]() -> merge3_status {
     std::vector<int64_t> first(size_t(tensors) + 1);
     if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (modes->sparsify > MERGE3_KEEP_BAND) return fail(MERGE3_UNSUPPORTED, "packed merges have no gradient");
     const ChunkRange range{first.data(), tensors};
     const int64_t width = 2 * modes->experts + 1;
     std::vector<double> partial(size_t(range.count() * width));
@@ -253,7 +265,8 @@ merge3_status merge3_elementwise(const merge3_context* context, int32_t rule, in
                                  const float* per_expert) {
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check(context, experts, tensors, table, true)) return s;
-    if (rule < 0 || rule > MERGE3_SCE) return fail(MERGE3_INVALID_ARGUMENT, "rule %d: expected 0 to %d", int(rule), MERGE3_SCE);
+    if (rule < 0 || rule > MERGE3_UNIFY)
+      return fail(MERGE3_INVALID_ARGUMENT, "rule %d: expected 0 to %d", int(rule), MERGE3_UNIFY);
     if (rule <= MERGE3_ARCEE_FUSION && experts != 1)
       return fail(MERGE3_INVALID_ARGUMENT, "rule %d takes 1 expert, found %d", int(rule), int(experts));
     if (rule == MERGE3_ARCEE_FUSION)
@@ -331,6 +344,36 @@ merge3_status merge3_rank_tables(const merge3_context* context, int32_t experts,
     parallel(*context, tensors * experts, [&](int64_t from, int64_t to) {
       rank_tables_cpu(table, experts, from, to, bin_l1);
     });
+    return MERGE3_OK;
+  });
+}
+
+merge3_status merge3_pack(const merge3_context* context, int32_t packing, int32_t experts, int64_t tensors,
+                          const merge3_tensor* table, double* sums) {
+  return guarded([&]() -> merge3_status {
+    if (packing != MERGE3_PACK_SIGNS && packing != MERGE3_PACK_AGREEMENT)
+      return fail(MERGE3_INVALID_ARGUMENT, "packing %d: expected 0 or 1", int(packing));
+    if (merge3_status s = check(context, experts, tensors, table, false)) return s;
+    if (merge3_status s = check_masks(table, tensors, experts)) return s;
+    for (int64_t t = 0; packing == MERGE3_PACK_AGREEMENT && t < tensors; ++t)
+      if (table[t].numel && !table[t].out) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: no unified model", (long long)t);
+    const Chunks chunks(table, tensors);
+    const int64_t width = 2 * experts;
+    std::vector<double> partial(size_t(chunks.count() * width));
+#if defined(MERGE3_WITH_CUDA)
+    if (context->device == MERGE3_CUDA) {
+      const int code = pack_cuda(packing, experts, tensors, table, partial.data(), context->stream);
+      if (code) return device_status(code, cuda_message(code));
+    } else
+#endif
+    {
+      const PackCall call{packing, experts, table, &chunks};
+      parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { pack_cpu(call, from, to, partial.data()); });
+    }
+    std::fill(sums, sums + tensors * width, 0.0);
+    for (int64_t t = 0; t < tensors; ++t)
+      for (int64_t c = chunks.first[t]; c < chunks.first[t + 1]; ++c)
+        for (int64_t s = 0; s < width; ++s) sums[t * width + s] += partial[size_t(c * width + s)];
     return MERGE3_OK;
   });
 }

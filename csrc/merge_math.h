@@ -120,18 +120,10 @@ MERGE3_HD auto is_kept(F tau, int k, const Prepared<F, K>& p, const Keep<F, K>& 
   }
 }
 
-// out for one element, or one per lane.
-template <int K, int SPARSIFY, int ELECT, class F>
-MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
+// theta + lambda * the elected sum of the weighted, sparsified changes c.
+template <int K, int ELECT, class F>
+MERGE3_HD F elect_and_add(F theta, const F (&c)[K], const Prepared<F, K>& p, bool normalize) {
   const F zero = same<F>(0.0f);
-  F c[K];
-  MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const F tau = expert[k] - theta;
-    const F scaled = tau * p.scale[k];
-    if constexpr (SPARSIFY == MERGE3_KEEP_ALL) c[k] = scaled;
-    else c[k] = select(is_kept<SPARSIFY>(tau, k, p, keep), scaled, zero);
-  }
   F sum = c[0], divisor = p.total;
   if (ELECT == MERGE3_ELECT_NONE) {
     MERGE3_UNROLL
@@ -163,6 +155,47 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
   }
   if (normalize) sum = sum / divisor;
   return theta + p.lambda * sum;
+}
+
+// out for one element, or one per lane.
+template <int K, int SPARSIFY, int ELECT, class F>
+MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
+  const F zero = same<F>(0.0f);
+  F c[K];
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const F tau = expert[k] - theta;
+    const F scaled = tau * p.scale[k];
+    if constexpr (SPARSIFY == MERGE3_KEEP_ALL) c[k] = scaled;
+    else c[k] = select(is_kept<SPARSIFY>(tau, k, p, keep), scaled, zero);
+  }
+  return elect_and_add<K, ELECT>(theta, c, p, normalize);
+}
+
+// The same where one bit per element and expert says what is kept (EMR-Merging, Huang et al. 2024), or is the
+// whole task vector but for its scale (BitDelta, Liu et al. 2024).
+template <int K, class F, class Mask>
+MERGE3_HD F packed_element(F theta, const F (&expert)[K], const Mask (&bit)[K], const Prepared<F, K>& p, const merge3_modes& modes) {
+  const F zero = same<F>(0.0f);
+  F c[K];
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k)
+    c[k] = modes.sparsify == MERGE3_SIGNS ? select(bit[k], p.scale[k], zero - p.scale[k])
+                                          : select(bit[k], (expert[k] - theta) * p.scale[k], zero);
+  switch (modes.elect) {
+    case MERGE3_ELECT_SUM: return elect_and_add<K, MERGE3_ELECT_SUM>(theta, c, p, modes.normalize);
+    case MERGE3_ELECT_COUNT: return elect_and_add<K, MERGE3_ELECT_COUNT>(theta, c, p, modes.normalize);
+    default: return elect_and_add<K, MERGE3_ELECT_NONE>(theta, c, p, modes.normalize);
+  }
+}
+
+// The bit that stands for an element, and what it adds to the two sums of merge3_pack.
+MERGE3_HD bool packed_bit(int32_t packing, float theta, float expert, float unified, double& all, double& set) {
+  const float tau = expert - theta, other = unified - theta;
+  all += double(magnitude(tau));
+  const bool bit = packing == MERGE3_PACK_SIGNS ? tau >= 0.0f : (tau > 0.0f && other > 0.0f) || (tau < 0.0f && other < 0.0f);
+  if (bit) set += packing == MERGE3_PACK_SIGNS ? 1.0 : double(magnitude(other));
+  return bit;
 }
 
 // ------------------------------------------------------------------------------ its gradient
@@ -259,6 +292,17 @@ MERGE3_HD float variance(float theta, const float* expert, int experts) {
     sum += d * d;
   }
   return sum / float(experts);
+}
+
+// Unified task vector (Elect of EMR-Merging, Huang et al. 2024): the sign of the sum, and the largest change that has it.
+MERGE3_HD float unify(float theta, const float* expert, int experts) {
+  float vote = 0.0f, largest = 0.0f;
+  for (int k = 0; k < experts; ++k) vote += expert[k] - theta;
+  for (int k = 0; k < experts; ++k) {
+    const float tau = vote < 0.0f ? theta - expert[k] : expert[k] - theta;
+    if (!(tau <= largest)) largest = tau;
+  }
+  return theta + (vote < 0.0f ? -largest : largest);
 }
 
 // SCE (Wan et al. 2024): select by variance, calculate weights (given), erase minority signs.

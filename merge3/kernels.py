@@ -23,8 +23,9 @@ except ImportError as error:  # pragma: no cover - depends on the build
     ) from error
 
 SPARSIFY = ("all", "magnitude", "random", "ranked", "band")
+PACKED = ("mask", "signs")  # which read one bit per element; see packed.py
 ELECT = ("none", "sum", "count")
-RULES = ("nearswap", "arcee_fusion", "ram", "sce")
+RULES = ("nearswap", "arcee_fusion", "ram", "sce", "unify")
 STATISTICS = ("magnitude", "variance")
 MAX_EXPERTS = 8
 RANK_BINS = 32
@@ -38,7 +39,7 @@ NONE = torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class Modes:
-    """What one fused merge does to every tensor; names as in SPARSIFY and ELECT."""
+    """What one fused merge does to every tensor; names as in SPARSIFY, PACKED and ELECT."""
 
     sparsify: str = "all"
     elect: str = "none"
@@ -102,7 +103,8 @@ def merge_(
 
     out, base: T tensors; base may be empty (then θ = 0 and the result is a sum of experts).
     experts: T·K, expert fastest. coefficients: float32 CPU [T, K, FIELDS]; lambda_: float32 CPU [T].
-    ids: int64 CPU [T], the tensors' random streams (default 0..T−1). rank_tables: T·K, for `ranked`.
+    ids: int64 CPU [T], the tensors' random streams (default 0..T−1). rank_tables: T·K, for `ranked`; for `mask`
+    and `signs` the T·K bit masks (see pack). `signs` reads no experts: give none.
     offsets, columns: int64 CPU [T], where the given tensors are slices: each one's first element within
     its whole tensor (a multiple of CHUNK) and that tensor's last dimension. Slices give the bits of the whole.
     Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
@@ -129,13 +131,14 @@ class Prepared:
 
     def __init__(self, out, base, experts, ids=None, rank_tables=(), sparsify: str = "all"):
         self._tensors = [*out, *base, *experts, *rank_tables]
-        self._count, self._experts = len(out), len(experts) // max(1, len(out))
+        count = len(rank_tables) if sparsify in PACKED else len(experts)
+        self._count, self._experts = len(out), count // max(1, len(out))
         self._sparsify = sparsify
         head = 8 * (self._count + 1)
         table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
         ids = torch.arange(self._count) if ids is None else ids
         _call(torch.ops.merge3.prepare_, table, list(out), list(base), list(experts), ids, list(rank_tables),
-              _mode(sparsify, SPARSIFY, "sparsify"))  # fmt: skip
+              _mode(sparsify, SPARSIFY + PACKED, "sparsify"))  # fmt: skip
         self._chunks = int(table[head - 8 : head].view(torch.int64))
         device = out[0].device
         self._table = table.to(device)
@@ -217,6 +220,20 @@ def order_statistics(
     return result
 
 
+def pack(
+    base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int, unified: Sequence[torch.Tensor] = ()
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """One bit per element and expert: T·K masks, int32 [ceil(numel / 32)], the lowest bit of a word first.
+
+    A bit is [τ_k ≥ 0]; with `unified` (T tensors, a model): [τ_k and its task vector have one sign, neither 0].
+    Also float64 [T, K, 2]: Σ|τ_k|, and the number of set bits; with `unified` Σ|τ_unified| over them.
+    """
+    masks = [torch.empty((expert.numel() + 31) // 32, dtype=torch.int32, device=expert.device) for expert in experts]
+    sums = torch.empty(tensors, len(experts) // max(1, tensors), 2, dtype=torch.float64)
+    _call(torch.ops.merge3.pack_, masks, sums, list(base), list(experts), list(unified))
+    return masks, sums
+
+
 def rank_tables(
     base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -235,7 +252,7 @@ def rank_tables(
 def _numbers(modes: Modes) -> tuple[int, int, int]:
     # Seeds are 64-bit patterns; the operator schema only has signed integers.
     seed = (modes.seed + 2**63) % 2**64 - 2**63
-    return _mode(modes.sparsify, SPARSIFY, "sparsify"), _mode(modes.elect, ELECT, "elect"), seed
+    return _mode(modes.sparsify, SPARSIFY + PACKED, "sparsify"), _mode(modes.elect, ELECT, "elect"), seed
 
 
 def _mode(name: str, names: tuple[str, ...], what: str) -> int:
@@ -254,6 +271,6 @@ def _call(op, *arguments):
         raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
 
 
-for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "elementwise_", "gram_", "order_statistics_", "rank_tables_"):
+for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "elementwise_", "gram_", "order_statistics_", "pack_", "rank_tables_"):
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

@@ -161,6 +161,9 @@ def elementwise_ref(
             own = (tau * active * w).sum(0)
             shared = (tau * active).sum(0) / count.clamp(min=1)
             merged = theta + torch.where(count == 1, own, torch.where(count > 1, shared, 0.0))
+        elif rule == "unify":
+            sign = torch.where(tau.sum(0) >= 0, 1.0, -1.0).to(dtype)
+            merged = theta + sign * (tau * sign).clamp(min=0).amax(0)
         else:
             selected = tau.var(0, unbiased=False) >= s
             elected = torch.where(tau.sum(0) >= 0, 1.0, -1.0).to(dtype)
@@ -210,6 +213,19 @@ def order_statistics_ref(
     return results
 
 
+def pack_ref(base, experts, tensors: int, unified=()) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Bits as bool tensors in the shape of the experts, and the sums of kernels.pack."""
+    k = len(experts) // tensors
+    bits, sums = [], torch.zeros(tensors, k, 2, dtype=torch.float64)
+    for i, expert in enumerate(experts):
+        tau = expert.float() - base[i // k].float()
+        other = unified[i // k].float() - base[i // k].float() if unified else None
+        bits.append(tau >= 0 if other is None else (tau.sign() * other.sign()) > 0)
+        sums[i // k, i % k, 0] = tau.abs().double().sum()
+        sums[i // k, i % k, 1] = bits[-1].sum() if other is None else other.abs().double()[bits[-1]].sum()
+    return bits, sums
+
+
 def rank_tables_ref(magnitude: torch.Tensor) -> torch.Tensor:
     """Ranks a rank table assigns to a row's elements; see binned_ranks. magnitude: [rows, columns]."""
     return binned_ranks(magnitude)
@@ -233,5 +249,6 @@ OPS = {
     "elementwise_": Op(kernels.elementwise_, elementwise_ref),
     "gram_": Op(kernels.gram, gram_ref),
     "order_statistics_": Op(kernels.order_statistics, order_statistics_ref),
+    "pack_": Op(kernels.pack, pack_ref),
     "rank_tables_": Op(kernels.rank_tables, rank_tables_ref),
 }

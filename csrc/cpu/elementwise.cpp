@@ -1,4 +1,4 @@
-// The methods with a per-element rule of their own (nearswap, arcee_fusion, ram, sce): the CPU loop.
+// The methods with a per-element rule of their own (nearswap, arcee_fusion, ram, sce, unify): the CPU loop.
 // Moves (K + 1) reads + 1 write per element.
 #include "merge_cpu.h"
 #include "storage.h"
@@ -25,6 +25,7 @@ void elementwise_cpu(const ElementwiseCall& call, int64_t from, int64_t to) {
           case MERGE3_ARCEE_FUSION:
             out[j] = arcee_fusion(theta[j], e[0], tensor.rank_tables[0][(at + j) / tensor.columns], scalar);
             break;
+          case MERGE3_UNIFY: out[j] = unify(theta[j], e, K); break;
           case MERGE3_RAM: out[j] = ram(theta[j], e, K, scalar, weight); break;
           default: out[j] = sce(theta[j], e, K, scalar, weight); break;  // api.cpp checked the rule
         }

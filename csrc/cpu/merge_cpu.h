@@ -22,6 +22,17 @@ bool merge_avx512(const MergeCall& call, int64_t from, int64_t to);
 // partial: [chunks, 2 K + 1], one row per chunk so that the sum has a fixed order.
 void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* partial);
 
+// Modes mask and signs.
+void packed_cpu(const MergeCall& call, int64_t from, int64_t to);
+
+struct PackCall {
+  int32_t packing, experts;
+  const merge3_tensor* table;
+  const ChunkRange* chunks;
+};
+// partial: [chunks, K, 2].
+void pack_cpu(const PackCall& call, int64_t from, int64_t to, double* partial);
+
 struct ElementwiseCall {
   int32_t rule, experts;
   const merge3_tensor* table;

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads) elementwise_kernel(Args a) {
       case MERGE3_ARCEE_FUSION:
         out = arcee_fusion(theta, e[0], tensor.rank_tables[0][i / tensor.columns], scalar);
         break;
+      case MERGE3_UNIFY: out = unify(theta, e, a.experts); break;
       case MERGE3_RAM: out = ram(theta, e, a.experts, scalar, weight); break;
       default: out = sce(theta, e, a.experts, scalar, weight); break;
     }

@@ -76,6 +76,8 @@ const char* cuda_message(int code) { return cudaGetErrorString(cudaError_t(code)
 int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
                         const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
                         void* stream) {
+  if (modes.sparsify > MERGE3_KEEP_BAND)
+    return packed_cuda(modes, tensors, chunks, table, first, coefficients, lambda, stream);
   const Args args{table, coefficients, lambda, first, tensors, modes.seed, modes.normalize != 0};
   cudaError_t status = cudaErrorInvalidValue;
   dispatch_experts(modes.experts, [&](auto k) {

@@ -72,7 +72,12 @@ struct Table {
   int device = MERGE3_CPU;
   int32_t device_index = 0;
 
-  Table(const Tensors& out, const Tensors& base, const Tensors& experts_list, int64_t tensors) {
+  // unread: so many experts whose tensors are not there, because no kernel reads them; then the base leads.
+  Table(const Tensors& out, const Tensors& base, const Tensors& experts_list, int64_t tensors, int32_t unread = 0) {
+    if (unread) {
+      lead_by_base(out, base, unread);
+      return;
+    }
     STD_TORCH_CHECK(tensors > 0 && !experts_list.empty() && int64_t(experts_list.size()) % tensors == 0,
                     "merge3: ", experts_list.size(), " expert tensors for ", tensors,
                     " tensors: expected K per tensor, expert fastest");
@@ -94,10 +99,7 @@ struct Table {
       for (int k = 0; k < experts; ++k)
         row.experts[k] = data(experts_list[size_t(t * experts + k)], row, "experts", t * experts + k, true);
       if (!base.empty()) row.base = data(base[size_t(t)], row, "base", t, true);
-      if (!out.empty()) {
-        row.out = data(out[size_t(t)], row, "out", t, false);
-        row.out_dtype = storage_dtype(out[size_t(t)], "out", t);
-      }
+      set_out(out, t);
     }
   }
 
@@ -106,6 +108,31 @@ struct Table {
   merge3_context context() const { return context_on(device, device_index); }
 
  private:
+  void lead_by_base(const Tensors& out, const Tensors& base, int32_t count) {
+    STD_TORCH_CHECK(!base.empty() && base.size() == out.size(), "merge3: ", base.size(), " base tensors: expected ", out.size());
+    STD_TORCH_CHECK(count <= MERGE3_MAX_EXPERTS, "merge3: ", count, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
+    experts = count;
+    device = device_of(base[0]);
+    device_index = base[0].get_device_index();
+    rows.resize(base.size());
+    for (size_t t = 0; t < base.size(); ++t) {
+      merge3_tensor& row = rows[t];
+      row = merge3_tensor{};
+      row.numel = base[t].numel();
+      row.columns = base[t].dim() >= 2 ? base[t].size(base[t].dim() - 1) : row.numel;
+      row.dtype = storage_dtype(base[t], "base", int64_t(t));
+      row.base = data(base[t], row, "base", int64_t(t), true);
+      set_out(out, int64_t(t));
+    }
+  }
+
+  void set_out(const Tensors& out, int64_t t) {
+    merge3_tensor& row = rows[size_t(t)];
+    if (out.empty()) return;
+    row.out = data(out[size_t(t)], row, "out", t, false);
+    row.out_dtype = storage_dtype(out[size_t(t)], "out", t);
+  }
+
   void* data(const Tensor& x, const merge3_tensor& row, const char* list, int64_t i, bool same_dtype) const {
     STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
     STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
@@ -142,11 +169,25 @@ void set_rank_tables(Table& table, const Tensors& tables, int64_t stride, const 
   }
 }
 
+void set_masks(Table& table, const Tensors& masks, bool slices = false) {
+  STD_TORCH_CHECK(masks.size() == table.rows.size() * size_t(table.experts), "merge3: ", masks.size(), " masks: expected ",
+                  table.rows.size() * size_t(table.experts));
+  for (size_t i = 0; i < masks.size(); ++i) {
+    merge3_tensor& row = table.rows[i / size_t(table.experts)];
+    const int64_t found = masks[i].numel(), expected = (row.offset + row.numel + 31) / 32;
+    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Int && masks[i].is_contiguous() && table.here(masks[i]) &&
+                        (found == expected || (slices && found > expected)),
+                    "merge3: masks[", i, "]: expected ", expected, " contiguous int32 on the device of the tensors, found ", found);
+    row.masks[i % size_t(table.experts)] = static_cast<const uint32_t*>(masks[i].data_ptr());
+  }
+}
+
 // columns: of each row's tensor where the rows are slices, whose own shapes do not tell.
 Table merge_table(const Tensors& out, const Tensors& base, const Tensors& experts, const Tensor& ids, const Tensors& rank_tables,
                   int64_t sparsify, const Tensor* offsets = nullptr, const Tensor* columns = nullptr) {
   const int64_t T = int64_t(out.size());
-  Table table(out, base, experts, T);
+  const int32_t unread = sparsify == MERGE3_SIGNS && T ? int32_t(int64_t(rank_tables.size()) / T) : 0;
+  Table table(out, base, experts, T, unread);
   const int64_t* id = host<int64_t>(ids, ScalarType::Long, T, "ids");
   const bool slices = offsets && offsets->numel() != 0;
   const int64_t* offset = slices ? host<int64_t>(*offsets, ScalarType::Long, T, "offsets") : nullptr;
@@ -157,6 +198,7 @@ Table merge_table(const Tensors& out, const Tensors& base, const Tensors& expert
     if (slices) row.offset = offset[t], row.columns = column[t];
   }
   if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables", slices);
+  if (sparsify > MERGE3_KEEP_BAND) set_masks(table, rank_tables, slices);
   return table;
 }
 
@@ -262,6 +304,17 @@ void order_statistics_(Tensor value, Tensor greater, Tensor equal, Tensor l1_gre
                                   host<int64_t>(nonzero, ScalarType::Long, pairs, "nonzero")));
 }
 
+// unified: T tensors, or none to pack the signs.
+void pack_(Tensors masks, Tensor sums, Tensors base, Tensors experts, Tensors unified) {
+  const int64_t T = sums.size(0);
+  if (T == 0) return;
+  Table table(unified, base, experts, T);
+  set_masks(table, masks);
+  const merge3_context context = table.context();
+  require(merge3_pack(&context, unified.empty() ? MERGE3_PACK_SIGNS : MERGE3_PACK_AGREEMENT, table.experts, T, table.rows.data(),
+                      host<double>(sums, ScalarType::Double, T * table.experts * 2, "sums")));
+}
+
 void rank_tables_(Tensors tables, Tensor bin_l1, Tensors base, Tensors experts) {
   const int64_t T = bin_l1.size(0);
   if (T == 0) return;
@@ -289,6 +342,7 @@ STABLE_TORCH_LIBRARY(merge3, m) {
   m.def("gram_(Tensor(a!) gram, Tensor[] base, Tensor[] experts) -> ()");
   m.def("order_statistics_(Tensor(a!) value, Tensor(b!) greater, Tensor(c!) equal, Tensor(d!) l1_greater, "
         "Tensor(e!) total, Tensor(f!) nonzero, Tensor[] base, Tensor[] experts, Tensor ranks, int statistic) -> ()");
+  m.def("pack_(Tensor(a!)[] masks, Tensor(b!) sums, Tensor[] base, Tensor[] experts, Tensor[] unified) -> ()");
   m.def("rank_tables_(Tensor(a!)[] tables, Tensor(b!) bin_l1, Tensor[] base, Tensor[] experts) -> ()");
 }
 
@@ -301,6 +355,7 @@ STABLE_TORCH_LIBRARY(merge3, m) {
     m.impl("elementwise_", TORCH_BOX(&elementwise_));       \
     m.impl("gram_", TORCH_BOX(&gram_));                     \
     m.impl("order_statistics_", TORCH_BOX(&order_statistics_)); \
+    m.impl("pack_", TORCH_BOX(&pack_));                     \
     m.impl("rank_tables_", TORCH_BOX(&rank_tables_));       \
   }
 MERGE3_IMPLEMENT(CPU)

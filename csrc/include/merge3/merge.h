@@ -45,6 +45,9 @@ typedef enum {
   MERGE3_KEEP_RANDOM = 2,    /* philox below `density`               DARE */
   MERGE3_KEEP_RANKED = 3,    /* philox below density +- epsilon      DELLA */
   MERGE3_KEEP_BAND = 4,      /* |tau| between `lo` and `hi`          Model Breadcrumbs */
+  MERGE3_KEEP_MASK = 5,      /* the element's bit in masks[k]        EMR-Merging */
+  /* No expert is read: tau is +1 or -1 by the element's bit, `rescale` is its scale.  BitDelta */
+  MERGE3_SIGNS = 6,
 } merge3_sparsify;
 
 /* How the sign of the merged task vector is elected. */
@@ -55,6 +58,8 @@ typedef struct {
   const void *base; /* NULL: theta = 0, so that tau_k = e_k */
   const void *experts[MERGE3_MAX_EXPERTS];
   const float *rank_tables[MERGE3_MAX_EXPERTS]; /* ranked only: [rows, MERGE3_RANK_STRIDE] */
+  /* mask and signs: one bit per element of the whole tensor, the lowest of a word first */
+  const uint32_t *masks[MERGE3_MAX_EXPERTS];
   int64_t numel;
   int64_t columns; /* ranked and arcee_fusion: elements per row */
   /* merge: where this row starts in its whole tensor, a multiple of MERGE3_CHUNK. The slices of a
@@ -129,6 +134,7 @@ typedef enum {
   MERGE3_ARCEE_FUSION = 1, /* scalar: importance threshold; rank_tables[0]: row divergence [rows] */
   MERGE3_RAM = 2,          /* scalar: epsilon; per expert: factor of unshared elements */
   MERGE3_SCE = 3,          /* scalar: variance threshold; per expert: weight */
+  MERGE3_UNIFY = 4,        /* the largest change towards the elected sign  EMR-Merging */
 } merge3_rule;
 
 /* scalars: [tensors]; per_expert: [tensors, K]. */
@@ -156,6 +162,17 @@ merge3_status merge3_order_statistics(const merge3_context *context, int32_t sta
 /* Fills table[t].rank_tables (device memory, written here) and bin_l1 [tensors, K, bins] (host). */
 merge3_status merge3_rank_tables(const merge3_context *context, int32_t experts, int64_t tensors,
                                  const merge3_tensor *table, double *bin_l1);
+
+typedef enum {
+  MERGE3_PACK_SIGNS = 0,     /* tau_k >= 0 */
+  MERGE3_PACK_AGREEMENT = 1, /* tau_k and the unified task vector have one sign, and neither is 0 */
+} merge3_packing;
+
+/* Fills table[t].masks (device memory, written here; offset 0). AGREEMENT: table[t].out is the unified
+ * model, which is read. sums: [tensors, K, 2], host memory: of |tau_k|, and of |tau_unified| where the
+ * bit is set (SIGNS: how many bits are). */
+merge3_status merge3_pack(const merge3_context *context, int32_t packing, int32_t experts,
+                          int64_t tensors, const merge3_tensor *table, double *sums);
 
 const char *merge3_last_error(void);
 /* "cpu", or "cpu cuda" when the library was built with CUDA. */
