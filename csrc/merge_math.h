@@ -157,6 +157,26 @@ MERGE3_HD F elect_and_add(F theta, const F (&c)[K], const Prepared<F, K>& p, boo
   return theta + p.lambda * sum;
 }
 
+// The same where the modes are only known at run time: for what is not bound by arithmetic.
+template <int K, class F>
+MERGE3_HD F elect_any(F theta, const F (&c)[K], const Prepared<F, K>& p, int32_t elect, bool normalize) {
+  switch (elect) {
+    case MERGE3_ELECT_SUM: return elect_and_add<K, MERGE3_ELECT_SUM>(theta, c, p, normalize);
+    case MERGE3_ELECT_COUNT: return elect_and_add<K, MERGE3_ELECT_COUNT>(theta, c, p, normalize);
+    default: return elect_and_add<K, MERGE3_ELECT_NONE>(theta, c, p, normalize);
+  }
+}
+template <int K>
+MERGE3_HD bool keeps(float tau, int k, const Prepared<float, K>& p, const Keep<float, K>& keep, int32_t sparsify) {
+  switch (sparsify) {
+    case MERGE3_KEEP_MAGNITUDE: return is_kept<MERGE3_KEEP_MAGNITUDE>(tau, k, p, keep);
+    case MERGE3_KEEP_BAND: return is_kept<MERGE3_KEEP_BAND>(tau, k, p, keep);
+    case MERGE3_KEEP_RANDOM: return is_kept<MERGE3_KEEP_RANDOM>(tau, k, p, keep);
+    case MERGE3_KEEP_RANKED: return is_kept<MERGE3_KEEP_RANKED>(tau, k, p, keep);
+    default: return true;
+  }
+}
+
 // out for one element, or one per lane.
 template <int K, int SPARSIFY, int ELECT, class F>
 MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
@@ -182,11 +202,7 @@ MERGE3_HD F packed_element(F theta, const F (&expert)[K], const Mask (&bit)[K], 
   for (int k = 0; k < K; ++k)
     c[k] = modes.sparsify == MERGE3_SIGNS ? select(bit[k], p.scale[k], zero - p.scale[k])
                                           : select(bit[k], (expert[k] - theta) * p.scale[k], zero);
-  switch (modes.elect) {
-    case MERGE3_ELECT_SUM: return elect_and_add<K, MERGE3_ELECT_SUM>(theta, c, p, modes.normalize);
-    case MERGE3_ELECT_COUNT: return elect_and_add<K, MERGE3_ELECT_COUNT>(theta, c, p, modes.normalize);
-    default: return elect_and_add<K, MERGE3_ELECT_NONE>(theta, c, p, modes.normalize);
-  }
+  return elect_any<K>(theta, c, p, modes.elect, modes.normalize != 0);
 }
 
 // The bit that stands for an element, and what it adds to the two sums of merge3_pack.
@@ -209,17 +225,10 @@ MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], co
                               const Prepared<float, K>& p, const Keep<float, K>& keep, const merge3_modes& modes,
                               bool has_base, double (&sums)[2 * K + 1]) {
   float kept[K], c[K], vote = 0.0f;  // kept: the sparsified task vector
+  MERGE3_UNROLL
   for (int k = 0; k < K; ++k) {
     const float tau = expert[k] - theta;
-    bool keeps = true;
-    switch (modes.sparsify) {
-      case MERGE3_KEEP_MAGNITUDE: keeps = is_kept<MERGE3_KEEP_MAGNITUDE>(tau, k, p, keep); break;
-      case MERGE3_KEEP_BAND: keeps = is_kept<MERGE3_KEEP_BAND>(tau, k, p, keep); break;
-      case MERGE3_KEEP_RANDOM: keeps = is_kept<MERGE3_KEEP_RANDOM>(tau, k, p, keep); break;
-      case MERGE3_KEEP_RANKED: keeps = is_kept<MERGE3_KEEP_RANKED>(tau, k, p, keep); break;
-      default: break;
-    }
-    kept[k] = keeps ? tau : 0.0f;
+    kept[k] = keeps(tau, k, p, keep, modes.sparsify) ? tau : 0.0f;
     c[k] = kept[k] * p.scale[k];
     vote = k == 0 ? (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k])
                   : vote + (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k]);
@@ -227,6 +236,7 @@ MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], co
   const bool negative = (as_uint(vote) & 0x80000000u) != 0;
   float sum = 0.0f, total = 0.0f;
   bool agrees[K];
+  MERGE3_UNROLL
   for (int k = 0; k < K; ++k) {
     agrees[k] = modes.elect == MERGE3_ELECT_NONE || (negative ? c[k] < 0.0f : c[k] > 0.0f);
     if (agrees[k]) sum += c[k], total += p.weight[k];
@@ -240,6 +250,7 @@ MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], co
     merged = sum / divisor;
   }
   const float change = g * p.lambda / divisor;
+  MERGE3_UNROLL
   for (int k = 0; k < K; ++k)
     if (agrees[k]) {
       sums[2 * k] += double(change) * double(kept[k] * coefficient[k].rescale - (divides ? merged : 0.0f));

@@ -35,8 +35,8 @@ def merged(
             if tensor.requires_grad:
                 raise BadInput(f"{name}[{i}]", "requires a gradient", "only coefficients and lambda_ to be learned")
     ids = torch.arange(len(experts) // coefficients.shape[1]) if ids is None else ids
-    numbers = kernels._numbers(modes)
-    return kernels._call(
+    numbers = kernels.numbers(modes)
+    return kernels.call(
         _merged, list(base), list(experts), coefficients, lambda_, ids, list(rank_tables), numbers[0], numbers[1], modes.normalize, numbers[2]
     )
 

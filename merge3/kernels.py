@@ -113,8 +113,8 @@ def merge_(
     """
     if ids is None:
         ids = torch.arange(len(out))
-    sparsify, elect, seed = _numbers(modes)
-    _call(
+    sparsify, elect, seed = numbers(modes)
+    call(
         torch.ops.merge3.merge_, list(out), list(base), list(experts), coefficients, lambda_, ids,
         NONE if offsets is None else offsets, NONE if columns is None else columns,
         list(rank_tables), sparsify, elect, modes.normalize, seed,
@@ -137,7 +137,7 @@ class Prepared:
         head = 8 * (self._count + 1)
         table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
         ids = torch.arange(self._count) if ids is None else ids
-        _call(torch.ops.merge3.prepare_, table, list(out), list(base), list(experts), ids, list(rank_tables),
+        call(torch.ops.merge3.prepare_, table, list(out), list(base), list(experts), ids, list(rank_tables),
               _mode(sparsify, SPARSIFY + PACKED, "sparsify"))  # fmt: skip
         self._chunks = int(table[head - 8 : head].view(torch.int64))
         device = out[0].device
@@ -157,8 +157,8 @@ class Prepared:
         """Merge with what was uploaded. `modes.sparsify` must be the one that was prepared."""
         if modes.sparsify != self._sparsify:
             raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
-        sparsify, elect, seed = _numbers(modes)
-        _call(torch.ops.merge3.merge_prepared_, self._table, self._coefficients, self._lambda, self._count, self._chunks,
+        sparsify, elect, seed = numbers(modes)
+        call(torch.ops.merge3.merge_prepared_, self._table, self._coefficients, self._lambda, self._count, self._chunks,
               self._experts, sparsify, elect, modes.normalize, seed)  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def elementwise_(
     if per_expert is None:
         per_expert = torch.ones(len(out), len(experts) // max(1, len(out)))
     rule_index = _mode(rule, RULES, "rule")
-    _call(
+    call(
         torch.ops.merge3.elementwise_, list(out), list(base), list(experts), scalars, per_expert, list(rows),
         rule_index,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def gram(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors:
     """
     k = len(experts) // max(1, tensors)
     result = torch.empty(tensors, k + 1, k + 1, dtype=torch.float64)
-    _call(torch.ops.merge3.gram_, result, list(base), list(experts))
+    call(torch.ops.merge3.gram_, result, list(base), list(experts))
     return result
 
 
@@ -212,7 +212,7 @@ def order_statistics(
         torch.empty(t, k, r), *(torch.empty(t, k, r, dtype=d) for d in (torch.int64, torch.int64, torch.float64)),
         torch.empty(t, k, dtype=torch.float64), torch.empty(t, k, dtype=torch.int64),
     )  # fmt: skip
-    _call(
+    call(
         torch.ops.merge3.order_statistics_, result.value, result.greater, result.equal, result.l1_greater,
         result.total, result.nonzero, list(base), list(experts), ranks.contiguous(),
         _mode(statistic, STATISTICS, "statistic"),
@@ -230,7 +230,7 @@ def pack(
     """
     masks = [torch.empty((expert.numel() + 31) // 32, dtype=torch.int32, device=expert.device) for expert in experts]
     sums = torch.empty(tensors, len(experts) // max(1, tensors), 2, dtype=torch.float64)
-    _call(torch.ops.merge3.pack_, masks, sums, list(base), list(experts), list(unified))
+    call(torch.ops.merge3.pack_, masks, sums, list(base), list(experts), list(unified))
     return masks, sums
 
 
@@ -245,11 +245,12 @@ def rank_tables(
         rows = expert.numel() // columns if columns else 0
         tables.append(torch.empty(rows, RANK_STRIDE, device=expert.device))
     bin_l1 = torch.empty(tensors, len(experts) // max(1, tensors), RANK_BINS, dtype=torch.float64)
-    _call(torch.ops.merge3.rank_tables_, tables, bin_l1, list(base), list(experts))
+    call(torch.ops.merge3.rank_tables_, tables, bin_l1, list(base), list(experts))
     return tables, bin_l1
 
 
-def _numbers(modes: Modes) -> tuple[int, int, int]:
+def numbers(modes: Modes) -> tuple[int, int, int]:
+    """Modes as the operators take them: sparsify, elect, seed."""
     # Seeds are 64-bit patterns; the operator schema only has signed integers.
     seed = (modes.seed + 2**63) % 2**64 - 2**63
     return _mode(modes.sparsify, SPARSIFY + PACKED, "sparsify"), _mode(modes.elect, ELECT, "elect"), seed
@@ -261,7 +262,8 @@ def _mode(name: str, names: tuple[str, ...], what: str) -> int:
     return names.index(name)
 
 
-def _call(op, *arguments):
+def call(op, *arguments):
+    """Call an operator; what it refuses is a BadInput, without torch's trimmings."""
     try:
         return op(*arguments)
     except RuntimeError as error:
@@ -271,6 +273,6 @@ def _call(op, *arguments):
         raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
 
 
-for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "elementwise_", "gram_", "order_statistics_", "pack_", "rank_tables_"):
+for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "merged_linear_", "elementwise_", "gram_", "order_statistics_", "pack_", "rank_tables_"):
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

@@ -23,7 +23,14 @@ void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* parti
         load_block(tensor.out_dtype, tensor.out, i, n, g);
         load_block(tensor.dtype, tensor.base, i, n, theta);
         for (int k = 0; k < K; ++k) load_block(tensor.dtype, tensor.experts[k], i, n, expert[k]);
-        backward8<K>(tensor, *call.modes, c, p, bounds, i, n, g, theta, expert, sums);
+        uint32_t words[K][4] = {};
+        for (int k = 0; k < K && draws(*call.modes); ++k) random_words(tensor, tensor.offset + i, k, call.modes->seed, words[k]);
+        for (int j = 0; j < n; ++j) {
+          float e[K];
+          int32_t random[K];
+          for (int k = 0; k < K; ++k) e[k] = expert[k][j], random[k] = random_of(words[k], j);
+          backward_element<K>(tensor, *call.modes, c, p, bounds, tensor.offset + i + j, g[j], theta[j], e, random, sums);
+        }
       }
       std::copy(sums, sums + 2 * K + 1, partial + chunk * (2 * K + 1));
     });

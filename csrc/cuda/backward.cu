@@ -29,14 +29,24 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Args a) {
   const auto p = prepare<float, K>(c, a.lambda[t], tensor.base != nullptr);
   const auto bounds = make_bounds<K>(c);
   double sums[2 * K + 1] = {};
-  for (int64_t i = begin + int64_t(threadIdx.x) * 8; i < end; i += int64_t(blockDim.x) * 8) {
-    const int n = end - i < 8 ? int(end - i) : 8;
-    float g[8], theta[8], expert[K][8];
-    load8(tensor.out_dtype, tensor.out, i, n, g);
-    load8(tensor.dtype, tensor.base, i, n, theta);
-    for (int k = 0; k < K; ++k) load8(tensor.dtype, tensor.experts[k], i, n, expert[k]);
-    backward8<K>(tensor, a.modes, c, p, bounds, i, n, g, theta, expert, sums);
+  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    const float g = load1(tensor.out_dtype, tensor.out, i), theta = load1(tensor.dtype, tensor.base, i);
+    const int64_t whole = tensor.offset + i;
+    float expert[K];
+    int32_t random[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      expert[k] = load1(tensor.dtype, tensor.experts[k], i);
+      random[k] = 0;
+      if (draws(a.modes)) {
+        uint32_t words[4];
+        random_words(tensor, whole, k, a.modes.seed, words);
+        random[k] = random_of(words, whole);
+      }
+    }
+    backward_element<K>(tensor, a.modes, c, p, bounds, whole, g, theta, expert, random, sums);
   }
+#pragma unroll
   for (int s = 0; s < 2 * K + 1; ++s) {
     shared[threadIdx.x] = sums[s];
     __syncthreads();

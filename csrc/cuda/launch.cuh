@@ -83,7 +83,8 @@ __device__ inline float load1(int32_t dtype, const void* data, int64_t i) {
 
 __device__ inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
-// Eight consecutive elements as float32: 16-byte loads where the address allows, zeros past n.
+// Eight consecutive elements as float32: 16-byte loads where the address allows, zeros past n. Loops over a
+// part of them run to eight all the same: an array indexed by a number not known when compiling leaves the registers.
 __device__ inline void load8(int32_t dtype, const void* data, int64_t i, int n, float (&to)[8]) {
   if (data != nullptr && n == 8) {
     if (dtype == MERGE3_FLOAT32 && aligned16(static_cast<const float*>(data) + i)) {
@@ -103,6 +104,7 @@ __device__ inline void load8(int32_t dtype, const void* data, int64_t i, int n, 
       return;
     }
   }
+#pragma unroll
   for (int j = 0; j < 8; ++j) to[j] = j < n ? load1(dtype, data, i + j) : 0.0f;
 }
 
@@ -113,7 +115,9 @@ __device__ inline void store8(int32_t dtype, void* out, int64_t i, int n, const 
       reinterpret_cast<float4*>(to)[0] = make_float4(from[0], from[1], from[2], from[3]);
       reinterpret_cast<float4*>(to)[1] = make_float4(from[4], from[5], from[6], from[7]);
     } else {
-      for (int j = 0; j < n; ++j) to[j] = from[j];
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (j < n) to[j] = from[j];
     }
     return;
   }
@@ -125,7 +129,9 @@ __device__ inline void store8(int32_t dtype, void* out, int64_t i, int n, const 
     *reinterpret_cast<uint4*>(to) =
         make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
   } else {
-    for (int j = 0; j < n; ++j) to[j] = uint16_t(x[j]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < n) to[j] = uint16_t(x[j]);
   }
 }
 

@@ -1,5 +1,7 @@
 """One bit per element: made, and applied within the merge, against plain torch."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -85,7 +87,7 @@ def test_the_packed_modes_slice_and_prepare_like_the_others():
     whole, sliced, prepared = (torch.empty_like(base[0]) for _ in range(3))
     kernels.merge_([whole], base, [], c, torch.ones(1), Modes("signs", "sum"), None, signs.masks)
     cuts = [0, kernels.CHUNK, base[0].numel()]
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
         kernels.merge_([sliced.view(-1)[a:b]], [base[0].view(-1)[a:b]], [], c, torch.ones(1), Modes("signs", "sum"), None, signs.masks,
                        torch.tensor([a]), torch.tensor([3001]))  # fmt: skip
     ready = kernels.Prepared([prepared], base, [], None, signs.masks, "signs")
