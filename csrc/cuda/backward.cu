@@ -19,7 +19,7 @@ struct Args {
 };
 
 template <int K>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Args a) {
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(Args a) {
   __shared__ double shared[kThreads];
   const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
   const merge3_tensor& tensor = a.table[t];

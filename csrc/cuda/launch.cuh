@@ -8,6 +8,8 @@
 
 namespace merge3 {
 
+// Of a block. Kernels ask for at least one block per multiprocessor: for more, the assembler would spill registers
+// (benchmarks/ptxas.py).
 constexpr int kThreads = 256;
 
 template <class Kernel, class... Args>

@@ -74,7 +74,7 @@ __device__ void merge8(const Args& a, const Prepared<float, K>& p, const Bounds<
 }
 
 template <int K, class T>
-__global__ void __launch_bounds__(kThreads) linear_kernel(Args a) {
+__global__ void __launch_bounds__(kThreads, 1) linear_kernel(Args a) {
   __shared__ __align__(32) T x_tile[kRows * kStride];
   __shared__ __align__(32) T w_tile[kColumns * kStride];
   __shared__ __align__(32) float out_tile[kRows * kColumns];

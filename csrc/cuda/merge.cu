@@ -20,7 +20,7 @@ struct Args {
 };
 
 template <int K, int SPARSIFY, int ELECT>
-__global__ void __launch_bounds__(kThreads) merge_kernel(Args a) {
+__global__ void __launch_bounds__(kThreads, 1) merge_kernel(Args a) {
   constexpr bool kRanked = SPARSIFY == MERGE3_KEEP_RANKED;
   constexpr bool kRandom = kRanked || SPARSIFY == MERGE3_KEEP_RANDOM;
   constexpr bool kBounded = SPARSIFY == MERGE3_KEEP_MAGNITUDE || SPARSIFY == MERGE3_KEEP_BAND;

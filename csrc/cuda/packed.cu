@@ -15,7 +15,7 @@ struct MergeArgs {
 };
 
 template <int K>
-__global__ void __launch_bounds__(kThreads) packed_kernel(MergeArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) packed_kernel(MergeArgs a) {
   const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
   const merge3_tensor& tensor = a.table[t];
   const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
@@ -54,7 +54,7 @@ struct PackArgs {
 };
 
 // A thread makes whole words, so that no two write to one.
-__global__ void __launch_bounds__(kThreads) pack_kernel(PackArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) pack_kernel(PackArgs a) {
   __shared__ double shared[2][kThreads];
   const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
   const merge3_tensor& tensor = a.table[t];
