@@ -15,7 +15,7 @@ install: $(VENV)/.installed
 # torch comes first and alone, pinned: a dependency that asked for it could pull several GB of CUDA.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	touch $@
 

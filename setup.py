@@ -1,6 +1,7 @@
-"""Builds merge3/_C (the kernels, against torch's stable ABI) and, with grpc_tools, the gRPC stubs.
+"""Builds merge3/_C (the kernels, against torch's stable ABI), merge3/arrays and, with grpc_tools, the gRPC stubs.
 
 MERGE3_CUDA=0|1|auto: auto adds the CUDA kernels where nvcc and a CUDA build of torch are both there.
+MERGE3_ARCHITECTURES: compute capabilities to build for, such as 90 or 80,90,120.
 """
 
 import glob
@@ -8,14 +9,15 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch  # build isolation must be off: an isolated build would fetch another torch
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
-ARCHITECTURES = ("80", "90", "120")
+ARCHITECTURES = os.environ.get("MERGE3_ARCHITECTURES", "80,90,120").split(",")
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 
 
@@ -29,38 +31,66 @@ def cuda_wanted() -> bool:
     return choice != "0" and possible
 
 
-def compile_cuda() -> tuple[list[str], list[str]]:
-    """Objects of csrc/cuda/*.cu, and what linking them needs.
+def compile_kernels(cuda: bool) -> tuple[list[str], list[str]]:
+    """Objects of the torch-free library, which both extensions link, and what linking them needs.
 
     nvcc is called here, not through torch's CUDAExtension: the kernels include no torch header, and
     must not get its fast-math or half-operator flags.
     """
+    folder = Path("build") / ("kernels-cuda" if cuda else "kernels")
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, "-fPIC", *(["-DMERGE3_WITH_CUDA"] if cuda else [])]
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    objects = []
-    for source in sorted(glob.glob("csrc/cuda/*.cu")):
-        target = Path("build") / "cuda" / (Path(source).stem + ".o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call(
-            ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-ffp-contract=off",
-             *gencode, "-c", source, "-o", str(target)]
-        )
-        objects.append(str(target))
+    nvcc = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-ffp-contract=off", *gencode,
+            f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"']  # fmt: skip
+    compilers = {".cpp": [os.environ.get("CXX", "c++"), *flags], ".cu": nvcc}
+    sources = [Path("csrc/api.cpp"), *Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])]
+    changed = max(f.stat().st_mtime for f in [Path("setup.py"), *Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        command = [*compilers[source.suffix], "-c", str(source), "-o", str(target)]
+        record = folder / f"{source.name}.command"
+        fresh = target.exists() and record.exists() and record.read_text() == " ".join(command)
+        if not fresh or target.stat().st_mtime < max(changed, source.stat().st_mtime):
+            record.unlink(missing_ok=True)
+            subprocess.check_call(command)
+            record.write_text(" ".join(command))
+        return str(target)
+
+    # The largest first: the loops of one instruction set take as long as all small files together.
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile_one, sorted(sources, key=lambda s: ("merge" not in s.name, s.name))))
+    if not cuda:
+        return objects, ["-lpthread"]
     root = Path(shutil.which("nvcc")).resolve().parent.parent
     return objects, [f"-L{root}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def extension() -> CppExtension:
-    sources = ["csrc/torch/library.cpp", "csrc/api.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+def extensions() -> list[Extension]:
+    """merge3._C for torch, merge3.arrays for NumPy and DLPack."""
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
-    objects, link = [], []
-    if cuda_wanted():
-        objects, link = compile_cuda()
-        macros.append(("MERGE3_WITH_CUDA", None))
-    return CppExtension(
-        "merge3._C", sources, define_macros=macros, extra_compile_args=FLAGS,
-        extra_objects=objects, extra_link_args=link, py_limited_api=True,
-        depends=glob.glob("csrc/**/*.h", recursive=True),
-    )
+    cuda = [("MERGE3_WITH_CUDA", None)] if cuda_wanted() else []
+    try:
+        import pybind11
+
+        headers = [pybind11.get_include()]
+    except ImportError:
+        headers = include_paths()  # torch carries a copy of pybind11's headers
+    depends = glob.glob("csrc/**/*.h", recursive=True)
+    return [
+        CppExtension("merge3._C", ["csrc/torch/library.cpp"], define_macros=macros + cuda, extra_compile_args=FLAGS,
+                     py_limited_api=True, depends=depends),
+        Extension("merge3.arrays", ["csrc/python/arrays.cpp"], include_dirs=headers, extra_compile_args=FLAGS, language="c++", depends=depends),
+    ]  # fmt: skip
+
+
+class BuildKernels(BuildExtension):
+    def run(self):
+        objects, link = compile_kernels(cuda_wanted())
+        for extension in self.extensions:
+            extension.extra_objects, extension.extra_link_args = objects, link
+        super().run()
 
 
 class BuildStubs(build_py):
@@ -77,7 +107,6 @@ class BuildStubs(build_py):
 
 
 setup(
-    ext_modules=[extension()],
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildStubs},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildStubs},
 )

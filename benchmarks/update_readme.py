@@ -19,7 +19,9 @@ def methods_table() -> str:
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    blocks = {"methods": methods_table()}
+    # Made from a GPU's own run of gpu_check.py, or from nothing.
+    gpus = [file.read_text().strip() for file in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.md"))]
+    blocks = {"methods": methods_table(), "gpu": "\n\n".join(gpus) or "not measured yet"}
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
         blocks[file.stem] = file.read_text().strip()
     for name, block in blocks.items():

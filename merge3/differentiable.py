@@ -47,8 +47,8 @@ def _merged(
     rank_tables: Sequence[torch.Tensor], sparsify: int, elect: int, normalize: bool, seed: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     out = [torch.empty_like(expert) for expert in experts[:: coefficients.shape[1]]]
-    torch.ops.merge3.merge_(out, base, experts, coefficients.detach(), lambda_.detach(), ids, kernels.NONE, kernels.NONE,
-                            rank_tables, sparsify, elect, normalize, seed)  # fmt: skip
+    kernels.call(torch.ops.merge3.merge_, out, base, experts, coefficients.detach(), lambda_.detach(), ids, kernels.NONE, kernels.NONE,
+                 rank_tables, sparsify, elect, normalize, seed)  # fmt: skip
     return out
 
 
@@ -65,9 +65,9 @@ def _backward(
     tensors, count, _ = coefficients.shape
     weight, rescale = (torch.zeros(tensors, count, dtype=torch.float64) for _ in range(2))
     lambda_gradient = torch.zeros(tensors, dtype=torch.float64)
-    torch.ops.merge3.merge_backward_(
-        weight, rescale, lambda_gradient, [g.contiguous() for g in gradients], base, experts, coefficients.detach(), lambda_.detach(),
-        ids, rank_tables, sparsify, elect, normalize, seed,
+    kernels.call(
+        torch.ops.merge3.merge_backward_, weight, rescale, lambda_gradient, [g.contiguous() for g in gradients], base, experts,
+        coefficients.detach(), lambda_.detach(), ids, rank_tables, sparsify, elect, normalize, seed,
     )  # fmt: skip
     result = torch.zeros_like(coefficients)
     result[..., WEIGHT], result[..., RESCALE] = weight, rescale

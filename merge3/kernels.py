@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from merge3.errors import BadInput, Unavailable
+from merge3.errors import BadInput, ResourceError, Unavailable
 
 try:
     from merge3 import _C  # after torch: it links against libtorch
@@ -266,13 +266,23 @@ def call(op, *arguments):
     """Call an operator; what it refuses is a BadInput, without torch's trimmings."""
     try:
         return op(*arguments)
+    except NotImplementedError as error:  # torch has no kernel of ours for the tensors' device
+        raise Unavailable(
+            "kernels", str(error).split("\n")[0][:160], f"tensors on one of: {_C.build}", "build with MERGE3_CUDA=1 where nvcc is installed"
+        ) from None
     except RuntimeError as error:
         message = str(error).split("\n")[0]
         if "merge3: " not in message:
             raise
-        raise BadInput(message[message.index("merge3: ") + len("merge3: ") :]) from None
+        message = message[message.index("merge3: ") + len("merge3: ") :]
+        if message.startswith("CUDA error"):
+            raise (ResourceError if message.startswith("CUDA error 2:") else Unavailable)("the GPU", message) from None
+        raise BadInput(message) from None
 
 
-for _name in ("merge_", "prepare_", "merge_prepared_", "merge_backward_", "merged_linear_", "elementwise_", "gram_", "order_statistics_", "pack_", "rank_tables_"):
+for _name in (
+    "merge_", "prepare_", "merge_prepared_", "merge_backward_", "merged_linear_", "elementwise_", "gram_", "order_statistics_",
+    "pack_", "rank_tables_",
+):  # fmt: skip
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

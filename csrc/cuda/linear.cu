@@ -75,9 +75,9 @@ __device__ void merge8(const Args& a, const Prepared<float, K>& p, const Bounds<
 
 template <int K, class T>
 __global__ void __launch_bounds__(kThreads, 1) linear_kernel(Args a) {
-  __shared__ __align__(32) T x_tile[kRows * kStride];
-  __shared__ __align__(32) T w_tile[kColumns * kStride];
-  __shared__ __align__(32) float out_tile[kRows * kColumns];
+  alignas(32) __shared__ T x_tile[kRows * kStride];
+  alignas(32) __shared__ T w_tile[kColumns * kStride];
+  alignas(32) __shared__ float out_tile[kRows * kColumns];
   const int64_t across = (a.columns + kColumns - 1) / kColumns;
   const int64_t first_row = int64_t(blockIdx.x) / across * kRows, first_column = int64_t(blockIdx.x) % across * kColumns;
   const auto p = prepare<float, K>(a.c, a.lambda, a.tensor.base != nullptr);

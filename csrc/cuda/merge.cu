@@ -71,8 +71,6 @@ __global__ void __launch_bounds__(kThreads, 1) merge_kernel(Args a) {
 
 }  // namespace
 
-const char* cuda_message(int code) { return cudaGetErrorString(cudaError_t(code)); }
-
 int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
                         const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
                         void* stream) {

@@ -1,6 +1,6 @@
 """The CUDA sources run without a GPU: compiled as C++ with the sanitizers on, under the same kernel tests.
 
-The whole suite takes five minutes with its build, so it is marked `heavy`: `make test-heavy`, and CI.
+The whole suite takes some eight minutes with its build, so it is marked `heavy`: `make test-heavy`, and CI.
 """
 
 import shutil
@@ -22,17 +22,42 @@ def library():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.timeout(1200)
-def test_kernel_suite_under_the_sanitizers(library, device):
-    """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has."""
+def test_kernel_suite_under_the_sanitizers(library):
+    """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has. Both at the same time."""
     files = [str(Path(__file__).with_name(name)) for name in SUITES]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.kernels.emulation.library", "-p", "no:cacheprovider", *files]
-    if device == "cuda":
-        command += ["-k", "not instruction_set"]  # which compares the loops of csrc/cpu in processes of their own
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(device, library))
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert " passed" in done.stdout
+    # Instruction sets are compared in processes of their own.
+    only = {"cuda": ["-k", "not instruction_set"], "cpu": []}
+    runs = {
+        device: subprocess.Popen([*command, *only[device]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                                 env=environment(device, library))
+        for device in only
+    }  # fmt: skip
+    outputs = {device: run.communicate()[0] for device, run in runs.items()}
+    for device, run in runs.items():
+        assert run.returncode == 0 and " passed" in outputs[device], f"{device}:\n{outputs[device][-6000:]}"
+        print(device, outputs[device].splitlines()[-1])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("code,error,said", [
+    (209, "Unavailable", "CUDA error 209: built for compute capabilities 80 90 120, this GPU has 75: build again with MERGE3_ARCHITECTURES=75"),
+    (35, "Unavailable", "CUDA error 35: the driver serves CUDA 12.4, this build needs 13.0: update the driver"),
+    (2, "ResourceError", "CUDA error 2: "),
+])  # fmt: skip
+def test_what_a_gpu_refuses_is_said_in_words(library, code, error, said):
+    script = """
+import tests.kernels.emulation.library, torch
+from merge3 import errors, kernels
+try:
+    kernels.merge_([torch.empty(8)], [torch.zeros(8)], [torch.ones(8)], kernels.coefficients(1, 1), torch.ones(1))
+except errors.Merge3Error as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                          env=environment("cuda", library) | {"MERGE3_TEST_CUDA_ERROR": str(code)})  # fmt: skip
+    assert done.stdout.startswith(error) and said in done.stdout, done.stdout + done.stderr
 
 
 def test_a_missed_barrier_and_an_overrun_are_noticed(tmp_path):

@@ -1,5 +1,7 @@
 """A linear layer over a merge that is not written: against swap and multiply."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -66,20 +68,19 @@ def test_the_fused_kernel(count, dtype):
         modes = Modes(sparsify, elect, normalize, 7)
         tables = kernels.rank_tables(base, experts, 1)[0] if sparsify == "ranked" else []
         bias, y = torch.randn(shape[1]).to(dtype), torch.empty(shape[0], shape[1], dtype=dtype)
-        run = lambda y, x=x: kernels.call(
-            torch.ops.merge3.merged_linear_, y, x, base, experts, [bias], c, lam, torch.tensor([9]), tables, *modes_of(modes)
-        )
+        run = partial(fused, base, experts, bias, c, lam, tables, modes)
         if "cuda" not in kernels.build_info()["devices"]:
             with pytest.raises(BadInput, match="merged_linear needs a GPU"):
-                run(y)
+                run(y, x)
             pytest.skip("built without CUDA")
-        run(y)
+        run(y, x)
         expected = torch.nn.functional.linear(x.float(), swapped(base, experts, c, lam, modes, tables).float(), bias.float())
         torch.testing.assert_close(y.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
         with pytest.raises(BadInput, match="x: expected"):
             run(y, x.float())
 
 
-def modes_of(modes):
+def fused(base, experts, bias, c, lam, tables, modes, y, x):
     sparsify, elect, seed = kernels.numbers(modes)
-    return sparsify, elect, modes.normalize, seed
+    kernels.call(torch.ops.merge3.merged_linear_, y, x, base, experts, [bias], c, lam, torch.tensor([9]), tables,
+                 sparsify, elect, modes.normalize, seed)  # fmt: skip

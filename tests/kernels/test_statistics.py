@@ -104,7 +104,7 @@ def test_rank_tables_give_each_row_its_ranks(ties):
 def test_elementwise_rules(rule, dtype):
     experts = 1 if rule in ("nearswap", "arcee_fusion") else 4
     base, expert_list = make([(9, 33), 1000], experts, dtype, seed=2)
-    scalar = {"nearswap": 1e-3, "arcee_fusion": 2e-3, "ram": 2e-3, "sce": 6e-6}[rule]
+    scalar = {"nearswap": 1e-3, "arcee_fusion": 2e-3, "ram": 2e-3, "sce": 6e-6, "unify": 0.0}[rule]
     scalars = torch.full((2,), scalar)
     per_expert = torch.rand(2, experts) + 0.5
     rows = [torch.rand(9) + 0.5, torch.rand(1) + 0.5] if rule == "arcee_fusion" else []

@@ -1,0 +1,138 @@
+"""What only a GPU can show: the CPU's bits, streams, graphs, no synchronisation, streamed tiers, overlap."""
+
+import itertools
+
+import pytest
+import torch
+
+from merge3 import Pool, Recipe, Slot, kernels
+from merge3.errors import BadInput
+from merge3.kernels import Modes
+from merge3.linear import merged_linear
+from tests.kernels.test_merge import SIZES, make_case, random_coefficients, run
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or "cuda" not in kernels.build_info()["devices"], reason="needs a GPU and a CUDA build"
+)
+
+
+def on_gpu(tensors):
+    return [t.cuda() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsify,elect", itertools.product(kernels.SPARSIFY, kernels.ELECT))
+def test_cpu_and_gpu_give_the_same_bits(sparsify, elect, dtype):
+    for count, normalize in ((1, True), (3, False), (3, True), (8, True)):
+        base, experts = make_case(SIZES, count, dtype, seed=count)
+        c, lam = random_coefficients(len(base), count, seed=count)
+        modes = Modes(sparsify, elect, normalize, 99)
+        here = run(base, experts, c, lam, modes, dtype)
+        there = run(on_gpu(base), on_gpu(experts), c, lam, modes, dtype)
+        for h, t in zip(here, there):
+            assert torch.equal(h.view(torch.uint8), t.cpu().view(torch.uint8))
+
+
+def prepared_case(seed=0):
+    base, experts = make_case([300_000, (70, 300)], 3, torch.bfloat16, seed)
+    base, experts = on_gpu(base), on_gpu(experts)
+    out = [torch.empty_like(b) for b in base]
+    return out, base, experts, kernels.Prepared(out, base, experts, None, (), "magnitude")
+
+
+def test_a_run_does_not_synchronise_and_a_graph_replays_what_is_uploaded():
+    out, base, experts, prepared = prepared_case()
+    modes, stream = Modes("magnitude", "sum", True), torch.cuda.Stream()
+    cases = [random_coefficients(2, 3, seed) for seed in range(3)]
+    expected = [run(base, experts, *case, modes, torch.bfloat16) for case in cases]
+    prepared.upload(*cases[0])
+    prepared.launch(modes)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pinned = [[x.pin_memory() for x in case] for case in cases]
+        for case in pinned:
+            prepared.upload(*case)
+            prepared.launch(modes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        prepared.launch(modes)
+    for case, wanted in zip(cases, expected):
+        for o in out:
+            o.zero_()
+        prepared.upload(*case)
+        graph.replay()
+        assert all(torch.equal(o, w) for o, w in zip(out, wanted))
+
+
+def test_work_goes_to_the_current_stream():
+    out, base, experts, prepared = prepared_case()
+    case = random_coefficients(2, 3)
+    expected = run(base, experts, *case, Modes("magnitude"), torch.bfloat16)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # tens of milliseconds
+        experts[0].neg_()
+        prepared.upload(*case)
+        prepared.launch(Modes("magnitude"))  # must come after the change, and before it is taken back
+        experts[0].neg_()
+    stream.synchronize()
+    assert not torch.equal(out[0], expected[0])
+    prepared.launch(Modes("magnitude"))
+    assert torch.equal(out[0], expected[0])
+
+
+def test_a_mix_of_devices_is_refused():
+    base, experts = make_case([64], 2, torch.float32)
+    with pytest.raises(BadInput, match=r"base\[0\]: on another device"):
+        kernels.merge_([torch.empty(64).cuda()], base, on_gpu(experts), kernels.coefficients(1, 2), torch.ones(1))
+    with pytest.raises(BadInput, match=r"coefficients"):
+        kernels.merge_(on_gpu([torch.empty(64)]), on_gpu(base), on_gpu(experts), kernels.coefficients(1, 2).cuda(), torch.ones(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merged_linear_on_tensor_cores(dtype):
+    base, experts = make_case([(515, 777)], 3, dtype)
+    c, lam = random_coefficients(1, 3)
+    for rows in (1, 70, 300):
+        x = torch.randn(rows, 777, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        weight = run(base, experts, c, lam, Modes("magnitude", "sum", True), dtype)[0]
+        found = merged_linear(x.cuda(), base[0].cuda(), on_gpu(experts), c[0], float(lam), Modes("magnitude", "sum", True))
+        torch.testing.assert_close(found.cpu().float(), x.float() @ weight.float().T, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    from tests.conftest import save_family
+
+    return save_family(tmp_path_factory.mktemp("wide"), dtype=torch.bfloat16, layers=6, hidden_size=512, intermediate_size=1024, vocab_size=4000)
+
+
+def recipe_of(models, method):
+    sources = [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in models[1:]]
+    return Recipe.parse({"merge_method": method, "base_model": models[0], "models": sources})
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs"])
+def test_every_tier_and_the_overlap_give_the_bits_of_the_cpu(wide, method, monkeypatch):
+    models = [str(wide / n) for n in ("base", "e0", "e1", "e2")]
+    here = Slot(Pool.open(models[0], models[1:]))
+    here.swap(recipe_of(models, method), seed=4)
+    expected = {n: p.clone() for n, p in here.model.named_parameters()}
+    for budget, pinned in ((None, 0), ("60MiB", 1 << 40), ("60MiB", 0)):
+        monkeypatch.setattr("merge3.pool.pinnable", lambda pinned=pinned: pinned)
+        pool = Pool.open(models[0], models[1:], "cuda", memory_budget=budget)
+        assert budget is None or (pool.memory.host if pinned else pool.memory.file) > 0
+        for overlap in (False, True):
+            slot = Slot(pool, overlap=overlap)
+            for _ in range(2):
+                slot.swap(recipe_of(models, method), seed=4)
+                logits = slot.model(torch.tensor([[1, 2, 3]], device="cuda")).logits
+            slot.swap(recipe_of(models, method), seed=4)
+            slot._settle()
+            assert logits.isfinite().all()
+            for name, weight in slot.model.named_parameters():
+                assert torch.equal(weight.cpu(), expected[name]), (budget, overlap, name)
