@@ -110,6 +110,8 @@ merge3_status check(const merge3_context* context, int32_t experts, int64_t tens
                     const merge3_tensor* table, bool needs_out, bool needs_experts = true) {
   if (merge3_status s = check_context(context)) return s;
   if (merge3_status s = check_experts(experts)) return s;
+  if (tensors < 0) return fail(MERGE3_INVALID_ARGUMENT, "%lld tensors", (long long)tensors);
+  if (tensors > 0 && !table) return fail(MERGE3_INVALID_ARGUMENT, "the table is NULL");
   for (int64_t t = 0; t < tensors; ++t) {
     const merge3_tensor& x = table[t];
     if (x.numel < 0) return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: %lld elements", (long long)t, (long long)x.numel);
@@ -128,6 +130,11 @@ merge3_status check(const merge3_context* context, int32_t experts, int64_t tens
     const std::string overlap = find_overlap(table, tensors, experts);
     if (!overlap.empty()) return fail(MERGE3_INVALID_ARGUMENT, "%s: expected memory of its own (out may be its tensor's base)", overlap.c_str());
   }
+  return MERGE3_OK;
+}
+
+merge3_status check_numbers(int64_t tensors, const void* coefficients, const void* lambda) {
+  if (tensors > 0 && (!coefficients || !lambda)) return fail(MERGE3_INVALID_ARGUMENT, "coefficients or lambda is NULL");
   return MERGE3_OK;
 }
 
@@ -204,6 +211,8 @@ merge3_status merge3_merge_resident(const merge3_context* context, const merge3_
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check_modes(modes)) return s;
     if (merge3_status s = check_context(context)) return s;
+    if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
+    if (tensors <= 0) return MERGE3_OK;
     MERGE3_ON_DEVICE(merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
     const ChunkRange range{first, tensors};
     const MergeCall call{modes, table, coefficients, lambda, &range, chunks * kChunk > kCacheElements};
@@ -218,8 +227,9 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
                            const merge3_tensor* table, const merge3_coefficient* coefficients,
                            const float* lambda) {
   return guarded([&]() -> merge3_status {
-    std::vector<int64_t> first(size_t(tensors) + 1);
+    std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
     if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     MERGE3_ON_DEVICE(merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
     return merge3_merge_resident(context, modes, tensors, first.back(), table, first.data(), coefficients, lambda);
   });
@@ -230,8 +240,9 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
                                     const float* lambda, double* weight_gradient, double* rescale_gradient,
                                     double* lambda_gradient) {
   return guarded([&]() -> merge3_status {
-    std::vector<int64_t> first(size_t(tensors) + 1);
+    std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
     if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     if (modes->sparsify > MERGE3_KEEP_BAND) return fail(MERGE3_UNSUPPORTED, "packed merges have no gradient");
     const ChunkRange range{first.data(), tensors};
     const int64_t width = 2 * modes->experts + 1;

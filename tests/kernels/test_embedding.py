@@ -29,6 +29,22 @@ def test_install_find_package_and_the_cpp_example(tmp_path):
     assert "nine experts: 9 experts: expected 1 to 8" in done.stdout
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_c_api_refuses_with_code_and_message(tmp_path):
+    objects = sorted((ROOT / "build" / "kernels").glob("*.o"))
+    if not objects:
+        pytest.skip("the kernels were not built in this directory")
+    program = tmp_path / "c_api"
+    source = Path(__file__).with_name("c_api.cpp")
+    subprocess.run(["g++", "-std=c++20", f"-I{ROOT / 'csrc' / 'include'}", source, *objects, "-o", program, "-lpthread"], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+    # The header is C.
+    (tmp_path / "header.c").write_text("#include <merge3/merge.h>\n")
+    command = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{ROOT / 'csrc' / 'include'}", "-c"]
+    subprocess.run([*command, tmp_path / "header.c", "-o", tmp_path / "header.o"], check=True)
+
+
 def test_the_state_dict_example():
     done = subprocess.run([sys.executable, ROOT / "examples" / "state_dict" / "merge.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

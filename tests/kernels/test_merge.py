@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge3 import kernels
-from merge3.errors import BadInput
+from merge3.errors import BadInput, Unavailable
 from merge3.kernels import DENSITY, EPSILON, FIELDS, HI, HI_SHARE, LO, LO_SHARE, RESCALE, WEIGHT, Modes
 from merge3.reference import OPS, merge_ref, random_bits
 
@@ -283,6 +283,11 @@ def test_bad_arguments_name_the_tensor():
         kernels.merge_(out, base, experts, c, lam, Modes("magnitud"))
     with pytest.raises(BadInput, match=r"rank_tables"):
         kernels.merge_(out, base, experts, c, lam, Modes("ranked"))
+
+
+def test_a_device_without_kernels_names_the_build_step():
+    with pytest.raises(Unavailable, match=r"kernels: .*expected tensors on one of: .*\(build with MERGE3_CUDA=1"):
+        kernels.merge_([torch.empty(8).to_mkldnn()], [], [torch.empty(8).to_mkldnn()], kernels.coefficients(1, 1), torch.ones(1))
 
 
 @pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])

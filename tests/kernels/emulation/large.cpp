@@ -75,6 +75,33 @@ int main() {
     printf("gram: %g, expected %g\n", last, expected);
     return 1;
   }
+  // The same as one bit per element, made and merged; and the gradient of the last elements.
+  std::vector<double> sums(size_t(chunks.count()) * 2);
+  auto* words = reinterpret_cast<uint32_t*>(reserve((n + 31) / 32 * 2));
+  tensor.masks[0] = words;
+  if (pack_cuda(MERGE3_PACK_SIGNS, 1, 1, &tensor, sums.data(), nullptr)) return 1;
+  c.rescale = 2.0f;
+  merge3_modes modes{};
+  modes.experts = 1;
+  modes.sparsify = MERGE3_SIGNS;
+  if (merge_cuda(modes, 1, &tensor, &c, &lambda, nullptr)) return 1;
+  for (int64_t i = n - kChunk; i < n; ++i)
+    if (bfloat16_to_float(out[i]) != 1.0f + 2.0f * 2.0f) {
+      printf("signs, element %lld: %g\n", (long long)i, double(bfloat16_to_float(out[i])));
+      return 1;
+    }
+  if (words[0] || words[(n / 2) / 32] || words[(n - 6) / 32] != 0xffffffffu) return puts("packed in the wrong place"), 1;
+  modes.sparsify = MERGE3_KEEP_ALL;
+  c.rescale = 1.0f;
+  for (int64_t i = n - 5; i < n; ++i) out[i] = bf16(1.0f);  // dL/dout
+  std::vector<double> gradient(size_t(chunks.count()) * 3);
+  if (backward_cuda(modes, 1, &tensor, &c, &lambda, gradient.data(), nullptr)) return 1;
+  double along = 0;
+  for (int64_t i = n - 5; i < n; ++i) along += 2.0 * ((i & 1) ? 3.0 : 2.0);
+  if (gradient[size_t(chunks.count() - 1) * 3] != along) {
+    printf("gradient: %g, expected %g\n", gradient[size_t(chunks.count() - 1) * 3], along);
+    return 1;
+  }
   puts("ok");
   return 0;
 }
