@@ -39,7 +39,7 @@ test: $(VENV)/.parity
 
 # Minutes of compiling: the CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library.
 test-heavy: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m heavy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m heavy --durations=8
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

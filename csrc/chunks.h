@@ -13,6 +13,7 @@ namespace merge3 {
 
 // Elements. A multiple of 64, so that SIMD groups and Philox blocks never straddle two chunks.
 constexpr int64_t kChunk = MERGE3_CHUNK;
+static_assert(kChunk % 512 == 0);
 
 inline void count_chunks(const merge3_tensor* table, int64_t tensors, int64_t* first) {
   first[0] = 0;

@@ -30,7 +30,7 @@ STATISTICS = ("magnitude", "variance")
 MAX_EXPERTS = 8
 RANK_BINS = 32
 RANK_STRIDE = 2 * RANK_BINS - 1
-CHUNK = 65536  # elements; slices of a tensor start at its multiples
+CHUNK = _C.chunk  # elements, 65536; slices of a tensor start at its multiples
 # Columns of a coefficient row, as in merge3_coefficient.
 WEIGHT, RESCALE, LO, LO_SHARE, HI, HI_SHARE, DENSITY, EPSILON = range(8)
 FIELDS = 8

@@ -397,6 +397,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   if (m == nullptr) return m;
   PyModule_AddStringConstant(m, "build", merge3_build());
   PyModule_AddStringConstant(m, "cpu", merge3_cpu());
+  PyModule_AddIntConstant(m, "chunk", MERGE3_CHUNK);
   PyModule_AddIntConstant(m, "tensor_bytes", sizeof(merge3_tensor));
   return m;
 }

@@ -12,7 +12,7 @@ from merge3.kernels import RESCALE, WEIGHT, Modes
 from merge3.reference import merged_backward_ref
 from tests.kernels.test_merge import DTYPES, make_case, random_coefficients
 
-SIZES = [0, 1, 13, (5, 65), 65536 + 3]
+SIZES = [0, 1, 13, (5, 65), kernels.CHUNK + 3]
 
 
 def gradients_of(base, experts, c, lam, modes, ids, g):

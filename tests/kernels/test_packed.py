@@ -11,7 +11,7 @@ from merge3.kernels import Modes
 from merge3.reference import elementwise_ref, pack_ref
 from tests.kernels.test_merge import DTYPES, assert_close, make_case
 
-SIZES = [0, 1, 31, 32, 33, (5, 65), 65536 + 3]
+SIZES = [0, 1, 31, 32, 33, (5, 65), kernels.CHUNK + 3]
 
 
 def bits_of(mask, numel):

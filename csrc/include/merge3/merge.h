@@ -26,7 +26,9 @@ extern "C" {
 /* Floats per row of a rank table: (bins - 1) boundaries, then one mean rank per bin. */
 #define MERGE3_RANK_STRIDE (2 * MERGE3_RANK_BINS - 1)
 /* Elements that one thread or block works on; slices of a tensor start at multiples of it. */
+#ifndef MERGE3_CHUNK
 #define MERGE3_CHUNK 65536
+#endif
 
 typedef enum {
   MERGE3_OK = 0,

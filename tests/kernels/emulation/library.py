@@ -35,7 +35,7 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
         return library
     flags = [
         "-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-fPIC", *SANITIZE,
-        '-DMERGE3_ARCHITECTURES="80 90 120"',
+        '-DMERGE3_ARCHITECTURES="80 90 120"', "-DMERGE3_CHUNK=2048",  # small ones: a tensor needs few elements to have several
         "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000",
         "-DTORCH_EXTENSION_NAME=_C", f"-I{HERE}", *(f"-I{p}" for p in include_paths()), f"-I{sysconfig.get_paths()['include']}",
     ]  # fmt: skip
