@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from merge3.alignment import check_finite
 from merge3.checkpoint import CheckpointWriter, check_free
 from merge3.checkpoint.card import model_card
 from merge3.checkpoint.layout import Ref
@@ -20,7 +21,7 @@ from merge3.errors import RecipeError
 from merge3.methods import execute, method_named, plan, steps_for
 from merge3.methods.base import Job
 from merge3.methods.plan import Plan
-from merge3.pool import Pool, check_finite
+from merge3.pool import Pool
 from merge3.recipe import Recipe
 
 BATCH = 24_000_000  # elements merged at once

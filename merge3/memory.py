@@ -97,7 +97,12 @@ def parse_size(text: int | str) -> int:
 
 def pinnable() -> int:
     """Bytes of host memory that a pool may pin: half of what is free, since pages once pinned cannot be swapped out."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux: free pages, without those that caches would give back
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // 2
 
 
 def _gib(size: int) -> str:

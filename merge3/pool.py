@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 
+from merge3.alignment import align, check_finite
 from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
@@ -80,7 +81,7 @@ class Pool:
             ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
             endpoints.setdefault(str(ref), _open(ref, locate))
         pool = Pool(endpoints, device, dtype)
-        pool._align()
+        pool.kept, pool.heads = align(endpoints, pool.has, pool.shape)
         pool._plan(budget)
         return pool
 
@@ -250,51 +251,6 @@ class Pool:
         slot = sum(sizes[name][Ref(self.base, name)] for name in self.base_checkpoint.tensors)
         host = pinnable() if self.device.type == "cuda" and budget is not None else 0
         self.memory = plan_memory(sizes.values(), slot, str(self.device), budget, host)
-
-    def _align(self) -> None:
-        base = self.base_checkpoint
-        stack = layout(base.tensors)
-        for model, checkpoint in list(self.endpoints.items())[1:]:
-            own = set(self._own_head(checkpoint))
-            for name, info in base.tensors.items():
-                if name in own:
-                    continue
-                if not self.has(Ref(model, name)):
-                    if name in set(self._own_head(base)):
-                        continue
-                    raise CheckpointError(model, f"no tensor {name!r}", f"every tensor of the base {self.base}")
-                found = self._info(Ref(model, name)).shape
-                if found == info.shape:
-                    continue
-                if stack.layer_of(name) is not None:
-                    raise CheckpointError(
-                        model, f"tensor {name!r} of shape {list(found)}", f"{list(info.shape)} as in the base {self.base}"
-                    )
-                self.kept.setdefault(name, f"shape {list(found)} in {model}, {list(info.shape)} in the base")
-            if own:
-                self.heads[model] = sorted(own)
-        for name, info in base.tensors.items():
-            if not info.dtype.is_floating_point:
-                self.kept.setdefault(name, f"{info.dtype} buffer")
-        own = set(self._own_head(base))
-        if own:
-            self.heads[self.base] = sorted(own)
-
-    @staticmethod
-    def _own_head(checkpoint: Checkpoint) -> list[str]:
-        """Tensors outside the backbone of a model whose head answers a question of its own."""
-        architecture = (checkpoint.config.get("architectures") or [""])[0]
-        if "Classification" not in architecture:
-            return []
-        prefix = layout(checkpoint.tensors).prefix.split(".")[0]
-        return [n for n in checkpoint.tensors if not n.startswith(prefix + ".")]
-
-
-def check_finite(gram, base: Ref, experts: list[Ref]) -> None:
-    """Name the first endpoint whose tensor is not finite. gram: [K+1, K+1] of [θ, τ_1, ..]."""
-    for i, ref in enumerate((base, *experts)):
-        if not (abs(gram[i][i]) < float("inf")):
-            raise CheckpointError(ref.model, f"NaN or infinity in tensor {ref.tensor!r}", "finite weights")
 
 
 def tied(config: Mapping) -> bool:
