@@ -35,9 +35,9 @@ demo: $(VENV)/.installed
 	$(BIN)/merge3-client demo --seed $(SEED)
 
 test: $(VENV)/.parity
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=20
 
-# Minutes of compiling: the CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library.
+# The CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library; the longest searches.
 test-heavy: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m heavy --durations=8
 

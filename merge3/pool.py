@@ -76,6 +76,8 @@ class Pool:
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise Unavailable("device", "no CUDA device can be used here", "cpu")
+        if device.type == "cuda" and device.index is None:  # as tensors name theirs
+            device = torch.device("cuda", torch.cuda.current_device())
         endpoints = {}
         for model in (base, *experts):
             ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)

@@ -71,7 +71,7 @@ def test_the_report_shows_ledger_checks_and_race(undisturbed):
     assert " → ".join(map(str, result["race"]["rounds"])) + " of the best" in page and result["asked"]["why"] in page
 
 
-@pytest.mark.parametrize("stop_after", [3, 12, 40])
+@pytest.mark.parametrize("stop_after", [3, *(pytest.param(n, marks=pytest.mark.heavy) for n in (12, 40))])
 def test_a_run_stopped_anywhere_resumes_to_the_same_bits(undisturbed, few, tmp_path, monkeypatch, stop_after):
     """Stopped by an exception inside the n-th question to the engine: in calibration, search or race."""
     asked = 0
@@ -148,6 +148,7 @@ def test_a_check_notices_estimates_that_are_off(few, tmp_path):
     store.close()
 
 
+@pytest.mark.heavy
 def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
     directory, _ = undisturbed
     config = load_config(few)

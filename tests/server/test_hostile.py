@@ -241,7 +241,8 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_twenty_thousand_mutated_requests(daemon, world, by_hand):
+@pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.heavy)])
+def test_mutated_requests(daemon, world, by_hand, count):
     """Each gets an answer or a status that is no internal error; then it evaluates as before."""
     before = still_serves(world)
     holders = [world.stub.OpenPool(pb.OpenPoolRequest(models=world.config.models)) for _ in range(2)]
@@ -286,13 +287,13 @@ def test_twenty_thousand_mutated_requests(daemon, world, by_hand):
                         unwell.append((name, code, call.details()))
                 pending = []
 
-    threads = [threading.Thread(target=fuzz, args=(c, i, 10_000), daemon=True) for i, c in enumerate(channels)]
+    threads = [threading.Thread(target=fuzz, args=(c, i, count // 2), daemon=True) for i, c in enumerate(channels)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(500)
         assert not thread.is_alive()
     assert unwell == []
-    assert sum(codes.values()) == 20_000 and codes.get("OK", 0) > 1000 and codes.get("INVALID_ARGUMENT", 0) > 1000, codes
+    assert sum(codes.values()) == count and codes.get("OK", 0) > count // 20 and codes.get("INVALID_ARGUMENT", 0) > count // 20, codes
     assert still_serves(world) == before
     assert not [line for i, line in enumerate(daemon.lines) if "internal error" in "".join(daemon.lines[max(0, i - 40) : i + 1])]

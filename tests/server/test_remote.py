@@ -95,7 +95,7 @@ def test_the_command_with_server_and_a_resume_across(daemon, embedded, tiny_worl
     assert journal(whole) == journal(tmp_path / "run")
 
 
-@pytest.mark.parametrize("port", ["tcp", "unix"])
+@pytest.mark.parametrize("port", [pytest.param("tcp", marks=pytest.mark.heavy), "unix"])
 def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, start, free_port, port):
     address = f"127.0.0.1:{free_port}" if port == "tcp" else f"unix:{tmp_path}/merge3.sock"
     options = ("--root", tiny_world, "--listen", address)
