@@ -53,7 +53,8 @@ def main() -> None:
     ]  # fmt: skip
     columns = ["source", "kernel", "for", "instantiations", "registers", "shared memory, bytes", "stack, bytes", "spills, bytes"]
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
-    report("ptxas", table(f"What each CUDA kernel takes (nvcc {version})", columns, rows), {"kernels": kernels}, options.save)
+    data = {"rows": [dict(zip(columns, row)) for row in rows]}
+    report("ptxas", table(f"What each CUDA kernel takes (nvcc {version})", columns, rows), data, options.save)
     if spilling := [k["name"] for k in kernels if k["spills"]]:
         sys.exit(f"{len(spilling)} kernels spill registers, the first: {spilling[0]}")
 

@@ -22,7 +22,7 @@ from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
 from merge3.errors import BadInput, CheckpointError, Unavailable
-from merge3.memory import DEVICE, HOST, MemoryPlan, parse_size, pinnable, plan_memory
+from merge3.memory import DEVICE, FILE, HOST, MemoryPlan, parse_size, pinnable, plan_memory
 from merge3.recipe import ModelRef
 from merge3.statistics import Statistics
 
@@ -130,8 +130,8 @@ class Pool:
             return self._resident[ref]
         if ref in self._pinned:
             return self._pinned[ref]
-        tensor = self.endpoints[ref.model].get(self._info(ref).name)
-        tensor = tensor.to(self.common_dtype(ref.tensor) if tensor.is_floating_point() else tensor.dtype)
+        tensor = self._stored(ref)
+        tensor = tensor.to(self._dtype_of(ref, tensor))
         tier = self.memory.tier(ref)
         if tier == DEVICE:
             self._resident[ref] = tensor = tensor.to(self.device)  # on the CPU a view of the mapped file: costs no memory
@@ -140,6 +140,14 @@ class Pool:
         else:
             self._use(ref)
         return tensor
+
+    def part(self, ref: Ref, begin: int, end: int) -> torch.Tensor:
+        """Elements [begin, end) of a tensor, flat, where it lies."""
+        if self.memory.tier(ref) != FILE:
+            return self.staged(ref).reshape(-1)[begin:end]
+        self._use(ref)
+        tensor = self._stored(ref).reshape(-1)[begin:end]  # converted in parts, where it has to be
+        return tensor.to(self._dtype_of(ref, tensor))
 
     def resident(self, refs: Iterable[Ref]) -> bool:
         """Whether these tensors stay where a kernel finds them."""
@@ -163,6 +171,12 @@ class Pool:
         for ref in refs:
             if self._mapped.pop(ref, None) is not None:
                 self.endpoints[ref.model].release(self._info(ref).name)
+
+    def _stored(self, ref: Ref) -> torch.Tensor:
+        return self.endpoints[ref.model].get(self._info(ref).name)
+
+    def _dtype_of(self, ref: Ref, tensor: torch.Tensor) -> torch.dtype:
+        return self.common_dtype(ref.tensor) if tensor.is_floating_point() else tensor.dtype
 
     def _use(self, ref: Ref) -> None:
         """Count a streamed tensor's pages as in memory; those used longest ago leave for it."""

@@ -117,12 +117,12 @@ class _Buffers:
         """The window's inputs on the device, piece by piece, base first."""
         source = [(ref, piece) for piece in window for ref in piece.refs]
         if not self.cuda:
-            return [self.pool.get(ref).reshape(-1)[piece.begin : piece.end] for ref, piece in source]
+            return [self.pool.part(ref, piece.begin, piece.end) for ref, piece in source]
         memory, at, views = self.memory[self.turn], 0, []
         self.copying.wait_event(self.consumed[self.turn])
         with torch.cuda.stream(self.copying):
             for ref, piece in source:
-                here = self.pool.staged(ref).reshape(-1)[piece.begin : piece.end]
+                here = self.pool.part(ref, piece.begin, piece.end)
                 if here.device != self.pool.device:
                     view = memory[at : at + here.numel() * here.itemsize].view(here.dtype)
                     view.copy_(here, non_blocking=True)

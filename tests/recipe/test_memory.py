@@ -126,6 +126,21 @@ def test_an_overlapped_swap_is_waited_for_layer_by_layer(family):
     assert waited == [None, 0, 1, 2, 3]
 
 
+def test_endpoints_of_other_dtypes_are_converted_in_parts(wide_family, tmp_path):
+    """A bfloat16 expert beside a float32 base: streamed, the same bits as resident."""
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(wide_family / "e0", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    models, found = [str(wide_family / "base"), str(tmp_path / "half"), str(wide_family / "e1")], []
+    sources = [{"model": m, "parameters": {"weight": 0.4, "density": 0.5}} for m in models[1:]]
+    for budget in (None, "24MiB"):
+        pool = Pool.open(models[0], models[1:], memory_budget=budget)
+        slot = Slot(pool)
+        slot.swap(Recipe.parse({"merge_method": "ties", "base_model": models[0], "models": sources}))
+        found.append([p.clone() for p in slot.model.parameters()])
+    assert pool.memory.file > 0 and all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_a_budget_too_small_says_what_is_needed(wide_family):
     with pytest.raises(BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"):
         Pool.open(str(wide_family / "base"), [str(wide_family / "e0")], memory_budget="14MiB")
