@@ -157,3 +157,14 @@ def test_help_has_an_example_and_imports_nothing_heavy():
     assert done.returncode == 0 and "Example: merge3-server serve" in done.stdout
     code = "import sys; import merge3_server.cli; print([m for m in ('torch', 'transformers', 'grpc', 'ray') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_memory_budget_is_in_the_log_and_too_small_a_one_is_refused(start, tiny_world):
+    models = load_config(tiny_world / "evolve.yaml").models
+    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--memory-budget", "2GiB")
+    daemon.stub().OpenPool(pb.OpenPoolRequest(models=models))
+    assert "budget 2.00 GiB" in daemon.wait_for("memory: ")
+    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--memory-budget", "100KiB")
+    with pytest.raises(grpc.RpcError) as refused:
+        daemon.stub().OpenPool(pb.OpenPoolRequest(models=models))
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "memory_budget: found 0.1 MiB" in refused.value.details()
