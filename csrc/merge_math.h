@@ -309,9 +309,10 @@ MERGE3_HD float variance(float theta, const float* expert, int experts) {
 MERGE3_HD float unify(float theta, const float* expert, int experts) {
   float vote = 0.0f, largest = 0.0f;
   for (int k = 0; k < experts; ++k) vote += expert[k] - theta;
+  if (vote != vote) return vote;  // a NaN stays one
   for (int k = 0; k < experts; ++k) {
     const float tau = vote < 0.0f ? theta - expert[k] : expert[k] - theta;
-    if (!(tau <= largest)) largest = tau;
+    if (tau > largest) largest = tau;
   }
   return theta + (vote < 0.0f ? -largest : largest);
 }

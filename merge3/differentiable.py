@@ -34,6 +34,9 @@ def merged(
         for i, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 raise BadInput(f"{name}[{i}]", "requires a gradient", "only coefficients and lambda_ to be learned")
+    if coefficients.dim() != 3 or len(experts) != lambda_.numel() * coefficients.shape[1]:
+        raise BadInput("coefficients", f"shape {list(coefficients.shape)} for {lambda_.numel()} tensors and {len(experts)} experts",
+                       "[tensors, experts of each, 8]")  # fmt: skip
     ids = torch.arange(len(experts) // coefficients.shape[1]) if ids is None else ids
     numbers = kernels.numbers(modes)
     return kernels.call(

@@ -12,6 +12,7 @@ from math import gcd
 import torch
 
 from merge3 import kernels
+from merge3.errors import BadInput
 from merge3.kernels import CHUNK, PACKED, Modes
 
 TILE = 1 << 21  # elements of a merged tile: a few MB
@@ -33,7 +34,12 @@ def merged_linear(
     The merged weight is rounded to the dtype of base and experts, as a swap would; what is added up is float32 on
     the GPU, PyTorch's own choice elsewhere. rank_tables: K, for `ranked`.
     """
+    if not experts or experts[0].dim() != 2:
+        raise BadInput("experts", "none" if not experts else f"experts[0] of shape {list(experts[0].shape)}", "1 to 8 of shape [out, in]")
     weight = experts[0]
+    if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
+        raise BadInput("x", f"[.., {x.shape[-1] if x.dim() else ''}] {x.dtype} on {x.device}",
+                       f"[.., {weight.shape[1]}] {weight.dtype} on {weight.device}, as the weights")  # fmt: skip
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty(flat.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
     c, lam, ids = coefficients[None].contiguous(), torch.tensor([lambda_]), torch.tensor([tensor_id])
@@ -53,7 +59,7 @@ def merged_linear(
             out = tile[: here.stop - first]
             kernels.merge_([out], [b[here] for b in bases], [e[here] for e in experts], c, lam, modes, ids, rank_tables,
                            torch.tensor([first * columns]), torch.tensor([columns]))  # fmt: skip
-            torch.mm(flat.to(weight.dtype), out.T, out=y[:, here])
+            torch.mm(flat, out.T, out=y[:, here])
         if bias is not None:
             y += bias
     return y.reshape(*x.shape[:-1], -1)

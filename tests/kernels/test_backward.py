@@ -103,5 +103,7 @@ def test_coefficients_can_be_learned():
 
 def test_a_gradient_of_the_weights_themselves_is_refused():
     base, experts = make_case([8], 2, torch.float32)
+    with pytest.raises(BadInput, match=r"coefficients: shape \[2, 8\] for 1 tensors and 2 experts"):
+        merged(base, experts, kernels.coefficients(1, 2)[0], torch.ones(1))
     with pytest.raises(BadInput, match=r"experts\[1\]: requires a gradient; expected only coefficients"):
         merged(base, [experts[0], experts[1].requires_grad_()], kernels.coefficients(1, 2), torch.ones(1))

@@ -80,6 +80,19 @@ def test_the_fused_kernel(count, dtype):
             run(y, x.float())
 
 
+def test_what_does_not_fit_is_named():
+    x, base, experts, c, _ = case((3, 5, 7), 2, torch.float32)
+    for arguments, message in (
+        ((x[:, :6], base[0], experts, c[0]), r"x: \[.., 6\].*expected \[.., 7\]"),
+        ((x.half(), base[0], experts, c[0]), "x: .*float16.*expected .*float32"),
+        ((x, base[0], [], c[0]), "experts: none; expected 1 to 8 of shape"),
+        ((x, None, [e.flatten() for e in experts], c[0]), r"experts: experts\[0\] of shape \[35\]"),
+        ((x, base[0], experts, c[0, :1]), "coefficients: found 8 elements, expected 16"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            merged_linear(*arguments)
+
+
 def fused(base, experts, bias, c, lam, tables, modes, y, x):
     sparsify, elect, seed = kernels.numbers(modes)
     kernels.call(torch.ops.merge3.merged_linear_, y, x, base, experts, [bias], c, lam, torch.tensor([9]), tables,

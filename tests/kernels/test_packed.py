@@ -72,6 +72,9 @@ def test_emr_gives_each_expert_its_own_model(dtype):
             mask = tau * common > 0
             rescale = tau.abs().sum() / (common * mask).abs().sum() if mask.any() else 1.0
             assert_close(out[t], b.double() + rescale * mask * common, dtype, 0.05)
+    broken = [e.clone() for e in experts]
+    broken[3 * len(SIZES) - 3][7] = float("nan")
+    assert packed.unify(base, broken).unified[-1].isnan().nonzero().tolist() == [[7]]
     # With one expert the unified model is that expert.
     alone = packed.unify(base, experts[::3])
     for u, e, b in zip(alone.unified, experts[::3], base):
