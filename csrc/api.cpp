@@ -1,6 +1,5 @@
 // The C API: validates, spreads CPU work over threads, routes to the device. Nothing below this file
 // checks its arguments again.
-
 #include <atomic>
 #include <exception>
 #include <numeric>
@@ -15,8 +14,8 @@
 namespace merge3 {
 namespace {
 
-// Results larger than this do not come back from the caches soon: they are stored past them.
-constexpr int64_t kCacheElements = int64_t(4) << 20;
+// Bytes. Results larger than this do not come back from the caches soon: they are stored past them.
+constexpr int64_t kCached = int64_t(16) << 20;
 
 void threads_for(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(std::thread::hardware_concurrency(), count));
@@ -91,7 +90,9 @@ merge3_status merge3_merge_resident(const merge3_context* context, const merge3_
     if (tensors <= 0) return MERGE3_OK;
     MERGE3_ON_DEVICE(merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
     const ChunkRange range{first, tensors};
-    const MergeCall call{modes, table, coefficients, lambda, &range, chunks * kChunk > kCacheElements};
+    int64_t bytes = 0;
+    for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * element_size(table[t].out_dtype);
+    const MergeCall call{modes, table, coefficients, lambda, &range, bytes > kCached};
     const bool packed = modes->sparsify > MERGE3_KEEP_BAND;
     const auto loop = loops().merge;
     parallel(*context, chunks, [&](int64_t from, int64_t to) { packed ? packed_cpu(call, from, to) : void(loop(call, from, to)); });

@@ -17,7 +17,7 @@ from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.terminal import bar
 from merge3.engine import Engine, LocalEngine
-from merge3.errors import ResumeMismatch
+from merge3.errors import BadInput, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.search.config import EvolveConfig
@@ -77,6 +77,8 @@ def open_engine(
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
         return LocalEngine(open_pool(config.models, device, quiet, memory_budget), seed, chat, dtype)
+    if memory_budget is not None:
+        raise BadInput("--memory-budget", "given with --server", "one of them: the daemon has its own (merge3-server serve --memory-budget)")
     from merge3.client.remote import RemoteEngine
 
     engine = RemoteEngine(target, config.models, seed, chat, config.genome.dtype)

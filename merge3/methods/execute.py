@@ -75,16 +75,16 @@ def _merge(modes, no_base: bool, split: bool, group: list, get: Get, seed: int, 
         np.concatenate([np.broadcast_to(s.lambda_, len(s.coefficients) if split else 1) for _, s, _ in group]).astype(np.float32)
     )
     # Rows of one tensor are drawn and thinned alike; only deterministic methods split tensors.
-    ids = torch.tensor([kernels.tensor_id(name) for name, _, out in group for _ in rows(out)], dtype=torch.int64)
+    ids = lambda: torch.tensor([kernels.tensor_id(name) for name, _, out in group for _ in rows(out)], dtype=torch.int64)
     tables = [table for _, step, _ in group for table in step.rank_tables]
     modes = kernels.Modes(modes.sparsify, modes.elect, modes.normalize, seed)
     if prepared is None:
-        kernels.merge_(outs, bases, experts, coefficients, lambdas, modes, ids, tables)
+        kernels.merge_(outs, bases, experts, coefficients, lambdas, modes, ids(), tables)
         return
     # What is prepared holds its tensors, so an address stands for the same memory as long as it is kept.
     key = (modes.sparsify, no_base, *(t.data_ptr() for tensors in (outs, bases, experts, tables) for t in tensors))
     if key not in prepared:
-        prepared[key] = kernels.Prepared(outs, bases, experts, ids, tables, modes.sparsify)
+        prepared[key] = kernels.Prepared(outs, bases, experts, ids(), tables, modes.sparsify)
         while len(prepared) > PREPARED:
             prepared.popitem(last=False)
     prepared.move_to_end(key)

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge3.client.cli import app
+from merge3.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands)
@@ -189,3 +190,13 @@ def test_a_bad_memory_budget_is_one_line(family, tmp_path):
     for budget, message in (("plenty", "memory_budget: found 'plenty'"), ("1KiB", "memory_budget: found 0.0 MiB; expected at least")):
         done = client("evaluate", str(family / "base"), str(items), "--memory-budget", budget)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_memory_budget_is_the_daemons_own():
+    from types import SimpleNamespace
+
+    from merge3.client.run import open_engine
+
+    config = SimpleNamespace(optimizer=SimpleNamespace(seed=0), apply_chat_template=False)
+    with pytest.raises(BadInput, match="--memory-budget: given with --server"):
+        open_engine(config, target=object(), memory_budget="1GiB")
