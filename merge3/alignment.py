@@ -1,60 +1,145 @@
-"""Whether endpoints fit together, tensor by tensor; and what of them cannot be merged."""
+"""Whether endpoints fit together, tensor by tensor: what is merged, what is kept or left out and why, what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from merge3.checkpoint import Checkpoint
+from merge3.checkpoint.architecture import loading
 from merge3.checkpoint.layout import Ref, layout
+from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Alignment:
+    """fixed: tensors that no recipe merges, with the reason: buffers, heads that answer other questions. kept: those, and
+    tensors that stay the base's where these endpoints are merged. heads: endpoint -> tensors outside its backbone, which
+    stay with their endpoint. left_out: other endpoints' tensors that no merge can take, with the reason."""
+
+    fixed: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[Ref, str] = field(default_factory=dict)
 
 
 def align(
-    endpoints: dict[str, Checkpoint], has: Callable[[Ref], bool], shape: Callable[[Ref], tuple[int, ...]]
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """kept: tensors that stay the base's, with the reason; heads: endpoint -> tensors outside its backbone.
+    endpoints: dict[str, Checkpoint], has: Callable[[Ref], bool], shape: Callable[[Ref], Shape], drop: Iterable[str] = (),
+) -> Alignment:  # fmt: skip
+    """Compare every endpoint with the base. endpoints: base first, under the base's tensor names. has, shape: of a
+    tensor, stored or tied. drop: patterns of tensors that may be left out.
 
-    endpoints: base first. Raises CheckpointError where an expert lacks a tensor of the base, or has another shape
-    inside a layer.
+    Raises CheckpointError where an expert lacks a tensor of the base, has one that the base lacks, or has another
+    shape inside a layer. Layers beyond the shallower of two models are not compared: a recipe says which it takes.
     """
     (base_name, base), *experts = endpoints.items()
-    kept: dict[str, str] = {}
-    heads: dict[str, list[str]] = {}
-    stack, base_head = layout(base.tensors), set(own_head(base))
-    for model, checkpoint in experts:
-        own = set(own_head(checkpoint))
-        for name, info in base.tensors.items():
-            if name in own:
-                continue
-            if not has(Ref(model, name)):
-                if name in base_head:
-                    continue
-                raise CheckpointError(model, f"no tensor {name!r}", f"every tensor of the base {base_name}")
-            found = shape(Ref(model, name))
-            if found == info.shape:
-                continue
-            if stack.layer_of(name) is not None:
-                raise CheckpointError(
-                    model, f"tensor {name!r} of shape {list(found)}", f"{list(info.shape)} as in the base {base_name}"
-                )
-            kept.setdefault(name, f"shape {list(found)} in {model}, {list(info.shape)} in the base")
-        if own:
-            heads[model] = sorted(own)
-    for name, info in base.tensors.items():
-        if not info.dtype.is_floating_point:
-            kept.setdefault(name, f"{info.dtype} buffer")
+    found = Alignment()
+    base_head = own_head(base)
     if base_head:
-        heads[base_name] = sorted(base_head)
-    return kept, heads
+        found.heads[base_name] = sorted(base_head)
+    for name, info in base.tensors.items():
+        if is_buffer(name, info.shape):
+            found.fixed[name] = "a buffer, which models compute themselves"
+        elif not info.dtype.is_floating_point:
+            found.fixed[name] = f"{str(info.dtype).removeprefix('torch.')} buffer"
+    for name in sorted(base_head):
+        for model, checkpoint in experts:
+            if not _same_question(name, base, checkpoint):
+                found.fixed[name] = f"the head of {base_name}; that of {model} answers another question"
+    found.kept.update(found.fixed)
+    for model, checkpoint in experts:
+        own = own_head(checkpoint)
+        if own:
+            found.heads[model] = sorted(own)
+        _compare_shapes(model, checkpoint, base_name, base, own, has, shape, found)
+        _find_missing(model, checkpoint, base_name, base, own | base_head, has, found)
+        _find_extra(model, checkpoint, base_name, base, own, has, tuple(drop), found)
+    return found
 
 
-def own_head(checkpoint: Checkpoint) -> list[str]:
+def _compare_shapes(model, checkpoint, base_name, base, own, has, shape, found: Alignment) -> None:
+    stack = layout(base.tensors)
+    for name in dict.fromkeys((*base.tensors, *checkpoint.tensors)):
+        if name in own or name in found.kept or not has(Ref(model, name)) or not has(Ref(base_name, name)):
+            continue
+        theirs, expected = shape(Ref(model, name)), shape(Ref(base_name, name))
+        if theirs == expected:
+            continue
+        if stack.layer_of(name) is not None:
+            raise CheckpointError(
+                model, f"tensor {name!r} of shape {list(theirs)}", f"{list(expected)} as in the base {base_name}"
+            )
+        found.kept[name] = f"shape {list(theirs)} in {model}, {list(expected)} in the base"
+
+
+def _find_missing(model, checkpoint, base_name, base, heads, has, found: Alignment) -> None:
+    stack, depth = layout(base.tensors), layout(checkpoint.tensors).layers
+    complete = None
+    for name in base.tensors:
+        layer = stack.layer_of(name)
+        beyond = layer is not None and layer >= depth
+        if beyond or name in heads or name in found.kept or has(Ref(model, name)):
+            continue
+        # A pooler, say, that the expert's own architecture does without. Inside layers nothing is optional.
+        if layer is None and complete is None:
+            complete = _complete(checkpoint)
+        if layer is not None or not complete:
+            raise CheckpointError(model, f"no tensor {name!r}", f"every tensor of the base {base_name}")
+        found.kept[name] = f"not in {model}, whose architecture does without it"
+
+
+def _find_extra(model, checkpoint, base_name, base, own, has, drop: tuple[str, ...], found: Alignment) -> None:
+    stack, depth = layout(checkpoint.tensors), layout(base.tensors).layers
+    foreign: set[str] | None = None
+    for name, info in checkpoint.tensors.items():
+        layer = stack.layer_of(name)
+        beyond = layer is not None and layer >= depth
+        if beyond or has(Ref(base_name, name)):
+            continue
+        reason = None
+        if name in own:
+            reason = f"the head of {model}, which stays with it"
+        elif is_buffer(name, info.shape):
+            reason = "a buffer, which models compute themselves"
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in drop):
+            reason = "dropped, as asked"
+        else:
+            if foreign is None:
+                said = loading(checkpoint.config, {n: i.shape for n, i in checkpoint.tensors.items()})
+                foreign = set(said.unexpected) if said else set()
+            if name in foreign:
+                reason = f"no parameter of {model}'s own architecture"
+        if reason is None:
+            raise CheckpointError(
+                model, f"tensor {name!r} is not in the base {base_name}, a merge would lose it", "only tensors that the base has",
+                "another base, or --drop with its name to merge without it",
+            )  # fmt: skip
+        found.left_out[Ref(model, name)] = reason
+
+
+def _same_question(name: str, base: Checkpoint, other: Checkpoint) -> bool:
+    """Whether a tensor of the base's head has its counterpart in another's head with the same labels."""
+    theirs, labels = other.tensors.get(name), (base.config.get("label2id"), other.config.get("label2id"))
+    return theirs is not None and theirs.shape == base.tensors[name].shape and labels[0] == labels[1]
+
+
+def _complete(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has every parameter of its own architecture."""
+    said = loading(checkpoint.config, {n: i.shape for n, i in checkpoint.tensors.items()})
+    return said is not None and not said.missing
+
+
+def own_head(checkpoint: Checkpoint) -> set[str]:
     """Tensors outside the backbone of a model whose head answers a question of its own."""
     architecture = (checkpoint.config.get("architectures") or [""])[0]
     if "Classification" not in architecture:
-        return []
+        return set()
     prefix = layout(checkpoint.tensors).prefix.split(".")[0]
-    return [n for n in checkpoint.tensors if not n.startswith(prefix + ".")]
+    return {n for n in checkpoint.tensors if not n.startswith(prefix + ".")}
 
 
 def check_finite(gram, base: Ref, experts: list[Ref]) -> None:

@@ -41,6 +41,10 @@ class Merge3Error(Exception):
         return text
 
 
+class Merge3Warning(UserWarning):
+    """What is merged all the same, but is seldom meant: one line, said once. `--strict` makes it an error."""
+
+
 class BadInput(Merge3Error, ValueError):
     """What the caller gave cannot be used; nothing was written."""
 

@@ -7,8 +7,12 @@ batch and not a model. The bytes are those a slot would hold for the same recipe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,18 +21,54 @@ from merge3.checkpoint import CheckpointWriter, check_free
 from merge3.checkpoint.card import model_card
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.write import SHARD_SIZE
-from merge3.errors import RecipeError
-from merge3.methods import execute, method_named, plan, steps_for
+from merge3.errors import BadInput, Merge3Warning, RecipeError
+from merge3.methods import Method, execute, method_named, plan, steps_for
 from merge3.methods.base import Job
 from merge3.methods.plan import Plan
+from merge3.packaging import (
+    Specs,
+    chat_template,
+    check_output,
+    check_written,
+    output_config,
+    output_specs,
+    side_files,
+    tokenizer_donor,
+)
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 
 BATCH = 24_000_000  # elements merged at once
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*",
-    "spiece.model", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that nothing but the disk can still refuse."""
+
+    method: Method
+    plan: Plan
+    specs: Specs
+    config: dict[str, Any]
+    donor: Path
+
+
+def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
+    """Plan a merge and everything around it, without reading or writing weights.
+
+    Raises RecipeError or CheckpointError for whatever would be refused at the end, but for what only the architecture
+    can say; that is `check_output`.
+    """
+    method = method_named(recipe.method, f"{where}: merge_method")
+    donor = tokenizer_donor(recipe, pool, where)
+    planned = plan(recipe, method, pool, where)
+    specs = output_specs(recipe, planned, pool)
+    return Prepared(method, planned, specs, output_config(recipe, planned, specs, pool), donor)
+
+
+def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
+    """A dry run of the export: raises whatever `merge_to_disk` would, but for a full disk or an overflow."""
+    prepared = prepare(recipe, pool, where)
+    check_output(prepared.config, prepared.specs, recipe, pool, where)
 
 
 def merge_to_disk(
@@ -39,68 +79,86 @@ def merge_to_disk(
     shard_size: int = SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     where: str = "recipe",
+    drop: Iterable[str] = (),
 ) -> dict:
-    """Write the merged checkpoint, atomically. Returns {"path", "tensors", "parameters", "kept"}.
+    """Write the merged checkpoint, atomically.
 
-    progress(elements done, elements in all) is called after each batch.
+    Returns {"path", "tensors", "parameters", "kept": {tensor: reason}, "left_out": {"model: tensor": reason}}.
+    progress(elements done, elements in all) is called after each batch. drop: patterns of tensors that models have and
+    the base lacks, which may be left out. What seems wrong but can be merged is a Merge3Warning.
     Raises RecipeError, CheckpointError or ResourceError; nothing is left under `directory` then.
     """
     directory = Path(directory)
     check_free(directory)
-    method = method_named(recipe.method, f"{where}: merge_method")
-    if recipe.tokenizer_source == "union":
-        raise RecipeError(f"{where}: tokenizer_source", "`union` is not supported yet", "base, or one of the models")
     streaming = pool is None
     if pool is None:
         models = recipe.models()
-        pool = Pool.open(models[0], models[1:])
-    planned = plan(recipe, method, pool, where)
-    donor = _tokenizer_donor(recipe, pool, where)
-    specs = output_specs(recipe, planned, pool)
-    total = sum(job.numel for job in planned.jobs) or 1
+        method_named(recipe.method, f"{where}: merge_method")
+        pool = Pool.open(models[0], models[1:], drop=drop)
+        for line in pool.warnings:
+            warnings.warn(line, Merge3Warning, stacklevel=2)
+    ready = prepare(recipe, pool, where)
+    # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
+    with ThreadPoolExecutor(1) as aside:
+        checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
+        with CheckpointWriter(directory, ready.specs, shard_size) as writer:
+            try:
+                _write_tensors(writer, ready, pool, seed, streaming, progress, checked)
+            except RecipeError as error:  # what only values show, such as weights that sum to 0
+                raise RecipeError(f"{where}: {error.where}", error.found, error.expected, error.hint) from None
+            _write_beside(writer, ready, recipe, pool, seed)
+            checked.result()
+            writer.finish()
+            check_written(writer.temporary, ready.specs, ready.config)
+    parameters = sum(job.numel for job in ready.plan.jobs)
+    left_out = {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()}
+    return {
+        "path": str(directory), "tensors": len(ready.specs), "parameters": parameters, "kept": ready.plan.kept, "left_out": left_out,
+    }  # fmt: skip
+
+
+def _write_tensors(
+    writer: CheckpointWriter, ready: Prepared, pool: Pool, seed: int, streaming: bool, progress: Callable[[int, int], None],
+    checked: Future,
+) -> None:  # fmt: skip
+    total = sum(job.numel for job in ready.plan.jobs) or 1
     done = 0
-    with CheckpointWriter(directory, specs, shard_size) as writer:
-        queue = {job.name: job for job in planned.jobs}
-        for batch in _batches(specs, queue):
-            merged = _merge_batch([queue[n] for n in batch if n in queue], method, specs, pool, seed)
-            for name in batch:
-                source = planned.copies.get(name)
-                writer.put(name, merged.pop(name) if source is None else pool.get(source).cpu().to(specs[name][0]))
-            if streaming:
-                pool.release(ref for n in batch if n in queue for ref in _refs(queue[n]))
-            done += sum(queue[n].numel for n in batch if n in queue)
-            progress(done, total)
-        writer.write_text("config.json", json.dumps(_config(recipe, planned, specs, pool), indent=2))
-        writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], planned.copies, seed))
-        writer.write_text("mergekit_config.yml", recipe.to_yaml())
-        writer.copy(sorted({f for pattern in TOKENIZER_FILES for f in donor.glob(pattern)}))
-        if recipe.chat_template and recipe.chat_template not in ("auto",):
-            writer.write_text("chat_template.jinja", recipe.chat_template)
-    parameters = sum(job.numel for job in planned.jobs)
-    return {"path": str(directory), "tensors": len(specs), "parameters": parameters, "kept": kept(planned, pool)}
+    queue = {job.name: job for job in ready.plan.jobs}
+    for batch in _batches(ready.specs, queue):
+        if checked.done():
+            checked.result()
+        merged = _merge_batch([queue[n] for n in batch if n in queue], ready.method, ready.specs, pool, seed)
+        for name in batch:
+            source = ready.plan.copies.get(name)
+            tensor = merged.pop(name) if source is None else pool.get(source).cpu().to(ready.specs[name][0])
+            if name not in pool.fixed:  # a mask may well hold infinities
+                _check_output_finite(name, tensor)
+            writer.put(name, tensor)
+        if streaming:
+            pool.release(ref for n in batch if n in queue for ref in _refs(queue[n]))
+        done += sum(queue[n].numel for n in batch if n in queue)
+        progress(done, total)
 
 
-def output_dtype(recipe: Recipe, pool: Pool, ref: Ref) -> torch.dtype:
-    """out_dtype, else dtype, else what the endpoints' dtypes promote to."""
-    name = recipe.out_dtype or recipe.dtype
-    return getattr(torch, name) if name else pool.common_dtype(ref.tensor)
+def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, pool: Pool, seed: int) -> None:
+    writer.write_text("config.json", json.dumps(ready.config, indent=2))
+    writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.plan.copies, seed))
+    writer.write_text("mergekit_config.yml", recipe.to_yaml())
+    writer.copy(side_files(recipe, pool, ready.donor))
+    if (template := chat_template(recipe)) is not None:
+        writer.write_text("chat_template.jinja", template)
 
 
-def output_specs(recipe: Recipe, planned: Plan, pool: Pool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every output tensor, in the order of the model."""
-    specs = {}
-    for job in planned.jobs:
-        ref = job.base or job.sources[0]
-        specs[job.name] = (output_dtype(recipe, pool, ref), job.shape)
-    for name, ref in planned.copies.items():
-        stored = pool.stored_dtype(ref)
-        specs[name] = (output_dtype(recipe, pool, ref) if stored.is_floating_point else stored, pool.shape(ref))
-    return specs
-
-
-def kept(planned: Plan, pool: Pool) -> dict[str, str]:
-    """Tensors that were not merged, with the reason."""
-    return {n: pool.kept.get(r.tensor, "not in every model") for n, r in planned.copies.items()}
+def _check_output_finite(name: str, tensor: torch.Tensor) -> None:
+    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504."""
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return
+    count = int((~torch.isfinite(tensor)).sum())
+    kind = str(tensor.dtype).removeprefix("torch.")
+    raise BadInput(
+        f"tensor {name!r}", f"{count:,} of {tensor.numel():,} merged values are infinite or NaN in {kind}", "finite weights",
+        "another out_dtype (bfloat16, float32), or smaller weights",
+    )  # fmt: skip
 
 
 def _batches(specs, queue):
@@ -135,38 +193,3 @@ def _split(job: Job) -> tuple[Ref, list[Ref]]:
 
 def _refs(job: Job) -> list[Ref]:
     return ([job.base] if job.base is not None else []) + list(job.sources)
-
-
-def _config(recipe: Recipe, planned: Plan, specs, pool: Pool) -> dict:
-    lead = str(recipe.slices[0].sources[0].model) if recipe.base_model is None else str(recipe.base_model)
-    config = json.loads(json.dumps(pool.endpoints[lead].config))
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        if key in inner:
-            inner[key] = planned.layers
-    if isinstance(inner.get("layer_types"), list) and len(inner["layer_types"]) != planned.layers:
-        inner["layer_types"] = (inner["layer_types"] * planned.layers)[: planned.layers]
-    dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
-    for key in ("dtype", "torch_dtype"):
-        if dtype is not None and key in config:
-            config[key] = str(dtype).removeprefix("torch.")
-    return config
-
-
-def _tokenizer_donor(recipe: Recipe, pool: Pool, where: str) -> Path:
-    lead = str(recipe.base_model or recipe.slices[0].sources[0].model)
-    source = recipe.tokenizer_source
-    name = lead if source in (None, "base") else source
-    if name not in pool.endpoints:
-        raise RecipeError(f"{where}: tokenizer_source", f"found {source!r}", "base, or one of " + ", ".join(pool.endpoints))
-    donor = pool.endpoints[name].path
-    if source is not None:
-        reference = donor / "tokenizer.json"
-        for other, checkpoint in pool.endpoints.items():
-            file = checkpoint.path / "tokenizer.json"
-            if reference.exists() and file.exists() and file.read_bytes() != reference.read_bytes():
-                raise RecipeError(
-                    f"{where}: tokenizer_source", f"the tokenizer of {other} differs from that of {name}",
-                    "one vocabulary (rows are not remapped yet)",
-                )  # fmt: skip
-    return donor

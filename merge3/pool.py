@@ -8,8 +8,7 @@ budget has no room for it.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,12 @@ import torch
 
 from merge3.alignment import align, check_finite
 from merge3.checkpoint import Checkpoint, open_checkpoint
+from merge3.checkpoint.architecture import tied
 from merge3.checkpoint.layout import Layout, Ref, layout
+from merge3.checkpoint.naming import renamed, tie_source, tie_targets
 from merge3.checkpoint.read import combine_hashes
 from merge3.errors import BadInput, CheckpointError, Unavailable
+from merge3.lineage import differences
 from merge3.memory import DEVICE, FILE, HOST, MemoryPlan, parse_size, pinnable, plan_memory
 from merge3.recipe import ModelRef
 from merge3.statistics import Statistics
@@ -31,10 +33,12 @@ T = TypeVar("T")
 
 @dataclass
 class Pool:
-    """Endpoints by name (str(ModelRef)), the first being the base.
+    """Endpoints by name (str(ModelRef)), the first being the base, whose tensor names all of them go by.
 
-    kept: tensors that cannot be merged and stay the base's, with the reason.
-    heads: expert -> tensors outside the backbone, which stay with their expert.
+    kept: tensors that cannot be merged and stay the base's, with the reason; fixed: those that no recipe merges.
+    heads: endpoint -> tensors outside the backbone, which stay with their endpoint.
+    left_out: tensors of other endpoints that no merge can take, with the reason.
+    warnings: what makes endpoints seem not to belong together, one line each.
     memory: which tensors are resident.
     """
 
@@ -42,7 +46,10 @@ class Pool:
     device: torch.device
     dtype: torch.dtype | None = None
     kept: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[Ref, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     statistics: Statistics = field(init=False)
     memory: MemoryPlan = field(init=False)
     _resident: dict[Ref, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -62,6 +69,7 @@ class Pool:
         dtype: torch.dtype | None = None,
         memory_budget: int | str | None = None,
         locate: Callable[[str], str] = str,
+        drop: Iterable[str] = (),
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
@@ -69,8 +77,9 @@ class Pool:
         memory_budget: bytes, or a size such as "20GiB", that the live model and the weights may take on the
         device (on the CPU: of resident memory); what does not fit is streamed. Default: everything is resident.
         locate: from a path as named to where it lies; endpoints keep the names they were given.
+        drop: patterns of tensors that experts have and the base lacks, and that may be lost.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
-        an expert lacks a tensor of the base.
+        an expert lacks a tensor of the base or has one more.
         """
         budget = None if memory_budget is None else parse_size(memory_budget)
         device = torch.device(device)
@@ -82,8 +91,11 @@ class Pool:
         for model in (base, *experts):
             ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
             endpoints.setdefault(str(ref), _open(ref, locate))
-        pool = Pool(endpoints, device, dtype)
-        pool.kept, pool.heads = align(endpoints, pool.has, pool.shape)
+        pool = Pool(_same_names(endpoints), device, dtype)
+        found = align(pool.endpoints, pool.has, pool.shape, drop)
+        pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
+        for name in list(pool.endpoints)[1:]:
+            pool.warnings += differences(pool.base, pool.base_checkpoint, name, pool.endpoints[name])
         pool._plan(budget)
         return pool
 
@@ -97,13 +109,37 @@ class Pool:
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        return {name: layout(c.tensors) for name, c in self.endpoints.items()}
+        """Of what can be merged: tensors that are left out have no place."""
+        return {
+            name: layout(n for n in c.tensors if Ref(name, n) not in self.left_out) for name, c in self.endpoints.items()
+        }
+
+    @cached_property
+    def ties(self) -> dict[str, dict[str, str]]:
+        """endpoint -> output -> the tensor it shares, for outputs tied by the endpoint's configuration.
+
+        As transformers does, an output that the file stores too, with other values, is not tied.
+        """
+        return {name: _ties(checkpoint) for name, checkpoint in self.endpoints.items()}
 
     def has(self, ref: Ref) -> bool:
         return ref.tensor in self.endpoints[ref.model].tensors or self._alias(ref) is not None
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         return self._info(ref).shape
+
+    def shared_with(self, ref: Ref) -> str | None:
+        """The tensor that an output shares because its model ties it; None for a tensor of its own, or none."""
+        stored = ref.tensor in self.endpoints[ref.model].tensors
+        return self.ties[ref.model].get(ref.tensor) if stored else self._alias(ref)
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """Outputs that a configuration could tie and that some endpoint has as tensors of their own: what a live model
+        must hold apart to be any merge of these endpoints."""
+        stored = {n for model, c in self.endpoints.items() for n in c.tensors if Ref(model, n) not in self.left_out}
+        own = lambda ref: self.has(ref) and self.shared_with(ref) is None
+        return sorted(n for n in tie_targets(stored) if any(own(Ref(model, n)) for model in self.endpoints))
 
     def stored_dtype(self, ref: Ref) -> torch.dtype:
         """The dtype in the file; `get` may give the common dtype of all endpoints instead."""
@@ -245,11 +281,14 @@ class Pool:
         return info
 
     def _alias(self, ref: Ref) -> str | None:
-        """A head that is tied to the embedding and therefore not stored."""
-        checkpoint = self.endpoints[ref.model]
-        if not ref.tensor.endswith("lm_head.weight") or not tied(checkpoint.config):
-            return None
-        return next((n for n in checkpoint.tensors if re.search(r"(embed_tokens|wte|embed_in)\.weight$", n)), None)
+        """The stored tensor that stands for one that is tied and therefore not stored."""
+        stored, ties = self.endpoints[ref.model].tensors, self.ties[ref.model]
+        if ref.tensor in ties:
+            return ties[ref.tensor]
+        # An output of another endpoint, under a name that this one ties without storing it.
+        if tied(self.endpoints[ref.model].config):
+            return tie_source(ref.tensor, stored)
+        return None
 
     def _read(self, ref: Ref) -> None:
         if not self.resident((ref,)):
@@ -269,10 +308,27 @@ class Pool:
         self.memory = plan_memory(sizes.values(), slot, str(self.device), budget, host)
 
 
-def tied(config: Mapping) -> bool:
-    """Whether a transformers config ties the head to the embedding."""
-    text = config.get("text_config")
-    return bool(config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings", False)))
+def _same_names(endpoints: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """Endpoints under the base's tensor names. Raises CheckpointError where two tensors of one would go by one name."""
+    result: dict[str, Checkpoint] = {}
+    for model, checkpoint in endpoints.items():
+        names = renamed(checkpoint.tensors, next(iter(result.values())).tensors if result else None)
+        for name, other in names.items():
+            if name != other and other in checkpoint.tensors:
+                raise CheckpointError(model, f"both {name!r} and {other!r}", "one of them: they name the same tensor")
+        result[model] = checkpoint.renamed(names)
+    return result
+
+
+def _ties(checkpoint: Checkpoint) -> dict[str, str]:
+    if not tied(checkpoint.config):
+        return {}
+    ties = {}
+    for name in tie_targets(checkpoint.tensors):
+        source = tie_source(name, (n for n in checkpoint.tensors if n != name))
+        if source is not None and torch.equal(checkpoint.get(name), checkpoint.get(source)):
+            ties[name] = source
+    return ties
 
 
 def _open(ref: ModelRef, locate: Callable[[str], str]) -> Checkpoint:

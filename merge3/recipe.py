@@ -10,22 +10,34 @@ import difflib
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merge3 import parameters as settings
-from merge3.errors import RecipeError
+from merge3.errors import Merge3Warning, RecipeError
 
 Parameters = Mapping[str, settings.Setting]
-_TOP = (
+TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template",
+    "chat_template", "tokenizer",
 )  # fmt: skip
-_UNSUPPORTED = {"modules": "one stack of layers: `models` or `slices`", "tokenizer": "`tokenizer_source`"}
+# Keys at the top level that mean something, but not here.
+_ELSEWHERE = {
+    "modules": ("not supported", "one stack of layers: `models` or `slices`"),
+    "experts": ("a mergekit-moe configuration", "a merge recipe"),
+    "gate_mode": ("a mergekit-moe configuration", "a merge recipe"),
+    "finetuned_model": ("not a merge recipe", "merge_method, models"),
+}
+_PARAMETERS = (  # names of method parameters: where they stand by mistake, the message says where they belong
+    "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t", "select_topk", "scale",
+    "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
+)  # fmt: skip
+CHAT_TEMPLATES = ("auto", "chatml")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -39,8 +51,10 @@ class ModelRef:
 
     @staticmethod
     def parse(text: Any, where: str = "model") -> ModelRef:
-        if isinstance(text, Mapping):  # mergekit's long form
+        if isinstance(text, Mapping):  # mergekit's long form, or a model entry's short one
             model = text.get("model", text)
+            if isinstance(model, str) and not text.get("lora"):
+                return ModelRef.parse(model, where)
             if not isinstance(model, Mapping) or not isinstance(model.get("path"), str):
                 raise RecipeError(where, f"found {dict(text)!r}", "a path or hub id")
             lora = text.get("lora")
@@ -133,19 +147,35 @@ class Recipe:
     def from_yaml(path: str | Path) -> Recipe:
         """Read a recipe file. Raises RecipeError naming the file and key."""
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(path, f"not UTF-8 at byte {error.start}", "a recipe in YAML") from None
         except OSError as error:
             raise RecipeError(path, error.strerror or str(error), "a recipe file") from None
-        return Recipe.parse(load_yaml(text, str(path)), str(path))
+        return Recipe.parse(load_yaml(text, str(path)), str(path)).located(Path(path).parent)
+
+    def located(self, folder: Path) -> Recipe:
+        """The recipe with absolute paths for models that lie beside it, in `folder`, and not where the process runs."""
+
+        def find(ref: ModelRef | None) -> ModelRef | None:
+            if ref is None:
+                return None
+            beside = not Path(ref.path).expanduser().exists() and (folder / ref.path).exists()
+            return replace(ref, path=str((folder / ref.path).resolve()) if beside else ref.path, lora=find(ref.lora))
+
+        slices = tuple(
+            replace(part, base_model=find(part.base_model), sources=tuple(replace(s, model=find(s.model)) for s in part.sources))
+            for part in self.slices
+        )
+        named = self.tokenizer_source not in (None, "base", "union")
+        tokenizer = str(find(ModelRef.parse(self.tokenizer_source))) if named else self.tokenizer_source
+        return replace(self, slices=slices, base_model=find(self.base_model), tokenizer_source=tokenizer)
 
     @staticmethod
     def parse(data: Any, where: str = "recipe") -> Recipe:
         """Validate a recipe's content. Raises RecipeError naming the key."""
         data = _mapping(data, where)
-        for key, instead in _UNSUPPORTED.items():
-            if key in data:
-                raise RecipeError(f"{where}: {key}", "not supported", instead)
-        _known(data, _TOP, where)
+        _top_keys(data, where)
         method = data.get("merge_method")
         if not isinstance(method, str):
             raise RecipeError(f"{where}: merge_method", f"found {method!r}", "the name of a merge method")
@@ -160,8 +190,11 @@ class Recipe:
                 _parse_slice(part, f"{where}: slices[{i}]") for i, part in enumerate(_list(data["slices"], f"{where}: slices"))
             )
         for key in ("dtype", "out_dtype"):
+            if isinstance(data.get(key), str):
+                data[key] = data[key].removeprefix("torch.")
             if data.get(key) not in (None, *DTYPES):
-                raise RecipeError(f"{where}: {key}", f"found {data[key]!r}", ", ".join(DTYPES))
+                hint = nearest(data[key], DTYPES)
+                raise RecipeError(f"{where}: {key}", f"found {data[key]!r}", ", ".join(DTYPES), hint)
         base = data.get("base_model")
         return Recipe(
             method,
@@ -170,8 +203,8 @@ class Recipe:
             _parameters(data.get("parameters"), f"{where}: parameters"),
             data.get("dtype"),
             data.get("out_dtype"),
-            data.get("tokenizer_source"),
-            data.get("chat_template"),
+            _tokenizer_source(data, where),
+            _chat_template(data.get("chat_template"), where),
         )
 
 
@@ -182,13 +215,74 @@ def load_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{line}", f"not YAML ({getattr(error, 'problem', error)})") from None
+        found, hint = f"not YAML ({getattr(error, 'problem', error)})", ""
+        if "single document" in str(getattr(error, "context", "")):
+            found, hint = "several documents", "one recipe a file: merge the first, then name its folder in the second"
+        elif text.lstrip().startswith("```"):
+            hint = "take away the lines that begin with ```"
+        elif "\t" in text:
+            hint = "YAML is indented with spaces, not tabs"
+        raise RecipeError(f"{where}{line}", found, "", hint) from None
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint naming the closest valid name, or nothing."""
-    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """A hint naming the closest valid name, or nothing. cutoff: how alike it must be, 1 for equal."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _top_keys(data: Mapping, where: str) -> None:
+    """Refuse what is meant for another place or misspelt; say what is ignored (recipes keep YAML anchors so)."""
+    for key in data:
+        if key in TOP_KEYS:
+            continue
+        at = f"{where}: {key}"
+        if key in _ELSEWHERE:
+            raise RecipeError(at, *_ELSEWHERE[key])
+        if key in _PARAMETERS:
+            raise RecipeError(at, "stands at the top level", f"`{key}` under `parameters`")
+        if hint := nearest(key, TOP_KEYS, 0.75):
+            raise RecipeError(where, f"unknown key {key!r}", ", ".join(TOP_KEYS), hint)
+        warnings.warn(f"{at}: ignored, a recipe has no such key", Merge3Warning, stacklevel=3)
+
+
+def _tokenizer_source(data: Mapping, where: str) -> str | None:
+    """`tokenizer_source`, or `source` of the newer `tokenizer`. Raises RecipeError for what is not done yet."""
+    newer = data.get("tokenizer")
+    if newer is None:
+        return _text(data.get("tokenizer_source"), f"{where}: tokenizer_source")
+    if "tokenizer_source" in data:
+        raise RecipeError(where, "both `tokenizer_source` and `tokenizer`", "one of them")
+    newer = _mapping(newer, f"{where}: tokenizer")
+    for key in newer:
+        if key in ("tokens", "pad_to_multiple_of") and newer[key]:
+            raise RecipeError(f"{where}: tokenizer.{key}", "not supported yet", "`source` alone")
+        if key not in ("source", "tokens", "pad_to_multiple_of"):
+            raise RecipeError(f"{where}: tokenizer", f"unknown key {key!r}", "source")
+    return _text(newer.get("source"), f"{where}: tokenizer.source")
+
+
+def _text(value: Any, where: str) -> str | None:
+    if isinstance(value, Mapping):
+        return str(ModelRef.parse(value, where))
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise RecipeError(where, f"found {value!r}", "union, base, or one of the models")
+    return value
+
+
+def _chat_template(value: Any, where: str) -> str | None:
+    at = f"{where}: chat_template"
+    if value is None or value in CHAT_TEMPLATES:
+        return value
+    if not isinstance(value, str) or "{" not in value:
+        raise RecipeError(at, f"found {value!r}"[:120], f"{', '.join(CHAT_TEMPLATES)}, or a Jinja template")
+    import jinja2
+
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(value)
+    except jinja2.TemplateSyntaxError as error:
+        raise RecipeError(at, f"not a Jinja template ({error})"[:200], "one that Jinja reads") from None
+    return value
 
 
 def _parse_slice(data: Any, where: str) -> Slice:
@@ -219,9 +313,9 @@ def _sources(data: Any, where: str, ranged: bool) -> tuple[Source, ...]:
             if (
                 not isinstance(layer_range, (list, tuple)) or len(layer_range) != 2
                 or not all(isinstance(n, int) and not isinstance(n, bool) for n in layer_range)
-                or not 0 <= layer_range[0] < layer_range[1]
+                or not 0 <= layer_range[0] <= layer_range[1]
             ):  # fmt: skip
-                raise RecipeError(f"{at}: layer_range", f"found {layer_range!r}", "[first, last) with first < last")
+                raise RecipeError(f"{at}: layer_range", f"found {layer_range!r}", "[first, last) with first <= last")
             layer_range = tuple(layer_range)
         sources.append(
             Source(ModelRef.parse(entry.get("model"), f"{at}: model"), layer_range,
@@ -258,7 +352,8 @@ def _list(data: Any, where: str) -> list:
 def _known(data: Mapping, names: tuple[str, ...], where: str) -> None:
     for key in data:
         if key not in names:
-            raise RecipeError(where, f"unknown key {key!r}", ", ".join(names), nearest(key, names))
+            hint = f"`{key}` belongs under `parameters`" if key in _PARAMETERS else nearest(key, names)
+            raise RecipeError(where, f"unknown key {key!r}", ", ".join(names), hint)
 
 
 def _slice_dict(part: Slice) -> dict:

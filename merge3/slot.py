@@ -11,9 +11,11 @@ from functools import partial
 
 import torch
 
+from merge3.checkpoint.architecture import loading, tied
 from merge3.checkpoint.layout import Layout, Ref
+from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError, RecipeError
-from merge3.methods import execute, method_named, plan, steps_for
+from merge3.methods import METHODS, Plan, execute, method_named, plan, steps_for
 from merge3.methods.base import Copy
 from merge3.methods.execute import Output
 from merge3.overlap import Overlap
@@ -49,15 +51,13 @@ class Slot:
         seed: of random keeps; the same seed drops the same elements for every candidate.
         Raises RecipeError if the recipe makes another number of layers than the base has.
         """
-        method = method_named(recipe.method, f"{where}: merge_method")
-        planned = plan(recipe, method, self.pool, where)
-        if planned.layers != self._layout.layers:
-            raise RecipeError(where, f"{planned.layers} layers", f"{self._layout.layers}, as in the base: a slot cannot grow")
+        planned, method = self.plan(recipe, where), METHODS[recipe.method]
         head = set(self.pool.heads.get(self.pool.base, ()))
-        jobs = [job for job in planned.jobs if job.name not in head]
+        written = self._weights.keys() - head  # buffers that the model computes itself are not among them
+        jobs = [job for job in planned.jobs if job.name in written]
         steps = steps_for(method, jobs, self.pool.statistics)
         outputs = [(j.name, s, self._weights[j.name]) for j, s in zip(jobs, steps)]
-        outputs += [(name, Copy(ref), self._weights[name]) for name, ref in planned.copies.items() if name not in head]
+        outputs += [(name, Copy(ref), self._weights[name]) for name, ref in planned.copies.items() if name in written]
         if self._overlap:
             self._settle()
             stages: dict[int | None, list[Output]] = {}
@@ -67,7 +67,24 @@ class Slot:
             self._overlap.run((stage, partial(self._execute, stages[stage], seed)) for stage in order)
         else:
             self._execute(outputs, seed)
-        return {name: self.pool.kept.get(ref.tensor, "not in every model") for name, ref in planned.copies.items()}
+        self._share(planned.ties)
+        return planned.kept
+
+    def plan(self, recipe: Recipe, where: str = "recipe") -> Plan:
+        """What `swap` would do. Raises RecipeError for what it would refuse."""
+        planned = plan(recipe, method_named(recipe.method, f"{where}: merge_method"), self.pool, where)
+        if planned.layers != self._layout.layers:
+            raise RecipeError(where, f"{planned.layers} layers", f"{self._layout.layers}, as in the base: a slot cannot grow")
+        return planned
+
+    def _share(self, ties: dict[str, str]) -> None:
+        """A merge of models that all tie their output, in a live model that holds it apart for the sake of others."""
+        for name in self.pool.outputs:
+            source = ties.get(name)
+            if source is not None and name in self._weights:
+                self._settle()
+                with torch.no_grad():
+                    self._weights[name].copy_(self._weights[source])
 
     def _execute(self, outputs: list[Output], seed: int) -> None:
         here = {name: self.pool.resident(refs_of(step)) for name, step, _ in outputs}
@@ -90,8 +107,15 @@ class Slot:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 ref = Ref(model, name)
-                if self.pool.has(ref) and self.pool.shape(ref) == tuple(weight.shape):
-                    weight.copy_(self.pool.get(ref))
+                if not self.pool.has(ref):
+                    continue
+                tensor = self.pool.get(ref)
+                if tensor.shape != weight.shape:  # more, or fewer, tokens: the rows that both have
+                    if tensor.shape[1:] != weight.shape[1:]:
+                        continue
+                    rows = min(len(tensor), len(weight))
+                    tensor, weight = tensor[:rows], weight[:rows]
+                weight.copy_(tensor)
 
     def use_head(self, model: str) -> None:
         """Put an endpoint's own head (tensors outside the backbone) on the live model."""
@@ -116,14 +140,17 @@ class Slot:
         live = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters(remove_duplicate=False))}
         prefix = getattr(self.model, "base_model_prefix", "")
         bound, missing = {}, []
-        for name, info in self.pool.base_checkpoint.tensors.items():
+        shapes = {name: info.shape for name, info in self.pool.base_checkpoint.tensors.items()}
+        apart = {name: self.pool.shape(Ref(self.pool.base, name)) for name in self.pool.outputs}
+        for name, shape in (shapes | apart).items():
             tensor = live.get(name, live.get(f"{prefix}.{name}", live.get(name.removeprefix(f"{prefix}."))))
-            if tensor is None or tuple(tensor.shape) != info.shape:
+            if tensor is None or tuple(tensor.shape) != shape:
                 missing.append(name)
             else:
                 bound[name] = tensor.data
-        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []
-        missing = [n for n in missing if not any(pattern in n for pattern in ignored) and "rotary_emb.inv_freq" not in n]
+        missing = [name for name in missing if not is_buffer(name, shapes.get(name, ()))]
+        if missing and (said := loading(self.pool.base_checkpoint.config, shapes)):
+            missing = [name for name in missing if name not in said.unexpected]  # transformers does not load them either
         if missing:
             raise CheckpointError(
                 self.pool.base, f"tensor {missing[0]!r} (one of {len(missing)}) is no parameter of {type(self.model).__name__}",
@@ -144,9 +171,18 @@ def load_model(pool: Pool, dtype: torch.dtype):
 
     architecture = (pool.base_checkpoint.config.get("architectures") or [""])[0]
     loader = next(getattr(transformers, auto) for suffix, auto in _LOADERS if suffix in architecture)
+    config = None
+    if pool.outputs and tied(pool.base_checkpoint.config):  # another endpoint has an output of its own
+        config = transformers.AutoConfig.from_pretrained(pool.base_checkpoint.path, trust_remote_code=False)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
     try:
-        model = loader.from_pretrained(pool.base_checkpoint.path, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model = loader.from_pretrained(
+            pool.base_checkpoint.path, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+            **({} if config is None else {"config": config}),
+        )  # fmt: skip
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise CheckpointError(pool.base, f"transformers cannot load it ({reason})", "a supported architecture") from None
+        hint = "its own code is never run" if pool.base_checkpoint.config.get("auto_map") else ""
+        raise CheckpointError(pool.base, f"transformers cannot load it ({reason})", "a supported architecture", hint) from None
     return model.to(pool.device).eval().requires_grad_(False)

@@ -11,17 +11,19 @@ import hashlib
 import json
 import mmap
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from merge3.checkpoint.quantized import quantized, refuse_quantized
 from merge3.errors import CheckpointError, ResourceError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -82,6 +84,10 @@ class Checkpoint:
             digest.update(memoryview(self._map(info.file))[info.offset : info.offset + info.nbytes])
         return digest.hexdigest()
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint with other names for its tensors: old -> new, one to one."""
+        return replace(self, tensors={names[name]: replace(info, name=names[name]) for name, info in self.tensors.items()})
+
     def content_hash(self) -> str:
         """One hash of all tensors, whatever their files and order. Reads every byte once."""
         return combine_hashes({name: self.tensor_hash(name) for name in self.tensors})
@@ -118,6 +124,7 @@ def open_checkpoint(path: str | os.PathLike, revision: str | None = None) -> Che
         raise ResourceError(error.filename, "permission denied", "a readable checkpoint") from None
     if not tensors:
         raise CheckpointError(directory, "no tensors", "at least one")
+    refuse_quantized(directory, config, tensors)
     return Checkpoint(directory, config, tensors)
 
 
@@ -134,7 +141,7 @@ def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
@@ -157,6 +164,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(file, "a corrupt header", "a safetensors header in JSON") from None
     start, tensors, ends = 8 + length, {}, []
     for name, entry in entries.items():
+        if isinstance(entry, dict) and str(entry.get("dtype")).startswith(("F4", "F6", "F8_E8", "I4", "U4")):
+            raise quantized(file, f"tensor {name!r} of {entry['dtype']}")
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
             begin, end = (int(o) for o in entry["data_offsets"])
@@ -197,12 +206,12 @@ def _read_sharded(directory: Path, index: Path) -> dict[str, TensorInfo]:
         if not (directory / shard).exists():
             raise CheckpointError(directory / shard, "missing", f"a shard named by {INDEX}")
         shards[shard] = read_header(directory / shard)
-    tensors = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(directory / shard, f"no tensor {name!r}", f"as {INDEX} says")
-        tensors[name] = shards[shard][name]
-    return tensors
+    tensors = {name: info for shard in shards.values() for name, info in shard.items()}
+    # The index decides where a tensor stands twice; one that it forgot is loaded all the same.
+    return tensors | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def _read_json(file: Path) -> dict:

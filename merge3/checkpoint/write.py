@@ -84,18 +84,25 @@ class CheckpointWriter:
         except OSError as error:
             raise resource_error(self.directory, error) from None
 
-    def __exit__(self, kind, value, traceback) -> None:
-        if kind is not None:
-            self._abandon()
-            return
+    def finish(self) -> None:
+        """Complete the files under their temporary name. Leaving does it too; before, they can be looked at."""
         try:
             self._finish_file()
-            if len(self.shards) > 1:
+            if len(self.shards) > 1 and not (self.temporary / INDEX).exists():
                 index = {
                     "metadata": {"total_size": self.nbytes},
                     "weight_map": {name: shard for shard, names in self.shards.items() for name in names},
                 }
                 (self.temporary / INDEX).write_text(json.dumps(index, indent=2))
+        except OSError as error:
+            raise resource_error(self.directory, error) from None
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self.finish()
             mode = os.umask(0)
             os.umask(mode)
             os.chmod(self.temporary, 0o777 & ~mode)  # mkdtemp made it private
@@ -105,9 +112,9 @@ class CheckpointWriter:
                 self.directory.rmdir()  # empty, as checked; refuses if it no longer is
             os.rename(self.temporary, self.directory)
             sync(self.directory.parent)
-        except OSError as error:
+        except (OSError, ResourceError) as error:
             self._abandon()
-            raise resource_error(self.directory, error) from None
+            raise error if isinstance(error, ResourceError) else resource_error(self.directory, error) from None
 
     def _start(self, shard: str) -> None:
         self._finish_file()

@@ -3,82 +3,155 @@
 mergekit's rules: parameters are looked up in source, slice and global order; position t runs from 0 to
 1 over a slice's layers (1 for a slice of one); tensors before the stack belong to the first slice and
 those after it to the last, both at t = 0; with `models` the base joins the sources by itself.
+
+The output is laid out after all its sources alike, whatever their order: a tensor that only some of them have is kept
+from the base where that can be, and refused otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from merge3 import parameters as settings
 from merge3.checkpoint.layout import Layout, Ref
-from merge3.errors import RecipeError
+from merge3.errors import Merge3Warning, RecipeError
 from merge3.methods.base import REQUIRED, Job, Method
-from merge3.recipe import ModelRef, Recipe, Slice, Source
+from merge3.recipe import TOP_KEYS, ModelRef, Recipe, Slice, Source, nearest
 
 # mergekit ignores parameters a method does not take; these stand in many recipes without effect.
 _HARMLESS = ("int8_mask", "normalize", "rescale")
 
 
 class Endpoints(Protocol):
-    """What planning asks of a pool."""
+    """What planning asks of a pool; see Pool."""
 
+    base: str
     layouts: dict[str, Layout]
-    kept: dict[str, str]
+    fixed: dict[str, str]
 
     def has(self, ref: Ref) -> bool: ...
     def shape(self, ref: Ref) -> tuple[int, ...]: ...
+    def shared_with(self, ref: Ref) -> str | None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """jobs: what is merged; copies: output name -> the tensor kept as it is; layers: of the output."""
+    """jobs: what is merged. copies: output name -> the tensor kept as it is; kept: the reason of each. ties: output
+    name -> the output it shares, where it is tied in every source and not stored. origins: output layer -> the model
+    and its layer whose configuration it has."""
 
-    jobs: list[Job]
-    copies: dict[str, Ref]
-    layers: int
+    jobs: list[Job] = field(default_factory=list)
+    copies: dict[str, Ref] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+    origins: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> int:
+        return len(self.origins)
 
 
 def plan(recipe: Recipe, method: Method, pool: Endpoints, where: str = "recipe") -> Plan:
-    """Resolve every output tensor. Raises RecipeError for what does not fit: method, parameters, layers."""
+    """Resolve every output tensor. Raises RecipeError for what does not fit: method, parameters, layers, tensors."""
     _check(recipe, method, where)
     for model in recipe.models():
         if str(model) not in pool.layouts:
             raise RecipeError(where, f"model {str(model)!r} is not in the pool", ", ".join(pool.layouts))
     slices = [_with_base(part, recipe, method, f"{where}: slices[{i}]") for i, part in enumerate(recipe.slices)]
-    lead = pool.layouts[str(slices[0].sources[0].model)]
-    jobs, copies, layers = [], {}, 0
-
-    def add(name: str, part: Slice, models: list[str], inputs: list[str], t: float) -> None:
-        refs = [Ref(model, tensor) for model, tensor in zip(models, inputs)]
-        base = part.base_model or recipe.base_model
-        anchor = refs[0]
-        if base is not None and str(base) in models:
-            anchor = Ref(str(base), refs[models.index(str(base))].tensor)
-        if anchor.tensor in pool.kept and not (len(refs) == 1 and pool.has(refs[0])):
-            copies[name] = anchor
-            return
-        if not all(pool.has(r) for r in refs):
-            if pool.has(anchor):
-                copies[name] = anchor
-            return
-        jobs.append(_job(name, part, refs, t, recipe, method, base, pool.shape(anchor), where))
-
     models = [[str(s.model) for s in part.sources] for part in slices]
-    for name in lead.pre:
-        add(name, slices[0], models[0], [name] * len(slices[0].sources), 0.0)
+    outputs = _Outputs(recipe, method, pool, where)
+    layouts = list(pool.layouts.values())
+    for name in _all(names.pre for names in layouts):
+        outputs.add(name, slices[0], [Ref(m, name) for m in models[0]], 0.0)
     for index, part in enumerate(slices):
-        ranges = [_range(s, pool, f"{where}: slices[{index}]") for s in part.sources]
+        ranges = [_range(s, recipe.whole, pool, f"{where}: slices[{index}]") for s in part.sources]
+        if recipe.whole:
+            _check_depths(models[index], ranges, part.base_model or recipe.base_model, where)
         count = ranges[0][1] - ranges[0][0]
+        anchor = _anchor(part, recipe, models[index])
+        names = _all(pool.layouts[m].layer_names for m in models[index])
+        prefix = pool.layouts[models[index][anchor]].prefix
         for offset in range(count):
             t = offset / (count - 1) if count > 1 else 1.0
-            for tensor in lead.layer_names:
-                inputs = [pool.layouts[m].layer_tensor(r[0] + offset, tensor) for m, r in zip(models[index], ranges)]
-                add(lead.layer_tensor(layers, tensor), part, models[index], inputs, t)
-            layers += 1
-    for name in lead.post:
-        add(name, slices[-1], models[-1], [name] * len(slices[-1].sources), 0.0)
-    return Plan(jobs, copies, layers)
+            layer = outputs.plan.layers
+            for tensor in names:
+                inputs = [
+                    Ref(m, pool.layouts[m].layer_tensor(first + offset, tensor)) for m, (first, _) in zip(models[index], ranges)
+                ]
+                outputs.add(f"{prefix}.{layer}.{tensor}", part, inputs, t)
+            outputs.plan.origins.append((models[index][anchor], ranges[anchor][0] + offset))
+    for name in _all(names.post for names in layouts):
+        outputs.add(name, slices[-1], [Ref(m, name) for m in models[-1]], 0.0)
+    if not outputs.plan.jobs and not outputs.plan.copies:
+        raise RecipeError(where, "no tensor to merge", "models with weights")
+    return outputs.plan
+
+
+class _Outputs:
+    """The plan as it grows, one output after the other."""
+
+    def __init__(self, recipe: Recipe, method: Method, pool: Endpoints, where: str):
+        self.recipe, self.method, self.pool, self.where = recipe, method, pool, where
+        self.plan = Plan()
+
+    def add(self, name: str, part: Slice, refs: list[Ref], t: float) -> None:
+        """Decide what becomes of one output: merged, kept, tied, or (where no source has it) not there at all."""
+        pool, there = self.pool, [self.pool.has(r) for r in refs]
+        if not any(there):
+            return
+        shared = {pool.shared_with(r) for r in refs}
+        if len(shared) == 1 and None not in shared:
+            self.plan.ties[name] = shared.pop()
+            return
+        base = part.base_model or self.recipe.base_model
+        anchor = refs[_anchor(part, self.recipe, [r.model for r in refs])]
+        reason = self._unmergeable(refs, there, anchor)
+        if reason is None:
+            shape = pool.shape(anchor)
+            self.plan.jobs.append(_job(name, part, refs, t, self.recipe, self.method, base, shape, self.where))
+            return
+        if not pool.has(anchor) or not (str(base) == anchor.model or len(refs) == 1 or anchor.tensor in pool.fixed):
+            raise RecipeError(
+                self.where, f"tensor {name!r}: {reason}", "tensors of equal shapes in all models, or a base_model to keep it from"
+            )
+        self.plan.copies[name], self.plan.kept[name] = anchor, reason
+
+    def _unmergeable(self, refs: list[Ref], there: list[bool], anchor: Ref) -> str | None:
+        """Why a tensor is not merged; None where it is."""
+        if anchor.tensor in self.pool.fixed:
+            return self.pool.fixed[anchor.tensor]
+        for ref, here in zip(refs, there):
+            if not here:
+                return f"not in {ref.model}"
+        expected = self.pool.shape(anchor)
+        for ref in refs:
+            if (found := self.pool.shape(ref)) != expected:
+                return f"shape {list(found)} in {ref.model}, {list(expected)} in {anchor.model}"
+        return None
+
+
+def _all(groups) -> list[str]:
+    """Every name once, sorted: no model's order counts."""
+    return sorted({name for group in groups for name in group})
+
+
+def _anchor(part: Slice, recipe: Recipe, models: list[str]) -> int:
+    """Which source the output is laid out after: the base, else the first."""
+    base = part.base_model or recipe.base_model
+    return models.index(str(base)) if base is not None and str(base) in models else 0
+
+
+def _check_depths(models: list[str], ranges: list[tuple[int, int]], base: ModelRef | None, where: str) -> None:
+    depths = {model: last for model, (_, last) in zip(models, ranges)}
+    reference = str(base) if base is not None and str(base) in depths else models[0]
+    for model, depth in depths.items():
+        if depth != depths[reference]:
+            raise RecipeError(
+                f"{where}: models", f"{model} has {depth} layers, {reference} {depths[reference]}", "models of equal depth",
+                "take layer ranges with `slices`",
+            )  # fmt: skip
 
 
 def _check(recipe: Recipe, method: Method, where: str) -> None:
@@ -88,12 +161,25 @@ def _check(recipe: Recipe, method: Method, where: str) -> None:
         levels.append((part.parameters, f"{where}: slices[{i}].parameters"))
         levels += [(s.parameters, f"{at}[{j}].parameters") for j, s in enumerate(part.sources)]
     for names, at in levels:
-        method.check_parameters([n for n in names if n not in _HARMLESS], at)
         for name, setting in names.items():
-            if name in method.parameters:
-                for value in settings.scalars(setting):
-                    if value is not None:
-                        method.validate(name, value, at)
+            if name not in method.parameters:
+                _unknown(name, method, at)
+                continue
+            for value in settings.scalars(setting):
+                if value is not None:
+                    method.validate(name, value, at)
+
+
+def _unknown(name: str, method: Method, at: str) -> None:
+    """mergekit ignores what a method does not take. So do we, aloud; what is meant otherwise is refused."""
+    if name in _HARMLESS:
+        return
+    known = ", ".join(method.parameters) or "none"
+    if name in TOP_KEYS:
+        raise RecipeError(f"{at}.{name}", "stands under `parameters`", f"`{name}` at the top level of the recipe")
+    if hint := nearest(name, method.parameters, 0.7):
+        raise RecipeError(f"{at}.{name}", f"{method.name} has no such parameter", known, hint)
+    warnings.warn(f"{at}.{name}: ignored, {method.name} has no such parameter (it has {known})", Merge3Warning, stacklevel=2)
 
 
 def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice:
@@ -115,9 +201,9 @@ def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice
     return part
 
 
-def _range(source: Source, pool: Endpoints, where: str) -> tuple[int, int]:
+def _range(source: Source, whole: bool, pool: Endpoints, where: str) -> tuple[int, int]:
     layers = pool.layouts[str(source.model)].layers
-    first, last = source.layer_range or (0, layers)
+    first, last = (0, layers) if whole or source.layer_range is None else source.layer_range
     if last > layers:
         raise RecipeError(f"{where}: layer_range", f"[{first}, {last}) of {source.model}", f"at most {layers} layers")
     return first, last

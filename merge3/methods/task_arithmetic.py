@@ -56,7 +56,7 @@ def methods() -> list[Method]:
 def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool, reference: str) -> Method:
     parameters = {
         "weight": Parameter(float, "expert", help="scale of an expert's task vector"),
-        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, True, "share of a task vector that is kept"),
+        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help="share of a task vector that is kept"),
         "lambda": Parameter(float, "shared", 1.0, help="scale of the merged task vector"),
         "normalize": Parameter(bool, "shared", normalize, help="divide by the sum of weights"),
         "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)"),
@@ -76,7 +76,7 @@ def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool
 def _ranks(job: Job, own: dict, sparsify: str) -> tuple[int, ...]:
     """Ranks (1-based from the largest) at which an expert is cut; empty where nothing is."""
     n = job.numel
-    if sparsify not in ("magnitude", "band") or own["density"] >= 1 or n == 0:
+    if sparsify not in ("magnitude", "band") or not 0 < own["density"] < 1 or n == 0:
         return ()
     if sparsify == "magnitude":
         return (max(1, int(own["density"] * n)),)
@@ -104,7 +104,9 @@ def _step(job: Job, statistics: Statistics, sparsify: str, elect: str) -> Fused:
     rescale, tables = job.shared["rescale"], []
     for row, source, own in zip(c, job.sources, job.per_source):
         density = own["density"]
-        if sparsify == "magnitude":
+        if sparsify == "magnitude" and density <= 0:  # a gradient over layers that starts at 0: nothing is kept there
+            row[LO] = np.inf
+        elif sparsify == "magnitude":
             for rank in _ranks(job, own, sparsify):
                 order = statistics.order(job.base, source, rank)
                 row[LO], row[LO_SHARE] = order.value, (rank - order.greater) / order.equal
@@ -114,7 +116,7 @@ def _step(job: Job, statistics: Statistics, sparsify: str, elect: str) -> Fused:
             _band(job, own, row, source, statistics, rescale)
         elif sparsify == "random":
             row[DENSITY] = density
-            row[RESCALE] = 1 / density if rescale else 1.0
+            row[RESCALE] = 1 / density if rescale and density > 0 else 1.0
         elif sparsify == "ranked":
             table, bin_l1 = statistics.ranks(job.base, source)
             tables.append(table)

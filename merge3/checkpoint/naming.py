@@ -1,0 +1,69 @@
+"""One model's tensors go by several names: with and without the backbone's prefix, old names of norms, a head that is
+the embedding. And some tensors are no weights at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from merge3.checkpoint.layout import layout
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings|shared)\.weight$")
+# Outputs that may share the weight of an input: a head's name -> what stores the shared tensor.
+_TIES = {
+    "lm_head.weight": _EMBEDDING,
+    "embed_out.weight": _EMBEDDING,
+    "cls.predictions.decoder.weight": _EMBEDDING,
+    "lm_head.decoder.weight": _EMBEDDING,
+    "vocab_projector.weight": _EMBEDDING,
+    "cls.predictions.decoder.bias": re.compile(r"^cls\.predictions\.bias$"),
+    "lm_head.decoder.bias": re.compile(r"^lm_head\.bias$"),
+}
+_OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_BUFFERS = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(^|\.)position_ids|\.masked_bias)$")
+_MASKS = re.compile(r"\.(attn|attention|self_attention)\.bias$")
+
+
+def renamed(names: Collection[str], base: Collection[str] | None = None) -> dict[str, str]:
+    """What to call each tensor of a checkpoint: today's names of norms, and the prefix that the base's names have."""
+    result = {name: _modern(name) for name in names}
+    if base is None:
+        return result
+    own, theirs = layout(result.values()).prefix, layout(base).prefix
+    if own == theirs or not own or not theirs:
+        return result
+    if theirs.endswith(f".{own}"):
+        prefix = theirs.removesuffix(own)
+        return {name: new if new in base or is_head(new) else prefix + new for name, new in result.items()}
+    if own.endswith(f".{theirs}"):
+        prefix = own.removesuffix(theirs)
+        return {name: new.removeprefix(prefix) for name, new in result.items()}
+    return result
+
+
+def tie_source(name: str, names: Iterable[str]) -> str | None:
+    """The tensor that a tied output shares; None where `name` is no such output, or the tensor is not there."""
+    pattern = next((p for head, p in _TIES.items() if name == head or name.endswith(f".{head}")), None)
+    return next((n for n in names if pattern.search(n)), None) if pattern else None
+
+
+def tie_targets(names: Iterable[str]) -> list[str]:
+    """The outputs among these names that a configuration may tie."""
+    return [n for n in names if any(n == head or n.endswith(f".{head}") for head in _TIES)]
+
+
+def is_head(name: str) -> bool:
+    """Whether a name stands outside the backbone, so that no prefix is missing there."""
+    return name in _TIES or name.startswith(("lm_head.", "cls.", "classifier.", "score.", "qa_outputs.", "v_head."))
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a mask, a table of positions or frequencies: models compute these themselves."""
+    return bool(_BUFFERS.search(name)) or (bool(_MASKS.search(name)) and len(shape) == 4)
+
+
+def _modern(name: str) -> str:
+    for old, new in _OLD_NORMS.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name

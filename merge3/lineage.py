@@ -1,0 +1,107 @@
+"""Whether endpoints belong together: the settings they compute with, their vocabularies, and whether they seem to share
+a pretraining. What differs here has equal shapes, so a merge runs; it is seldom what somebody wants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge3.checkpoint import Checkpoint
+from merge3.checkpoint.architecture import configuration
+from merge3.checkpoint.layout import layout
+
+# Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
+_HARMLESS = {
+    "_name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "vocab_size", "tie_word_embeddings", "num_hidden_layers", "n_layer", "num_layers", "layer_types", "id2label", "label2id",
+    "num_labels", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "initializer_range",
+    "initializer_factor", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "pretraining_tp",
+    "gradient_checkpointing", "chunk_size_feed_forward", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_flash_attn", "router_aux_loss_coef",
+    "output_router_logits", "prefix", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "classifier_dropout", "unsloth_version", "unsloth_fixed", "model_name",
+}  # fmt: skip
+_SAMPLES, _ELEMENTS = 3, 1 << 20
+_FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and the cosine of θ and its own weights near 1
+
+
+def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint) -> list[str]:
+    """One line for each thing that sets an endpoint apart from the base, with both values. Reads a few MB of weights."""
+    lines = []
+    own, theirs = _settings(base.config), _settings(other.config)
+    for key in sorted(set(own) & set(theirs) if own and theirs else ()):
+        if own[key] != theirs[key]:
+            lines.append(f"{model}: {key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}; the merge computes with the base's")
+    if line := _stranger(base, other):
+        lines.append(f"{model}: {line} {base_name}")
+    if _other_words(base, other):
+        lines.append(f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match")
+    return lines
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting that matters, defaults filled in where transformers knows the type, nested ones by their path."""
+    known = configuration(config)
+    return dict(_flat(known.to_dict() if known is not None else config))
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if key in _HARMLESS or key.endswith(("_token_id", "dropout", "_dropout_prob", "_pdrop", "_dropout")):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield path + key, list(value) if isinstance(value, tuple) else value
+
+
+def _stranger(base: Checkpoint, other: Checkpoint) -> str:
+    """What gives two pretrainings away: weights as far from the base as they are long, in another direction.
+
+    Measured on up to a million elements each of three matrices of the stack; nothing for models without any.
+    """
+    found = layout(base.tensors)
+    names = [
+        name for name, info in base.tensors.items()
+        if found.layer_of(name) is not None and len(info.shape) >= 2 and min(info.shape) > 1 and info.dtype.is_floating_point
+        and name in other.tensors and other.tensors[name].shape == info.shape
+    ]  # fmt: skip
+    if not names:
+        return ""
+    names = sorted(names)[:: max(1, len(names) // _SAMPLES)][:_SAMPLES]
+    far, cosines = [], []
+    for name in names:
+        theta, weights = (c.get(name).reshape(-1)[:_ELEMENTS].double() for c in (base, other))
+        length, own = float(theta.norm()), float(weights.norm())
+        if length == 0 or own == 0:
+            return ""
+        far.append(float((weights - theta).norm()) / length)
+        cosines.append(float(theta @ weights) / (length * own))
+    if min(far) > _FAR and max(cosines) < _ALIGNED:
+        return (
+            f"weights that are {min(far):.2g} times the base's away from it, at a cosine of {max(cosines):.2f} to it "
+            f"(in {names[0]}); it does not seem to be a fine-tune of"
+        )
+    return ""
+
+
+def _other_words(base: Checkpoint, other: Checkpoint) -> bool:
+    """Whether a token has another number there. Tokens that only one of the two has are another matter."""
+    own, theirs = vocabulary(base.path), vocabulary(other.path)
+    return any(theirs.get(token, number) != number for token, number in own.items())
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """token -> number of a folder's tokenizer.json, added tokens included; empty where there is none to read."""
+    try:
+        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        words = data["model"]["vocab"]
+        # Unigram models list [token, score] in the order of their numbers.
+        numbered = dict(words) if isinstance(words, dict) else {entry[0]: number for number, entry in enumerate(words)}
+        return numbered | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return {}

@@ -1,0 +1,190 @@
+"""What an exported checkpoint is beside its merged weights: dtypes and shapes, config.json, tokenizer, code; and whether
+all of it fits together, which is asked before anything is written and again before it gets its final name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge3.checkpoint import open_checkpoint
+from merge3.checkpoint.architecture import loading, tied
+from merge3.checkpoint.layout import Ref
+from merge3.errors import CheckpointError, RecipeError
+from merge3.lineage import vocabulary
+from merge3.methods.plan import Plan
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "spiece.model",
+    "sentencepiece*", "*.tiktoken", "*.model",
+)  # fmt: skip
+# Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
+MODEL_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "image_processor*")
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_configs", "attention_layers")
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def lead(recipe: Recipe) -> str:
+    """The endpoint whose configuration the output has: the base, else the first source."""
+    return str(recipe.base_model or recipe.slices[0].base_model or recipe.slices[0].sources[0].model)
+
+
+def output_dtype(recipe: Recipe, pool: Pool, ref: Ref) -> torch.dtype:
+    """out_dtype, else dtype, else what the endpoints' dtypes promote to."""
+    name = recipe.out_dtype or recipe.dtype
+    return getattr(torch, name) if name else pool.common_dtype(ref.tensor)
+
+
+def output_specs(recipe: Recipe, planned: Plan, pool: Pool) -> Specs:
+    """dtype and shape of every output tensor, in the order of the model."""
+    specs = {}
+    for job in planned.jobs:
+        ref = job.base or job.sources[0]
+        specs[job.name] = (output_dtype(recipe, pool, ref), job.shape)
+    for name, ref in planned.copies.items():
+        stored = pool.stored_dtype(ref)
+        specs[name] = (output_dtype(recipe, pool, ref) if stored.is_floating_point else stored, pool.shape(ref))
+    return specs
+
+
+def output_config(recipe: Recipe, planned: Plan, specs: Specs, pool: Pool) -> dict[str, Any]:
+    """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
+    config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    for key in _DEPTHS:
+        if key in inner:
+            inner[key] = planned.layers
+    for key in _PER_LAYER:
+        if isinstance(inner.get(key), list):
+            inner[key] = _of_layers(key, planned, pool)
+    dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
+    for section in (config, inner):
+        for key in ("dtype", "torch_dtype"):
+            if dtype is not None and key in section:
+                section[key] = str(dtype).removeprefix("torch.")
+    if tied(config) and any(name in specs for name in pool.outputs):
+        for section in (config, inner):
+            if section is config or "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = False
+    return config
+
+
+def _of_layers(key: str, planned: Plan, pool: Pool) -> list:
+    """A setting that has one entry a layer: each output layer has that of the layer it is laid out after."""
+    values = []
+    for model, layer in planned.origins:
+        config = pool.endpoints[model].config
+        inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        own = inner.get(key)
+        if not isinstance(own, list) or layer >= len(own):
+            raise CheckpointError(model, f"config.json: {key} has no entry for layer {layer}", "one entry per layer")
+        values.append(own[layer])
+    return values
+
+
+def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: Pool, where: str) -> None:
+    """Refuse an output that its own configuration does not describe: a parameter missing, one too many, another shape.
+
+    What the lead itself stores beside its architecture (and transformers ignores) may stay. Architectures that this
+    transformers does not know are compared with the lead's own tensors. Raises CheckpointError.
+    """
+    base = pool.endpoints[lead(recipe)]
+    shapes = {name: shape for name, (_, shape) in specs.items()}
+    said = loading(config, shapes)
+    if said is None:
+        if len(pool.layouts[lead(recipe)].layer_names) and set(shapes) != set(base.tensors) and recipe.whole:
+            odd = sorted(set(shapes) ^ set(base.tensors))[0]
+            raise CheckpointError(where, f"tensor {odd!r} is in one of output and {lead(recipe)} only", "the tensors of an unknown architecture")
+        return
+    if said.missing:
+        name = said.missing[0]
+        also = f", and {lead(recipe)} lacks it too: its checkpoint is not whole" if name not in base.tensors else ""
+        raise CheckpointError(where, f"the output would lack {name!r}{_more(said.missing)}{also}", f"every parameter of {said.architecture}")
+    if said.mismatched:
+        name, stored, own = said.mismatched[0]
+        raise CheckpointError(
+            where, f"tensor {name!r} of shape {list(stored)}", f"{list(own)} as config.json says of {said.architecture}"
+        )
+    extra = [name for name in said.unexpected if name not in base.tensors]
+    if extra:
+        raise CheckpointError(where, f"tensor {extra[0]!r}{_more(extra)} is no parameter of {said.architecture}", "none too many")
+
+
+def check_written(folder: Path, specs: Specs, config: Mapping[str, Any]) -> None:
+    """Read the headers of what was written: every tensor is there whole, and config.json is the one that was checked."""
+    written = open_checkpoint(folder)
+    found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
+    if found != specs or written.config != config:
+        raise CheckpointError(folder, "what was written differs from what was planned", "the planned tensors", "is the disk sound?")
+
+
+def _more(names) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def tokenizer_donor(recipe: Recipe, pool: Pool, where: str) -> Path:
+    """The folder whose tokenizer the output has. Raises RecipeError where rows of embeddings would have to move."""
+    source, key = recipe.tokenizer_source, f"{where}: tokenizer_source"
+    if source == "union":
+        raise RecipeError(key, "`union` is not supported yet", "base, or one of the models")
+    name = lead(recipe) if source in (None, "base") else str(source)
+    if name not in pool.endpoints:
+        raise RecipeError(key, f"found {source!r}", "base, or one of " + ", ".join(pool.endpoints))
+    donor = pool.endpoints[name].path
+    if source is not None:
+        reference = vocabulary(donor)
+        for other, checkpoint in pool.endpoints.items():
+            theirs = vocabulary(checkpoint.path)
+            if reference and theirs and theirs != reference:
+                raise RecipeError(
+                    key, f"the tokenizer of {other} differs from that of {name}", "one vocabulary (rows are not remapped yet)"
+                )
+    return donor
+
+
+def side_files(recipe: Recipe, pool: Pool, donor: Path) -> list[Path]:
+    """Files to copy: the tokenizer's, generation settings, processors, and code that an `auto_map` names."""
+    base = pool.endpoints[lead(recipe)].path
+    found = [f for pattern in (*TOKENIZER_FILES, "generation_config.json") for f in donor.glob(pattern)]
+    found += [f for pattern in MODEL_FILES for f in base.glob(pattern)]
+    found = [f for f in found if f.suffix not in (".safetensors", ".bin", ".pt", ".gguf")]
+    described = {json_file for folder in (base, donor) for json_file in folder.glob("*config.json")}
+    for file in described:
+        found += _code(file)
+    return sorted({f.name: f for f in found if f.is_file()}.values())
+
+
+def _code(config_file: Path) -> list[Path]:
+    """The Python files that a configuration's auto_map names, and those they import from their own folder."""
+    try:
+        names = json.dumps(json.loads(config_file.read_text()).get("auto_map") or {})
+    except (OSError, ValueError, AttributeError):
+        return []
+    waiting = [config_file.parent / f"{module}.py" for module in re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', names)]
+    found: list[Path] = []
+    while waiting:
+        file = waiting.pop()
+        if file in found or not file.is_file():
+            continue
+        found.append(file)
+        imported = re.findall(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", file.read_text(errors="replace"), re.MULTILINE)
+        waiting += [file.parent / f"{name}.py" for pair in imported for name in pair if name]
+    return found
+
+
+def chat_template(recipe: Recipe) -> str | None:
+    """The text of chat_template.jinja; None where the tokenizer's own stays."""
+    if recipe.chat_template in (None, "auto"):
+        return None
+    return _CHATML if recipe.chat_template == "chatml" else recipe.chat_template

@@ -1,0 +1,176 @@
+"""Models of equal shapes that do not belong together: a warning names the setting and both values; --strict refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from merge3.errors import CheckpointError, Merge3Warning
+from merge3.pool import Pool
+
+SETTINGS = {
+    "rope": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), r"rope_theta is 1000000\.0, 10000\.0 in the base"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act is 'gelu', 'silu' in the base"),
+    "epsilon": (dict(rms_norm_eps=1e-3), r"rms_norm_eps is 0\.001, 1e-06 in the base"),
+    "window": (dict(max_position_embeddings=128), "max_position_embeddings is 128, 64 in the base"),
+    "type": (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "model_type is 'mistral', 'llama' in the base"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_another_setting_is_named_with_both_values(workshop, case):
+    change, message = SETTINGS[case]
+    workshop.model("base")
+    workshop.expert("base", "one")
+    workshop.edited("one", "other", config=lambda c: c.update(change))
+    pool = Pool.open(str(workshop.root / "base"), [str(workshop.root / "other")])
+    assert any(re.search(message, line) and "other" in line for line in pool.warnings), pool.warnings
+    assert not Pool.open(str(workshop.root / "base"), [str(workshop.root / "one")]).warnings
+
+
+def test_other_heads_of_equal_shapes(workshop):
+    workshop.model("base")
+    workshop.model("heads", num_attention_heads=8, num_key_value_heads=4)
+    (lines,) = (Pool.open(str(workshop.root / "base"), [str(workshop.root / "heads")]).warnings,)
+    assert any("num_attention_heads is 8, 4 in the base" in line for line in lines)
+
+
+def test_settings_left_to_their_defaults_are_no_difference(workshop):
+    workshop.model("base")
+    workshop.expert("base", "one")
+
+    def shorten(config):
+        for key in ("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias", "pretraining_tp", "head_dim"):
+            config.pop(key, None)
+
+    workshop.edited("one", "short", config=shorten)
+    assert not Pool.open(str(workshop.root / "base"), [str(workshop.root / "short")]).warnings
+
+
+def test_two_pretrainings_of_one_architecture(workshop):
+    workshop.model("base")
+    workshop.model("stranger", seed=9)
+    workshop.expert("base", "far", scale=0.02)
+    (line,) = Pool.open(str(workshop.root / "base"), [str(workshop.root / "stranger")]).warnings
+    assert "does not seem to be a fine-tune of" in line and "cosine" in line
+    assert not Pool.open(str(workshop.root / "base"), [str(workshop.root / "far")]).warnings
+
+
+def test_a_tokenizer_that_numbers_tokens_otherwise(workshop):
+    from merge3.client.tiny import make_tokenizer
+
+    workshop.model("base")
+    workshop.expert("base", "one")
+    for name in ("base", "one"):
+        make_tokenizer().save_pretrained(workshop.root / name)
+    opened = lambda: Pool.open(str(workshop.root / "base"), [str(workshop.root / "one")])
+    assert not opened().warnings
+    file = workshop.root / "one" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    words = data["model"]["vocab"]
+    words["one"], words["two"] = words["two"], words["one"]
+    file.write_text(json.dumps(data))
+    (line,) = opened().warnings
+    assert "numbers tokens otherwise" in line
+
+
+def test_strict_makes_warnings_errors_on_the_command_line(workshop):
+    workshop.model("base")
+    workshop.expert("base", "one")
+    workshop.edited("one", "other", config=lambda c: c.update(hidden_act="gelu"))
+    file = workshop.root / "recipe.yaml"
+    file.write_text(workshop.recipe(["other"], "base").to_yaml())
+    command = [sys.executable, "-m", "merge3.client", "merge", str(file), str(workshop.root / "out")]
+    strict = subprocess.run([*command, "--strict"], capture_output=True, text=True)
+    assert strict.returncode == 2 and "hidden_act is 'gelu', 'silu' in the base" in strict.stderr and "(--strict)" in strict.stderr
+    assert strict.stderr.count("\n") == 1 and not (workshop.root / "out").exists()
+    lenient = subprocess.run(command, capture_output=True, text=True)
+    assert lenient.returncode == 0 and "warning: " in lenient.stderr and (workshop.root / "out" / "config.json").exists()
+
+
+# -- quantized checkpoints
+
+
+W = "model.layers.0.mlp.down_proj.weight"
+
+
+def bitsandbytes(t):
+    count = t[W].numel()
+    t[W] = torch.randint(0, 255, (count // 2, 1), dtype=torch.uint8)
+    t |= {f"{W}.absmax": torch.ones(count // 64), f"{W}.quant_map": torch.ones(16)}
+    t[f"{W}.quant_state.bitsandbytes__nf4"] = torch.zeros(8, dtype=torch.uint8)
+
+
+def gptq(t):
+    stem, shape = W.removesuffix("weight"), t.pop(W).shape
+    t |= {f"{stem}qweight": torch.zeros(shape[1] // 8, shape[0], dtype=torch.int32), f"{stem}qzeros": torch.zeros(1, 4, dtype=torch.int32)}
+    t |= {f"{stem}scales": torch.ones(1, shape[0], dtype=torch.float16), f"{stem}g_idx": torch.zeros(shape[1], dtype=torch.int32)}
+
+
+def fp8(t):
+    t[W] = t[W].to(torch.float8_e4m3fn)
+    t[f"{W}_scale_inv"] = torch.ones(1, 1)
+
+
+def scaled_int8(t):
+    t[W] = (t[W] * 100).to(torch.int8)
+
+
+QUANTIZED = {
+    "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True}, "method 'bitsandbytes'"),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4}, "method 'gptq'"),
+    "fp8": (fp8, {"quant_method": "fp8"}, "method 'fp8'"),
+    "bitsandbytes without its config": (bitsandbytes, None, f"tensor '{W}"),
+    "gptq without its config": (gptq, None, "qweight|qzeros|g_idx"),
+    "fp8 without its config": (fp8, None, f"tensor '{W}"),
+    "int8": (scaled_int8, None, f"tensor '{W}' of int8"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_quantized_checkpoints_are_refused_as_such_on_either_side(workshop, case):
+    change, settings, message = QUANTIZED[case]
+    workshop.model("base")
+    workshop.expert("base", "one")
+    config = lambda c: c.update(quantization_config=settings) if settings else None
+    workshop.edited("one", "codes", change, config)
+    workshop.edited("base", "codes_base", change, config)
+    for models, base in ((["codes"], "base"), (["one"], "codes_base"), (["codes"], "codes_base")):
+        with pytest.raises(CheckpointError, match=rf"quantized \(.*({message}).*expected weights in float32.*dequantize"):
+            workshop.merge(models, base)
+    assert not (workshop.root / "out").exists()
+
+
+def test_integer_masks_and_positions_are_no_codes(workshop):
+    workshop.model("base", "gpt2", n_layer=2, n_embd=32, n_head=4, n_positions=64, tie_word_embeddings=True)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril() for i in range(2)}
+    workshop.edited("base", "one", lambda t: t.update(masks))
+    result, _ = workshop.merge(["one"], "base")
+    assert all("buffer" in reason for reason in result["left_out"].values()) and len(result["left_out"]) == 2
+
+
+def test_evaluate_refuses_a_quantized_model_too(workshop, tmp_path):
+    workshop.model("base")
+    workshop.edited("base", "codes", bitsandbytes, lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}))
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
+    command = [sys.executable, "-m", "merge3.client", "evaluate", str(workshop.root / "codes"), str(items)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "quantized" in done.stderr and done.stderr.count("\n") == 1
+
+
+# -- the recipe around them
+
+
+def test_what_a_recipe_says_in_vain_is_said_and_what_is_misplaced_refused(workshop):
+    workshop.model("base")
+    workshop.expert("base", "one")
+    recipe = yaml.safe_load(workshop.recipe(["one"], "base").to_yaml())
+    from merge3.recipe import Recipe
+
+    with pytest.warns(Merge3Warning, match="anchors: ignored"):
+        Recipe.parse(recipe | {"anchors": {"w": 0.5}})
