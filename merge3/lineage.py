@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import configuration
 from merge3.checkpoint.layout import layout
