@@ -16,7 +16,7 @@ from scipy.stats import kendalltau
 
 from merge3.engine import LocalEngine
 from merge3.irt import Responses, read_responses, write_responses
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.pool import Pool
 from merge3.search import calibration, optimizers
 from merge3.search.config import load_config

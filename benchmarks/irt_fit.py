@@ -11,10 +11,10 @@ import numpy as np
 from measure import report, table
 
 from merge3.irt import ItemBank, Responses
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.irt.bank import sigmoid
-from merge3.irt.extract import extract
-from merge3.irt.fit import fit
+from merge3.irt.extraction import extract
+from merge3.irt.fitting import fit
 
 CASES = [(60, 300, 1), (60, 1000, 1), (200, 1000, 1), (100, 10_000, 1), (120, 600, 2), (200, 1000, 2)]
 REPEATS = 4  # matrices of each shape; all abilities of one share its zero and unit

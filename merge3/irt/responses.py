@@ -41,7 +41,7 @@ class Responses:
         if outside.any():
             m, i = np.argwhere(outside)[0]
             raise ResponsesError(
-                f"model {self.models[m]!r}, item {self.items[i]!r}", f"score {self.values[m, i]}", "a score in [0, 1]"
+                f"model {self.models[m]!r}, item {self.items[i]!r}", f"score {self.values[m, i]:g}", "a score in [0, 1]"
             )
 
     @property
@@ -105,7 +105,9 @@ def read_responses(path: str | Path) -> Responses:
     scores = pd.to_numeric(table["score"], errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
     if len(bad):
-        raise ResponsesError(f"{path}: row {bad[0] + first}", f"score {table['score'].iloc[bad[0]]!r}", "a number in [0, 1]")
+        found = table["score"].iloc[bad[0]]
+        found = found.item() if isinstance(found, np.generic) else found  # np.int64(100) is nobody's score
+        raise ResponsesError(f"{path}: row {bad[0] + first}", f"score {found!r}", "a number in [0, 1]")
     items = table["item"].astype(str)
     if "task" in table:
         items = table["task"].astype(str) + "/" + items

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge3.irt import Responses
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.irt.bank import ItemBank, sigmoid
-from merge3.irt.extract import METHODS, Subset, extract
-from merge3.irt.fit import fit
+from merge3.irt.extraction import METHODS, Subset, extract
+from merge3.irt.fitting import fit
 from merge3.irt.responses import ResponsesError
 
 ENDPOINTS = ("m0", "m1", "m2")

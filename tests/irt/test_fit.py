@@ -8,7 +8,7 @@ import pytest
 from merge3.irt import ItemBank, Responses
 from merge3.irt.bank import sigmoid
 from merge3.irt.diagnostics import fit_statistics, information, plot
-from merge3.irt.fit import fit
+from merge3.irt.fitting import fit
 from merge3.irt.responses import ResponsesError
 
 
@@ -95,7 +95,19 @@ def test_a_seed_gives_the_same_fit_and_leaves_other_generators_alone():
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(1))
     second = fit(responses, steps=300)
-    assert np.array_equal(first.b, second.b) and not np.array_equal(first.b, fit(responses, steps=300, seed=1).b)
+    assert np.array_equal(first.b, second.b)
+    two = [fit(responses, dimensions=2, seed=seed).a for seed in (0, 0, 1)]  # one dimension draws nothing
+    assert np.array_equal(two[0], two[1]) and not np.array_equal(two[0], two[2])
+
+
+def test_the_three_steps_are_callables_of_the_package():
+    from merge3 import irt
+
+    _, _, _, responses = simulate(20, 60)
+    bank = irt.fit(responses)
+    subset = irt.extract(bank, responses, "irt", 10)
+    found = irt.estimate(irt.prepare(bank, responses, subset), responses.values[:3, subset.index])
+    assert found.value.shape == (3,) and ((0 <= found.value) & (found.value <= 1)).all()
 
 
 BAD = {

@@ -6,12 +6,12 @@ import torch
 
 from merge3.irt import Responses
 from merge3.irt.bank import sigmoid
-from merge3.irt.fit import fit
+from merge3.irt.fitting import fit
 
 models = pytest.importorskip("py_irt.models", reason="py-irt is not installed")
 
 
-def theirs(y: np.ndarray, dimensions: int, steps: int = 1500) -> np.ndarray:
+def theirs(y: np.ndarray, dimensions: int, steps: int = 700) -> np.ndarray:
     """Abilities [M, D] by its multidimensional 2PL, trained as its own trainer does (which needs more packages)."""
     import pyro
 

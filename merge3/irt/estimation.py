@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from merge3.irt.bank import ItemBank, sigmoid
-from merge3.irt.extract import Subset
+from merge3.irt.extraction import Subset
 from merge3.irt.responses import Responses, ResponsesError
 
 METHODS = ("mean", "p-irt", "gp-irt", "mp-irt", "gmp-irt")
