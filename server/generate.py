@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from merge3.errors import BadInput, ItemsError
+from merge3.tasks.forward import LogitsError, likeliest
 from merge3.tasks.score import load_tokenizer
 
 
@@ -35,7 +36,10 @@ def continuation(model, folder: Path, prompt: str, max_tokens: int, chat: bool =
     feed = torch.tensor([ids], device=device)
     for _ in range(max_tokens):
         out = model(input_ids=feed, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+        cache, token = out.past_key_values, int(likeliest(out.logits[0, -1]))
+        if token < 0:
+            found = f"the model's logits are NaN or infinite after {len(written)} tokens"
+            raise LogitsError("generate", found, "numbers")
         if token in end:
             break
         written.append(token)

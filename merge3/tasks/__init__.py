@@ -1,6 +1,9 @@
 """Items, prompts, scoring: a model's answers become responses. Knows no merging."""
 
-from merge3.tasks.items import Item, items_hash, read_items, split_heldout
+from merge3.tasks.fit import fit_to_model
+from merge3.tasks.forward import LogitsError
+from merge3.tasks.items import Item, items_hash, split_heldout
+from merge3.tasks.reading import read_items
 from merge3.tasks.score import Scorer
 
-__all__ = ["Item", "Scorer", "items_hash", "read_items", "split_heldout"]
+__all__ = ["Item", "LogitsError", "Scorer", "fit_to_model", "items_hash", "read_items", "split_heldout"]

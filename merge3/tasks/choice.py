@@ -8,12 +8,13 @@ never an input: nothing follows it. Masks and ids are made once per run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from merge3.tasks.forward import expanded, last_logits, prefix_cache
+from merge3.tasks.forward import expanded, last_logits, not_finite, prefix_cache
 from merge3.tasks.prompts import Group, Prompt, batches
 
 
@@ -41,28 +42,33 @@ class ChoiceScorer:
 
     @torch.inference_mode()
     def score(self, model) -> dict[int, float]:
-        """item index -> 1.0 if the right choice is the likeliest, else 0.0."""
-        return {
-            index: float(int(values.argmax()) == item.answer) for index, item, values in self.loglikelihoods(model)
-        }
+        """item index -> 1.0 if the right choice is the likeliest, else 0.0. Raises LogitsError."""
+        results = {}
+        for index, item, values in self.loglikelihoods(model):
+            best = int(values.argmax())
+            # Where every choice is impossible none is the likeliest.
+            results[index] = float(best == item.answer and bool(values[best] > -torch.inf))
+        return results
 
     @torch.inference_mode()
     def loglikelihoods(self, model) -> list[tuple[int, object, torch.Tensor]]:
-        """(index, item, [choices]) with log-likelihoods, per token where the metric is acc_norm."""
+        """(index, item, [choices]) with log-likelihoods, per token where the metric is acc_norm. Raises LogitsError."""
         prefix, results = prefix_cache(model, self.prefix, self.device), []
         for batch in self.batches:
             logits = last_logits(
                 model, batch.tail, past_key_values=expanded(prefix, len(batch.prompts)), use_cache=bool(prefix),
                 **batch.inputs,
             )  # fmt: skip
-            normalizer = logits.logsumexp(-1)
-            log_p = (
-                logits[batch.rows, batch.positions, batch.tokens] - normalizer[batch.rows, batch.positions]
-            )
+            normalizer = logits.logsumexp(-1)[batch.rows, batch.positions]
+            log_p = logits[batch.rows, batch.positions, batch.tokens] - normalizer
+            # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
+            log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
             sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
             start = 0
             for prompt in batch.prompts:
                 values = sums[start : start + len(prompt.choices)]
+                if values.isnan().any():
+                    raise not_finite(prompt.item)
                 if prompt.item.metric == "acc_norm":
                     values = values / batch.lengths[start : start + len(prompt.choices)]
                 start += len(prompt.choices)
@@ -132,6 +138,8 @@ class PlainChoiceScorer(ChoiceScorer):
                 for choice, row in zip(prompt.choices, log_p):
                     total = sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice))
                     values.append(total / len(choice) if prompt.item.metric == "acc_norm" else total)
+                if any(map(math.isnan, values)):  # log_softmax makes a whole row NaN if a logit is NaN or +inf
+                    raise not_finite(prompt.item)
                 results.append((prompt.index, prompt.item, torch.tensor(values)))
         return results
 

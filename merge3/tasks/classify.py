@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from merge3.errors import ItemsError
-from merge3.tasks.items import Item
+from merge3.tasks.forward import likeliest, not_finite
+from merge3.tasks.items import Item, place, shown
 from merge3.tasks.prompts import Group, batches
 
 
@@ -24,16 +25,20 @@ class ClassifyScorer:
             width = max(map(len, rows))
             ids = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rows], device=device)
             mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-            answers = torch.tensor([label(p.item, labels) for p in batch])
-            self.batches.append(([p.index for p in batch], {"input_ids": ids, "attention_mask": mask}, answers))
+            answers = [label(p.item, labels) for p in batch]
+            asked = [(p.index, p.item) for p in batch]
+            self.batches.append((asked, {"input_ids": ids, "attention_mask": mask}, answers))
 
     @torch.inference_mode()
     def score(self, model) -> dict[int, float]:
-        """item index -> 1.0 if the head's argmax is the label, else 0.0."""
+        """item index -> 1.0 if the head's argmax is the label, else 0.0. Raises LogitsError."""
         results = {}
-        for indices, inputs, answers in self.batches:
-            right = model(**inputs).logits.argmax(-1).cpu() == answers
-            results.update(zip(indices, right.double().tolist()))
+        for items, inputs, answers in self.batches:
+            found = likeliest(model(**inputs).logits).tolist()
+            for (index, item), best, answer in zip(items, found, answers):
+                if best < 0:
+                    raise not_finite(item)
+                results[index] = float(best == answer)
         return results
 
 
@@ -46,18 +51,18 @@ class ImageScorer(ClassifyScorer):
         for start in range(0, len(items), rows):
             part = items[start : start + rows]
             pixels = torch.stack([_pixels(item, folder) for _, item in part]).to(device)
-            answers = torch.tensor([label(item, labels) for _, item in part])
-            self.batches.append(([i for i, _ in part], {"pixel_values": pixels}, answers))
+            answers = [label(item, labels) for _, item in part]
+            self.batches.append((part, {"pixel_values": pixels}, answers))
 
 
 def label(item: Item, labels: dict[str, int]) -> int:
     """The index of an item's label in the head."""
     if isinstance(item.answer, int):
         if labels and not 0 <= item.answer < len(labels):
-            raise ItemsError(f"item {item.id!r}", f"answer is {item.answer}", f"an index below {len(labels)}")
+            raise ItemsError(place(item), f"answer is {item.answer}", f"an index below {len(labels)}")
         return item.answer
     if item.answer not in labels:
-        raise ItemsError(f"item {item.id!r}", f"answer is {item.answer!r}", "one of " + ", ".join(labels))
+        raise ItemsError(place(item), f"answer is {shown(item.answer)}", "one of " + ", ".join(labels))
     return labels[item.answer]
 
 
@@ -73,4 +78,4 @@ def _pixels(item: Item, folder: Path) -> torch.Tensor:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
         return processor(Image.open(item.image).convert("RGB"), return_tensors="pt")["pixel_values"][0]
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        raise ItemsError(f"item {item.id!r}", f"unreadable image {item.image} ({error})") from None
+        raise ItemsError(place(item), f"unreadable image {item.image} ({error})") from None

@@ -7,6 +7,31 @@ import inspect
 
 import torch
 
+from merge3.errors import ItemsError
+from merge3.tasks.items import Item, place
+
+
+class LogitsError(ItemsError):
+    """A model whose logits are NaN or infinite where an item is scored: no answer, right or wrong.
+
+    That is: NaN or +inf among the logits of a scored position, or none above -inf, or a log-likelihood that is NaN.
+    Some logits of -inf are legal: models exclude words so.
+    """
+
+    reason = "logits"
+
+
+def not_finite(item: Item) -> LogitsError:
+    hint = "weights that overflow, or a dtype too small for them"
+    return LogitsError(place(item), "the model's logits are NaN or infinite here", "numbers", hint)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The last dimension's argmax; -1 where the logits are NaN, have +inf or nothing above -inf. An argmax finds
+    NaN and +inf before anything else, so its value tells of the whole row."""
+    best = logits.argmax(-1)
+    return torch.where(logits.gather(-1, best[..., None])[..., 0].isfinite(), best, -1)
+
 
 def prefix_cache(model, prefix: tuple[int, ...], device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of the shared prefix, [1, heads, tokens, width] per layer: once per candidate."""

@@ -9,8 +9,8 @@ import regex
 import torch
 
 from merge3.errors import ItemsError
-from merge3.tasks.forward import expanded, last_logits, prefix_cache
-from merge3.tasks.items import Item
+from merge3.tasks.forward import expanded, last_logits, likeliest, not_finite, prefix_cache
+from merge3.tasks.items import Item, place
 from merge3.tasks.prompts import Group, Prompt, batches
 
 _PATTERN_SECONDS = 1.0
@@ -38,7 +38,7 @@ class GenerateScorer:
         ]
 
     def score(self, model) -> dict[int, float]:
-        """item index -> 1.0 if the answer is right, else 0.0."""
+        """item index -> 1.0 if the answer is right, else 0.0. Raises LogitsError."""
         return {p.index: float(correct(p.item, text)) for p, text in self.answers(model)}
 
     @torch.inference_mode()
@@ -73,9 +73,11 @@ class GenerateScorer:
             logits = last_logits(
                 model, 1, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
-            tokens = logits[:, -1].argmax(-1)
+            tokens = likeliest(logits[:, -1])
             going = []
             for at, (row, token) in enumerate(zip(alive, tokens.tolist())):
+                if token < 0:
+                    raise not_finite(batch.prompts[row].item)
                 if token not in self.end:
                     written[row].append(token)
                     item = batch.prompts[row].item
@@ -122,6 +124,6 @@ def _matches(pattern: str, text: str, item: Item) -> bool:
         return regex.search(pattern, text, timeout=_PATTERN_SECONDS, concurrent=True) is not None
     except TimeoutError:
         raise ItemsError(
-            f"item {item.id!r}", f"its pattern {pattern!r} takes more than {_PATTERN_SECONDS} s on {len(text)} characters",
+            place(item), f"its pattern {pattern!r} takes more than {_PATTERN_SECONDS} s on {len(text)} characters",
             "one without nested repetition",
         ) from None  # fmt: skip

@@ -6,9 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from merge3.errors import ItemsError
-from merge3.tasks.items import Item
+from merge3.tasks.items import Item, place, shown
 
 MIN_PREFIX = 8  # shorter shared prefixes are not worth a forward of their own
+# Families whose position ids start after the padding token's id: so many of their positions are never used.
+_OFFSET = {
+    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,23 @@ class Group:
     prompts: tuple[Prompt, ...]
 
 
-def encode(items: Sequence[Item], tokenizer, kind: str, chat: bool = False, max_length: int | None = None) -> list[Group]:
+def positions(config) -> int | None:
+    """How many tokens a model takes, by its transformers configuration; None where nothing limits them."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:  # absent, or -1 where positions are relative
+        return None
+    if getattr(config, "model_type", "") in _OFFSET:
+        limit -= (getattr(config, "pad_token_id", None) or 0) + 1
+    return limit
+
+
+def encode(
+    items: Sequence[Item], tokenizer, kind: str, chat: bool = False, max_length: int | None = None
+) -> list[Group]:
     """Tokenise the items of one kind; one group per task. chat: wrap prompts in the chat template.
 
-    Raises ItemsError naming the item whose tokens exceed max_length.
+    Raises ItemsError naming the item whose tokens exceed max_length, or whose choices are no different tokens.
     """
     groups = []
     chosen = [(i, item) for i, item in enumerate(items) if item.kind == kind]
@@ -41,23 +59,44 @@ def encode(items: Sequence[Item], tokenizer, kind: str, chat: bool = False, max_
         for index, item in chosen:
             if item.task != task:
                 continue
-            text, special = item.prompt, True
-            if chat:
-                message = [{"role": "user", "content": item.prompt}]
-                text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-                special = False  # the template writes them
-            tokens = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
-            choices = tuple(_continuation(tokenizer, text, tokens, c, special) for c in item.choices)
-            longest = len(tokens) + max((len(c) for c in choices), default=0)
-            if kind == "generate":
-                longest += item.max_tokens
-            if not tokens or any(not c for c in choices):
-                raise ItemsError(f"item {item.id!r}", "a prompt or choice without tokens", "text the tokenizer knows")
+            tokens, choices = tokens_of(item, tokenizer, chat)
+            _check(item, tokens, choices)
+            longest, what = length(item, tokens, choices)
             if max_length is not None and longest > max_length:
-                raise ItemsError(f"item {item.id!r}", f"{longest} tokens", f"at most {max_length}, the model's positions")
+                raise ItemsError(
+                    place(item), what, f"at most {max_length}, the model's positions",
+                    "--skip-too-long leaves such items out; in a configuration `too_long: skip` or `truncate_left`",
+                )  # fmt: skip
             prompts.append(Prompt(index, item, tokens, choices))
         groups.append(_share_prefix(prompts))
     return groups
+
+
+def tokens_of(item: Item, tokenizer, chat: bool = False) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(the prompt's tokens, those of every choice)"""
+    text, special = item.prompt, True
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ItemsError("apply_chat_template", "the tokenizer has no chat template", "one that has, or false")
+        message = [{"role": "user", "content": item.prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        special = False  # the template writes them
+    tokens = tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
+    choices = item.choices if item.kind == "choice" else ()
+    return tokens, tuple(_continuation(tokenizer, text, tokens, c, special) for c in choices)
+
+
+def length(item: Item, tokens: Sequence[int], choices: Sequence[Sequence[int]]) -> tuple[int, str]:
+    """(how many positions an item takes, what for)"""
+    prompt = f"prompt of {len(tokens)} tokens"
+    if item.kind == "generate":
+        more, what = item.max_tokens, f"max_tokens {item.max_tokens}"
+    elif choices:
+        more = max(map(len, choices))
+        what = f"longest choice of {more}"
+    else:
+        return len(tokens), prompt
+    return len(tokens) + more, f"{prompt} + {what} = {len(tokens) + more}"
 
 
 def batches(prompts: Sequence[Prompt], width, limit: int) -> Iterator[list[Prompt]]:
@@ -70,6 +109,19 @@ def batches(prompts: Sequence[Prompt], width, limit: int) -> Iterator[list[Promp
         batch.append(prompt)
     if batch:
         yield batch
+
+
+def _check(item: Item, tokens: Sequence[int], choices: Sequence[tuple[int, ...]]) -> None:
+    """A prompt and choices must have tokens, and no two choices the same."""
+    name = lambda i: f"choices[{i}] {shown(item.choices[i])}"
+    if not tokens:
+        raise ItemsError(place(item), f"prompt {shown(item.prompt)} without tokens", "text the tokenizer knows")
+    for i, choice in enumerate(choices):
+        if not choice:
+            raise ItemsError(place(item), f"{name(i)} without tokens", "text the tokenizer knows")
+        if choice in choices[:i]:
+            found = f"{name(choices.index(choice))} and {name(i)} have the same tokens"
+            raise ItemsError(place(item), found, "choices that the tokenizer tells apart")
 
 
 def _continuation(tokenizer, text: str, tokens: tuple[int, ...], choice: str, special: bool) -> tuple[int, ...]:

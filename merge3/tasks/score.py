@@ -13,9 +13,10 @@ import torch
 from merge3.errors import ItemsError
 from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
 from merge3.tasks.classify import ClassifyScorer, ImageScorer
+from merge3.tasks.forward import LogitsError
 from merge3.tasks.generate import GenerateScorer
-from merge3.tasks.items import Item
-from merge3.tasks.prompts import Group, encode
+from merge3.tasks.items import Item, place
+from merge3.tasks.prompts import Group, encode, positions
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 # Found once per live model: a search that renews its items prepares new ones every generation.
@@ -32,7 +33,6 @@ class Scorer:
     def __init__(self, items: Sequence[Item], model, folder: str | Path, chat: bool = False, batch_tokens: int = BATCH_TOKENS):
         self.items = list(items)
         config, device, dtype = model.config, next(model.parameters()).device, next(model.parameters()).dtype
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.scorers = []
         images = [(i, item) for i, item in enumerate(items) if item.image]
         texts = [item for item in items if not item.image]
@@ -49,7 +49,7 @@ class Scorer:
             tokenizers[str(folder)] = load_tokenizer(folder)
         tokenizer = tokenizers[str(folder)]
         pad = tokenizer.pad_token_id or 0
-        limit = getattr(text_config, "max_position_embeddings", None)
+        limit = positions(config)
         for group in encode(items, tokenizer, "choice", chat, limit):
             self.scorers.append(_choice(group, model, device, dtype, batch_tokens, pad))
         end = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
@@ -61,7 +61,7 @@ class Scorer:
             self.scorers.append(ClassifyScorer(group, device, batch_tokens, pad, labels))
 
     def score(self, model) -> np.ndarray:
-        """Responses of the model as it is now: float64 [items]."""
+        """Responses of the model as it is now: float64 [items]. Raises LogitsError where it has no answer."""
         responses = np.full(len(self.items), np.nan)
         for scorer in self.scorers:
             for index, value in scorer.score(model).items():
@@ -85,8 +85,11 @@ def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, 
     """The shared scorer if this architecture honours its masks (tried on a few items), else the plain one."""
     known = _HONOURS.setdefault(model, {})
     if bool(group.prefix) not in known:
-        known[bool(group.prefix)] = _honours_masks(Group(group.prefix, group.prompts[:3]), model, device, dtype, batch_tokens, pad)
-        if not known[bool(group.prefix)]:
+        honours = _honours_masks(Group(group.prefix, group.prompts[:3]), model, device, dtype, batch_tokens, pad)
+        if honours is None:  # these weights cannot tell: the plain one is right for any, and the next items try again
+            return PlainChoiceScorer(group, device, dtype, batch_tokens, pad)
+        known[bool(group.prefix)] = honours
+        if not honours:
             warnings.warn(
                 f"{type(model).__name__} does not honour masks of one's own: each choice is scored in a row of its own, "
                 "without a shared prefix, which is slower",
@@ -96,8 +99,12 @@ def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, 
     return scorer(group, device, dtype, batch_tokens, pad)
 
 
-def _honours_masks(sample: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> bool:
-    plain = PlainChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
+def _honours_masks(sample: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> bool | None:
+    """None where the model's weights give no finite logits, whatever the mask."""
+    try:
+        plain = PlainChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
+    except LogitsError:
+        return None
     try:
         shared = ChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
@@ -111,6 +118,6 @@ def _check_kinds(items: Sequence[Item], model) -> None:
     for item in items:
         if (item.kind == "classify") != classifier:
             raise ItemsError(
-                f"item {item.id!r}", f"kind {item.kind!r} for a {type(model).__name__}",
+                place(item), f"kind {item.kind!r} for a {type(model).__name__}",
                 "classify for classification heads, choice or generate for language models",
             )  # fmt: skip

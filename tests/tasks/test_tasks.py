@@ -13,31 +13,6 @@ from merge3.tasks.generate import GenerateScorer, correct, cut
 from merge3.tasks.prompts import encode
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tokenizer over 60 words and a random Llama and GPT-2 that use it."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(60))])}, unk_token="<pad>"))
-    raw.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<pad>")
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=62, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0)
-    ).eval()  # fmt: skip
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=62, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1, pad_token_id=0)).eval()
-    for model in (llama, gpt2):
-        for p in model.parameters():
-            p.data.mul_(4.0)  # sharper than an initialised model: ties would hide mistakes
-    return folder, tokenizer, {"llama": llama, "gpt2": gpt2}
-
-
 def words(rng, count):
     return " ".join(f"w{rng.integers(60)}" for _ in range(count))
 
@@ -152,47 +127,6 @@ def test_image_classification(tmp_path):
     assert Scorer(read_items(tmp_path / "items.jsonl"), model, tmp_path).score(model).tolist() == expected.double().tolist()
 
 
-BAD_LINES = {
-    "not json": ("{", "not JSON"),
-    "a list": ("[]", "found list; expected a JSON object"),
-    "no kind": ('{"prompt": "a"}', "kind is None; expected choice, generate, classify"),
-    "unknown key": ('{"kind": "choice", "promt": "a"}', "unknown key 'promt'"),
-    "no prompt": ('{"kind": "generate", "answer": "a"}', "prompt is None"),
-    "one choice": ('{"kind": "choice", "prompt": "a", "choices": ["b"], "answer": 0}', "1 choices; expected at least 2"),
-    "answer outside": ('{"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer is 2"),
-    "answer no choice": ('{"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": "d"}', "answer is 'd'"),
-    "bad metric": ('{"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": 0, "metric": "f1"}', "metric is 'f1'"),
-    "bad pattern": ('{"kind": "generate", "prompt": "a", "answer": "(", "metric": "regex"}', "is no pattern"),
-    "no number": ('{"kind": "generate", "prompt": "a", "answer": "x", "metric": "number"}', "a number, as metric is"),
-    "max_tokens": ('{"kind": "generate", "prompt": "a", "answer": "x", "max_tokens": 0}', "max_tokens is 0"),
-}
-GOOD = '{"kind": "generate", "prompt": "a", "answer": "b"}'
-
-
-@pytest.mark.parametrize("case", BAD_LINES)
-def test_bad_lines_are_named(tmp_path, case):
-    line, message = BAD_LINES[case]
-    (tmp_path / "items.jsonl").write_text(f"{GOOD}\n\n{line}\n")
-    with pytest.raises(ItemsError, match=message) as error:
-        read_items(tmp_path / "items.jsonl")
-    assert "items.jsonl, line 3" in str(error.value)
-
-
-def test_bad_files(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(ItemsError, match="no items"):
-        read_items(tmp_path / "empty.jsonl")
-    with pytest.raises(ItemsError, match="No such file"):
-        read_items(tmp_path / "none.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(ItemsError, match="not UTF-8"):
-        read_items(tmp_path / "latin.jsonl")
-    twice = '{"id": "x", "kind": "generate", "prompt": "a", "answer": "b"}'
-    (tmp_path / "twice.jsonl").write_text(f"{twice}\n{twice}")
-    with pytest.raises(ItemsError, match="line 2: id 'x' is also on line 1"):
-        read_items(tmp_path / "twice.jsonl")
-
-
 def test_heldout_split_is_disjoint_stable_and_by_task():
     items = [Item(f"{t}{i}", t, "generate", "p", ("a",)) for t in "ab" for i in range(50)]
     search, heldout = split_heldout(items, 0.3, seed=1)
@@ -202,10 +136,3 @@ def test_heldout_split_is_disjoint_stable_and_by_task():
     assert split_heldout(items, 0.0, seed=1) == (items, [])
     with pytest.raises(ItemsError, match="task 'a': 1 items, of which a held-out fraction of 0.7 takes 1"):
         split_heldout(items[:1], 0.7, seed=0)
-
-
-def test_prompts_longer_than_the_model_are_named(world):
-    folder, tokenizer, models = world
-    item = Item("long", "g", "generate", " ".join(["w1"] * 120), ("x",), max_tokens=32)
-    with pytest.raises(ItemsError, match="item 'long': 152 tokens; expected at most 128"):
-        Scorer([item], models["llama"], folder)

@@ -1,0 +1,101 @@
+"""Items that a model has no positions for: left out, or their prompts cut from the left, before anyone is asked.
+
+Whoever drives does this once, so that every stage (search, held-out, calibration) sees the same items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from merge3.errors import ItemsError
+from merge3.tasks.items import Item, place, shown
+from merge3.tasks.prompts import length, positions, tokens_of
+from merge3.tasks.score import load_tokenizer
+
+POLICIES = ("error", "skip", "truncate_left")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """items: what can be asked. skipped, truncated: task -> how many. notes: a line for people per task and deed."""
+
+    items: list[Item]
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False) -> Fitted:
+    """As fit_items, for the checkpoint in a folder: its tokenizer, its configuration's positions."""
+    if policy == "error" or all(item.image for item in items):
+        return Fitted(list(items))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0][:200]
+        expected = "the model's, which says how long items may be"
+        raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
+    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat)
+
+
+def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False) -> Fitted:
+    """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to `encode`.
+
+    Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
+    """
+    if policy not in POLICIES:
+        raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
+    kept: list[Item] = []
+    long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
+    for item in items:
+        longest, what = 0, ""
+        if limit is not None and policy != "error" and not item.image:
+            longest, what = length(item, *tokens_of(item, tokenizer, chat))
+        if limit is None or longest <= limit:
+            kept.append(item)
+            continue
+        long.setdefault(item.task, []).append(f"{place(item)}: {what}")
+        if policy == "truncate_left":
+            kept.append(_cut(item, tokenizer, limit, chat))
+    left = {item.task for item in kept}
+    notes = []
+    for task, reasons in long.items():
+        total = sum(item.task == task for item in items)
+        if task not in left:
+            found = f"all of its {total} items are too long, the first: {reasons[0]}"
+            raise ItemsError(f"task {shown(task)}", found, f"at most {limit} tokens")
+        deed = "skipped" if policy == "skip" else "cut from the left"
+        many = f"{len(reasons)} of {total} items {deed}, too long for {limit} positions"
+        notes.append(f"task {shown(task)}: {many}; the first: {reasons[0]}")
+    counts = {task: len(reasons) for task, reasons in long.items()}
+    return Fitted(kept, counts if policy == "skip" else {}, counts if policy == "truncate_left" else {}, notes)
+
+
+def _cut(item: Item, tokenizer, limit: int, chat: bool) -> Item:
+    """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
+    front of a prompt stays there, and an item remains what it is on its way to a daemon."""
+    shorter, what = item, ""
+    while shorter.prompt:
+        longest, how = length(shorter, *tokens_of(shorter, tokenizer, chat))
+        what = what or how
+        if longest <= limit:
+            return shorter
+        shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, tokenizer))
+    raise ItemsError(
+        place(item), f"{what}, and nothing would be left of its prompt", f"at most {limit}, the model's positions",
+        "`too_long: skip` leaves it out",
+    )  # fmt: skip
+
+
+def _without(text: str, count: int, tokenizer) -> str:
+    """A text without its first `count` tokens, and at least one character."""
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = offsets[count - 1][1] if count < len(offsets) else len(text)
+    else:  # no offsets: the same share of its characters
+        end = round(len(text) * count / max(count, len(tokenizer(text, add_special_tokens=False)["input_ids"])))
+    return text[max(end, 1) :]
