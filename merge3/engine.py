@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from merge3.checkpoint.layout import Layout
-from merge3.errors import BadInput, ResourceError
-from merge3.export import merge_to_disk
+from merge3.errors import BadInput, ConfigError, ResourceError
+from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import EstimateOf, mean_over_tasks
 from merge3.methods import METHODS, plan
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.slot import Slot
 from merge3.space import DENSITY_STEPS, Space
-from merge3.tasks import Item, Scorer
+from merge3.tasks import Item, LogitsError, Scorer
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 
@@ -48,7 +48,8 @@ class Evaluation:
 @dataclass(frozen=True)
 class PoolInfo:
     """What a driver may know of a pool. endpoints: base first; layout: the base's, what a Space is met with;
-    kept: tensors that are not merged, with the reason; where: `local`, or the daemon asked."""
+    kept: tensors that are not merged, with the reason; where: `local`, or the daemon asked; warnings: what makes models
+    seem not to belong together."""
 
     endpoints: tuple[str, ...]
     content_hashes: dict[str, str]
@@ -57,6 +58,7 @@ class PoolInfo:
     device: str
     layout: Layout
     where: str = "local"
+    warnings: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -69,6 +71,7 @@ class Engine(Protocol):
     ) -> None: ...
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
+    def check(self, recipe: Recipe) -> None: ...
     def export(self, recipe: Recipe, directory: Path) -> dict: ...
     def close(self) -> None: ...
 
@@ -91,7 +94,7 @@ class LocalEngine:
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
             tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device),
-            self.pool.layouts[self.pool.base],
+            self.pool.layouts[self.pool.base], warnings=tuple(self.pool.warnings),
         )  # fmt: skip
 
     def register(
@@ -104,6 +107,7 @@ class LocalEngine:
         self.estimate = estimate or mean_over_tasks
         self._rounds = self._by_task(self.items)
         if space is not None:
+            self._check_depths()
             self._prefetch()
 
     def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
@@ -127,13 +131,24 @@ class LocalEngine:
                 yield Evaluation(index, recipe_hash, None, float("nan"), float("nan"), seconds, swap, str(error))
 
     def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
-        """Responses of a recipe's merge, or of an endpoint by name, to any items: float64 [items]."""
+        """Responses of a recipe's merge, or of an endpoint by name, to any items: float64 [items].
+
+        Raises LogitsError where it has none to give.
+        """
         with _enough_memory(self.pool.device):
             if isinstance(what, Recipe):
                 self.slot.swap(what, self.seed)
-            else:
-                self.slot.load(what)
-            return self._ask(self._by_task(items, what if isinstance(what, str) else None), len(items))
+                return self._ask(self._by_task(items), len(items))
+            self.slot.load(what)
+            try:
+                return self._ask(self._by_task(items, what), len(items))
+            except LogitsError as error:
+                raise LogitsError(f"{what}: {error.where}", error.found, error.expected, error.hint) from None
+
+    def check(self, recipe: Recipe) -> None:
+        """A dry run: raises what swapping or exporting the recipe would refuse, reads and writes no weights."""
+        self.slot.plan(recipe)
+        check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path) -> dict:
         """Write the merged checkpoint; see export.merge_to_disk."""
@@ -165,6 +180,14 @@ class LocalEngine:
             self.slot.use_head(head)
             responses[at] = scorer.score(self.slot.model)
         return responses
+
+    def _check_depths(self) -> None:
+        """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""
+        depth = self.space.layout.layers
+        for model in self.space.definition.models:
+            found = self.pool.layouts[model].layers if model in self.pool.layouts else depth
+            if found != depth:
+                raise ConfigError("genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth")
 
     def _prefetch(self) -> None:
         """Thresholds at every density a search can name, for all tensors in one pass over the weights."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.tasks import Item
 
 # (responses, items, task weights) -> (estimated accuracy, its standard error)

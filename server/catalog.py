@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.irt import ItemBank
-from merge3.irt.estimate import Estimator
+from merge3.irt.estimation import Estimator
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item

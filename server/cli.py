@@ -9,11 +9,14 @@ from typing import Annotated
 
 import typer
 
+from merge3.threads import configure, threads_option
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Hold models on one machine; drivers come and go.",
     epilog="Example: merge3-server serve --root /models",
 )  # fmt: skip
+THREADS_HELP = "CPU threads of each worker (default: its share of the cores that this process may use)."
 
 
 @app.callback()
@@ -30,7 +33,7 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     memory_budget: Annotated[str | None, typer.Option(help="Of each pool on its device, e.g. 20GiB; the rest is streamed.")] = None,
     workers: Annotated[str, typer.Option(help="local, ray (one engine per GPU) or ray:N. RAY_ADDRESS names a cluster.")] = "local",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each worker (default: its share of the cores).")] = None,
+    threads: Annotated[str | None, typer.Option(metavar="N", callback=threads_option, help=THREADS_HELP)] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM key.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="PEM authority: callers must show a certificate it signed.")] = None,
@@ -77,6 +80,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from the roots alone
     from merge3.errors import Merge3Error
 
+    configure()  # before torch is imported
     try:
         app(standalone_mode=True)
     except Merge3Error as error:

@@ -20,9 +20,9 @@ import torch
 
 from merge3.engine import Evaluation, LocalEngine, PoolInfo
 from merge3.errors import BadInput, Cancelled, NotFound
-from merge3.export import merge_to_disk
+from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import TaskEstimator, mean_over_tasks
-from merge3.irt.estimate import Estimator
+from merge3.irt.estimation import Estimator
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.slot import Slot
@@ -113,6 +113,12 @@ class Host:
                 emit((done, total))
 
         return merge_to_disk(recipe, Path(directory), self._pool(spec)[0], seed, progress=progress)
+
+    def check(self, spec: PoolSpec, recipe: Recipe, stop=None, emit=None) -> None:
+        """A dry run of swap and export: raises what they would refuse."""
+        pool, slot = self._pool(spec)
+        slot.plan(recipe)
+        check_recipe(recipe, pool)
 
     def generate(
         self, spec: PoolSpec, what: Recipe | str, seed: int, prompt: str, max_tokens: int, chat: bool, stop=None, emit=None

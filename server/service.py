@@ -173,6 +173,10 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         entry = self.pools.get(request.pool_id)
         recipe = await self._recipe_or_endpoint(request, "recipe")
         temporary = None
+        if request.dry_run:
+            await self.scheduler.run(_driver(context), "check", entry.spec, recipe)
+            yield pb.ExportResponse(result=pb.ExportResult())
+            return
         if request.directory:
             directory = export_directory(self.settings.export_root, request.directory)
         else:

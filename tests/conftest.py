@@ -5,8 +5,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import pytest
-import torch
+from merge3.threads import configure
+
+configure()  # as the commands do: on a machine that others use too, spinning threads make minutes of seconds
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64, max_position_embeddings=128)
 

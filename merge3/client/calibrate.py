@@ -12,26 +12,30 @@ import numpy as np
 from merge3.client.terminal import bar
 from merge3.errors import BadInput
 from merge3.files import write_atomically
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.irt import read_responses
 from merge3.irt.diagnostics import fit_statistics
-from merge3.irt.extract import Subset
+from merge3.irt.extraction import Subset
 from merge3.irt.responses import ResponsesError
 from merge3.search import calibration as calibrations
 
 
 def calibrate(
     out: Path, config_file: Path | None, responses_file: Path | None, endpoints: tuple[str, ...], dimensions: int,
-    seed: int, device: str, quiet: bool,
+    seed: int, device: str, quiet: bool, skip_too_long: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit banks to a response file, or to the answers of a configuration's endpoints and random merges."""
     if (out / "calibration.json").exists():
         raise BadInput(out, "a calibration is there already", "a new directory")
     if config_file is None and responses_file is None:
         raise BadInput("calibrate", "neither a configuration nor --responses", "one of them, or both")
-    groups = None
+    if config_file is None and skip_too_long:
+        raise BadInput("--skip-too-long", "given without a configuration", "one, whose base says how long items may be")
+    groups, skipped = None, {}
     if config_file is not None:
-        responses, groups, models, dimensions, seed = _configured(config_file, responses_file, out, device, quiet, dimensions)
+        responses, groups, models, dimensions, seed, skipped = _configured(
+            config_file, responses_file, out, device, quiet, dimensions, skip_too_long
+        )
         endpoints = endpoints or models
     else:
         responses = read_responses(responses_file)
@@ -41,10 +45,14 @@ def calibrate(
     show = lambda task, step, steps: quiet or bar(f"fitting {task}", step, steps)
     found = calibrations.calibrate(responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show)
     calibrations.save(found, out)
-    return {"path": str(out), "answers": found.answers, "tasks": {task: _described(found, task) for task in found.banks}}
+    tasks = {task: _described(found, task) for task in found.banks}
+    return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": skipped}
 
 
-def _configured(config_file: Path, responses_file: Path | None, out: Path, device: str, quiet: bool, dimensions: int):
+def _configured(
+    config_file: Path, responses_file: Path | None, out: Path, device: str, quiet: bool, dimensions: int,
+    skip_too_long: bool,
+):  # fmt: skip
     import torch
 
     from merge3.client.run import open_pool
@@ -54,10 +62,13 @@ def _configured(config_file: Path, responses_file: Path | None, out: Path, devic
     from merge3.search.store import RunStore
     from merge3.space import Space
 
-    config = load_config(config_file)
+    config = load_config(config_file, skip_too_long)
     questions = load_questions(config)
+    if not quiet:
+        print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)
     groups = {t: [calibrations.item_key(i) for i in g] for t, g in calibrations.by_task(questions.search).items()}
-    settings = (groups, config.models, max(dimensions, config.estimate.dimensions), config.optimizer.seed)
+    dimensions = max(dimensions, config.estimate.dimensions)
+    settings = (groups, config.models, dimensions, config.optimizer.seed, questions.skipped)
     if responses_file is not None:
         return read_responses(responses_file), *settings
     pool = open_pool(config.models, device, quiet)

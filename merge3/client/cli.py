@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from merge3.threads import configure, threads_option
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Merge fine-tuned language models, and search for better merges.",
     epilog="Example: merge3-client demo        Docs: README.md",
 )  # fmt: skip
+
+BAD_INPUT = 2  # exit code; see merge3/errors.py
+THREADS_HELP = "CPU threads (default: as many as cores that this process may use)."
+# The option acts before the command imports torch.
+Threads = Annotated[str | None, typer.Option(metavar="N", callback=threads_option, help=THREADS_HELP)]
+Strict = Annotated[bool, typer.Option("--strict", callback=lambda on: _strict(on), help="Warnings are errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
 MemoryBudget = Annotated[
     str | None, typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed.")
+]
+SkipTooLong = Annotated[
+    bool, typer.Option("--skip-too-long", help="Leave out items longer than the model's positions, and say so.")
 ]
 Ca = Annotated[str | None, typer.Option("--tls-ca", help="TLS: PEM of the authority to trust, or `system`.")]
 Certificate = Annotated[Path | None, typer.Option("--tls-cert", help="PEM certificate to show the daemon.")]
@@ -28,12 +40,24 @@ TokenFile = Annotated[Path | None, typer.Option(help="A file with the bearer tok
 Server = Annotated[str, typer.Option(help="The daemon: host:port or unix:/path.")]
 
 
+@app.callback()
+def version(
+    show: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Print the version.")] = False,
+):
+    """Merge fine-tuned language models, and search for better merges."""
+
+
 @app.command(epilog="Example: merge3-client merge recipe.yaml merged/")
 def merge(
     recipe: Annotated[Path, typer.Argument(help="A recipe in mergekit's YAML.")],
     out: Annotated[Path, typer.Argument(help="A new or empty directory.")],
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     shard_size: Annotated[int, typer.Option(help="Largest file, in bytes.")] = 5_000_000_000,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Tensors that a model has and the base lacks, to merge without: a name or pattern; repeat.")
+    ] = None,
+    strict: Strict = False,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
@@ -43,12 +67,16 @@ def merge(
     from merge3.recipe import Recipe
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
-    result = merge_to_disk(Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=show, where=str(recipe))
+    result = merge_to_disk(
+        Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=show, where=str(recipe), drop=drop or ()
+    )
     if as_json:
         print(json.dumps(result))
         return
     for name, reason in result["kept"].items():
         print(f"kept as it is: {name} ({reason})")
+    for name, reason in result["left_out"].items():
+        print(f"left out: {name} ({reason})")
     print(f"{result['tensors']} tensors, {result['parameters']:,} merged parameters: {result['path']}")
 
 
@@ -62,11 +90,14 @@ def evolve(
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
+    skip_too_long: SkipTooLong = False,
+    strict: Strict = False,
     server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
     tls_ca: Ca = None,
     tls_cert: Certificate = None,
     tls_key: Key = None,
     token_file: TokenFile = None,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
@@ -75,9 +106,8 @@ def evolve(
     from merge3.search.config import load_config
 
     target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
-    result = run.evolve(
-        load_config(config, budget=budget, seed=seed), run_dir, resume, as_json, quiet, device, export, target, memory_budget
-    )
+    asked = load_config(config, skip_too_long, budget=budget, seed=seed)
+    result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget)
     _finish(result, run_dir, as_json)
 
 
@@ -89,12 +119,15 @@ def evaluate(
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
+    skip_too_long: SkipTooLong = False,
+    strict: Strict = False,
+    threads: Threads = None,
     as_json: Json = False,
 ):
     """Ask a model, or a recipe's merge, the items of one or more files."""
     from merge3.client.evaluate import evaluate_files
 
-    result = evaluate_files(what, items, seed, device, responses, memory_budget)
+    result = evaluate_files(what, items, seed, device, responses, memory_budget, skip_too_long)
     if as_json:
         print(json.dumps(result))
         return
@@ -111,14 +144,18 @@ def calibrate(
     endpoint: Annotated[list[str] | None, typer.Option(help="Name of an endpoint among a response file's models; repeat.")] = None,
     dimensions: Annotated[int, typer.Option(min=1, help="Ability dimensions; each needs five models.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the fit; a configuration's own seed goes first.")] = 0,
+    skip_too_long: SkipTooLong = False,
     device: Device = "cpu",
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
     """Learn the difficulty of items, from models' answers to them."""
     from merge3.client import calibrate as command
 
-    result = command.calibrate(out, config, responses, tuple(endpoint or ()), dimensions, seed, device, quiet or as_json)
+    result = command.calibrate(
+        out, config, responses, tuple(endpoint or ()), dimensions, seed, device, quiet or as_json, skip_too_long
+    )
     if as_json:
         print(json.dumps(result))
         return
@@ -137,6 +174,7 @@ def extract(
     method: Annotated[str, typer.Option(help="random, irt, correctness, entropy or information.")] = "irt",
     seed: Annotated[int, typer.Option(help="Of random choices.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the subset as JSON, for `estimate`.")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ):
     """Choose a few items of every task that stand for all."""
@@ -156,6 +194,7 @@ def estimate(
     subset: Annotated[Path, typer.Argument(help="What `extract --out` wrote.")],
     responses: Annotated[Path, typer.Argument(help="New models' answers to the subset (model, item, score).")],
     method: Annotated[str, typer.Option(help="mean, p-irt, gp-irt, mp-irt or gmp-irt.")] = "gmp-irt",
+    threads: Threads = None,
     as_json: Json = False,
 ):
     """Estimate accuracy on all items from answers to a few."""
@@ -170,7 +209,9 @@ def estimate(
 
 
 @app.command(epilog="Example: merge3-client report runs/first")
-def report(run_dir: Annotated[Path, typer.Argument(help="A finished run.")], as_json: Json = False):
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A finished run.")], threads: Threads = None, as_json: Json = False
+):
     """Draw a run's report.html again."""
     from merge3.client.report import write_report
 
@@ -214,6 +255,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of training, items and search.")] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory (default: runs/demo-SEED).")] = None,
     budget: Annotated[int, typer.Option(help="Candidates.")] = 600,
+    threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
@@ -245,13 +287,19 @@ def main() -> None:
     """Entry point: bad input is one line and exit code 2, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show
-    from merge3.errors import Merge3Error
+    from merge3.errors import Merge3Error, Merge3Warning
 
+    configure()  # before a command imports torch
+    warnings.simplefilter("once", Merge3Warning)
+    warnings.showwarning = lambda message, category, *rest, **named: print(f"warning: {message}", file=sys.stderr)
     try:
         app(standalone_mode=True)
     except Merge3Error as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Merge3Warning as warning:
+        print(f"error: {warning} (--strict)", file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -260,6 +308,22 @@ def main() -> None:
             raise
         print(f"error: {type(error).__name__}: {error} (MERGE3_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+def _strict(on: bool) -> bool:
+    from merge3.errors import Merge3Warning
+
+    if on:
+        warnings.simplefilter("error", Merge3Warning)
+    return on
+
+
+def _version(on: bool) -> None:
+    if on:
+        from merge3 import __version__
+
+        print(f"merge3-client {__version__}")
+        raise typer.Exit
 
 
 def _finish(result: dict | None, directory: Path, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from merge3.space import SpaceDefinition
 from merge3.tasks import Item
+from merge3.tasks.items import located
 
 _CHUNK = 1 << 20  # bytes per message, well below gRPC's default limit of four megabytes
 Send = Callable[[Iterator[pb.RegisterItemsRequest]], pb.RegisterItemsResponse]
@@ -43,7 +44,10 @@ class Registrar:
         entries = [self._message(item) for item in items]
         wanted = {d for d, _ in entries if d not in self._sent} | {d for d in blobs if d not in self._sent}
         for _ in range(3):
-            response = self._send(self._requests(full, entries, blobs, wanted))
+            try:
+                response = self._send(self._requests(full, entries, blobs, wanted))
+            except ItemsError as error:
+                raise located(error, items) from None
             if response.items_id:
                 self._sent |= {d for d, _ in entries} | set(blobs)
                 return response.items_id

@@ -116,6 +116,10 @@ class RemoteEngine:
 
         return self._persist(ask)
 
+    def check(self, recipe: Recipe) -> None:
+        """A dry run of merging and exporting on the daemon; see Engine."""
+        self._persist(lambda: self._dry_run(recipe))
+
     def export(self, recipe: Recipe, directory: Path) -> dict:
         """Write the merged checkpoint here: the daemon merges, its files cross, the directory appears whole."""
         check_free(directory)
@@ -184,6 +188,12 @@ class RemoteEngine:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return {"path": str(directory), "tensors": result.tensors, "parameters": result.parameters, "kept": dict(result.kept)}
+
+    def _dry_run(self, recipe: Recipe) -> None:
+        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=self.seed, dry_run=True)
+        with self._translated():
+            for _ in self._stub.Export(request, metadata=self._metadata):
+                pass
 
     # -- persistence
 

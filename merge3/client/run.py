@@ -7,6 +7,8 @@ import json
 import math
 import signal
 import sys
+import warnings
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,10 @@ from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.terminal import bar
 from merge3.engine import Engine, LocalEngine
-from merge3.errors import BadInput, ResumeMismatch
+from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
+from merge3.recipe import ModelRef
 from merge3.search.config import EvolveConfig
 from merge3.search.loop import Outcome, run
 from merge3.search.questions import load_questions
@@ -39,11 +42,13 @@ def evolve(
     """
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
+    if target is not None:
+        _check_fitting(config)
     questions = load_questions(config)  # bad items are found before any model is opened
     with closing(open_engine(config, device, quiet, target, memory_budget)) as engine:
         store = RunStore(directory)
         if not quiet:
-            print(questions.assumed[2], file=sys.stderr)
+            print(*questions.notes, questions.assumed[2], sep="\n", file=sys.stderr)
         stopping = _StopOnInterrupt()
         with stopping, chosen(as_json, quiet) as report:
             outcome = run(config, engine, engine.info().layout, store, resume, report, stopping)
@@ -54,6 +59,7 @@ def evolve(
         if export and not (directory / "model").exists():
             engine.export(outcome.recipe, directory / "model")
     result = summary(config, outcome, len(questions.heldout or questions.search))
+    result |= {"skipped": questions.skipped, "truncated": questions.truncated}  # task -> items that were too long
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_report(directory)
     return result
@@ -64,6 +70,7 @@ def open_pool(models, device: str = "cpu", quiet: bool = False, memory_budget: s
     pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
+    _warn(pool.warnings)
     pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
     _say_kept(pool.kept, quiet)
     return pool
@@ -82,8 +89,25 @@ def open_engine(
     from merge3.client.remote import RemoteEngine
 
     engine = RemoteEngine(target, config.models, seed, chat, config.genome.dtype)
+    _warn(engine.info().warnings)
     _say_kept(engine.info().kept, quiet)
     return engine
+
+
+def _check_fitting(config: EvolveConfig) -> None:
+    """The driver measures which items are too long, once, so that all stages of a run see the same ones."""
+    base = ModelRef.parse(config.models[0], "base_model").path
+    asked = next((task.too_long for task in config.tasks if task.too_long != "error"), None)
+    if asked is not None and not Path(base).is_dir():
+        raise ConfigError(
+            f"too_long: {asked}", f"no directory {base} here, only on the daemon",
+            "the base's config.json and tokenizer files at this path on the driver's side too", "or items that all fit",
+        )  # fmt: skip
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(line, Merge3Warning, stacklevel=2)
 
 
 def _say_kept(kept: dict[str, str], quiet: bool) -> None:
@@ -151,7 +175,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     if result["race"]:
         end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
         console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")
-    console.print(f"recipe {directory / 'best.yaml'}, model {directory / 'model'}, report {directory / 'report.html'}")
+    model = f"model {directory / 'model'}, " if (directory / "model").exists() else ""
+    console.print(f"recipe {directory / 'best.yaml'}, {model}report {directory / 'report.html'}")
 
 
 class _StopOnInterrupt:

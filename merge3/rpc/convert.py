@@ -17,9 +17,9 @@ from merge3 import errors
 from merge3.checkpoint.layout import Layout
 from merge3.engine import Evaluation, PoolInfo
 from merge3.irt import ItemBank
-from merge3.irt.estimate import METHODS as ESTIMATORS
-from merge3.irt.estimate import Estimator
-from merge3.irt.extract import Subset
+from merge3.irt.estimation import METHODS as ESTIMATORS
+from merge3.irt.estimation import Estimator
+from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
 from merge3.space import PRESETS, SpaceDefinition
@@ -151,6 +151,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
     at = info.layout
     return pb.Pool(
         models=info.endpoints, content_hashes=info.content_hashes, parameters=info.parameters, kept=info.kept, device=info.device,
+        warnings=info.warnings,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post), **extra,
     )  # fmt: skip
 
@@ -158,7 +159,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
 def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
-    return PoolInfo(tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where)
+    return PoolInfo(tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings))
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:

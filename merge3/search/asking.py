@@ -14,7 +14,7 @@ from merge3.search.config import EvolveConfig
 from merge3.search.questions import per_task
 from merge3.search.store import Candidate, RunStore
 from merge3.space import Space
-from merge3.tasks import Item
+from merge3.tasks import Item, LogitsError
 
 
 @dataclass
@@ -86,7 +86,10 @@ def check(
         return False
     asked = [asking.search[i] for i in items]
     ask = lambda: engine.answer(space.recipe(genomes[position]), asked)
-    mean, error = mean_over_tasks(store.remember("check", f"{generation}", items, ask), asked, weights)
+    try:
+        mean, error = mean_over_tasks(store.remember("check", f"{generation}", items, ask), asked, weights)
+    except LogitsError:  # it has no answer to these items: nothing to compare its estimate with
+        return False
     asking.checks.append((generation, answered[position].value, answered[position].stderr, mean, error))
     last = [c for c in asking.checks if not asking.drifted or c[0] > asking.drifted[-1]][-3:]
     squares = [(value - mean) ** 2 / max(stderr**2 + error**2, 1e-9) for _, value, stderr, mean, error in last]

@@ -18,10 +18,10 @@ from merge3.errors import ConfigError, Merge3Error
 from merge3.files import write_atomically
 from merge3.fitness import TaskEstimator
 from merge3.irt import ItemBank, Responses, read_responses, write_responses
-from merge3.irt import estimate as irt
+from merge3.irt import estimation as irt
 from merge3.irt.diagnostics import plot
-from merge3.irt.extract import Subset, extract
-from merge3.irt.fit import fit
+from merge3.irt.extraction import Subset, extract
+from merge3.irt.fitting import fit
 from merge3.irt.responses import ResponsesError
 from merge3.search.config import Estimate, EvolveConfig
 from merge3.search.store import RunStore
@@ -76,12 +76,13 @@ def gather(
     names, rows = [], []
     rng = np.random.default_rng(seed + 2)
     for done, (name, what) in enumerate(subjects):
+        stored = f"model {done}" if done < len(models) else name  # the journal knows no paths
         positions = np.sort(rng.permutation(len(items))[: max(1, round(settings.share * len(items)))])
         ask = lambda what=what, positions=positions: engine.answer(
             what if isinstance(what, str) else space.recipe(what), [items[i] for i in positions]
         )
         try:
-            answers = store.remember("calibration", name, positions, ask) if store else ask()
+            answers = store.remember("calibration", stored, positions, ask) if store else ask()
         except Merge3Error:
             if name in models:
                 raise

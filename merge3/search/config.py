@@ -63,13 +63,16 @@ class Genome(_Section):
 
 
 class Task(_Section):
-    """A set of items. items: a JSONL file. head: the model whose head answers (classification)."""
+    """A set of items. items: a JSONL file. head: the model whose head answers (classification). limit: of search items.
+    too_long: what becomes of items that the base has no positions for."""
 
     name: str | None = None
     items: str | None = None
     weight: float = 1.0
     metric: str | None = None
     head: str | None = None
+    limit: int | None = Field(None, ge=1)
+    too_long: Literal["error", "skip", "truncate_left"] = "error"
 
     @model_validator(mode="before")
     @classmethod
@@ -149,15 +152,31 @@ class EvolveConfig(_Section):
     objective: Literal["accuracy"] = "accuracy"
     random_init: bool = False
     apply_chat_template: bool = False
-    # mergekit-evolve's lm-eval settings, without meaning for items
+    # mergekit-evolve's lm-eval settings. limit: of each task's search items, the first or (shuffle) random ones.
     limit: int | None = Field(None, ge=1)
-    num_fewshot: int | None = None
     shuffle: bool = False
-    fewshot_as_multiturn: bool = True
+    num_fewshot: int | None = None
+    fewshot_as_multiturn: bool = False
+
+    @model_validator(mode="after")
+    def _no_fewshot(self):
+        for key in ("num_fewshot", "fewshot_as_multiturn"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: {getattr(self, key)}: items bring their worked examples in the prompt; leave it out")
+        return self
 
     def hash(self) -> str:
-        """Names the run this configuration makes; paths count by their content elsewhere."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        """Names the run this configuration makes, wherever its files lie: models count by their place, and what is in
+        files by their content, elsewhere too."""
+        data = self.model_dump(mode="json")
+        place = {model: f"model {i}" for i, model in enumerate(self.models)}
+        data["genome"] |= {"models": [place[m] for m in self.genome.models], "base_model": place.get(self.genome.base_model)}
+        data["genome"]["tokenizer_source"] = place.get(self.genome.tokenizer_source, self.genome.tokenizer_source)
+        for task in data["tasks"]:
+            task |= {"items": None, "head": place.get(task["head"], task["head"])}
+        if self.estimate.calibration != "auto":
+            data["estimate"]["calibration"] = _content(Path(self.estimate.calibration))
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -169,8 +188,9 @@ class EvolveConfig(_Section):
         return tuple(dict.fromkeys((*base, *self.genome.models)))
 
 
-def load_config(path: str | Path, **overrides: Any) -> EvolveConfig:
+def load_config(path: str | Path, skip_too_long: bool = False, **overrides: Any) -> EvolveConfig:
     """Read a configuration file. overrides: optimizer settings from the command line, None to keep.
+    skip_too_long: `too_long: skip` for every task that does not say what else.
 
     Raises ConfigError naming file and key; a clear refusal for lm-eval task names.
     """
@@ -189,16 +209,17 @@ def load_config(path: str | Path, **overrides: Any) -> EvolveConfig:
         config = EvolveConfig.model_validate(data)
     except ValidationError as error:
         raise _readable(path, error) from None
-    return _resolved(config, path.parent, path)
+    return _resolved(config, path.parent, path, skip_too_long)
 
 
-def _resolved(config: EvolveConfig, folder: Path, path: Path) -> EvolveConfig:
+def _resolved(config: EvolveConfig, folder: Path, path: Path, skip_too_long: bool) -> EvolveConfig:
     data = config.model_dump()
     genome = data["genome"]
     genome["models"] = [_model_path(m, folder) for m in genome["models"]]
-    for key in ("base_model", "tokenizer_source"):
-        if genome[key] and genome[key] not in ("base", "union"):
-            genome[key] = _model_path(genome[key], folder)
+    if genome["base_model"]:
+        genome["base_model"] = _model_path(genome["base_model"], folder)
+    if genome["tokenizer_source"] not in (None, "base", "union"):
+        genome["tokenizer_source"] = _model_path(genome["tokenizer_source"], folder)
     for i, task in enumerate(data["tasks"]):
         if task["items"] is None:
             raise ConfigError(
@@ -208,9 +229,20 @@ def _resolved(config: EvolveConfig, folder: Path, path: Path) -> EvolveConfig:
         task["items"] = str((folder / task["items"]).resolve())
         if task["head"]:
             task["head"] = _model_path(task["head"], folder)
+        if skip_too_long and task["too_long"] == "error":
+            task["too_long"] = "skip"
     if data["estimate"]["calibration"] != "auto":
         data["estimate"]["calibration"] = str((folder / data["estimate"]["calibration"]).resolve())
     return EvolveConfig.model_validate(data)
+
+
+def _content(path: Path) -> str:
+    """A digest of a file, or of a folder's files."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _model_path(model: str, folder: Path) -> str:
@@ -240,5 +272,7 @@ def _readable(path: Path, error: ValidationError) -> ConfigError:
     if first["type"] == "literal_error":
         hint = "several objectives are not available yet" if where == "objective" else ""
         return ConfigError(f"{path}: {where}", f"found {first['input']!r}", first["ctx"]["expected"], hint)
+    if not first["loc"]:
+        return ConfigError(path, message)
     found = "" if isinstance(first["input"], dict) else f"found {first['input']!r}: "
     return ConfigError(f"{path}: {where}", f"{found}{message}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from merge3 import __version__
 from merge3.checkpoint.layout import Layout
 from merge3.engine import Engine
-from merge3.errors import ConfigError, ResumeMismatch
+from merge3.errors import BadInput, ConfigError, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
 from merge3.methods import METHODS
@@ -32,8 +33,8 @@ from merge3.search.config import EvolveConfig
 from merge3.search.questions import Questions, load_questions
 from merge3.search.race import Contender, Race, race
 from merge3.search.store import Candidate, RunStore
-from merge3.space import Space
-from merge3.tasks import Item, items_hash
+from merge3.space import Space, SpaceDefinition
+from merge3.tasks import Item, LogitsError, items_hash
 
 
 @dataclass
@@ -104,11 +105,15 @@ def run(
     """
     questions = load_questions(config)
     space = Space(config.genome.definition(), layout)
+    # What merging, asking or exporting would refuse at the end is refused now.
+    report(Progress(stage="statistics", budget=config.optimizer.budget))
+    engine.register(space, [*questions.search, *questions.heldout], questions.heads, questions.weights)
+    engine.check(space.uniform_recipe())
+    baselines = _possible(config, engine)
     started = store.begin(_identity(config, engine, space, questions))
     if started and not resume:
         raise ResumeMismatch(store.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(store.directory / "config.yaml", config.to_yaml())
-    report(Progress(stage="statistics", budget=config.optimizer.budget))
     calibrating = lambda done, total: report(Progress(stage="calibration", done=done, budget=total))
     asking = prepare(
         config, engine, space, questions.search, questions.subset, questions.heads, questions.weights, questions.assumed,
@@ -144,8 +149,7 @@ def run(
     measured = questions.heldout or questions.search
     report(Progress(stage="held-out", done=len(candidates), budget=config.optimizer.budget, best=best.value))
     outcome.heldout = _measure(engine, recipe, measured, questions.weights)
-    for name, what in _baselines(config, engine):
-        outcome.baselines[name] = _measure(engine, what, measured, questions.weights)
+    outcome.baselines = _measured(engine, baselines, measured, questions.weights)
     return outcome
 
 
@@ -181,8 +185,13 @@ def _race(config, engine, space, questions, asking, store, ranked, answers, stop
 
     def ask(c: int, positions: list[int]) -> np.ndarray:
         where = [open_[i] for i in positions]
-        answer = lambda: engine.answer(space.recipe(top[c][0].genome), [asking.search[i] for i in where])
-        return store.remember("race", f"{contenders[c].name} from item {where[0]}", where, answer)
+        return store.remember("race", f"{contenders[c].name} from item {where[0]}", where, lambda: answers_of(c, where))
+
+    def answers_of(c: int, where: list[int]) -> np.ndarray:
+        try:
+            return engine.answer(space.recipe(top[c][0].genome), [asking.search[i] for i in where])
+        except LogitsError:  # it answered all it was asked before; what it cannot answer now it has not solved
+            return np.zeros(len(where))
 
     budget = int(config.race.share * answers)
     found = race(contenders, items, ask, config.extract.size, budget, questions.weights, config.optimizer.seed, stop)
@@ -277,12 +286,22 @@ def _identity(config: EvolveConfig, engine: Engine, space: Space, questions: Que
     info = engine.info()
     identity = {
         "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__, "scipy": metadata.version("scipy"),
-        "genome": space.definition.hash(),
+        "genome": _placeless(space.definition, config).hash(),
         "optimizer": config.optimizer.model_dump_json(),
         "search items": items_hash(questions.search), "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }  # fmt: skip
-    return identity | {f"checkpoint {name}": digest for name, digest in info.content_hashes.items()}
+    # By place, not by path: a folder that was moved is the same run.
+    return identity | {f"checkpoint {i}": info.content_hashes[name] for i, name in enumerate(info.endpoints)}
+
+
+def _placeless(definition: SpaceDefinition, config: EvolveConfig) -> SpaceDefinition:
+    """The definition with places for paths."""
+    place = {model: f"model {i}" for i, model in enumerate(config.models)}
+    of = lambda model: place.get(model, model)
+    return replace(
+        definition, models=tuple(map(of, definition.models)), base=of(definition.base), tokenizer_source=of(definition.tokenizer_source)
+    )
 
 
 def _measure(engine: Engine, what: Recipe | str, items: list[Item], weights: dict[str, float]) -> dict[str, Any]:
@@ -295,7 +314,35 @@ def _measure(engine: Engine, what: Recipe | str, items: list[Item], weights: dic
     return {"accuracy": value, "stderr": stderr, "tasks": tasks}
 
 
-def _baselines(config: EvolveConfig, engine: Engine):
+def _measured(engine: Engine, baselines, items: list[Item], weights: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Accuracy of every baseline that has answers; one without is named and left out, as the search has its winner.
+    Raises LogitsError if none has."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, (name, what) in enumerate(baselines, 1):
+        try:
+            found[name] = _measure(engine, what, items, weights)
+        except LogitsError as error:
+            if number == len(baselines) and not found:
+                raise
+            warnings.warn(f"baseline {name} is left out: {error}", stacklevel=2)
+    return found
+
+
+def _possible(config: EvolveConfig, engine: Engine) -> list[tuple[str, Recipe | str]]:
+    """The baselines that these models allow; a default merge that they do not is named once, and left out."""
+    found = []
+    for name, what in _baselines(config):
+        try:
+            if isinstance(what, Recipe):
+                engine.check(what)
+        except BadInput as error:
+            warnings.warn(f"baseline {name} is left out: {error}", stacklevel=2)
+            continue
+        found.append((name, what))
+    return found
+
+
+def _baselines(config: EvolveConfig):
     """(name, endpoint or recipe)"""
     genome = config.genome
     names = _short_names(config.models)

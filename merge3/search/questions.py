@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
+from merge3.checkpoint.read import resolve
 from merge3.errors import ConfigError
+from merge3.recipe import ModelRef
 from merge3.search.calibration import assumptions
 from merge3.search.config import EvolveConfig
-from merge3.tasks import Item, read_items, split_heldout
+from merge3.tasks import Item, fit_to_model, read_items, split_heldout
 
 
 @dataclass(frozen=True)
 class Questions:
     """search: what candidates may be asked; subset: what each is asked, unless calibration chooses it;
-    heldout: never seen by the search; assumed: (extract, estimate, why)."""
+    heldout: never seen by the search; assumed: (extract, estimate, why). skipped, truncated: task -> how many
+    items were too long, which is said in `notes`."""
 
     search: list[Item]
     subset: list[Item]
@@ -23,19 +28,31 @@ class Questions:
     weights: dict[str, float]
     heads: dict[str, str]
     assumed: tuple[str, str, str] = ("all", "mean", "")
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_questions(config: EvolveConfig) -> Questions:
-    """Read, split and subset the items of every task."""
-    items, weights, heads = [], {}, {}
+    """Read, split and subset the items of every task. What is too long is dealt with first, so that no later
+    stage sees other items than another."""
+    items, weights, heads, limits, notes = [], {}, {}, {}, []
+    skipped, truncated = Counter(), Counter()
     for task in config.tasks:
         own = read_items(task.items, task.name)
         if task.name is not None:
             own = [replace(item, task=task.name) for item in own]
         if task.metric is not None and task.metric != "acc,none":  # mergekit-evolve's default for lm-eval
             own = [replace(item, metric=task.metric) for item in own]
+        if task.too_long != "error":
+            fitted = fit_to_model(own, base_folder(config), task.too_long, config.apply_chat_template)
+            own = fitted.items
+            skipped.update(fitted.skipped)
+            truncated.update(fitted.truncated)
+            notes += fitted.notes
         items += own
         weights.update({item.task: task.weight for item in own})
+        limits.update({item.task: task.limit or config.limit for item in own})
         if task.head:
             heads.update({item.task: task.head for item in own})
     seen = set()
@@ -45,13 +62,27 @@ def load_questions(config: EvolveConfig) -> Questions:
         seen.add((item.task, item.id))
     seed = config.optimizer.seed
     search, heldout = split_heldout(items, config.heldout.fraction, seed)
-    if config.limit is not None:
-        search = per_task(search, config.limit, None)
+    search = _limited(search, limits, np.random.default_rng(seed) if config.shuffle else None)
     assumed = assumptions(config, search)
     subset = search
     if assumed[0] == "random":
         subset = per_task(search, config.extract.size, np.random.default_rng(seed))
-    return Questions(search, subset, heldout, weights, heads, assumed)
+    return Questions(search, subset, heldout, weights, heads, assumed, dict(skipped), dict(truncated), tuple(notes))
+
+
+def base_folder(config: EvolveConfig) -> Path:
+    """Where the base lies, whose tokenizer and positions say how long items may be."""
+    ref = ModelRef.parse(config.models[0], "base_model")
+    return resolve(ref.path, ref.revision)
+
+
+def _limited(items: list[Item], limits: dict[str, int | None], rng: np.random.Generator | None) -> list[Item]:
+    """Of every task as many items as its limit says, the first or random ones; all where it says nothing."""
+    chosen = []
+    for task in dict.fromkeys(item.task for item in items):
+        own = [item for item in items if item.task == task]
+        chosen += own if limits[task] is None else per_task(own, limits[task], rng)
+    return chosen
 
 
 def per_task(items: list[Item], size: int, rng: np.random.Generator | None) -> list[Item]:

@@ -68,8 +68,10 @@ class RunStore:
         Raises ResumeMismatch naming the first entry of `identity` that differs.
         """
         stored = dict(self._db.execute("SELECT key, value FROM run"))
-        if not stored:
+        begun = self.count() > 0 or self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0] > 0
+        if not begun:  # one that ended before anything was asked leaves nothing to keep
             with self._db:
+                self._db.execute("DELETE FROM run")
                 self._db.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
             return False
         for key, value in identity.items():

@@ -98,7 +98,7 @@ BAD_MERGES = {
     "truncated": (lambda f, t: dict(models=damaged(f, t, truncate)), "truncated: tensor"),
     "pickle": (lambda f, t: dict(models=damaged(f, t, pickle)), "a pickle checkpoint"),
     "nan": (lambda f, t: dict(models=damaged(f, t, poison)), "NaN or infinity in tensor 'model.norm.weight'"),
-    "density": (lambda f, t: dict(parameters={"density": 7}), "density: found 7; expected a value in (0, 1]"),
+    "density": (lambda f, t: dict(parameters={"density": 7}), "density: found 7; expected a value in [0, 1]"),
 }
 
 
