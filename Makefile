@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type f 2>/dev/null)
 SEED ?= 0
+# A test process per core, each on one thread: tests are many and small. Files stay together, their fixtures are costly.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: install demo test test-heavy lint check-cuda bench clean
@@ -35,11 +38,11 @@ demo: $(VENV)/.installed
 	$(BIN)/merge3-client demo --seed $(SEED)
 
 test: $(VENV)/.parity
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=20
+	$(PYTEST) --durations=20
 
 # The CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library; the longest searches.
 test-heavy: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m heavy --durations=8
+	$(PYTEST) -m heavy --durations=8
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

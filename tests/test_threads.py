@@ -61,7 +61,8 @@ PINNED = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 def test_affinity_bounds_the_cores():
-    done = python(PINNED + "from merge3.threads import available, configure; configure(); import torch; print(available(), torch.get_num_threads())")
+    asked = "from merge3.threads import available, configure; configure(); import torch; print(available(), torch.get_num_threads())"
+    done = python(PINNED + asked)
     assert done.stdout.split() == ["1", "1"], done.stderr
 
 

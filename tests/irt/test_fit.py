@@ -107,7 +107,7 @@ def test_the_three_steps_are_callables_of_the_package():
     bank = irt.fit(responses)
     subset = irt.extract(bank, responses, "irt", 10)
     found = irt.estimate(irt.prepare(bank, responses, subset), responses.values[:3, subset.index])
-    assert found.value.shape == (3,) and ((0 <= found.value) & (found.value <= 1)).all()
+    assert found.value.shape == (3,) and ((found.value >= 0) & (found.value <= 1)).all()
 
 
 BAD = {
