@@ -6,6 +6,8 @@ MERGE3_ARCHITECTURES: compute capabilities to build for, such as 90 or 80,90,120
 
 import glob
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,8 +33,31 @@ def cuda_wanted() -> bool:
     return choice != "0" and possible
 
 
-def compile_kernels(cuda: bool) -> tuple[list[str], list[str]]:
-    """Objects of the torch-free library, which both extensions link, and what linking them needs.
+def toolkit_libraries(dryrun: str) -> list[Path]:
+    """Folders of a CUDA toolkit's libraries, from what `nvcc --dryrun` prints: the nvcc on the path may be a script
+    that calls another, so where it lies says nothing."""
+    settings = dict(re.findall(r"^#\$ (TOP|LIBRARIES)=(.*)$", dryrun, re.MULTILINE))
+    named = [Path(word[2:]) for word in shlex.split(settings.get("LIBRARIES", "")) if word.startswith("-L")]
+    top = settings.get("TOP", "").strip().strip('"')
+    return [*named, *(Path(top) / name for name in ("lib64", "lib") if top)]
+
+
+def kernel_link_arguments(cuda: bool) -> list[str]:
+    """What linking the kernels takes, for torch or without it."""
+    if not cuda:
+        return ["-lpthread"]
+    command = ["nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", "unused.o"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    folders = toolkit_libraries(done.stdout + done.stderr)
+    runtime = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+    if runtime is None:
+        looked = ", ".join(map(str, folders)) or f"nowhere: {(done.stdout + done.stderr).strip()[-300:]}"
+        sys.exit(f"`{' '.join(command)}` leads to no libcudart_static.a; looked in {looked}")
+    return [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def compile_kernels(cuda: bool) -> list[str]:
+    """Objects of the torch-free library, which both extensions link.
 
     nvcc is called here, not through torch's CUDAExtension: the kernels include no torch header, and
     must not get its fast-math or half-operator flags.
@@ -40,7 +65,8 @@ def compile_kernels(cuda: bool) -> tuple[list[str], list[str]]:
     folder = Path("build") / ("kernels-cuda" if cuda else "kernels")
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, "-fPIC", *(["-DMERGE3_WITH_CUDA"] if cuda else [])]
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    # Each with PTX, which GPUs between and beyond them (sm_100, say) compile when they load the kernels.
+    gencode = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in ARCHITECTURES]
     nvcc = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-ffp-contract=off", *gencode,
             f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"']  # fmt: skip
     compilers = {".cpp": [os.environ.get("CXX", "c++"), *flags], ".cu": nvcc}
@@ -60,17 +86,17 @@ def compile_kernels(cuda: bool) -> tuple[list[str], list[str]]:
 
     # The largest first: the loops of one instruction set take as long as all small files together.
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(compile_one, sorted(sources, key=lambda s: ("merge" not in s.name, s.name))))
-    if not cuda:
-        return objects, ["-lpthread"]
-    root = Path(shutil.which("nvcc")).resolve().parent.parent
-    return objects, [f"-L{root}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return list(pool.map(compile_one, sorted(sources, key=lambda s: ("merge" not in s.name, s.name))))
 
 
-def extensions() -> list[Extension]:
+def extensions(cuda: bool) -> list[Extension]:
     """merge3._C for torch, merge3.arrays for NumPy and DLPack."""
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000")]  # torch 2.11
-    cuda = [("MERGE3_WITH_CUDA", None)] if cuda_wanted() else []
+    if cuda:
+        macros.append(("MERGE3_WITH_CUDA", None))
+    # It has the current stream. libtorch names it too, but a linker that drops what nothing asks for (--as-needed,
+    # the rule on Ubuntu) drops libtorch, and with it this.
+    libraries = ["torch_cuda"] if cuda else []
     try:
         import pybind11
 
@@ -79,15 +105,16 @@ def extensions() -> list[Extension]:
         headers = include_paths()  # torch carries a copy of pybind11's headers
     depends = glob.glob("csrc/**/*.h", recursive=True)
     return [
-        CppExtension("merge3._C", ["csrc/torch/library.cpp"], define_macros=macros + cuda, extra_compile_args=FLAGS,
-                     py_limited_api=True, depends=depends),
+        CppExtension("merge3._C", ["csrc/torch/library.cpp"], define_macros=macros, extra_compile_args=FLAGS,
+                     libraries=libraries, py_limited_api=True, depends=depends),
         Extension("merge3.arrays", ["csrc/python/arrays.cpp"], include_dirs=headers, extra_compile_args=FLAGS, language="c++", depends=depends),
     ]  # fmt: skip
 
 
 class BuildKernels(BuildExtension):
     def run(self):
-        objects, link = compile_kernels(cuda_wanted())
+        link = kernel_link_arguments(cuda_wanted())  # first: it may end the build, and the kernels take minutes
+        objects = compile_kernels(cuda_wanted())
         for extension in self.extensions:
             extension.extra_objects, extension.extra_link_args = objects, link
         super().run()
@@ -106,7 +133,8 @@ class BuildStubs(build_py):
         super().run()
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildStubs},
-)
+if __name__ == "__main__":  # tests import this file
+    setup(
+        ext_modules=extensions(cuda_wanted()),
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildStubs},
+    )

@@ -4,71 +4,114 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import contextmanager
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from merge3 import Pool, Recipe, Slot, kernels, packed
 from merge3.differentiable import merged
+from merge3.errors import ResourceError
 from merge3.kernels import Modes
 from merge3.linear import merged_linear
 from merge3.reference import merge_ref
 
 LINEAR_ROWS = (1, 16, 128, 1024)
-# (hidden, intermediate, layers, heads, vocabulary): Llamas of about 1 and 7 billion parameters.
-SHAPES = {"1B": (2048, 5632, 22, 32, 32000), "7B": (4096, 11008, 32, 32, 32000), "tiny": (64, 128, 2, 4, 500)}
+# (hidden, intermediate, layers, heads, vocabulary): Llamas of about so many parameters.
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 500),
+    "0.4B": (1024, 2816, 24, 16, 32000),
+    "1B": (2048, 5632, 22, 32, 32000),
+    "3B": (3200, 8640, 26, 32, 32000),
+    "7B": (4096, 11008, 32, 32, 32000),
+}
+CANDIDATES = ("0.4B", "1B", "3B", "7B")  # from the smallest
+PROMPTS, BATCH, LENGTH = 60, 20, 128
+FULL = (torch.OutOfMemoryError, ResourceError)
+
+# A step is a generator of its rows, and of sentences about what was left out.
 
 
-def bandwidth(device: torch.device) -> dict:
+def bandwidth(device: torch.device):
     """Swaps of whole models against a copy in the same run, and where the 7B one takes 18 ms or less."""
-    rows = []
-    for shape in ("1B", "7B") if device.type == "cuda" else ("tiny",):
-        for count in (1, 3, 8):
-            rows += swaps(shape, count, device)
-            release(device)
-    return {"rows": rows}
+    cases = [("1B", 3), ("7B", 3), ("1B", 1), ("7B", 1), ("1B", 8), ("7B", 8)]
+    for shape, count in cases if device.type == "cuda" else [("tiny", k) for k in (3, 1, 8)]:
+        try:
+            yield from swaps(shape, count, device)
+        except FULL as error:
+            yield f"{shape}, {count} experts: the rest is left out: {str(error).splitlines()[0]}"
+        release(device)
 
 
-def eager(device: torch.device) -> dict:
+def eager(device: torch.device):
     """The same maths in eager torch on the same GPU."""
     base, experts = random_models([(4096, 4096)] if device.type == "cuda" else [(64, 64)], 3, device)
     out, c, lam = [torch.empty_like(b) for b in base], coefficients(1, 3), torch.ones(1)
-    rows = []
     for name, modes in {"plain sum": Modes(), "magnitude + elect": Modes("magnitude", "sum")}.items():
         prepared = kernels.Prepared(out, base, experts, None, (), modes.sparsify)
         prepared.upload(c, lam)
         ours = timed(lambda p=prepared, m=modes: p.launch(m), device)
-        theirs = timed(lambda m=modes: on_device(merge_ref, base, experts, c.to(device), lam.to(device), m, device), device, 3)
-        rows.append({"mode": name, "ms": 1e3 * ours, "eager_ms": 1e3 * theirs, "times": theirs / ours})
-    return {"rows": rows}
+        plain = lambda m=modes: on_device(merge_ref, base, experts, c.to(device), lam.to(device), m, device)
+        theirs = timed(plain, device, 3)
+        yield {"mode": name, "ms": 1e3 * ours, "eager_ms": 1e3 * theirs, "times": theirs / ours}
 
 
-def candidate(device: torch.device) -> dict:
+def candidate(device: torch.device):
     """A candidate end to end: every weight of a live model swapped, then 60 prompts of 128 tokens answered."""
-    rows = []
-    for shape in ("1B", "7B") if device.type == "cuda" else ("tiny",):
-        with torch.device(device):
-            model = LlamaForCausalLM(config_of(shape)).to(torch.bfloat16).eval().requires_grad_(False)
-        out = [p.data for p in model.parameters()]
-        base, experts = random_models([p.shape for p in out], 3, device)
-        prepared = prepare(out, base, experts, "magnitude")
-        prompts = torch.randint(0, 500, (60, 128), device=device)
-        with torch.no_grad():
-            swap = timed(lambda p=prepared: p.launch(elected()), device)
-            forward = timed(lambda m=model, x=prompts: [m(part, logits_to_keep=1) for part in x.split(20)], device, 3)
-        rows.append({"shape": shape, "parameters": sum(p.numel() for p in out), "swap_ms": 1e3 * swap, "answers_ms": 1e3 * forward})
-        del model, out, base, experts, prepared
+    release(device)
+    shapes, left_out = ["tiny"], []
+    if device.type == "cuda":
+        shapes, left_out = candidate_sizes(torch.cuda.mem_get_info(device)[0])
+    yield from left_out
+    for shape in shapes:
+        try:
+            yield one_candidate(shape, device)
+        except FULL as error:
+            yield f"{shape} left out: {str(error).splitlines()[0]}"
         release(device)
-    return {"rows": rows}
 
 
-def linear(device: torch.device) -> dict:
+def one_candidate(shape: str, device: torch.device) -> dict:
+    with torch.device(device), default_dtype(torch.bfloat16):  # never there in float32, which would take twice the room
+        model = LlamaForCausalLM(config_of(shape)).eval().requires_grad_(False)
+    out = [p.data for p in model.parameters()]
+    base, experts = random_models([p.shape for p in out], 3, device)
+    prepared = prepare(out, base, experts, "magnitude")
+    prompts = torch.randint(0, 500, (PROMPTS, LENGTH), device=device)
+    with torch.no_grad():
+        swap = timed(lambda: prepared.launch(elected()), device)
+        forward = timed(lambda: [model(part, logits_to_keep=1) for part in prompts.split(BATCH)], device, 3)
+    parameters = sum(p.numel() for p in out)
+    return {"shape": shape, "parameters": parameters, "swap_ms": 1e3 * swap, "answers_ms": 1e3 * forward}
+
+
+def candidate_sizes(free: int) -> tuple[list[str], list[str]]:
+    """Which candidates to measure where so many bytes are free: 1B, and the largest that fits. And what is left out."""
+    fitting = [shape for shape in CANDIDATES if candidate_bytes(shape) <= free]
+    gib = lambda size: f"{size / 2**30:.1f} GiB"
+    larger = CANDIDATES[len(fitting) :]
+    notes = [f"{shape} left out: it needs {gib(candidate_bytes(shape))}, {gib(free)} are free" for shape in larger]
+    return [shape for shape in fitting if shape in ("1B", fitting[-1])], notes
+
+
+def candidate_bytes(shape: str, experts: int = 3) -> int:
+    """The live model, the base and the experts; the keys and values of a batch; and a GiB to work in."""
+    hidden, _, layers, *_ = SHAPES[shape]
+    keys_and_values = 2 * layers * BATCH * LENGTH * hidden
+    return 2 * ((experts + 2) * parameters_of(shape) + keys_and_values) + (1 << 30)
+
+
+def parameters_of(shape: str) -> int:
+    hidden, inner, layers, _, words = SHAPES[shape]
+    return layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) + 2 * words * hidden + hidden
+
+
+def linear(device: torch.device):
     """merged_linear against a swap of that one weight followed by a product."""
     size = 4096 if device.type == "cuda" else 256
     base, experts = random_models([(size, size)], 3, device)
     weight, c = torch.empty_like(base[0]), coefficients(1, 3)
     prepared = prepare([weight], base, experts, "magnitude")
-    rows = []
     for count in LINEAR_ROWS:
         x = torch.randn(count, size, device=device).to(torch.bfloat16)
 
@@ -77,16 +120,14 @@ def linear(device: torch.device) -> dict:
             return torch.nn.functional.linear(x, weight)
 
         direct = timed(lambda x=x: merged_linear(x, base[0], experts, c[0], 1.0, elected()), device)
-        rows.append({"rows": count, "merged_linear_ms": 1e3 * direct, "swap_and_linear_ms": 1e3 * timed(both, device)})
-    return {"rows": rows}
+        yield {"rows": count, "merged_linear_ms": 1e3 * direct, "swap_and_linear_ms": 1e3 * timed(both, device)}
 
 
-def overlap(device: torch.device) -> dict:
+def overlap(device: torch.device):
     """First answers after a swap, with the layers' merges ahead of the forward pass and without."""
-    hidden, inner, layers, heads, words = (1024, 2816, 24, 16, 32000) if device.type == "cuda" else SHAPES["tiny"]
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config_of((hidden, inner, layers, heads, words))).to(torch.bfloat16)
+        model = LlamaForCausalLM(config_of("0.4B" if device.type == "cuda" else "tiny")).to(torch.bfloat16)
         models = [f"{directory}/{name}" for name in ("base", "a", "b")]
         for path in models:
             model.save_pretrained(path)
@@ -95,7 +136,7 @@ def overlap(device: torch.device) -> dict:
         pool = Pool.open(models[0], models[1:], device)
         sources = [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in models[1:]]
         recipe = Recipe.parse({"merge_method": "ties", "base_model": models[0], "models": sources})
-        prompts, found = torch.randint(0, 500, (20, 128), device=device), {}
+        prompts = torch.randint(0, 500, (BATCH, LENGTH), device=device)
         for name, ahead in (("in one launch", False), ("overlapped", True)):
             slot = Slot(pool, overlap=ahead)
 
@@ -104,9 +145,8 @@ def overlap(device: torch.device) -> dict:
                 slot.model(prompts, logits_to_keep=1)
 
             with torch.no_grad():
-                found[name] = 1e3 * timed(both, device, 5, host=True)
+                yield {"mode": name, "ms": 1e3 * timed(both, device, 5, host=True)}
             del slot
-    return {"ms": found}
 
 
 def small_case(device: torch.device) -> None:
@@ -131,27 +171,27 @@ def small_case(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def swaps(shape: str, count: int, device: torch.device) -> list[dict]:
-    """All modes at one shape. Layers that do not fit the device are left out, in whole; how many were used is reported."""
+def swaps(shape: str, count: int, device: torch.device):
+    """All modes at one shape, each next to a copy. Layers that do not fit the device are left out, in whole; how many
+    were used is reported."""
     shapes, layers = shapes_of(shape, count, device)
     base, experts = random_models(shapes, count, device)
     out = [torch.empty_like(b) for b in base]
-    size = sum(b.nbytes for b in base)
-    copies = [timed(lambda: [o.copy_(b) for o, b in zip(out, base)], device)]
-    tables = kernels.rank_tables(base, experts, len(base))[0]
-    times = {}
-    modes = [Modes(s, e, n) for s in kernels.SPARSIFY for e, n in (("none", False), ("sum", False), ("count", True))]
-    for mode in modes:
-        prepared = prepare(out, base, experts, mode.sparsify, tables if mode.sparsify == "ranked" else ())
-        times[mode] = timed(lambda p=prepared, m=mode: p.launch(m), device)
-    copies.append(timed(lambda: [o.copy_(b) for o, b in zip(out, base)], device))
-    copy = 2 * size / min(copies)
+    size, copies, tables = sum(b.nbytes for b in base), [], ()
     moved = (count + 2) * size
-    return [
-        {"shape": shape, "layers": layers, "of_layers": SHAPES[shape][2], "experts": count, "sparsify": m.sparsify, "elect": m.elect,
-         "normalize": m.normalize, "ms": 1e3 * t, "bandwidth": moved / t, "copy_bandwidth": copy, "of_copy": moved / t / copy}
-        for m, t in times.items()
-    ]  # fmt: skip
+    for sparsify in sorted(kernels.SPARSIFY, key=lambda name: name == "ranked"):  # the one that needs tables comes last
+        if sparsify == "ranked":
+            tables = kernels.rank_tables(base, experts, len(base))[0]
+        for mode in (Modes(sparsify, e, n) for e, n in (("none", False), ("sum", False), ("count", True))):
+            copies.append(timed(lambda: [o.copy_(b) for o, b in zip(out, base)], device))
+            copy = 2 * size / min(copies)
+            prepared = prepare(out, base, experts, sparsify, tables)
+            t = timed(lambda p=prepared, m=mode: p.launch(m), device)
+            yield {
+                "shape": shape, "layers": layers, "of_layers": SHAPES[shape][2], "experts": count, "sparsify": sparsify,
+                "elect": mode.elect, "normalize": mode.normalize, "ms": 1e3 * t, "bandwidth": moved / t,
+                "copy_bandwidth": copy, "of_copy": moved / t / copy,
+            }  # fmt: skip
 
 
 def shapes_of(shape: str, count: int, device: torch.device) -> tuple[list[tuple[int, ...]], int]:
@@ -197,14 +237,29 @@ def on_device(function, base, experts, c, lam, modes, device: torch.device):
         return function(base, experts, c, lam, modes, dtype=torch.float32)
 
 
-def config_of(shape):
-    hidden, inner, layers, heads, words = SHAPES[shape] if isinstance(shape, str) else shape
-    return LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=words)
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def config_of(shape: str):
+    hidden, inner, layers, heads, words = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=words,
+    )  # fmt: skip
 
 
 def timed(act, device: torch.device, repeats: int = 9, host: bool = False) -> float:
     """Median seconds of `act` on the device, after a warm-up. host: wall time, what the host does included."""
     times = []
+    if device.type == "cpu":
+        repeats = 2  # a rehearsal
     for i in range(repeats + 1):
         if device.type == "cpu" or host:
             if device.type == "cuda":

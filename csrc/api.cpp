@@ -1,14 +1,13 @@
 // The C API: validates, spreads CPU work over threads, routes to the device. Nothing below this file
 // checks its arguments again.
-#include <atomic>
 #include <exception>
 #include <numeric>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "checks.h"
 #include "cpu/loops.h"
+#include "cpu/threads.h"
 #include "cuda/launch.h"
 
 namespace merge3 {
@@ -17,32 +16,29 @@ namespace {
 // Bytes. Results larger than this do not come back from the caches soon: they are stored past them.
 constexpr int64_t kCached = int64_t(16) << 20;
 
-void threads_for(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
-  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(std::thread::hardware_concurrency(), count));
-  std::vector<std::thread> threads;
-  for (int64_t w = 1; w < workers; ++w)
-    threads.emplace_back(body, arg, count * w / workers, count * (w + 1) / workers);
-  body(arg, 0, count / workers);
-  for (std::thread& thread : threads) thread.join();
-}
-
-template <class Body>
-void parallel(const merge3_context& context, int64_t count, const Body& body) {
-  if (count == 0) return;
-  auto call = [](void* arg, int64_t begin, int64_t end) { (*static_cast<const Body*>(arg))(begin, end); };
-  void* arg = const_cast<void*>(static_cast<const void*>(&body));
-  if (context.executor) context.executor->parallel_for(context.executor->self, count, call, arg);
-  else threads_for(nullptr, count, call, arg);
-}
-
 #if defined(MERGE3_WITH_CUDA)
-merge3_status device_status(int code, const char* message) {
-  return code == 0 ? MERGE3_OK : fail(MERGE3_DEVICE_ERROR, "CUDA error %d: %s", code, message);
+// What a launcher does besides launching: kCopies, it exchanges memory with the host while it is called. A graph
+// would keep the address of that memory, and read it again when nothing is there any more.
+enum Does { kLaunches, kCopies };
+
+// Calls a launcher with the context's GPU as the current device.
+template <class Launcher>
+merge3_status on_device(const merge3_context& context, Does does, const Launcher& launcher) {
+  const DeviceScope scope(context.device_index);
+  int code = scope.status;
+  bool capturing = false;
+  if (!code && does == kCopies) code = find_capture(context.stream, &capturing);
+  if (capturing)
+    return fail(MERGE3_UNSUPPORTED,
+                "a CUDA graph is being captured, and this call copies between the host and the GPU, which the graph "
+                "could not repeat: capture Prepared.launch (merge3_merge_resident)");
+  if (!code) code = launcher();
+  return code == 0 ? MERGE3_OK : fail(MERGE3_DEVICE_ERROR, "CUDA error %d: %s", code, cuda_message(code));
 }
-#define MERGE3_ON_DEVICE(call) \
-  if (context->device == MERGE3_CUDA) { int code = (call); return device_status(code, cuda_message(code)); }
+#define MERGE3_ON_DEVICE(does, call) \
+  if (context->device == MERGE3_CUDA) return on_device(*context, does, [&] { return call; })
 #else
-#define MERGE3_ON_DEVICE(call)
+#define MERGE3_ON_DEVICE(does, call)
 #endif
 
 // Exceptions (bad_alloc, a thread that cannot start) must not cross the C boundary.
@@ -88,7 +84,8 @@ merge3_status merge3_merge_resident(const merge3_context* context, const merge3_
     if (merge3_status s = check_context(context)) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     if (tensors <= 0) return MERGE3_OK;
-    MERGE3_ON_DEVICE(merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
+    MERGE3_ON_DEVICE(
+        kLaunches, merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
     const ChunkRange range{first, tensors};
     int64_t bytes = 0;
     for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * element_size(table[t].out_dtype);
@@ -107,7 +104,7 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
     std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
     if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
-    MERGE3_ON_DEVICE(merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
+    MERGE3_ON_DEVICE(kCopies, merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
     return merge3_merge_resident(context, modes, tensors, first.back(), table, first.data(), coefficients, lambda);
   });
 }
@@ -126,8 +123,10 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
     std::vector<double> partial(size_t(range.count() * width));
 #if defined(MERGE3_WITH_CUDA)
     if (context->device == MERGE3_CUDA) {
-      const int code = backward_cuda(*modes, tensors, table, coefficients, lambda, partial.data(), context->stream);
-      if (code) return device_status(code, cuda_message(code));
+      const auto launcher = [&] {
+        return backward_cuda(*modes, tensors, table, coefficients, lambda, partial.data(), context->stream);
+      };
+      if (merge3_status s = on_device(*context, kCopies, launcher)) return s;
     } else
 #endif
     {
@@ -159,7 +158,9 @@ merge3_status merge3_merged_linear(const merge3_context* context, const merge3_m
     if (merge3_status s = check_rows(tensor, 1, modes->sparsify == MERGE3_KEEP_RANKED ? modes->experts : 0, "merged_linear")) return s;
     if (rows < 0 || (rows && tensor->numel && (!x || !y))) return fail(MERGE3_INVALID_ARGUMENT, "%lld rows, or x or y is NULL", (long long)rows);
 #if defined(MERGE3_WITH_CUDA)
-    if (rows && tensor->numel) MERGE3_ON_DEVICE(linear_cuda(*modes, *tensor, coefficients, lambda, x, rows, bias, y, context->stream));
+    if (rows && tensor->numel)
+      MERGE3_ON_DEVICE(
+          kLaunches, linear_cuda(*modes, *tensor, coefficients, lambda, x, rows, bias, y, context->stream));
 #else
     (void)coefficients, (void)lambda, (void)bias;
 #endif
@@ -178,7 +179,7 @@ merge3_status merge3_elementwise(const merge3_context* context, int32_t rule, in
       return fail(MERGE3_INVALID_ARGUMENT, "rule %d takes 1 expert, found %d", int(rule), int(experts));
     if (rule == MERGE3_ARCEE_FUSION)
       if (merge3_status s = check_rows(table, tensors, 1, "arcee_fusion")) return s;
-    MERGE3_ON_DEVICE(elementwise_cuda(rule, experts, tensors, table, scalars, per_expert, context->stream));
+    MERGE3_ON_DEVICE(kCopies, elementwise_cuda(rule, experts, tensors, table, scalars, per_expert, context->stream));
     const Chunks chunks(table, tensors);
     const ElementwiseCall call{rule, experts, table, scalars, per_expert, &chunks};
     parallel(*context, chunks.count(), [&](int64_t from, int64_t to) { elementwise_cpu(call, from, to); });
@@ -195,8 +196,8 @@ merge3_status merge3_gram(const merge3_context* context, int32_t experts, int64_
     std::vector<double> partial(size_t(chunks.count() * pairs));
 #if defined(MERGE3_WITH_CUDA)
     if (context->device == MERGE3_CUDA) {
-      const int code = gram_cuda(experts, tensors, table, partial.data(), context->stream);
-      if (code) return device_status(code, cuda_message(code));
+      const auto launcher = [&] { return gram_cuda(experts, tensors, table, partial.data(), context->stream); };
+      if (merge3_status s = on_device(*context, kCopies, launcher)) return s;
     } else
 #endif
       parallel(*context, chunks.count(), [&, gram_span = loops().gram](int64_t from, int64_t to) {
@@ -227,16 +228,15 @@ merge3_status merge3_order_statistics(const merge3_context* context, int32_t sta
       return fail(MERGE3_INVALID_ARGUMENT, "statistic %d: expected 0 or 1", int(statistic));
     const OrderStatistics call{statistic, experts, table, rank_count, ranks, value,
                                greater, equal, l1_greater, total, nonzero};
-    MERGE3_ON_DEVICE(order_statistics_cuda(call, tensors, context->stream));
+    MERGE3_ON_DEVICE(kCopies, order_statistics_cuda(call, tensors, context->stream));
     // Pairs differ in size: the largest come first, and whoever is free takes the next.
     std::vector<int64_t> pairs(size_t(tensors * call.series()));
     std::iota(pairs.begin(), pairs.end(), int64_t(0));
     std::stable_sort(pairs.begin(), pairs.end(), [&](int64_t a, int64_t b) {
       return table[a / call.series()].numel > table[b / call.series()].numel;
     });
-    std::atomic<size_t> next{0};
-    parallel(*context, int64_t(pairs.size()), [&, pair = loops().order_statistics](int64_t, int64_t) {
-      for (size_t i; (i = next++) < pairs.size();) pair(call, pairs[i]);
+    parallel(*context, int64_t(pairs.size()), [&, pair = loops().order_statistics](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) pair(call, pairs[size_t(i)]);
     });
     return MERGE3_OK;
   });
@@ -247,7 +247,7 @@ merge3_status merge3_rank_tables(const merge3_context* context, int32_t experts,
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check(context, experts, tensors, table, false)) return s;
     if (merge3_status s = check_rows(table, tensors, experts, "a rank table")) return s;
-    MERGE3_ON_DEVICE(rank_tables_cuda(experts, tensors, table, bin_l1, context->stream));
+    MERGE3_ON_DEVICE(kCopies, rank_tables_cuda(experts, tensors, table, bin_l1, context->stream));
     parallel(*context, tensors * experts, [&](int64_t from, int64_t to) {
       rank_tables_cpu(table, experts, from, to, bin_l1);
     });
@@ -269,8 +269,10 @@ merge3_status merge3_pack(const merge3_context* context, int32_t packing, int32_
     std::vector<double> partial(size_t(chunks.count() * width));
 #if defined(MERGE3_WITH_CUDA)
     if (context->device == MERGE3_CUDA) {
-      const int code = pack_cuda(packing, experts, tensors, table, partial.data(), context->stream);
-      if (code) return device_status(code, cuda_message(code));
+      const auto launcher = [&] {
+        return pack_cuda(packing, experts, tensors, table, partial.data(), context->stream);
+      };
+      if (merge3_status s = on_device(*context, kCopies, launcher)) return s;
     } else
 #endif
     {

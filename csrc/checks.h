@@ -39,6 +39,8 @@ inline merge3_status check_context(const merge3_context* context) {
   if (!context) return fail(MERGE3_INVALID_ARGUMENT, "context is NULL");
   if (context->device != MERGE3_CPU && context->device != MERGE3_CUDA)
     return fail(MERGE3_INVALID_ARGUMENT, "device %d: expected MERGE3_CPU or MERGE3_CUDA", int(context->device));
+  if (context->device == MERGE3_CUDA && context->device_index < 0)
+    return fail(MERGE3_INVALID_ARGUMENT, "device_index %d: expected 0 or more", int(context->device_index));
 #if !defined(MERGE3_WITH_CUDA)
   if (context->device == MERGE3_CUDA)
     return fail(MERGE3_UNSUPPORTED, "this build has no CUDA kernels: build with MERGE3_CUDA=1 where nvcc is installed");

@@ -108,7 +108,8 @@ def merge_(
     offsets, columns: int64 CPU [T], where the given tensors are slices: each one's first element within
     its whole tensor (a multiple of CHUNK) and that tensor's last dimension. Slices give the bits of the whole.
     Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
-    Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch, or an overlap.
+    Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch, or an overlap; and
+    while a CUDA graph is captured, which would not keep the coefficients: capture Prepared.launch.
     TIES: Yadav et al. 2023, Algorithm 1; DARE: Yu et al. 2024; DELLA: Deep et al. 2024.
     """
     if ids is None:

@@ -148,8 +148,8 @@ void MERGE3_STATISTICS(gram)(const merge3_tensor* table, int32_t experts, const 
   const int vectors = experts + 1, pairs = vectors * (vectors + 1) / 2;
   alignas(64) float x[MERGE3_MAX_EXPERTS + 1][kRun];
   chunks.each(table, from, to, [&](int64_t t, int64_t begin, int64_t end, int64_t chunk) {
-    double* sums = partial + chunk * pairs;
-    for (int p = 0; p < pairs; ++p) sums[p] = 0.0;
+    // Not in `partial` yet: there the rows of two threads share cache lines.
+    double sums[(MERGE3_MAX_EXPERTS + 1) * (MERGE3_MAX_EXPERTS + 2) / 2] = {};
     for (int64_t at = begin; at < end; at += kRun) {
       const int n = int(std::min<int64_t>(end - at, kRun));
       for (int v = 0; v < vectors; ++v) {
@@ -166,6 +166,7 @@ void MERGE3_STATISTICS(gram)(const merge3_tensor* table, int32_t experts, const 
                      double(sum[4]) + double(sum[5]) + double(sum[6]) + double(sum[7]);
         }
     }
+    std::copy(sums, sums + pairs, partial + chunk * pairs);
   });
 }
 

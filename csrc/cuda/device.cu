@@ -1,4 +1,5 @@
-// What went wrong on a GPU, in words that say what to do.
+// Which GPU is the current one, whether a graph records its work, and what went wrong there, in words that say
+// what to do.
 #include <stdio.h>
 
 #include "launch.cuh"
@@ -8,6 +9,25 @@
 #endif
 
 namespace merge3 {
+
+DeviceScope::DeviceScope(int index) : index_(index), previous_(index) {
+  status = cudaGetDevice(&previous_);
+  if (status == cudaSuccess && previous_ != index) status = cudaSetDevice(index);
+  if (status != cudaSuccess) previous_ = index;  // nothing to put back
+}
+
+DeviceScope::~DeviceScope() {
+  if (previous_ != index_) cudaSetDevice(previous_);
+}
+
+int find_capture(void* stream, bool* capturing) {
+  cudaStreamCaptureStatus found = cudaStreamCaptureStatusNone;
+  const cudaError_t code = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &found);
+  // Implicit: the default stream was asked while one that waits for it is recorded.
+  *capturing = code == cudaErrorStreamCaptureImplicit || (code == cudaSuccess && found != cudaStreamCaptureStatusNone);
+  if (code != cudaSuccess) cudaGetLastError();  // it is reported here, and must not be found after the next launch
+  return *capturing ? cudaSuccess : code;
+}
 
 const char* cuda_message(int code) {
   static thread_local char text[256];

@@ -6,6 +6,25 @@
 namespace merge3 {
 
 const char* cuda_message(int code);
+
+// One GPU is this thread's current device as long as this lives: kernels are launched there, whatever device their
+// pointers and their stream belong to. status: 0, or why it could not become the current one.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int index);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+  int status;
+
+ private:
+  int index_, previous_;
+};
+
+// Whether a CUDA graph is recording what this stream is given.
+int find_capture(void* stream, bool* capturing);
+
 int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
                const merge3_coefficient* coefficients, const float* lambda, void* stream);
 // The same, every array already on the device: one launch and nothing else.

@@ -33,10 +33,14 @@ enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kDLCPU = 1, kDLCUDA = 2, kD
 struct Array {
   void* data = nullptr;
   int64_t numel = 1, last = 1;
-  int32_t dtype = -1, device = MERGE3_CPU;
+  int32_t dtype = -1, device = MERGE3_CPU, device_index = 0;
   bool writable = true;
   py::object owner;  // a capsule that nobody consumes frees its tensor itself
 };
+
+std::string device_name(const Array& a) {
+  return a.device == MERGE3_CUDA ? "cuda:" + std::to_string(a.device_index) : "cpu";
+}
 
 [[noreturn]] void refuse(const std::string& name, const std::string& found, const std::string& expected) {
   throw py::value_error(name + ": " + found + "; expected " + expected);
@@ -62,6 +66,7 @@ Array from_dlpack(const py::object& x, const std::string& name, std::optional<in
   Array a;
   const auto place = x.attr("__dlpack_device__")().cast<std::pair<int32_t, int32_t>>();
   a.device = place.first == kDLCUDA ? MERGE3_CUDA : MERGE3_CPU;
+  if (a.device == MERGE3_CUDA) a.device_index = place.second;
   if (place.first != kDLCPU && place.first != kDLCUDA && place.first != kDLCUDAHost)
     refuse(name, "DLPack device type " + std::to_string(place.first), "CPU or CUDA memory");
   a.owner = a.device == MERGE3_CUDA && stream ? x.attr("__dlpack__")(py::arg("stream") = *stream) : x.attr("__dlpack__")();
@@ -86,7 +91,7 @@ Array from_dlpack(const py::object& x, const std::string& name, std::optional<in
 struct Call {
   std::vector<Array> arrays;  // keeps their owners
   std::vector<merge3_tensor> table;
-  merge3_context context{MERGE3_CPU, nullptr, nullptr};
+  merge3_context context{MERGE3_CPU, nullptr, nullptr, 0};
   int32_t experts = 0;
 
   Call(const py::list& out, const py::list& base, const py::list& expert_list, size_t tensors, std::optional<int64_t> stream) {
@@ -122,8 +127,9 @@ struct Call {
   const Array& take(const py::handle& x, const std::string& name, std::optional<int64_t> stream) {
     const auto object = py::reinterpret_borrow<py::object>(x);
     arrays.push_back(py::isinstance<py::array>(object) ? from_numpy(object, name) : from_dlpack(object, name, stream));
-    if (arrays.size() == 1) context.device = arrays[0].device;
-    if (arrays.back().device != context.device) refuse(name, "on another device", "that of experts[0]");
+    if (arrays.size() == 1) context.device = arrays[0].device, context.device_index = arrays[0].device_index;
+    if (arrays.back().device != context.device || arrays.back().device_index != context.device_index)
+      refuse(name, "on " + device_name(arrays.back()), device_name(arrays[0]) + ", where experts[0] is");
     return arrays.back();
   }
   void* fit(const Array& a, const merge3_tensor& row, const std::string& name) const {

@@ -21,8 +21,8 @@ void merge_(Tensors out, Tensors base, Tensors experts, Tensor coefficients, Ten
   if (T == 0) return;
   const Table table = merge_table(out, base, experts, ids, rank_tables, sparsify, &offsets, &columns);
   const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const merge3_context context = table.context();
-  require(merge3_merge(&context, &modes, T, table.rows.data(), as_coefficients(coefficients, T * table.experts),
+  const Place place = table.place();
+  require(merge3_merge(place.context(), &modes, T, table.rows.data(), as_coefficients(coefficients, T * table.experts),
                        host<float>(lambda, ScalarType::Float, T, "lambda_")));
 }
 
@@ -34,8 +34,9 @@ void merge_backward_(Tensor weight, Tensor rescale, Tensor lambda_gradient, Tens
   if (T == 0) return;
   const Table table = merge_table(gradients, base, experts, ids, rank_tables, sparsify);
   const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const merge3_context context = table.context();
-  require(merge3_merge_backward(&context, &modes, T, table.rows.data(), as_coefficients(coefficients, T * table.experts),
+  const Place place = table.place();
+  require(merge3_merge_backward(place.context(), &modes, T, table.rows.data(),
+                                as_coefficients(coefficients, T * table.experts),
                                 host<float>(lambda, ScalarType::Float, T, "lambda_"),
                                 host<double>(weight, ScalarType::Double, T * table.experts, "weight"),
                                 host<double>(rescale, ScalarType::Double, T * table.experts, "rescale"),
@@ -53,16 +54,17 @@ void merged_linear_(Tensor y, Tensor x, Tensors base, Tensors experts, Tensors b
   if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables");
   const int64_t N = weight.size(0), M = x.dim() == 2 ? x.size(0) : -1;
   const auto fits = [&](const Tensor& t, const char* name, int64_t numel) {
-    STD_TORCH_CHECK(t.is_contiguous() && table.here(t) && storage_dtype(t, name, 0) == row.dtype && t.numel() == numel, "merge3: ", name,
-                    ": expected ", numel, " contiguous elements of the weights' dtype on their device, found ", t.numel());
+    table.require_here(t, name);
+    STD_TORCH_CHECK(t.is_contiguous() && storage_dtype(t, name, 0) == row.dtype && t.numel() == numel, "merge3: ", name,
+                    ": expected ", numel, " contiguous elements of the weights' dtype, found ", t.numel());
     return t.data_ptr();
   };
   const void* from = fits(x, "x", M * weight.size(1));
   void* to = fits(y, "y", M * N);
   const void* add = bias.empty() ? nullptr : fits(bias[0], "bias", N);
   const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const merge3_context context = table.context();
-  require(merge3_merged_linear(&context, &modes, &row, as_coefficients(coefficients, table.experts),
+  const Place place = table.place();
+  require(merge3_merged_linear(place.context(), &modes, &row, as_coefficients(coefficients, table.experts),
                                *host<float>(lambda, ScalarType::Float, 1, "lambda_"), from, M, add, to));
 }
 
@@ -72,8 +74,8 @@ void prepare_(Tensor table, Tensors out, Tensors base, Tensors experts, Tensor i
   const Table rows = merge_table(out, base, experts, ids, rank_tables, sparsify);
   char* to = host<char>(table, ScalarType::Byte, 8 * (T + 1) + T * int64_t(sizeof(merge3_tensor)), "table");
   const merge3_modes modes{rows.experts, int32_t(sparsify), 0, 0, 0};
-  const merge3_context context = rows.context();
-  require(merge3_prepare(&context, &modes, T, rows.rows.data(), reinterpret_cast<int64_t*>(to)));
+  const Place place = rows.place();
+  require(merge3_prepare(place.context(), &modes, T, rows.rows.data(), reinterpret_cast<int64_t*>(to)));
   memcpy(to + 8 * (T + 1), rows.rows.data(), size_t(T) * sizeof(merge3_tensor));
 }
 
@@ -81,7 +83,7 @@ void merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda, int64_t t
                      int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
   const auto resident = [&](const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
     STD_TORCH_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), "merge3: ", name,
-                    ": on another device than the table");
+                    ": on ", device_name(x), ", expected ", device_name(table), ", where the table is");
     STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, "merge3: ", name, ": expected ", numel,
                     " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
     return static_cast<const char*>(x.data_ptr());
@@ -89,9 +91,10 @@ void merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda, int64_t t
   const int64_t head = 8 * (tensors + 1);
   const char* data = resident(table, ScalarType::Byte, head + tensors * int64_t(sizeof(merge3_tensor)), "table");
   const merge3_modes modes{int32_t(experts), int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const merge3_context context = context_on(device_of(table), table.get_device_index());
+  const Place place(device_of(table), table.get_device_index());
   require(merge3_merge_resident(
-      &context, &modes, tensors, chunks, reinterpret_cast<const merge3_tensor*>(data + head), reinterpret_cast<const int64_t*>(data),
+      place.context(), &modes, tensors, chunks, reinterpret_cast<const merge3_tensor*>(data + head),
+      reinterpret_cast<const int64_t*>(data),
       reinterpret_cast<const merge3_coefficient*>(resident(coefficients, ScalarType::Float, tensors * experts * kFields, "coefficients")),
       reinterpret_cast<const float*>(resident(lambda, ScalarType::Float, tensors, "lambda_"))));
 }
@@ -102,8 +105,8 @@ void elementwise_(Tensors out, Tensors base, Tensors experts, Tensor scalars, Te
   if (T == 0) return;
   Table table(out, base, experts, T);
   if (rule == MERGE3_ARCEE_FUSION) set_rank_tables(table, rows, 1, "rows");
-  const merge3_context context = table.context();
-  require(merge3_elementwise(&context, int32_t(rule), table.experts, T, table.rows.data(),
+  const Place place = table.place();
+  require(merge3_elementwise(place.context(), int32_t(rule), table.experts, T, table.rows.data(),
                              host<float>(scalars, ScalarType::Float, T, "scalars"),
                              host<float>(per_expert, ScalarType::Float, T * table.experts, "per_expert")));
 }
@@ -113,8 +116,8 @@ void gram_(Tensor gram, Tensors base, Tensors experts) {
   if (T == 0) return;
   const Table table({}, base, experts, T);
   const int64_t vectors = table.experts + 1;
-  const merge3_context context = table.context();
-  require(merge3_gram(&context, table.experts, T, table.rows.data(),
+  const Place place = table.place();
+  require(merge3_gram(place.context(), table.experts, T, table.rows.data(),
                       host<double>(gram, ScalarType::Double, T * vectors * vectors, "gram")));
 }
 
@@ -124,8 +127,8 @@ void order_statistics_(Tensor value, Tensor greater, Tensor equal, Tensor l1_gre
   if (T == 0) return;
   const Table table({}, base, experts, T);
   const int64_t pairs = T * (statistic == MERGE3_VARIANCE ? 1 : table.experts);
-  const merge3_context context = table.context();
-  require(merge3_order_statistics(&context, int32_t(statistic), table.experts, T, table.rows.data(), R,
+  const Place place = table.place();
+  require(merge3_order_statistics(place.context(), int32_t(statistic), table.experts, T, table.rows.data(), R,
                                   host<int64_t>(ranks, ScalarType::Long, T * R, "ranks"),
                                   host<float>(value, ScalarType::Float, pairs * R, "value"),
                                   host<int64_t>(greater, ScalarType::Long, pairs * R, "greater"),
@@ -141,8 +144,9 @@ void pack_(Tensors masks, Tensor sums, Tensors base, Tensors experts, Tensors un
   if (T == 0) return;
   Table table(unified, base, experts, T);
   set_masks(table, masks);
-  const merge3_context context = table.context();
-  require(merge3_pack(&context, unified.empty() ? MERGE3_PACK_SIGNS : MERGE3_PACK_AGREEMENT, table.experts, T, table.rows.data(),
+  const Place place = table.place();
+  const int32_t packing = unified.empty() ? MERGE3_PACK_SIGNS : MERGE3_PACK_AGREEMENT;
+  require(merge3_pack(place.context(), packing, table.experts, T, table.rows.data(),
                       host<double>(sums, ScalarType::Double, T * table.experts * 2, "sums")));
 }
 
@@ -151,8 +155,8 @@ void rank_tables_(Tensors tables, Tensor bin_l1, Tensors base, Tensors experts) 
   if (T == 0) return;
   Table table({}, base, experts, T);
   set_rank_tables(table, tables, MERGE3_RANK_STRIDE, "tables");
-  const merge3_context context = table.context();
-  require(merge3_rank_tables(&context, table.experts, T, table.rows.data(),
+  const Place place = table.place();
+  require(merge3_rank_tables(place.context(), table.experts, T, table.rows.data(),
                              host<double>(bin_l1, ScalarType::Double, T * table.experts * MERGE3_RANK_BINS, "bin_l1")));
 }
 

@@ -4,6 +4,7 @@
 #define USE_CUDA 1  // declares aoti_torch_get_current_cuda_stream, also in a CPU build of torch
 #endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -53,16 +56,34 @@ inline int device_of(const Tensor& x) {
 #endif
 }
 
-// Work on a GPU goes to the stream that torch is using there.
-inline merge3_context context_on(int device, int32_t index) {
-  merge3_context c{device, nullptr, &kTorchThreads};
-#if defined(MERGE3_WITH_CUDA) && !defined(MERGE3_EMULATED)
-  if (device == MERGE3_CUDA)
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &c.stream) == 0, "merge3: no CUDA stream");
-#endif
-  (void)index;
-  return c;
+// As PyTorch writes it.
+inline std::string device_name(const Tensor& x) {
+  if (x.is_cpu()) return "cpu";
+  return (x.is_cuda() ? "cuda:" : "other:") + std::to_string(x.get_device_index());
 }
+
+// Where an op works. A GPU is the current device as long as this lives, and work there goes to the stream that torch
+// is using. The C API would switch devices itself; but torch's guard, when it switches back, does not open a context on
+// a GPU that this process has not used so far.
+class Place {
+ public:
+  Place(int device, int32_t index) : context_{device, nullptr, &kTorchThreads, std::max(index, int32_t(0))} {
+#if defined(MERGE3_EMULATED)  // tests: the GPU that CPU tensors stand for
+    if (const char* chosen = getenv("MERGE3_TEST_DEVICE_INDEX")) context_.device_index = int32_t(atoi(chosen));
+#elif defined(MERGE3_WITH_CUDA)
+    if (device != MERGE3_CUDA) return;
+    guard_.emplace(index);
+    const bool found = aoti_torch_get_current_cuda_stream(index, &context_.stream) == 0;
+    STD_TORCH_CHECK(found, "merge3: no stream on cuda:", index);
+#endif
+  }
+
+  const merge3_context* context() const { return &context_; }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  merge3_context context_;
+};
 
 // One row per tensor, K experts each (expert fastest); `out` and `base` may be empty lists.
 struct Table {
@@ -70,6 +91,7 @@ struct Table {
   int32_t experts = 0;
   int device = MERGE3_CPU;
   int32_t device_index = 0;
+  std::string there;  // the device in words, and by whose example
 
   // unread: so many experts whose tensors are not there, because no kernel reads them; then the base leads.
   Table(const Tensors& out, const Tensors& base, const Tensors& experts_list, int64_t tensors, int32_t unread = 0) {
@@ -84,9 +106,7 @@ struct Table {
                     " base tensors: expected ", tensors, " or none");
     experts = int32_t(int64_t(experts_list.size()) / tensors);
     STD_TORCH_CHECK(experts <= MERGE3_MAX_EXPERTS, "merge3: ", experts, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
-    const Tensor& lead = experts_list[0];
-    device = device_of(lead);
-    device_index = lead.get_device_index();
+    settle(experts_list[0], "experts[0]");
     rows.resize(size_t(tensors));
     for (int64_t t = 0; t < tensors; ++t) {
       merge3_tensor& row = rows[size_t(t)];
@@ -102,17 +122,26 @@ struct Table {
     }
   }
 
-  bool here(const Tensor& x) const { return device_of(x) == device && x.get_device_index() == device_index; }
+  // All tensors of a call lie on one device. i: its place in the list, where it stands in one.
+  void require_here(const Tensor& x, const char* name, int64_t i = -1) const {
+    STD_TORCH_CHECK(device_of(x) == device && x.get_device_index() == device_index, "merge3: ", name,
+                    i < 0 ? "" : "[" + std::to_string(i) + "]", ": on ", device_name(x), ", expected ", there);
+  }
 
-  merge3_context context() const { return context_on(device, device_index); }
+  Place place() const { return Place(device, device_index); }
 
  private:
+  void settle(const Tensor& lead, const char* name) {
+    device = device_of(lead);
+    device_index = lead.get_device_index();
+    there = device_name(lead) + ", where " + name + " is";
+  }
+
   void lead_by_base(const Tensors& out, const Tensors& base, int32_t count) {
     STD_TORCH_CHECK(!base.empty() && base.size() == out.size(), "merge3: ", base.size(), " base tensors: expected ", out.size());
     STD_TORCH_CHECK(count <= MERGE3_MAX_EXPERTS, "merge3: ", count, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
     experts = count;
-    device = device_of(base[0]);
-    device_index = base[0].get_device_index();
+    settle(base[0], "base[0]");
     rows.resize(base.size());
     for (size_t t = 0; t < base.size(); ++t) {
       merge3_tensor& row = rows[t];
@@ -136,7 +165,7 @@ struct Table {
     STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
     STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
                     " elements, expected ", row.numel);
-    STD_TORCH_CHECK(here(x), "merge3: ", list, "[", i, "]: on another device than experts[0]");
+    require_here(x, list, i);
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % (row.dtype == MERGE3_FLOAT32 ? 4 : 2) == 0, "merge3: ", list,
                     "[", i, "]: misaligned, expected an address that is a multiple of its element size");
     STD_TORCH_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, "merge3: ", list, "[", i,
@@ -148,7 +177,8 @@ struct Table {
 template <class T>
 T* host(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, "merge3: ", name,
-                  ": expected a contiguous CPU tensor of scalar type ", int(dtype), ", found ", int(x.scalar_type()));
+                  ": expected a contiguous CPU tensor of scalar type ", int(dtype), ", found ", int(x.scalar_type()),
+                  " on ", device_name(x));
   STD_TORCH_CHECK(x.numel() == numel, "merge3: ", name, ": found ", x.numel(), " elements, expected ", numel);
   return static_cast<T*>(x.data_ptr());
 }
@@ -159,11 +189,13 @@ inline void set_rank_tables(Table& table, const Tensors& tables, int64_t stride,
   for (size_t i = 0; i < tables.size(); ++i) {
     merge3_tensor& row = table.rows[i / size_t(table.experts)];
     // A slice has the tables of its whole tensor.
-    const int64_t found = tables[i].numel(), expected = row.columns ? (row.offset + row.numel + row.columns - 1) / row.columns * stride : 0;
+    const int64_t rows = row.columns ? (row.offset + row.numel + row.columns - 1) / row.columns : 0;
+    const int64_t found = tables[i].numel(), expected = rows * stride;
+    table.require_here(tables[i], name, int64_t(i));
     STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Float && tables[i].is_contiguous() &&
-                        (found == expected || (slices && found > expected)) && table.here(tables[i]),
-                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32 on the device of experts[0], found ",
-                    tables[i].numel(), " elements");
+                        (found == expected || (slices && found > expected)),
+                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32, found ", found,
+                    " elements");
     row.rank_tables[i % size_t(table.experts)] = static_cast<const float*>(tables[i].data_ptr());
   }
 }
@@ -174,9 +206,10 @@ inline void set_masks(Table& table, const Tensors& masks, bool slices = false) {
   for (size_t i = 0; i < masks.size(); ++i) {
     merge3_tensor& row = table.rows[i / size_t(table.experts)];
     const int64_t found = masks[i].numel(), expected = (row.offset + row.numel + 31) / 32;
-    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Int && masks[i].is_contiguous() && table.here(masks[i]) &&
+    table.require_here(masks[i], "masks", int64_t(i));
+    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Int && masks[i].is_contiguous() &&
                         (found == expected || (slices && found > expected)),
-                    "merge3: masks[", i, "]: expected ", expected, " contiguous int32 on the device of the tensors, found ", found);
+                    "merge3: masks[", i, "]: expected ", expected, " contiguous int32, found ", found);
     row.masks[i % size_t(table.experts)] = static_cast<const uint32_t*>(masks[i].data_ptr());
   }
 }

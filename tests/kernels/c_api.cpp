@@ -24,7 +24,7 @@ struct Case {
   merge3_coefficient coefficients[2]{};
   float lambda = 1.0f;
   merge3_modes modes{};
-  merge3_context context{MERGE3_CPU, nullptr, nullptr};
+  merge3_context context{MERGE3_CPU, nullptr, nullptr, 0};
 
   Case() {
     tensor.out = out.data(), tensor.base = base.data();

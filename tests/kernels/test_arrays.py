@@ -86,3 +86,30 @@ def test_bad_arrays_are_named():
     with pytest.raises(ValueError, match="overlaps"):
         merge([same], [good()], [same, good()], c)
     merge([same], [same], [good(), good()], c)
+
+
+def test_arrays_on_several_gpus_are_refused_with_both_named():
+    """The arrays only say where they are: they are refused before anything reads them."""
+
+    class Elsewhere:
+        def __init__(self, *device):
+            self.device, self.array = device, np.zeros(8, np.float32)
+
+        def __dlpack_device__(self):
+            return self.device
+
+        def __dlpack__(self, stream=None):
+            return self.array.__dlpack__()
+
+    cuda, c = 2, arrays.coefficients(1, 2)
+    first, second, host = Elsewhere(cuda, 0), Elsewhere(cuda, 1), np.zeros(8, np.float32)
+    for experts, message in (
+        ([second, first], "experts\\[1\\]: on cuda:0; expected cuda:1, where experts\\[0\\] is"),
+        ([second, host], "experts\\[1\\]: on cpu; expected cuda:1, where experts\\[0\\] is"),
+        ([host, second], "experts\\[1\\]: on cuda:1; expected cpu, where experts\\[0\\] is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arrays.merge([host], [host], experts, c)
+    if "cuda" not in arrays.build():
+        with pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
+            arrays.merge([second], [second], [second, second], c)

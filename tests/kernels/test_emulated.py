@@ -60,6 +60,29 @@ except errors.Merge3Error as error:
     assert done.stdout.startswith(error) and said in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.heavy
+def test_a_merge_is_refused_while_a_graph_is_captured(library):
+    script = """
+import os, tests.kernels.emulation.library, torch
+from merge3 import errors, kernels
+out, base, experts = [torch.empty(8)], [torch.zeros(8)], [torch.ones(8)]
+case = kernels.coefficients(1, 1), torch.ones(1)
+prepared = kernels.Prepared(out, base, experts)
+prepared.upload(*case)
+os.environ["MERGE3_TEST_CAPTURING"] = "1"
+prepared.launch()
+print(out[0].sum())
+try:
+    kernels.merge_(out, base, experts, *case)
+except errors.BadInput as error:
+    print(error)
+"""
+    command, surroundings = [sys.executable, "-c", script], environment("cuda", library)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=surroundings)
+    assert done.stdout.startswith("tensor(8.)\na CUDA graph is being captured"), done.stdout + done.stderr
+    assert "capture Prepared.launch" in done.stdout
+
+
 def test_a_missed_barrier_and_an_overrun_are_noticed(tmp_path):
     """The emulation itself: what it is there to catch, it catches."""
     (tmp_path / "bad.cpp").write_text("""

@@ -87,10 +87,60 @@ def test_work_goes_to_the_current_stream():
 
 def test_a_mix_of_devices_is_refused():
     base, experts = make_case([64], 2, torch.float32)
-    with pytest.raises(BadInput, match=r"base\[0\]: on another device"):
+    with pytest.raises(BadInput, match=r"base\[0\]: on cpu, expected cuda:0, where experts\[0\] is"):
         kernels.merge_([torch.empty(64).cuda()], base, on_gpu(experts), kernels.coefficients(1, 2), torch.ones(1))
-    with pytest.raises(BadInput, match=r"coefficients"):
+    with pytest.raises(BadInput, match=r"coefficients: expected a contiguous CPU tensor .* found 6 on cuda:0"):
         kernels.merge_(on_gpu([torch.empty(64)]), on_gpu(base), on_gpu(experts), kernels.coefficients(1, 2).cuda(), torch.ones(1))
+
+
+def test_a_merge_that_a_graph_could_not_repeat_is_refused_while_it_is_captured():
+    out, base, experts, prepared = prepared_case()
+    case = random_coefficients(2, 3)
+    prepared.upload(*case)
+    prepared.launch(Modes("magnitude"))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prepared.launch(Modes("magnitude"))
+        with pytest.raises(BadInput, match=r"capture Prepared\.launch"):
+            kernels.merge_(out, base, experts, *case, Modes("magnitude"))
+        with pytest.raises(BadInput, match=r"capture Prepared\.launch"):
+            kernels.gram(base, experts, 2)
+    for o in out:
+        o.zero_()
+    graph.replay()  # what was refused has not spoilt the graph
+    expected = run(base, experts, *case, Modes("magnitude"), torch.bfloat16)
+    assert all(torch.equal(o, e) for o, e in zip(out, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_from_the_first():
+    """Every kernel on cuda:1 while cuda:0 is current, and a mix of the two."""
+    base, experts = make_case(SIZES, 3, torch.bfloat16)
+    case, modes = random_coefficients(len(base), 3), Modes("magnitude", "sum", True)
+    expected = run(base, experts, *case, modes, torch.bfloat16)
+    there = lambda tensors: [t.to("cuda:1") for t in tensors]
+    far = there(base), there(experts)
+    assert torch.cuda.current_device() == 0
+    found = run(*far, *case, modes, torch.bfloat16)
+    out = [torch.empty_like(b) for b in far[0]]
+    prepared = kernels.Prepared(out, *far, None, (), "magnitude")
+    prepared.upload(*case)
+    prepared.launch(modes)
+    for wanted, one, other in zip(expected, found, out):
+        assert torch.equal(one.cpu(), wanted) and torch.equal(other.cpu(), wanted)
+    assert kernels.gram(*far, len(base)).isfinite().all()
+    ranks = torch.tensor([[1, 5]] * len(base))
+    here = kernels.order_statistics(base, experts, ranks)
+    assert torch.equal(kernels.order_statistics(*far, ranks).value, here.value)
+    kernels.elementwise_(out, *far, "unify", torch.ones(len(base)))
+    kernels.pack(*far, len(base))
+    kernels.rank_tables(*far, len(base))
+    x, weight = torch.randn(5, 64, device="cuda:1").bfloat16(), torch.randn(3, 64, 64, device="cuda:1").bfloat16()
+    merged_linear(x, weight[0], list(weight[1:]), kernels.coefficients(1, 2)[0])
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(BadInput, match=r"base\[0\]: on cuda:0, expected cuda:1, where experts\[0\] is"):
+        kernels.merge_(out, on_gpu(base), far[1], *case, modes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

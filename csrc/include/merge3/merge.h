@@ -90,18 +90,24 @@ typedef struct {
   uint64_t seed;
 } merge3_modes;
 
-/* How CPU work is spread over threads: call body(arg, begin, end) over all of [0, count).
- * NULL: the library starts one thread per core for the call. */
+/* How CPU work is spread over threads: call body(arg, begin, end) over all of [0, count), on as many threads as
+ * there should be. Each call works on whatever is left, so a thread that is held up delays no other.
+ * NULL: the library starts threads for the call, as many as OMP_NUM_THREADS says, or else one per core that the
+ * process may use (its affinity and its cgroups' CPU quota). */
 typedef struct {
   void (*parallel_for)(void *self, int64_t count,
                        void (*body)(void *arg, int64_t begin, int64_t end), void *arg);
   void *self;
 } merge3_executor;
 
+/* On a GPU, calls do not depend on the calling thread's current device, and leave it as it was. Those that
+ * take or give host memory (all but merge3_merge_resident and merge3_merged_linear) are refused, with
+ * MERGE3_UNSUPPORTED, while the stream is captured for a CUDA graph. */
 typedef struct {
   int32_t device; /* merge3_device */
-  void *stream;   /* cudaStream_t; ignored on the CPU */
+  void *stream;   /* cudaStream_t of that GPU; ignored on the CPU */
   const merge3_executor *executor;
+  int32_t device_index; /* which GPU, from 0 on: where the tensors and the stream are; ignored on the CPU */
 } merge3_context;
 
 /* Fused merge. coefficients: [tensors, K]; lambda: [tensors]. Moves (K + 1) reads + 1 write. */

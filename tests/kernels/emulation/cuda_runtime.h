@@ -3,7 +3,8 @@
 // A launch runs its blocks one after the other. A block's threads are fibers: each runs to its next barrier
 // or its end before the next one starts, in an order that changes from barrier to barrier, so that a result
 // that depends on the order shows. A barrier that some threads miss ends the program. Device memory is host
-// memory, filled with 0xCD when allocated, so that what was never written shows as well.
+// memory, filled with 0xCD when allocated, so that what was never written shows as well. There are two devices; all
+// memory and streams count as those of the one that MERGE3_TEST_DEVICE_INDEX names, and work sent to the other fails.
 #pragma once
 #include <stdint.h>
 #include <stdio.h>
@@ -31,9 +32,30 @@
 typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
-       cudaErrorInvalidDeviceFunction = 98, cudaErrorNoKernelImageForDevice = 209 };
+       cudaErrorInvalidDeviceFunction = 98, cudaErrorInvalidDevice = 101, cudaErrorNoKernelImageForDevice = 209,
+       cudaErrorInvalidResourceHandle = 400, cudaErrorStreamCaptureImplicit = 906 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
-inline cudaError_t cudaGetDevice(int* to) { return *to = 0, cudaSuccess; }
+
+namespace emulation {
+inline thread_local int current_device = 0;
+inline cudaError_t work() {  // what everything given to a stream begins with
+  const char* owner = getenv("MERGE3_TEST_DEVICE_INDEX");
+  return current_device == (owner ? atoi(owner) : 0) ? cudaSuccess : cudaErrorInvalidResourceHandle;
+}
+}  // namespace emulation
+
+inline cudaError_t cudaGetDevice(int* to) { return *to = emulation::current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device > 1) return cudaErrorInvalidDevice;
+  return emulation::current_device = device, cudaSuccess;
+}
+// MERGE3_TEST_CAPTURING: 1, the stream is recorded; implicit, another one is, which waits for it.
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* to) {
+  const char* capturing = getenv("MERGE3_TEST_CAPTURING");
+  *to = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return capturing && *capturing == 'i' ? cudaErrorStreamCaptureImplicit : cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr which, int) { return *to = which ? 5 : 7, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* to) { return *to = 12040, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* to) { return *to = 13000, cudaSuccess; }
@@ -45,6 +67,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
+  if (cudaError_t e = emulation::work()) return e;
   *to = malloc(bytes);
   if (!*to) return cudaErrorMemoryAllocation;
   memset(*to, 0xCD, bytes);
@@ -52,6 +75,7 @@ inline cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
 }
 inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { free(p); return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (cudaError_t e = emulation::work()) return e;
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -201,6 +225,7 @@ class Block {
 template <class Kernel, class... Args>
 cudaError_t launch(Kernel kernel, int64_t blocks, unsigned threads, Args... args) {
   if (const char* failing = getenv("MERGE3_TEST_CUDA_ERROR")) return atoi(failing);
+  if (cudaError_t e = work()) return e;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // as a real grid's x
   block_dim.x = threads;
   grid_dim.x = unsigned(blocks);

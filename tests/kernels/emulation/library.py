@@ -58,7 +58,8 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
 def environment(device: str, library: Path) -> dict[str, str]:
     """What a Python that loads the library needs: the sanitizers before everything else."""
     found = lambda name: subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ | {
+    # The tensors count as those of the second GPU, while the first is the current one.
+    return os.environ | ({"MERGE3_TEST_DEVICE_INDEX": "1"} if device == "cuda" else {}) | {
         "MERGE3_TEST_LIBRARY": str(library), "MERGE3_TEST_DEVICE": device,
         "LD_PRELOAD": f"{found('libasan.so')} {found('libstdc++.so')}",
         # Python and torch leave memory at exit; torch's own libraries are not looked at.
