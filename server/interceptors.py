@@ -73,6 +73,8 @@ class Around(grpc.aio.ServerInterceptor):
             await asyncio.wait_for(context.write(response), self.stalled)
         except TimeoutError:
             raise Cancelled("stream", f"not read for {self.stalled:g} s", "a reader") from None
+        except grpc.aio.InternalError:  # the reader left between two messages: gRPC could not send this one
+            raise Cancelled("stream", "whoever read it has left") from None
 
 
 class _Call:

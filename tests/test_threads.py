@@ -106,7 +106,8 @@ def test_the_option_limits_torch_and_the_kernels(family, tmp_path, count):
     done = python(COUNTED, "merge", tmp_path / "recipe.yaml", tmp_path / "out", "--threads", count, "--quiet")
     assert done.returncode == 0, done.stderr
     wanted, running = map(int, done.stderr.split("\n")[-2].split())
-    assert wanted == running == count
+    # A small merge may have fewer pieces than threads are allowed; with one allowed there is never another.
+    assert wanted == count and running <= count and (count == 1 or running > 1)
 
 
 # The kernels without torch: how many threads there ever were while they ran, beside this one and the one that looks.
