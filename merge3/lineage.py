@@ -30,7 +30,9 @@ _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and 
 def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint) -> list[str]:
     """One line for each thing that sets an endpoint apart from the base, with both values. Reads a few MB of weights."""
     lines = []
-    own, theirs = _settings(base.config), _settings(other.config)
+    own, theirs = dict(_flat(base.config)), dict(_flat(other.config))
+    if own != theirs:  # with defaults filled in they may be equal yet
+        own, theirs = _settings(base.config), _settings(other.config)
     for key in sorted(set(own) & set(theirs) if own and theirs else ()):
         if own[key] != theirs[key]:
             lines.append(f"{model}: {key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}; the merge computes with the base's")

@@ -7,14 +7,23 @@ that renamed, fused, tied and ignored tensors count as they do when somebody loa
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from merge3.errors import ResourceError
+from merge3.files import write_atomically
+
 Shape = tuple[int, ...]
+_FORMAT = 1  # of what is remembered, and of how it is found out
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,29 @@ class Loading:
 def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
     """Load tensors of these names and shapes into the architecture of a config.json, on the meta device.
 
-    None where this transformers has no such architecture (custom code, or none named).
+    None where this transformers has no such architecture (custom code, or none named). Importing transformers takes
+    longer than a small merge, and the answer depends on nothing but what is asked: it is remembered in the user's
+    cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
     """
+    question = [config, sorted(shapes.items()), metadata.version("transformers"), torch.__version__, _FORMAT]
+    file = _cache() / f"{hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(file.read_text())
+        wrong = tuple((name, tuple(stored), tuple(own)) for name, stored, own in kept["mismatched"])
+        return Loading(kept["architecture"], tuple(kept["missing"]), tuple(kept["unexpected"]), wrong)
+    found = _loading(config, shapes)
+    if found is not None:
+        with contextlib.suppress(OSError, ResourceError):  # a memory that cannot be written is no reason to fail
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(asdict(found)))
+    return found
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merge3" / "architectures"
+
+
+def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
     import transformers
 
     architecture = (config.get("architectures") or [""])[0]

@@ -196,3 +196,24 @@ def test_moved_checkpoints_of_shards_are_whole(workshop):
     _, expected = workshop.merge(["one"], "base", out="a")
     _, found = workshop.merge(["sharded"], "base", out="b")
     assert all(torch.equal(found[n], t) for n, t in expected.items())
+
+
+def test_what_an_architecture_needs_is_remembered_and_asked_anew_when_anything_differs(workshop, tmp_path, monkeypatch):
+    from merge3.checkpoint import architecture
+    from merge3.checkpoint.read import open_checkpoint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = []
+    ask = architecture._loading
+    monkeypatch.setattr(architecture, "_loading", lambda *a: asked.append(1) or ask(*a))
+    workshop.model("base")
+    checkpoint = open_checkpoint(workshop.root / "base")
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    first = architecture.loading(checkpoint.config, shapes)
+    assert architecture.loading(checkpoint.config, shapes) == first and len(asked) == 1
+    fewer = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    assert architecture.loading(checkpoint.config, fewer).missing == ("lm_head.weight",)
+    wide = architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes)
+    assert wide.mismatched and architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes) == wide and len(asked) == 3
+    next((tmp_path / "cache").rglob("*.json")).write_text("{")  # damaged: asked again
+    architecture.loading(checkpoint.config, shapes), architecture.loading(checkpoint.config, fewer)
