@@ -22,7 +22,7 @@ def library():
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_kernel_suite_under_the_sanitizers(library):
     """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has. Both at the same time."""
     files = [str(Path(__file__).with_name(name)) for name in SUITES]
