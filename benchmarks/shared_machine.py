@@ -113,7 +113,7 @@ def measured(programs: Path, arguments: list, out: Path, environment: dict[str, 
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def measure(job, folder: Path, before: Path | None, repeats: int) -> dict[str, list[tuple[float, float]]]:
+def measure(job, folder: Path, before: Path | None, repeats: int, collapse: bool) -> dict[str, list[tuple[float, float]]]:
     """Before and now alone, now beside others, in turn; before beside others once: it takes long."""
     arguments, out = job(folder), folder / "out"
     older = HERE if before is None else before / ".venv" / "bin"
@@ -127,7 +127,7 @@ def measure(job, folder: Path, before: Path | None, repeats: int) -> dict[str, l
         found["alone"].append(measured(HERE, arguments, out, {}))
         with Busy():
             found["beside"].append(measured(HERE, arguments, out, {}))
-            if turn == 0:
+            if turn == 0 and collapse:
                 found["before beside"].append(measured(older, arguments, out, spinning))
         print({name: [f"{w:.1f} s ({p:.1f} s)" for w, p in times] for name, times in found.items()}, flush=True)
     shutil.rmtree(out, ignore_errors=True)
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-collapse", action="store_true", help="leave out the older version beside others: it takes long")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     rows, data = [], {}
@@ -148,23 +149,27 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in options.jobs:
             job, title = JOBS[name]
-            found = measure(job, folder, options.before, options.repeats)
-            wall, processor = ({n: median([t[i] for t in times]) for n, times in found.items()} for i in (0, 1))
+            found = measure(job, folder, options.before, options.repeats, not options.no_collapse)
+            wall, processor = ({n: median([t[i] for t in times]) for n, times in found.items() if times} for i in (0, 1))
             ratios = {
                 "alone": wall["alone"] / wall["before"],
                 "wall": wall["beside"] / wall["alone"], "processor": processor["beside"] / processor["alone"],
-                "before_wall": wall["before beside"] / wall["before"],
-                "before_processor": processor["before beside"] / processor["before"],
             }  # fmt: skip
+            if not options.no_collapse:
+                ratios["before_wall"] = wall["before beside"] / wall["before"]
+                ratios["before_processor"] = processor["before beside"] / processor["before"]
             rows.append(
                 [title, f"{wall['before']:.1f}", f"{wall['alone']:.1f}", f"**{ratios['alone']:.2f}**",
                  f"{wall['beside']:.1f}", f"**{ratios['wall']:.2f}**", f"**{ratios['processor']:.2f}**",
-                 f"{wall['before beside']:.1f}", f"{ratios['before_wall']:.2f}", f"{ratios['before_processor']:.2f}"]
+                 *([] if options.no_collapse else
+                   [f"{wall['before beside']:.1f}", f"{ratios['before_wall']:.2f}", f"{ratios['before_processor']:.2f}"])]
             )  # fmt: skip
             data[name] = {"wall": wall, "processor": processor, "ratios": ratios, "times": found}
     columns = ["", "alone, before, s", "alone, s", "ratio", "beside, s", f"times its wall time (limit {WALL:g})",
                f"times its processor time (limit {PROCESSOR:g})", "before: beside, s", "wall", "processor"]  # fmt: skip
-    title = f"Whole processes, alone and beside {available()} busy processes (medians of {options.repeats}; `before` beside them: once)"
+    columns = columns[:7] if options.no_collapse else columns
+    times = f"medians of {options.repeats}" + ("" if options.no_collapse else "; `before` beside them: once")
+    title = f"Whole processes, alone and beside {available()} busy processes ({times})"
     report("shared_machine", table(title, columns, rows), data, options.save and len(options.jobs) == len(JOBS))
 
 
