@@ -4,7 +4,8 @@
     ├── BadInput             the caller can fix it: exit code 2
     │   ├── RecipeError      a recipe or its parameters
     │   ├── CheckpointError  a checkpoint, its tensors or its files
-    │   ├── ItemsError       an items file
+    │   ├── ItemsError       an items file; LogitsError (tasks/forward.py): a model without usable logits
+    │   ├── ResponsesError   a response matrix or an item bank (irt/responses.py)
     │   ├── ConfigError      an evolve configuration
     │   ├── ResumeMismatch   a run directory that this configuration did not make
     │   ├── NotFound         a pool, items or a model that the daemon does not have
