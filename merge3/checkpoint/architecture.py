@@ -40,7 +40,7 @@ class Loading:
 def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
     """Load tensors of these names and shapes into the architecture of a config.json, on the meta device.
 
-    None where this transformers has no such architecture (custom code, or none named). Importing transformers takes
+    None where this transformers has no such architecture (custom code, or none named), or cannot build it. Importing transformers takes
     longer than a small merge, and the answer depends on nothing but what is asked: it is remembered in the user's
     cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
     """
@@ -59,7 +59,7 @@ def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading |
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "merge3" / "architectures"
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "merge3" / "architectures"
 
 
 def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
@@ -70,11 +70,14 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
     if kind is None or settings is None or not hasattr(kind, "from_pretrained"):
         return None
     tensors = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
-    with _silence():
-        _, found = kind.from_pretrained(
-            None, config=settings, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+    try:
+        with _silence():
+            _, found = kind.from_pretrained(
+                None, config=settings, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # one that this transformers names and cannot build, such as for want of a package
     mismatched = tuple(sorted((name, tuple(stored), tuple(own)) for name, stored, own in found["mismatched_keys"]))
     wrong = {name for name, *_ in mismatched}
     return Loading(
