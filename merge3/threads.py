@@ -6,8 +6,7 @@ container with two cores of a 64-core host gets two.
 
 A thread that waits at the end of a parallel step spins for milliseconds before it sleeps, unless told otherwise.
 On a core of its own that saves a wake-up. On a shared core it takes the time that its partner, waiting for a core,
-needs. So threads spin for a few microseconds and sleep: always, because other work may come at any time, and
-because it costs nothing measurable alone (benchmarks/shared_machine.py).
+needs. So threads spin for some tens of microseconds and then sleep: always, because other work may come at any time.
 
 How many threads a step gets follows from its size alone, never from the load: sums in another order round
 otherwise, and a resumed search is, bit for bit, the one that was never stopped.
@@ -25,7 +24,10 @@ from pathlib import Path
 from merge3.errors import BadInput
 
 MOST = 1024
-_SPINS = 1000  # of libgomp, before a thread sleeps
+# Of libgomp, before a thread sleeps. A demo search of 60 candidates on two quiet cores took 35 to 42 s with 1,000,
+# 33 to 36 s with 3,000, 33 s with 10,000 or libgomp's own 300,000, 41 s on one thread; beside one busy process per
+# core 75 s (processor time 1.2 times that alone) with 3,000, 95 s (1.6 times) with 10,000.
+_SPINS = 3000
 
 
 def threads_option(text: str | None) -> int | None:
