@@ -1,9 +1,20 @@
 """Real, tiny checkpoints made by transformers, shared by all tests."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what follows
+    # What was found out about architectures in another run, by other code, must not answer for this one's.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))  # its fonts take seconds to find again
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="merge3-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 from merge3.threads import configure
 

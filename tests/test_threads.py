@@ -158,3 +158,27 @@ def test_every_command_that_computes_has_the_option(name):
 
 def test_the_daemon_has_it_too():
     assert "--threads N" in command("merge3_server.cli", "serve", "--help").stdout
+
+
+FEW = """
+from merge3.threads import configure, few_threads
+configure(2)
+import torch
+counts = [torch.get_num_threads()]
+with few_threads(1000):
+    counts.append(torch.get_num_threads())
+counts.append(torch.get_num_threads())
+try:
+    with few_threads(1000):
+        raise ValueError
+except ValueError:
+    counts.append(torch.get_num_threads())
+with few_threads(10**9):
+    counts.append(torch.get_num_threads())
+print(*counts)
+"""
+
+
+def test_small_work_runs_on_one_thread_and_gives_the_others_back():
+    done = python(FEW)
+    assert done.stdout.split() == ["2", "1", "2", "2", "2"], done.stderr

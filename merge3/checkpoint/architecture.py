@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from merge3 import __version__
 from merge3.errors import ResourceError
 from merge3.files import write_atomically
 
 Shape = tuple[int, ...]
-_FORMAT = 1  # of what is remembered, and of how it is found out
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading |
     longer than a small merge, and the answer depends on nothing but what is asked: it is remembered in the user's
     cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
     """
-    question = [config, sorted(shapes.items()), metadata.version("transformers"), torch.__version__, _FORMAT]
+    versions = [__version__, metadata.version("transformers"), torch.__version__]
+    question = [config, sorted(shapes.items()), versions]
     file = _cache() / f"{hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(file.read_text())

@@ -128,3 +128,10 @@ def test_every_method_documents_itself():
     for name, method in METHODS.items():
         assert method.name == name and method.summary
         assert all(p.help for p in method.parameters.values()), name
+
+
+def test_every_parameter_of_a_method_is_known_where_it_is_misplaced():
+    """The recipe, which knows no methods, keeps their parameters' names for its messages alone."""
+    from merge3 import recipe
+
+    assert set(recipe._PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}
