@@ -14,6 +14,7 @@ _HOMES = {
     "Space": "merge3.space",
     "SpaceDefinition": "merge3.space",
     "LocalEngine": "merge3.engine",
+    "Registration": "merge3.registration",
     "Item": "merge3.tasks",
     "read_items": "merge3.tasks",
     "merge_to_disk": "merge3.export",

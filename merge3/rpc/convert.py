@@ -163,15 +163,25 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:
-    return pb.Evaluation(
-        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses, value=e.value,
-        stderr=e.stderr, seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, error=e.error or "", worker=worker,
+    """index: the request's, which is given back."""
+    message = pb.Evaluation(
+        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses,
+        seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, worker=worker,
     )  # fmt: skip
+    for name, value, stderr in zip(e.objectives, e.values, e.stderrs):
+        message.estimates.add(objective=name, value=value, stderr=stderr)
+    if e.error is not None:
+        message.error.CopyFrom(error_to(e.error))
+    return message
 
 
 def evaluation_from(m: pb.Evaluation) -> Evaluation:
-    responses = None if m.error else np.array(m.responses)
-    return Evaluation(m.index, m.recipe_hash, responses, m.value, m.stderr, m.seconds, m.swap_seconds, m.error or None)
+    """What `evaluation_to` sent, bit for bit."""
+    error = error_of(m.error) if m.HasField("error") else None
+    return Evaluation(
+        m.index, m.recipe_hash, np.array(m.responses) if error is None else None, tuple(e.objective for e in m.estimates),
+        np.array([e.value for e in m.estimates]), np.array([e.stderr for e in m.estimates]), m.seconds, m.swap_seconds, error,
+    )  # fmt: skip
 
 
 def recipe_to(recipe: Recipe) -> str:
@@ -221,16 +231,20 @@ def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
     )  # fmt: skip
 
 
+def error_of(message: pb.Error) -> errors.Merge3Error:
+    """The error behind a message, of the class it had on the other side."""
+    _register(errors.Merge3Error)
+    kind = _BY_REASON.get(message.reason, errors.Merge3Error)
+    error = kind(message.where, message.found, message.expected, message.hint)
+    if isinstance(error, errors.Busy):
+        error.retry_after = message.retry_after_ms / 1000
+    return error
+
+
 def error_from(code: str, details: str, metadata: Mapping[str, Any]) -> errors.Merge3Error:
     """The error behind a status. code: its name; metadata: trailing."""
-    _register(errors.Merge3Error)
-    message = pb.Error()
     if ERROR_KEY in metadata:
-        message.ParseFromString(metadata[ERROR_KEY])
-        kind = _BY_REASON.get(message.reason, errors.Merge3Error)
-        error = kind(message.where, message.found, message.expected, message.hint)
-        if isinstance(error, errors.Busy):
-            error.retry_after = message.retry_after_ms / 1000
-        return error
+        return error_of(pb.Error.FromString(metadata[ERROR_KEY]))
+    _register(errors.Merge3Error)
     kind = next((k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error)
     return kind(details or code)

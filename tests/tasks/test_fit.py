@@ -13,7 +13,7 @@ from merge3.client.channel import Target
 from merge3.client.evaluate import evaluate_files
 from merge3.client.register import Registrar
 from merge3.errors import ConfigError, ItemsError
-from merge3.rpc import merge3_pb2 as pb
+from merge3.registration import Registration
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
 from merge3.tasks import Item, Scorer, read_items
@@ -319,7 +319,7 @@ def test_a_daemons_refusal_names_the_line(tmp_path):
         raise ItemsError("item 'b' of task 't'", "prompt of 300 tokens", "at most 128")
 
     with pytest.raises(ItemsError) as error:
-        Registrar(refuse).register("pool", pb.RegisterHeader(), None, None, items)
+        Registrar(refuse).register("pool", Registration(tuple(items)))
     assert error.value.where == place(items[1]) == f"{tmp_path / 't.jsonl'}, line 2: item 'b' of task 't'"
 
 

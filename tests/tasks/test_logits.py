@@ -15,13 +15,15 @@ from merge3.client import cli, run
 from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, ItemsError
 from merge3.pool import Pool
+from merge3.registration import Registration
 from merge3.search.config import load_config
-from merge3.search.store import RunStore
+from merge3.search.journal import Journal
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
 from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
 from merge3.tasks.forward import likeliest
 from merge3.tasks.prompts import encode
+from tests.asking import answers
 
 
 def text(count, first=0):
@@ -223,16 +225,15 @@ def test_an_endpoint_is_named_and_a_candidate_fails(checkpoints):
     base, broken, other = (str(checkpoints / name) for name in ("base", "nanlogits", "e0"))
     engine = LocalEngine(Pool.open(base, [broken, other], "cpu"))
     with pytest.raises(LogitsError, match=rf"{broken}: item 'c0' of task 'c': the model's logits are NaN or infinite"):
-        engine.answer(broken, choices())
-    assert np.isfinite(engine.answer(base, choices())).all()
+        answers(engine, broken, choices())
+    assert np.isfinite(answers(engine, base, choices())).all()
     space = Space(SpaceDefinition((broken, other), "linear", None, preset="expert"), engine.info().layout)
-    engine.register(space, choices())
-    found = list(engine.evaluate([space.initial(), space.initial()]))
-    assert all(
-        e.responses is None and np.isnan(e.value) and "the model's logits are NaN or infinite" in e.error for e in found
-    )
+    asked = Registration(tuple(choices()), space.definition)
+    found = list(engine.evaluate(asked, [space.initial(), space.initial()]))
+    assert all(e.responses is None and np.isnan(e.value) for e in found)
+    assert all("the model's logits are NaN or infinite" in str(e.error) for e in found)
     with pytest.raises(ItemsError, match="^item 'c0' of task 'c': the model's logits"):
-        engine.answer(space.recipe(space.initial()), choices())
+        answers(engine, space.recipe(space.initial()), choices())
 
 
 def test_a_base_without_logits_is_named_when_first_asked(checkpoints):
@@ -240,10 +241,10 @@ def test_a_base_without_logits_is_named_when_first_asked(checkpoints):
     engine = LocalEngine(Pool.open(broken, [other], "cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.register(None, choices())
+        engine.prepare(Registration(tuple(choices())))
         with pytest.raises(LogitsError, match="nanlogits: item 'c0'"):
-            engine.answer(broken, choices())
-        assert np.isfinite(engine.answer(other, choices())).all()
+            answers(engine, broken, choices())
+        assert np.isfinite(answers(engine, other, choices())).all()
 
 
 def test_evaluate_says_so_in_one_line(checkpoints, tmp_path, monkeypatch, capsys):
@@ -278,7 +279,7 @@ def test_a_candidate_is_journalled_as_failed(checkpoints, tmp_path):
         ConfigError, match="generation 0: every candidate failed .*the model's logits are NaN or infinite"
     ):
         run.evolve(search(checkpoints, tmp_path), tmp_path / "run", quiet=True, export=False)
-    candidates = RunStore(tmp_path / "run").candidates()
+    candidates = Journal(tmp_path / "run").candidates()
     assert len(candidates) == 2
     for candidate in candidates:
         assert candidate.responses is None and np.isnan(candidate.value)
