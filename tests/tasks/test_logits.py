@@ -225,7 +225,7 @@ def test_an_endpoint_is_named_and_a_candidate_fails(checkpoints):
     with pytest.raises(LogitsError, match=rf"{broken}: item 'c0' of task 'c': the model's logits are NaN or infinite"):
         engine.answer(broken, choices())
     assert np.isfinite(engine.answer(base, choices())).all()
-    space = Space(SpaceDefinition((broken, other), "linear", None, preset="expert"), engine.info().layout)
+    space = Space(SpaceDefinition((broken, other), "linear", None), engine.info().layout)
     engine.register(space, choices())
     found = list(engine.evaluate([space.initial(), space.initial()]))
     assert all(
