@@ -27,7 +27,7 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.slot import Slot
-from merge3.space import DENSITY_STEPS, Space, SpaceDefinition
+from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
@@ -266,17 +266,13 @@ class LocalEngine:
                 raise ConfigError("genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth")
 
     def _prefetch(self, space: Space) -> None:
-        """Thresholds at every density a search can name, for all tensors in one pass over the weights."""
+        """What every value that a search can name needs, for all tensors in one pass over the weights."""
         method = METHODS[space.definition.method]
-        if "density" not in space.own or "gamma" in method.parameters or method.stochastic:
-            return
-        planned = plan(space.uniform_recipe(), method, self.pool)
-        self.pool.statistics.prefetch_order(
-            (job.base, source, {max(1, int(job.numel * j / DENSITY_STEPS)) for j in range(1, DENSITY_STEPS)})
-            for job in planned.jobs
-            if job.numel
-            for source in job.sources
-        )
+        wanted = [method.prefetch_search[gene] for gene in space.genes if gene in method.prefetch_search]
+        if wanted:
+            jobs = plan(space.uniform_recipe(), method, self.pool).jobs
+            for prefetch in wanted:
+                prefetch(jobs, self.pool.statistics)
 
 
 @contextmanager

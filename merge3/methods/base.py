@@ -16,11 +16,42 @@ from merge3.recipe import nearest
 from merge3.statistics import Statistics
 
 REQUIRED = object()
+ForModels = float | Callable[[int], float]  # a value, or a function of how many models are merged
+
+
+def equal_share(models: int) -> float:
+    """What each of so many models weighs where all weigh alike and together 1."""
+    return 1 / models
+
+
+def for_models(value: ForModels, models: int) -> float:
+    """The value where so many models are merged."""
+    return value(models) if callable(value) else value
+
+
+class Gene(NamedTuple):
+    """How a search varies a parameter.
+
+    low, high: bounds; a first step is a share of their distance. start: the value in the uniform merge.
+    steps: values are multiples of 1 / steps, so that what they lead to can be known before a search; 0: any value.
+    weighs: `allow_negative_weights: false` keeps it at 0 or above.
+    folded: the preset `evolve` takes its absolute value, at most 1, and starts at 1, as mergekit-evolve does.
+    """
+
+    low: float
+    high: float
+    start: ForModels
+    steps: int = 0
+    weighs: bool = False
+    folded: bool = False
+
+
+WEIGHT_OF_MODEL = Gene(-0.5, 2.0, equal_share, weighs=True)  # of every method that weighs its models
 
 
 class Parameter(NamedTuple):
     """scope: `shared` (one value per tensor), `expert` (one per non-base source), `source` (per source).
-    low, high: inclusive bounds; open_low excludes low itself."""
+    low, high: inclusive bounds; open_low excludes low itself. gene: None where no search varies it."""
 
     kind: type
     scope: str
@@ -29,6 +60,14 @@ class Parameter(NamedTuple):
     high: float = float("inf")
     open_low: bool = False
     help: str = ""
+    gene: Gene | None = None
+
+
+class ByHand(NamedTuple):
+    """The parameters of a merge that one would pick by hand. own: of every model; common: of the recipe."""
+
+    own: dict[str, ForModels]
+    common: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -48,6 +87,7 @@ class Job:
 
     @property
     def numel(self) -> int:
+        """Elements of the output."""
         return math.prod(self.shape)
 
 
@@ -91,7 +131,12 @@ Step = Fused | Elementwise | Copy
 class Method:
     """A merge method. step(job, statistics) gives what to run; prefetch(jobs, statistics) asks for the
     statistics of many jobs in one go. base: `required`, `optional` (its presence changes the formula) or
-    `source` (an input like the others)."""
+    `source` (an input like the others).
+
+    searched: the parameters that a search varies unless told otherwise. prefetch_search: parameter -> as prefetch,
+    but for every value that a search can give this parameter. by_hand: name -> a merge that searches are measured
+    against. evolve_normalizes: the preset `evolve` sets `normalize`, as mergekit-evolve does for this method.
+    """
 
     name: str
     summary: str
@@ -102,6 +147,15 @@ class Method:
     experts: tuple[int, int] = (1, MAX_EXPERTS)
     prefetch: Callable[[list[Job], Statistics], None] = lambda jobs, statistics: None
     stochastic: bool = False
+    searched: tuple[str, ...] = ()
+    prefetch_search: dict[str, Callable[[list[Job], Statistics], None]] = field(default_factory=dict)
+    by_hand: dict[str, ByHand] = field(default_factory=dict)
+    evolve_normalizes: bool = False
+
+    @property
+    def genes(self) -> dict[str, Gene]:
+        """The parameters that a search can vary, in the row's order."""
+        return {name: parameter.gene for name, parameter in self.parameters.items() if parameter.gene is not None}
 
     def check_parameters(self, names, where: str) -> None:
         """Refuse parameters the method does not take."""

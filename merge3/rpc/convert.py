@@ -22,7 +22,7 @@ from merge3.irt.estimation import Estimator
 from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
-from merge3.space import PRESETS, SpaceDefinition
+from merge3.space import SpaceDefinition
 from merge3.tasks.items import Item, make_item
 
 ERROR_KEY = "merge3-error-bin"
@@ -67,26 +67,27 @@ def item_from(message: pb.Item, where: str) -> Item:
 
 
 def space_to(d: SpaceDefinition) -> pb.SpaceDefinition:
-    return pb.SpaceDefinition(
-        models=d.models, method=d.method, base=d.base or "", layer_granularity=d.layer_granularity, filters=d.filters,
-        smooth=d.smooth, normalize=d.normalize, allow_negative_weights=d.allow_negative_weights, preset=d.preset, genes=d.genes,
-        bounds={gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()},
-        tokenizer_source=d.tokenizer_source or "", dtype=d.dtype or "",
-    )  # fmt: skip
+    """Field by field, by name; None is a field that is not set."""
+    values = {field.name: getattr(d, field.name) for field in pb.SpaceDefinition.DESCRIPTOR.fields}
+    values["bounds"] = {gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()}
+    return pb.SpaceDefinition(**values)
 
 
 def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
-    """Raises ConfigError for what only an evolve configuration's own checks would have caught."""
-    if m.preset and m.preset not in PRESETS:
-        raise errors.ConfigError("space: preset", f"found {m.preset!r}", ", ".join(PRESETS))
+    """Field by field, by name; what is not set, or an empty text, is as the definition has it by default.
+
+    Raises ConfigError for what only an evolve configuration's own checks would have caught.
+    """
     for gene, r in m.bounds.items():
         if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
             raise errors.ConfigError(f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high")
-    return SpaceDefinition(
-        tuple(m.models), m.method, m.base or None, m.layer_granularity, tuple(m.filters), m.smooth,
-        m.normalize if m.HasField("normalize") else None, m.allow_negative_weights, m.preset or "layerwise", tuple(m.genes),
-        {gene: (r.low, r.high) for gene, r in m.bounds.items()}, m.tokenizer_source or None, m.dtype or None,
-    )  # fmt: skip
+    values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
+    for field in m.DESCRIPTOR.fields:
+        value = getattr(m, field.name)
+        unset = value == "" or (field.has_presence and not m.HasField(field.name))
+        if field.name not in values and not unset:
+            values[field.name] = tuple(value) if field.is_repeated else value
+    return SpaceDefinition(**values)
 
 
 # -- estimators

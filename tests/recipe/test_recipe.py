@@ -132,6 +132,6 @@ def test_every_method_documents_itself():
 
 def test_every_parameter_of_a_method_is_known_where_it_is_misplaced():
     """The recipe, which knows no methods, keeps their parameters' names for its messages alone."""
-    from merge3 import recipe
+    from merge3.recipe import checks
 
-    assert set(recipe._PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}
+    assert set(checks.PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}

@@ -248,7 +248,7 @@ def test_registrations_that_cannot_be(world, by_hand):
         (with_header(weights={"words": -1.0}), "weights: words"), (with_header(weights={"words": float("nan")}), "weights: words"),
         (with_header(weights={"words": 0.0}), "weights"), (with_header(heads={"words": "/nowhere"}), "heads: words"),
         ([*with_header(estimators={"words": key})[:1], junk, entries], "not a message of that kind"),
-        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "space: preset"), (with_space(genes=["luck"]), "luck"),
+        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "genome: preset"), (with_space(genes=["luck"]), "luck"),
         (with_space(bounds=pb.Range(low=1, high=0)), "low < high"), (with_space(base=""), "base_model"),
         (with_space(models=[]), "0 models"),
     ]  # fmt: skip

@@ -227,7 +227,7 @@ def test_an_endpoint_is_named_and_a_candidate_fails(checkpoints):
     with pytest.raises(LogitsError, match=rf"{broken}: item 'c0' of task 'c': the model's logits are NaN or infinite"):
         answers(engine, broken, choices())
     assert np.isfinite(answers(engine, base, choices())).all()
-    space = Space(SpaceDefinition((broken, other), "linear", None, preset="expert"), engine.info().layout)
+    space = Space(SpaceDefinition((broken, other), "linear", None), engine.info().layout)
     asked = Registration(tuple(choices()), space.definition)
     found = list(engine.evaluate(asked, [space.initial(), space.initial()]))
     assert all(e.responses is None and np.isnan(e.value) for e in found)
