@@ -1,7 +1,7 @@
 """What to merge: mergekit's YAML as validated, frozen objects, and back.
 
 A recipe knows names only. Whether layers exist and tensors fit is found when it meets checkpoints
-(methods/plan.py). Which parameters a method takes is found there too: `Recipe` accepts any.
+(program.py). Which parameters a method takes is found there too: `Recipe` accepts any.
 """
 
 from __future__ import annotations

@@ -50,6 +50,15 @@ class Job:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        """Its inputs, base first."""
+        return _inputs(self.base, self.sources)
+
+
+# Every step says three things. refs: the tensors it reads, base first. kernel: steps that agree in it run in one
+# call. sliceable: whether a part of the tensor can be computed from that part of its inputs.
+
 
 @dataclass
 class Fused:
@@ -64,6 +73,23 @@ class Fused:
     rank_tables: tuple[torch.Tensor, ...] = ()
     columns: bool = False
 
+    @property
+    def split(self) -> bool:
+        """Whether rows (or columns) have coefficients of their own."""
+        return self.coefficients.ndim == 3
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.modes, self.base is None, len(self.experts), self.split, self.columns)
+
+    @property
+    def sliceable(self) -> bool:
+        return not self.split and not self.columns
+
 
 @dataclass
 class Elementwise:
@@ -75,6 +101,15 @@ class Elementwise:
     scalar: float
     per_expert: np.ndarray = field(default_factory=lambda: np.ones(1))
     rows: torch.Tensor | None = None
+    sliceable = False  # rows belong to whole tensors
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.rule, len(self.experts))
 
 
 @dataclass
@@ -82,6 +117,12 @@ class Copy:
     """The tensor as it is."""
 
     source: Any
+    kernel = ()
+    sliceable = False  # it is read once in any case
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return (self.source,)
 
 
 Step = Fused | Elementwise | Copy
@@ -91,7 +132,13 @@ Step = Fused | Elementwise | Copy
 class Method:
     """A merge method. step(job, statistics) gives what to run; prefetch(jobs, statistics) asks for the
     statistics of many jobs in one go. base: `required`, `optional` (its presence changes the formula) or
-    `source` (an input like the others)."""
+    `source` (an input like the others).
+
+    derive(job, tensors): for methods that first make one expert of all, see derived.py. A pure function of a job and
+    its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
+    It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
+    shared parameters, so only these can be searched without deriving anew.
+    """
 
     name: str
     summary: str
@@ -102,6 +149,8 @@ class Method:
     experts: tuple[int, int] = (1, MAX_EXPERTS)
     prefetch: Callable[[list[Job], Statistics], None] = lambda jobs, statistics: None
     stochastic: bool = False
+    derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
+    deriving: tuple[str, ...] = ()
 
     def check_parameters(self, names, where: str) -> None:
         """Refuse parameters the method does not take."""
@@ -128,6 +177,10 @@ class Method:
             bracket = "(" if p.open_low else "["
             raise RecipeError(f"{where}.{name}", f"found {value!r}", f"a value in {bracket}{p.low:g}, {p.high:g}]")
         return number
+
+
+def _inputs(base: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    return others if base is None else (base, *others)
 
 
 def neutral(weights) -> np.ndarray:
