@@ -21,10 +21,11 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import BadInput, ConfigError, ResourceError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import EstimateOf, mean_over_tasks
-from merge3.methods import METHODS, plan
+from merge3.live.slot import Slot
+from merge3.methods import METHODS
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import Recipe
-from merge3.slot import Slot
 from merge3.space import DENSITY_STEPS, Space
 from merge3.tasks import Item, LogitsError, Scorer
 
@@ -147,7 +148,7 @@ class LocalEngine:
 
     def check(self, recipe: Recipe) -> None:
         """A dry run: raises what swapping or exporting the recipe would refuse, reads and writes no weights."""
-        self.slot.plan(recipe)
+        self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path) -> dict:
@@ -194,10 +195,10 @@ class LocalEngine:
         method = METHODS[self.space.definition.method]
         if "density" not in self.space.own or "gamma" in method.parameters or method.stochastic:
             return
-        planned = plan(self.space.uniform_recipe(), method, self.pool)
+        program = compile(self.space.uniform_recipe(), self.pool)
         self.pool.statistics.prefetch_order(
             (job.base, source, {max(1, int(job.numel * j / DENSITY_STEPS)) for j in range(1, DENSITY_STEPS)})
-            for job in planned.jobs
+            for job in program.jobs
             if job.numel
             for source in job.sources
         )

@@ -23,9 +23,9 @@ from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import TaskEstimator, mean_over_tasks
 from merge3.irt.estimation import Estimator
+from merge3.live.slot import Slot
 from merge3.pool import Pool
 from merge3.recipe import Recipe
-from merge3.slot import Slot
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item
 
@@ -117,7 +117,7 @@ class Host:
     def check(self, spec: PoolSpec, recipe: Recipe, stop=None, emit=None) -> None:
         """A dry run of swap and export: raises what they would refuse."""
         pool, slot = self._pool(spec)
-        slot.plan(recipe)
+        slot.compile(recipe)
         check_recipe(recipe, pool)
 
     def generate(

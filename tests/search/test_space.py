@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from merge3.checkpoint.layout import layout
 from merge3.errors import ConfigError
-from merge3.methods import METHODS, plan
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import Recipe, load_yaml
 from merge3.space import Space, SpaceDefinition
 
@@ -49,7 +49,7 @@ def test_every_gene_moves_some_tensor(family):
     s = Space(SpaceDefinition(models, "ties", str(family / "base"), genes=("weight", "density", "lambda")), pool.layouts[pool.base])
 
     def parameters(genome):
-        return [(j.name, j.shared, j.per_source) for j in plan(s.recipe(genome), METHODS["ties"], pool).jobs]
+        return [(j.name, j.shared, j.per_source) for j in compile(s.recipe(genome), pool).jobs]
 
     start = s.initial()
     before = parameters(start)
