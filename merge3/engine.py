@@ -22,11 +22,12 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import BadInput, ConfigError, Merge3Error, ResourceError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import check_objectives, estimates
-from merge3.methods import METHODS, plan
+from merge3.live.slot import Slot
+from merge3.methods import METHODS
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import Recipe
 from merge3.registration import Registration
-from merge3.slot import Slot
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
 
@@ -212,7 +213,7 @@ class LocalEngine:
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
-        self.slot.plan(recipe)
+        self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
@@ -270,7 +271,7 @@ class LocalEngine:
         method = METHODS[space.definition.method]
         wanted = [method.prefetch_search[gene] for gene in space.genes if gene in method.prefetch_search]
         if wanted:
-            jobs = plan(space.uniform_recipe(), method, self.pool).jobs
+            jobs = compile(space.uniform_recipe(), self.pool).jobs
             for prefetch in wanted:
                 prefetch(jobs, self.pool.statistics)
 

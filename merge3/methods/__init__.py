@@ -5,9 +5,8 @@ METHODS is the one list: `--help`, the README's table and the parity tests are m
 
 from merge3.errors import RecipeError
 from merge3.methods import averages, rules, spherical, task_arithmetic
-from merge3.methods.base import Gene, Job, Method, Parameter
-from merge3.methods.execute import execute, steps_for
-from merge3.methods.plan import Plan, plan
+from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
+from merge3.methods.execute import execute
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -30,6 +29,4 @@ def gene_names() -> list[str]:
     return list(names)
 
 
-__all__ = [
-    "METHODS", "Gene", "Job", "Method", "Parameter", "Plan", "execute", "gene_names", "method_named", "plan", "steps_for",
-]  # fmt: skip
+__all__ = ["METHODS", "Copy", "Gene", "Job", "Method", "Parameter", "Step", "execute", "gene_names", "method_named"]

@@ -90,6 +90,15 @@ class Job:
         """Elements of the output."""
         return math.prod(self.shape)
 
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        """Its inputs, base first."""
+        return _inputs(self.base, self.sources)
+
+
+# Every step says three things. refs: the tensors it reads, base first. kernel: steps that agree in it run in one
+# call. sliceable: whether a part of the tensor can be computed from that part of its inputs.
+
 
 @dataclass
 class Fused:
@@ -104,6 +113,23 @@ class Fused:
     rank_tables: tuple[torch.Tensor, ...] = ()
     columns: bool = False
 
+    @property
+    def split(self) -> bool:
+        """Whether rows (or columns) have coefficients of their own."""
+        return self.coefficients.ndim == 3
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.modes, self.base is None, len(self.experts), self.split, self.columns)
+
+    @property
+    def sliceable(self) -> bool:
+        return not self.split and not self.columns
+
 
 @dataclass
 class Elementwise:
@@ -115,6 +141,15 @@ class Elementwise:
     scalar: float
     per_expert: np.ndarray = field(default_factory=lambda: np.ones(1))
     rows: torch.Tensor | None = None
+    sliceable = False  # rows belong to whole tensors
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.rule, len(self.experts))
 
 
 @dataclass
@@ -122,6 +157,12 @@ class Copy:
     """The tensor as it is."""
 
     source: Any
+    kernel = ()
+    sliceable = False  # it is read once in any case
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return (self.source,)
 
 
 Step = Fused | Elementwise | Copy
@@ -136,6 +177,11 @@ class Method:
     searched: the parameters that a search varies unless told otherwise. prefetch_search: parameter -> as prefetch,
     but for every value that a search can give this parameter. by_hand: name -> a merge that searches are measured
     against. evolve_normalizes: the preset `evolve` sets `normalize`, as mergekit-evolve does for this method.
+
+    derive(job, tensors): for methods that first make one expert of all, see derived.py. A pure function of a job and
+    its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
+    It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
+    shared parameters, so only these can be searched without deriving anew.
     """
 
     name: str
@@ -151,6 +197,9 @@ class Method:
     prefetch_search: dict[str, Callable[[list[Job], Statistics], None]] = field(default_factory=dict)
     by_hand: dict[str, ByHand] = field(default_factory=dict)
     evolve_normalizes: bool = False
+
+    derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
+    deriving: tuple[str, ...] = ()
 
     @property
     def genes(self) -> dict[str, Gene]:
@@ -182,6 +231,10 @@ class Method:
             bracket = "(" if p.open_low else "["
             raise RecipeError(f"{where}.{name}", f"found {value!r}", f"a value in {bracket}{p.low:g}, {p.high:g}]")
         return number
+
+
+def _inputs(base: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    return others if base is None else (base, *others)
 
 
 def neutral(weights) -> np.ndarray:

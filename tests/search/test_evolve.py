@@ -287,7 +287,7 @@ def test_a_limit_also_bounds_a_random_subset(tiny_world):
 def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
     from safetensors.torch import load_file
 
-    from merge3.slot import Slot
+    from merge3.live.slot import Slot
 
     pool = Pool.open(str(family / "base"), [str(family / f"e{i}") for i in range(3)])
     slot = Slot(pool)
@@ -307,7 +307,7 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
 def test_heads_stay_with_their_experts(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from merge3.slot import Slot
+    from merge3.live.slot import Slot
 
     for i, labels in enumerate((2, 3, 5)):
         torch.manual_seed(i)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from merge3.checkpoint.layout import layout
 from merge3.engine import LocalEngine
 from merge3.errors import ConfigError
-from merge3.methods import METHODS, plan
+from merge3.methods import METHODS
 from merge3.methods.base import for_models
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import Recipe, load_yaml
 from merge3.search.baselines import default_merges
 from merge3.space import PRESETS, SPACES, Space, SpaceDefinition
@@ -119,7 +120,7 @@ def test_every_gene_moves_some_tensor(family):
     s = Space(definition, pool.layouts[pool.base])
 
     def parameters(genome):
-        return [(j.name, j.shared, j.per_source) for j in plan(s.recipe(genome), METHODS["ties"], pool).jobs]
+        return [(j.name, j.shared, j.per_source) for j in compile(s.recipe(genome), pool).jobs]
 
     start = s.initial()
     before = parameters(start)
