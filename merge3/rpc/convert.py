@@ -23,7 +23,8 @@ from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
 from merge3.space import SpaceDefinition
-from merge3.tasks.items import Item, make_item
+from merge3.tasks.items import Item
+from merge3.tasks.reading import make_item
 
 ERROR_KEY = "merge3-error-bin"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

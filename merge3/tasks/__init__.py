@@ -1,4 +1,4 @@
-"""Items, prompts, scoring: a model's answers become responses. Knows no merging."""
+"""Items, what they ask of a model, what its answers are worth: responses. Knows no merging."""
 
 from merge3.tasks.fit import fit_to_model
 from merge3.tasks.forward import LogitsError

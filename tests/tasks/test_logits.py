@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from merge3.search.config import load_config
 from merge3.search.journal import Journal
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
-from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
 from merge3.tasks.forward import likeliest
-from merge3.tasks.prompts import encode
+from merge3.tasks.kinds import KINDS
+from merge3.tasks.likelihoods import PlainRows, SharedRows
+from merge3.tasks.prompts import Reader
+from merge3.tasks.requests import share_prefix
 from tests.asking import answers
 
 
@@ -50,6 +53,12 @@ def generates(prefix=0, count=3):
         Item(f"g{i}", "g", "generate", f"{text(prefix)} w{i} w3".strip(), ("w1",), metric="exact", max_tokens=3)
         for i in range(count)
     ]
+
+
+def rows(items, tokenizer, kind):
+    """The items' question as one kind of rows asks it."""
+    prefix, rest = share_prefix([KINDS[item.kind].request(item, Reader(tokenizer)) for item in items])
+    return (SharedRows if kind == "shared" else PlainRows)(prefix, rest, "cpu", torch.float32, 4096)
 
 
 class Changed(torch.nn.Module):
@@ -109,7 +118,7 @@ def test_no_warning_of_masks_and_no_verdict_from_broken_weights(world, overflow,
         broken.load_state_dict(models["llama"].state_dict())
         expected = Scorer(choices(prefix), models["llama"], folder).score(models["llama"])
         assert np.array_equal(scorer.score(broken), expected)
-        assert type(Scorer(choices(prefix), broken, folder).scorers[0]) is ChoiceScorer
+        assert type(Scorer(choices(prefix), broken, folder).asked[0].question) is SharedRows
 
 
 BROKEN = {"nan elsewhere": put(torch.nan, 5), "infinity elsewhere": put(torch.inf, 5), "all nan": put(torch.nan),
@@ -121,29 +130,32 @@ BROKEN = {"nan elsewhere": put(torch.nan, 5), "infinity elsewhere": put(torch.in
 def test_every_way_to_have_no_answer(world, case, kind):
     folder, tokenizer, models = world
     model = Changed(models["llama"], BROKEN[case])
-    if kind == "generate":
-        scorer = Scorer(generates(), models["llama"], folder)
-    else:
-        (group,) = encode(choices(), tokenizer, "choice")
-        scorer = (ChoiceScorer if kind == "shared" else PlainChoiceScorer)(group, "cpu", torch.float32, 4096)
+    scorer = Scorer(generates() if kind == "generate" else choices(), models["llama"], folder)
+    if kind == "plain":
+        scorer.asked = [replace(scorer.asked[0], question=rows(choices(), tokenizer, kind))]
     with pytest.raises(LogitsError, match=LEAST):
         scorer.score(model)
+    assert {result for _, result in scorer.asked[0].question(model)} == {None}
 
 
 @pytest.mark.parametrize("kind", ["shared", "plain"])
 def test_excluded_words_are_legal(world, kind):
-    folder, tokenizer, models = world
+    _, tokenizer, models = world
     items = choices(count=2)
-    (group,) = encode(items, tokenizer, "choice")
-    scorer = (ChoiceScorer if kind == "shared" else PlainChoiceScorer)(group, "cpu", torch.float32, 4096)
-    plain = scorer.loglikelihoods(models["llama"])
-    used = {token for p in group.prompts for c in p.choices for token in c}
+    question = rows(items, tokenizer, kind)
+    asked = [KINDS["choice"].request(item, Reader(tokenizer)).choices for item in items]
+    used = {token for texts in asked for choice in texts for token in choice}
     others = [token for token in range(62) if token not in used]
-    masked = scorer.loglikelihoods(Changed(models["llama"], put(-torch.inf, *others)))
-    assert all((m > p).all() and m.isfinite().all() for (_, _, p), (_, _, m) in zip(plain, masked))
+    plain = dict(question(models["llama"]))
+    for index, masked in question(Changed(models["llama"], put(-torch.inf, *others))):
+        assert (masked.sums > plain[index].sums).all() and masked.sums.isfinite().all()
     # One choice excluded: the other is the likelier. Both excluded: none is.
-    first, second = (choice[0] for choice in group.prompts[0].choices)
-    score = lambda *tokens: scorer.score(Changed(models["llama"], put(-torch.inf, *tokens)))[0]
+    first, second = (choice[0] for choice in asked[0])
+
+    def score(*tokens):
+        found = dict(question(Changed(models["llama"], put(-torch.inf, *tokens))))
+        return KINDS["choice"].response(items[0], found[0])
+
     assert items[0].answer == 0 and (score(first), score(second), score(first, second)) == (0.0, 1.0, 0.0)
 
 
@@ -151,7 +163,8 @@ def test_generation_never_writes_excluded_words(world):
     folder, tokenizer, models = world
     scorer = Scorer(generates(), models["llama"], folder)
     model = Changed(models["llama"], put(-torch.inf, *(t for t in range(62) if t != 9)))
-    assert {answer for _, answer in scorer.scorers[0].answers(model)} == {" ".join([tokenizer.decode([9])] * 3)}
+    texts = {written.text for _, written in scorer.asked[0].question(model)}
+    assert texts == {" ".join([tokenizer.decode([9])] * 3)}
 
 
 def test_generation_that_breaks_later(world):
