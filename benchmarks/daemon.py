@@ -27,6 +27,7 @@ from merge3.client import tiny
 from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
 from merge3.pool import Pool
+from merge3.registration import Registration
 from merge3.rpc import merge3_pb2 as pb
 from merge3.rpc import merge3_pb2_grpc
 from merge3.space import Space, SpaceDefinition
@@ -76,14 +77,14 @@ def overhead(root: Path, repeats: int = 200) -> tuple[list, dict]:
         for per_task, at_once in ((5, 1), (30, 1), (150, 1), (5, 20)):
             asked = [item for i, item in enumerate(items) if i % 150 < per_task]
             times: dict[str, list[float]] = {"embedded": [], "remote": []}
+            question = Registration(tuple(asked), space.definition)
             for engine in (local, remote):
-                engine.register(space, asked)
-                list(engine.evaluate(genomes(space, 3, seed=1)))
+                list(engine.evaluate(question, genomes(space, 3, seed=1)))
             candidates = genomes(space, repeats)
             for start in range(0, repeats, at_once):
                 for name, engine in (("embedded", local), ("remote", remote)):
                     began = time.perf_counter()
-                    list(engine.evaluate(candidates[start : start + at_once]))
+                    list(engine.evaluate(question, candidates[start : start + at_once]))
                     times[name].append((time.perf_counter() - began) / at_once)
             embedded, through = median(times["embedded"]), median(times["remote"])
             rows.append([len(asked), at_once, f"{1000 * embedded:.1f}", f"{1000 * through:.1f}", f"{1000 * (through - embedded):+.1f}",
@@ -99,8 +100,7 @@ def load(root: Path, drivers: int = 64, calls: int = 10_000) -> tuple[list, dict
     with Daemon(root) as daemon:
         engine = RemoteEngine(daemon.address, models(root))
         space = Space(definition(root), engine.info().layout)
-        engine.register(space, items)
-        asked, items_id = genomes(space, 50), engine._registered()
+        asked, items_id = genomes(space, 50), engine._register(Registration(tuple(items), space.definition))
         stub = merge3_pb2_grpc.Merge3Stub(grpc.insecure_channel(daemon.address))
         before = stub.Status(pb.StatusRequest())
         answers: Counter[str] = Counter()
@@ -158,10 +158,10 @@ def workers(root: Path, count: int = 60, repeats: int = 3) -> tuple[list, dict]:
             with Daemon(root, "--workers", f"ray:{number}", "--threads", "1") as daemon:
                 engine = RemoteEngine(daemon.address, models(root))
                 space = Space(definition(root), engine.info().layout)
-                engine.register(space, items)
-                list(engine.evaluate(genomes(space, 6, seed=1)))  # both have seen the items
+                question = Registration(tuple(items), space.definition)
+                list(engine.evaluate(question, genomes(space, 6, seed=1)))  # both have seen the items
                 began = time.perf_counter()
-                assert len(list(engine.evaluate(genomes(space, count)))) == count
+                assert len(list(engine.evaluate(question, genomes(space, count)))) == count
                 rates[number].append(60 * count / (time.perf_counter() - began))
                 engine.close()
     one, two = median(rates[1]), median(rates[2])

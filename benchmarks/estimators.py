@@ -8,6 +8,7 @@ python benchmarks/estimators.py --models runs/demo-0/models [--responses FILE.cs
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ from merge3.engine import LocalEngine
 from merge3.irt import Responses, read_responses, write_responses
 from merge3.irt import estimation as irt
 from merge3.pool import Pool
+from merge3.registration import Registration
 from merge3.search import calibration, optimizers
 from merge3.search.config import load_config
+from merge3.search.gathering import random_genomes
 from merge3.search.questions import load_questions
 from merge3.space import Space
+from merge3.tasks import item_key, keys_by_task
 
 CALIBRATION, RANDOM, GENERATIONS, OF_EACH, SEEDS = 24, 160, 24, 5, 10
 EXTRACTORS = ("random", "irt", "correctness", "entropy", "information")
@@ -36,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.models / "evolve.yaml")
     questions = load_questions(config)
-    groups = {t: [calibration.item_key(i) for i in g] for t, g in calibration.by_task(questions.search).items()}
+    groups = keys_by_task(questions.search)
     if options.responses and options.responses.exists():
         everything = read_responses(options.responses).only([k for keys in groups.values() for k in keys])
     else:
@@ -125,27 +129,25 @@ def gather(config, questions) -> Responses:
     pool = Pool.open(config.models[0], config.models[1:])
     pool.read_all()
     engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
-    engine.register(space, questions.search)
+    all_items = Registration(tuple(questions.search), space.definition)
     names = [Path(m).name for m in config.models]
-    rows = [engine.answer(m, questions.search) for m in config.models]
-    genomes = calibration.random_genomes(space, RANDOM, 1, config.optimizer.sigma)
-    for evaluation in engine.evaluate(genomes):
+    rows = [evaluation.answers() for evaluation in engine.evaluate(all_items, config.models)]
+    genomes = random_genomes(space, RANDOM, 1, config.optimizer.sigma)
+    for evaluation in engine.evaluate(all_items, genomes):
         names.append(f"random-{evaluation.index}")
         rows.append(evaluation.responses)
     rng = np.random.default_rng(0)
-    few = [questions.search[i] for i in rng.permutation(len(questions.search))[:400]]
+    few = replace(all_items, items=tuple(questions.search[i] for i in rng.permutation(len(questions.search))[:400]))
     optimizer = optimizers.make("cma", space.initial(), *space.bounds(), config.optimizer.sigma, 20, 5)
     for generation in range(GENERATIONS):
         genomes = optimizer.ask()
-        engine.register(space, few)
-        evaluations = list(engine.evaluate(genomes))
+        evaluations = list(engine.evaluate(few, genomes))
         optimizer.tell(genomes, [e.value for e in evaluations], [e.stderr for e in evaluations])
-        engine.register(space, questions.search)
-        for evaluation in engine.evaluate([genomes[i] for i in rng.permutation(20)[:OF_EACH]]):
+        for evaluation in engine.evaluate(all_items, [genomes[i] for i in rng.permutation(20)[:OF_EACH]]):
             names.append(f"search-{generation}-{evaluation.index}")
             rows.append(evaluation.responses)
         print(f"generation {generation} of {GENERATIONS}", flush=True)
-    return Responses(tuple(names), tuple(calibration.item_key(i) for i in questions.search), np.array(rows))
+    return Responses(tuple(names), tuple(map(item_key, questions.search)), np.array(rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from measure import report, table
 from merge3.client import run, tiny
 from merge3.client.demo import configuration
 from merge3.search.config import load_config
-from merge3.search.store import read_result
+from merge3.search.journal import read_result
 
 ITEMS, BUDGET = 500, 1000  # search items per task, candidates
 SEARCHES = {

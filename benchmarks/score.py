@@ -17,8 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from merge3.tasks import Item, Scorer
-from merge3.tasks.choice import ChoiceScorer
-from merge3.tasks.generate import GenerateScorer
+from merge3.tasks.likelihoods import SharedRows
 
 WORDS = 8000
 
@@ -100,35 +99,33 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     choices, generated = make_items(np.random.default_rng(0))
     spaced = [Item(**(vars(i) | {"choices": tuple(" " + c for c in i.choices)})) for i in choices]
-    ours = Scorer([*spaced, *generated], model, folder)
-    kinds = [type(s) for s in ours.scorers]
-    assert kinds == [ChoiceScorer, GenerateScorer], kinds
+    ours = [asked.question for asked in Scorer([*spaced, *generated], model, folder).asked]
+    assert type(ours[0]) is SharedRows and len(ours) == 2, ours
     times = {"ours choice": [], "plain choice": [], "ours generate": [], "plain generate": []}
     for _ in range(options.repeats):
         for name, act in (
-            ("ours choice", lambda: ours.scorers[0].loglikelihoods(model)),
+            ("ours choice", lambda: dict(ours[0](model))),
             ("plain choice", lambda: plain_choices(model, tokenizer, choices)),
-            ("ours generate", lambda: ours.scorers[1].answers(model)),
+            ("ours generate", lambda: dict(ours[1](model))),
             ("plain generate", lambda: plain_generate(model, tokenizer, generated)),
         ):
             start = time.perf_counter()
             result = act()
             times[name].append(time.perf_counter() - start)
             if name == "ours choice":
-                found = {index: values.numpy() for index, _, values in result}
+                found = {i: (likelihoods.sums / likelihoods.lengths).numpy() for i, likelihoods in result.items()}
             elif name == "plain choice":
                 worst = max(float(np.abs(found[i] - row).max()) for i, row in enumerate(result))
                 same = np.mean([found[i].argmax() == row.argmax() for i, row in enumerate(result)])
             elif name == "ours generate":
-                texts = {p.index - 500: text for p, text in result}
+                texts = {index: written.text for index, written in result.items()}
             else:
                 equal = np.mean([texts[i] == text for i, text in enumerate(result)])
     t = {name: median(values) for name, values in times.items()}
     both = (t["plain choice"] + t["plain generate"]) / (t["ours choice"] + t["ours generate"])
     rate = matrix_rate()
-    batches = ours.scorers[0].batches
-    tokens = sum(b.inputs["input_ids"].numel() for b in batches) + len(ours.scorers[0].prefix)
-    head = sum(len(b.prompts) * b.tail for b in batches)
+    tokens = sum(b.inputs["input_ids"].numel() for b in ours[0].batches) + len(ours[0].prefix)
+    head = sum(len(b.asked) * b.tail for b in ours[0].batches)
     body = parameters - 2 * WORDS * 384
     work = 2 * body * tokens + 2 * WORDS * 384 * head
     rows = [

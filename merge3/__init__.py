@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Recipe": "merge3.recipe",
     "Pool": "merge3.pool",
-    "Slot": "merge3.slot",
+    "Slot": "merge3.live.slot",
     "Space": "merge3.space",
     "SpaceDefinition": "merge3.space",
     "LocalEngine": "merge3.engine",
+    "Registration": "merge3.registration",
     "Item": "merge3.tasks",
     "read_items": "merge3.tasks",
     "merge_to_disk": "merge3.export",

@@ -1,55 +1,79 @@
 """The engine: what a search needs, whoever provides it. LocalEngine does it in this process.
 
-A driver registers items and a space once, then sends genomes and receives responses; weights, prompts
-and the space never cross again. Several engines may stand behind this protocol.
+A driver says once, in a Registration, what subjects are asked and how answers count, and then which subjects; weights,
+prompts and the space never cross again. Several engines may stand behind this protocol.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from merge3.checkpoint.layout import Layout
-from merge3.errors import BadInput, ConfigError, ResourceError
+from merge3.errors import BadInput, ConfigError, Merge3Error, ResourceError
 from merge3.export import check_recipe, merge_to_disk
-from merge3.fitness import EstimateOf, mean_over_tasks
-from merge3.methods import METHODS, plan
+from merge3.fitness import check_objectives, estimates
+from merge3.live.slot import Slot
+from merge3.methods import METHODS
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import Recipe
-from merge3.slot import Slot
-from merge3.space import DENSITY_STEPS, Space
+from merge3.registration import Registration
+from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
+_REGISTRATIONS = 64
+
+Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a recipe, an endpoint's name
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One candidate's answers. responses: float64 [items]; value: estimated accuracy; error: why there is none."""
+    """One subject's answers. index: of the subject. responses: float64 [items]. objectives: names of values and stderrs,
+    each float64 [objectives], NaN where there are no responses; error: why not."""
 
     index: int
     recipe_hash: str
     responses: np.ndarray | None
-    value: float
-    stderr: float
+    objectives: tuple[str, ...]
+    values: np.ndarray
+    stderrs: np.ndarray
     seconds: float
     swap_seconds: float = 0.0
-    error: str | None = None
+    error: Merge3Error | None = None
+
+    @property
+    def value(self) -> float:
+        """Of the first objective."""
+        return float(self.values[0])
+
+    @property
+    def stderr(self) -> float:
+        """Of the first objective."""
+        return float(self.stderrs[0])
+
+    def answers(self) -> np.ndarray:
+        """The responses; raises what kept the subject from giving any."""
+        if self.error is not None:
+            raise self.error
+        return self.responses
 
 
 @dataclass(frozen=True)
 class PoolInfo:
     """What a driver may know of a pool. endpoints: base first; layout: the base's, what a Space is met with;
-    kept: tensors that are not merged, with the reason; where: `local`, or the daemon asked; warnings: what makes models
-    seem not to belong together."""
+    kept: tensors that are not merged, with the reason; host: `local`, or the address of the daemon asked; warnings: what
+    makes models seem not to belong together."""
 
     endpoints: tuple[str, ...]
     content_hashes: dict[str, str]
@@ -57,150 +81,199 @@ class PoolInfo:
     kept: dict[str, str]
     device: str
     layout: Layout
-    where: str = "local"
+    host: str = "local"
     warnings: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
     """The protocol of LocalEngine and of an engine behind a wire."""
 
-    def info(self) -> PoolInfo: ...
-    def register(
-        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
-        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
-    ) -> None: ...
-    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]: ...
-    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray: ...
-    def check(self, recipe: Recipe) -> None: ...
-    def export(self, recipe: Recipe, directory: Path) -> dict: ...
-    def close(self) -> None: ...
+    def info(self) -> PoolInfo:
+        """What the pool is; asks nothing of the models."""
+
+    def prepare(self, registration: Registration) -> None:
+        """Tokenise items, open the space, compute its statistics. Raises BadInput for what evaluating would refuse.
+        `evaluate` does it by itself; what can be refused at the start should be."""
+
+    def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """Merge, ask and estimate each subject; evaluations come as they are ready, `index` says whose.
+
+        A subject that cannot be merged or asked has its error in the evaluation; what is no subject's fault (memory, a
+        caller who left, a daemon that is away) is raised.
+        """
+
+    def check(self, recipe: Recipe) -> None:
+        """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
+
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
+        """Write the merged checkpoint; see export.merge_to_disk. Raises RecipeError, CheckpointError or ResourceError."""
+
+    def close(self) -> None:
+        """Give up what the engine holds elsewhere."""
+
+
+class _Round(NamedTuple):
+    """The items of one task: their positions among the registration's, the head that answers, what asks."""
+
+    positions: list[int]
+    head: str
+    scorer: Scorer
 
 
 class LocalEngine:
-    """Pool, slot and scorer in this process.
+    """Pool, slot and scorers in this process.
 
-    seed: of random keeps, the same for every candidate, so that candidates differ by their genes alone.
+        engine = LocalEngine(Pool.open("base", ["math", "code"]))
+        (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
+
     dtype: of the live model; what the recipes to come will be exported in (default: the endpoints').
     slot: one that this engine shares with others, which then take turns.
     """
 
-    def __init__(self, pool: Pool, seed: int = 0, chat: bool = False, dtype: torch.dtype | None = None, slot: Slot | None = None):
-        self.pool, self.seed, self.chat = pool, seed, chat
+    def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
+        self.pool = pool
         self.slot = slot or Slot(pool, dtype)
-        self.heads: dict[str, str] = {}
-        self._scorers: dict[tuple, Scorer] = {}
+        self._spaces: dict[str, Space] = {}
+        self._rounds: OrderedDict[tuple[Registration, str | None], list[_Round]] = OrderedDict()
+        self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
 
     def info(self) -> PoolInfo:
+        """See Engine."""
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
             tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device),
             self.pool.layouts[self.pool.base], warnings=tuple(self.pool.warnings),
         )  # fmt: skip
 
-    def register(
-        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
-        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
-    ) -> None:
-        """Fix what `evaluate` decodes, asks and counts. heads: task -> the endpoint whose head answers it;
-        weights: task -> its weight in the estimate; estimate: from responses to accuracy, default the mean."""
-        self.space, self.items, self.heads, self.weights = space, list(items), dict(heads or {}), weights
-        self.estimate = estimate or mean_over_tasks
-        self._rounds = self._by_task(self.items)
-        if space is not None:
-            self._check_depths()
-            self._prefetch()
+    def prepare(self, registration: Registration) -> None:
+        """See Engine."""
+        self._check(registration)
+        self._rounds_of(registration, None)
 
-    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
-        """Swap, ask and estimate each genome. A candidate that cannot be merged or asked is reported, not
-        raised; what is no candidate's fault (memory, a caller who left) is raised."""
-        for index, genome in enumerate(genomes):
-            start = time.perf_counter()
-            recipe_hash, swap = "", 0.0
-            try:
-                recipe = self.space.recipe(genome)
-                recipe_hash = recipe.hash()
-                before = time.perf_counter()
-                with _enough_memory(self.pool.device):
-                    self.slot.swap(recipe, self.seed, "candidate")
-                    swap = time.perf_counter() - before
-                    responses = self._ask(self._rounds, len(self.items))
-                value, stderr = self.estimate(responses, self.items, self.weights)
-                yield Evaluation(index, recipe_hash, responses, value, stderr, time.perf_counter() - start, swap)
-            except BadInput as error:
-                seconds = time.perf_counter() - start
-                yield Evaluation(index, recipe_hash, None, float("nan"), float("nan"), seconds, swap, str(error))
+    def space(self, definition: SpaceDefinition) -> Space:
+        """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
+        key = definition.hash()
+        if key not in self._spaces:
+            space = Space(definition, self.pool.layouts[self.pool.base])
+            self._check_depths(space)
+            self._prefetch(space)
+            self._spaces[key] = space
+        return self._spaces[key]
 
-    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
-        """Responses of a recipe's merge, or of an endpoint by name, to any items: float64 [items].
+    def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """See Engine."""
+        self._check(registration)
+        for index, subject in enumerate(subjects):
+            known = isinstance(subject, str) and subject in self.pool.endpoints
+            rounds = self._rounds_of(registration, subject if known else None)  # what is wrong with items is raised
+            yield self._evaluate(registration, rounds, index, subject)
 
-        Raises LogitsError where it has none to give.
-        """
-        with _enough_memory(self.pool.device):
-            if isinstance(what, Recipe):
-                self.slot.swap(what, self.seed)
-                return self._ask(self._by_task(items), len(items))
-            self.slot.load(what)
-            try:
-                return self._ask(self._by_task(items, what), len(items))
-            except LogitsError as error:
-                raise LogitsError(f"{what}: {error.where}", error.found, error.expected, error.hint) from None
+    def _check(self, registration: Registration) -> None:
+        check_objectives(registration)
+        for task, head in registration.heads.items():
+            self._check_endpoint(f"heads: {task}", head)
+        if registration.space is not None:
+            self.space(registration.space)
+
+    def _evaluate(self, asked: Registration, rounds: list[_Round], index: int, subject: Subject) -> Evaluation:
+        start = time.perf_counter()
+        recipe_hash, swap = "", 0.0
+        responses, error = None, None
+        values = stderrs = np.full(len(asked.objectives), np.nan)
+        try:
+            recipe = self._recipe(asked, subject)
+            recipe_hash = recipe.hash() if recipe is not None else ""
+            before = time.perf_counter()
+            with _enough_memory(self.pool.device):
+                if recipe is None:
+                    self.slot.load(subject)
+                else:
+                    self.slot.swap(recipe, asked.seed, "candidate" if isinstance(subject, np.ndarray) else "recipe")
+                swap = time.perf_counter() - before
+                responses = self._ask(rounds, len(asked.items))
+            values, stderrs = estimates(asked, responses)
+        except LogitsError as problem:
+            at = f"{subject}: {problem.where}" if isinstance(subject, str) else problem.where
+            error = LogitsError(at, problem.found, problem.expected, problem.hint)
+        except BadInput as problem:
+            error = problem
+        seconds = time.perf_counter() - start
+        return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error)
+
+    def _recipe(self, asked: Registration, subject: Subject) -> Recipe | None:
+        """The recipe of a genome, or the one given; None for an endpoint."""
+        if isinstance(subject, Recipe):
+            return subject
+        if isinstance(subject, str):
+            self._check_endpoint("endpoint", subject)
+            return None
+        if asked.space is None:
+            raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+        return self.space(asked.space).recipe(subject)
 
     def check(self, recipe: Recipe) -> None:
-        """A dry run: raises what swapping or exporting the recipe would refuse, reads and writes no weights."""
-        self.slot.plan(recipe)
+        """See Engine."""
+        self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
-    def export(self, recipe: Recipe, directory: Path) -> dict:
-        """Write the merged checkpoint; see export.merge_to_disk."""
-        return merge_to_disk(recipe, directory, self.pool, self.seed)
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
+        """See Engine."""
+        return merge_to_disk(recipe, directory, self.pool, seed)
 
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
-    def _by_task(self, items: Sequence[Item], endpoint: str | None = None) -> list[tuple[list[int], str, Scorer]]:
-        """(positions, head, scorer) per task. A task's head is its own, else the endpoint's asked, else the base's."""
-        positions: dict[str, list[int]] = {}
-        for i, item in enumerate(items):
-            positions.setdefault(item.task, []).append(i)
-        rounds = []
-        for task, at in positions.items():
-            head = self.heads.get(task) or endpoint or self.pool.base
-            key = (tuple(items[i] for i in at), head if self.pool.heads else None)
-            if key not in self._scorers:
-                self.slot.use_head(head)  # the labels are the head's
-                self._scorers[key] = Scorer(key[0], self.slot.model, self.pool.base_checkpoint.path, self.chat)
-                while len(self._scorers) > _SCORERS:
-                    del self._scorers[next(iter(self._scorers))]
-            rounds.append((at, head, self._scorers[key]))
-        return rounds
+    def _check_endpoint(self, where: str, name: str) -> None:
+        if name not in self.pool.endpoints:
+            raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
-    def _ask(self, rounds: list[tuple[list[int], str, Scorer]], count: int) -> np.ndarray:
+    def _rounds_of(self, asked: Registration, endpoint: str | None) -> list[_Round]:
+        """A round per task. A task's head is its own, else the endpoint's asked, else the base's."""
+        key = (asked, endpoint)
+        if key not in self._rounds:
+            rounds = []
+            for task, positions in asked.tasks().items():
+                head = asked.heads.get(task) or endpoint or self.pool.base
+                items = tuple(asked.items[i] for i in positions)
+                rounds.append(_Round(positions, head, self._scorer(items, head, asked.chat)))
+            self._rounds[key] = rounds
+            while len(self._rounds) > _REGISTRATIONS:
+                self._rounds.popitem(last=False)
+        self._rounds.move_to_end(key)
+        return self._rounds[key]
+
+    def _scorer(self, items: tuple[Item, ...], head: str, chat: bool) -> Scorer:
+        key = (items, head if self.pool.heads else None, chat)
+        if key not in self._scorers:
+            self.slot.use_head(head)  # the labels are the head's
+            self._scorers[key] = Scorer(items, self.slot.model, self.pool.base_checkpoint.path, chat)
+            while len(self._scorers) > _SCORERS:
+                self._scorers.popitem(last=False)
+        return self._scorers[key]
+
+    def _ask(self, rounds: list[_Round], count: int) -> np.ndarray:
         responses = np.empty(count)
-        for at, head, scorer in rounds:
+        for positions, head, scorer in rounds:
             self.slot.use_head(head)
-            responses[at] = scorer.score(self.slot.model)
+            responses[positions] = scorer.score(self.slot.model)
         return responses
 
-    def _check_depths(self) -> None:
+    def _check_depths(self, space: Space) -> None:
         """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""
-        depth = self.space.layout.layers
-        for model in self.space.definition.models:
+        depth = space.layout.layers
+        for model in space.definition.models:
             found = self.pool.layouts[model].layers if model in self.pool.layouts else depth
             if found != depth:
                 raise ConfigError("genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth")
 
-    def _prefetch(self) -> None:
-        """Thresholds at every density a search can name, for all tensors in one pass over the weights."""
-        method = METHODS[self.space.definition.method]
-        if "density" not in self.space.own or "gamma" in method.parameters or method.stochastic:
-            return
-        planned = plan(self.space.uniform_recipe(), method, self.pool)
-        self.pool.statistics.prefetch_order(
-            (job.base, source, {max(1, int(job.numel * j / DENSITY_STEPS)) for j in range(1, DENSITY_STEPS)})
-            for job in planned.jobs
-            if job.numel
-            for source in job.sources
-        )
+    def _prefetch(self, space: Space) -> None:
+        """What every value that a search can name needs, for all tensors in one pass over the weights."""
+        method = METHODS[space.definition.method]
+        wanted = [method.prefetch_search[gene] for gene in space.genes if gene in method.prefetch_search]
+        if wanted:
+            jobs = compile(space.uniform_recipe(), self.pool).jobs
+            for prefetch in wanted:
+                prefetch(jobs, self.pool.statistics)
 
 
 @contextmanager

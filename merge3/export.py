@@ -19,12 +19,9 @@ import torch
 from merge3.alignment import check_finite
 from merge3.checkpoint import CheckpointWriter, check_free
 from merge3.checkpoint.card import model_card
-from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, Merge3Warning, RecipeError
-from merge3.methods import Method, execute, method_named, plan, steps_for
-from merge3.methods.base import Job
-from merge3.methods.plan import Plan
+from merge3.methods import Job, execute, method_named
 from merge3.packaging import (
     Specs,
     chat_template,
@@ -36,6 +33,7 @@ from merge3.packaging import (
     tokenizer_donor,
 )
 from merge3.pool import Pool
+from merge3.program import Program, compile
 from merge3.recipe import Recipe
 
 BATCH = 24_000_000  # elements merged at once
@@ -45,24 +43,22 @@ BATCH = 24_000_000  # elements merged at once
 class Prepared:
     """A merge that nothing but the disk can still refuse."""
 
-    method: Method
-    plan: Plan
+    program: Program
     specs: Specs
     config: dict[str, Any]
     donor: Path
 
 
 def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
-    """Plan a merge and everything around it, without reading or writing weights.
+    """Compile a merge and plan everything around it, without reading or writing weights.
 
     Raises RecipeError or CheckpointError for whatever would be refused at the end, but for what only the architecture
     can say; that is `check_output`.
     """
-    method = method_named(recipe.method, f"{where}: merge_method")
     donor = tokenizer_donor(recipe, pool, where)
-    planned = plan(recipe, method, pool, where)
-    specs = output_specs(recipe, planned, pool)
-    return Prepared(method, planned, specs, output_config(recipe, planned, specs, pool), donor)
+    program = compile(recipe, pool, where)
+    specs = output_specs(recipe, program, pool)
+    return Prepared(program, specs, output_config(recipe, program, specs, pool), donor)
 
 
 def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
@@ -110,39 +106,49 @@ def merge_to_disk(
             checked.result()
             writer.finish()
             check_written(writer.temporary, ready.specs, ready.config)
-    parameters = sum(job.numel for job in ready.plan.jobs)
-    left_out = {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()}
     return {
-        "path": str(directory), "tensors": len(ready.specs), "parameters": parameters, "kept": ready.plan.kept, "left_out": left_out,
-    }  # fmt: skip
+        "path": str(directory),
+        "tensors": len(ready.specs),
+        "parameters": sum(job.numel for job in ready.program.jobs),
+        "kept": ready.program.kept,
+        "left_out": {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()},
+    }
 
 
 def _write_tensors(
-    writer: CheckpointWriter, ready: Prepared, pool: Pool, seed: int, streaming: bool, progress: Callable[[int, int], None],
+    writer: CheckpointWriter,
+    ready: Prepared,
+    pool: Pool,
+    seed: int,
+    streaming: bool,
+    progress: Callable[[int, int], None],
     checked: Future,
-) -> None:  # fmt: skip
-    total = sum(job.numel for job in ready.plan.jobs) or 1
-    done = 0
-    queue = {job.name: job for job in ready.plan.jobs}
+) -> None:
+    queue, copies = {job.name: job for job in ready.program.jobs}, ready.program.copies
+    total, done = sum(job.numel for job in queue.values()) or 1, 0
     for batch in _batches(ready.specs, queue):
         if checked.done():
             checked.result()
-        merged = _merge_batch([queue[n] for n in batch if n in queue], ready.method, ready.specs, pool, seed)
+        jobs = [queue[name] for name in batch if name in queue]
+        merged = _merge_batch(jobs, ready, pool, seed)
         for name in batch:
-            source = ready.plan.copies.get(name)
-            tensor = merged.pop(name) if source is None else pool.get(source).cpu().to(ready.specs[name][0])
+            if name in copies:
+                tensor = pool.get(copies[name]).cpu().to(ready.specs[name][0])
+            else:
+                tensor = merged.pop(name)
             if name not in pool.fixed:  # a mask may well hold infinities
                 _check_output_finite(name, tensor)
             writer.put(name, tensor)
-        if streaming:
-            pool.release(ref for n in batch if n in queue for ref in _refs(queue[n]))
-        done += sum(queue[n].numel for n in batch if n in queue)
+        for job in jobs:
+            if streaming:
+                pool.release(job.refs)
+            done += job.numel
         progress(done, total)
 
 
 def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, pool: Pool, seed: int) -> None:
     writer.write_text("config.json", json.dumps(ready.config, indent=2))
-    writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.plan.copies, seed))
+    writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.program.copies, seed))
     writer.write_text("mergekit_config.yml", recipe.to_yaml())
     writer.copy(side_files(recipe, pool, ready.donor))
     if (template := chat_template(recipe)) is not None:
@@ -159,9 +165,11 @@ def _check_output_finite(name: str, tensor: torch.Tensor) -> None:
     count = int((~torch.isfinite(tensor)).sum())
     kind = str(tensor.dtype).removeprefix("torch.")
     raise BadInput(
-        f"tensor {name!r}", f"{count:,} of {tensor.numel():,} merged values are infinite or NaN in {kind}", "finite weights",
+        f"tensor {name!r}",
+        f"{count:,} of {tensor.numel():,} merged values are infinite or NaN in {kind}",
+        "finite weights",
         "another out_dtype (bfloat16, float32), or smaller weights",
-    )  # fmt: skip
+    )
 
 
 def _batches(specs, queue):
@@ -178,21 +186,15 @@ def _batches(specs, queue):
         yield batch
 
 
-def _merge_batch(jobs: list[Job], method, specs, pool: Pool, seed: int) -> dict[str, torch.Tensor]:
+def _merge_batch(jobs: list[Job], ready: Prepared, pool: Pool, seed: int) -> dict[str, torch.Tensor]:
     pool.statistics.prefetch_gram((job.base, job.sources) for job in jobs)
     for job in jobs:
-        gram = pool.statistics.gram(job.base, job.sources)
-        check_finite(gram if job.base is not None else gram[1:, 1:], *_split(job))
-    steps = steps_for(method, jobs, pool.statistics)
-    outputs = [(j.name, s, torch.empty(j.shape, dtype=specs[j.name][0], device=pool.device)) for j, s in zip(jobs, steps)]
-    execute(outputs, pool.get, seed)
-    return {name: out for name, _, out in outputs}
-
-
-def _split(job: Job) -> tuple[Ref, list[Ref]]:
-    refs = _refs(job)
-    return refs[0], refs[1:]
-
-
-def _refs(job: Job) -> list[Ref]:
-    return ([job.base] if job.base is not None else []) + list(job.sources)
+        gram, (first, *others) = pool.statistics.gram(job.base, job.sources), job.refs
+        check_finite(gram if job.base is not None else gram[1:, 1:], first, others)
+    steps = ready.program.steps({job.name for job in jobs}, pool.statistics)
+    merged = {}
+    for name in steps:
+        dtype, shape = ready.specs[name]
+        merged[name] = torch.empty(shape, dtype=dtype, device=pool.device)
+    execute([(name, step, merged[name]) for name, step in steps.items()], pool.get, seed)
+    return merged

@@ -10,10 +10,15 @@ from merge3.errors import ResourceError
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: temporary name, sync, rename. Raises ResourceError."""
+    """Replace a file as a whole: temporary name, sync, rename. What is there and is no file, such as a pipe or
+    /dev/stdout, is written to as it is. Raises ResourceError."""
+    data = content.encode() if isinstance(content, str) else content
     temporary = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if file.exists() and not file.is_file() and not file.is_dir():
+            file.write_bytes(data)
+            return
+        temporary.write_bytes(data)
         sync(temporary)
         os.replace(temporary, file)
     except OSError as error:

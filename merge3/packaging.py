@@ -16,8 +16,8 @@ from merge3.checkpoint.architecture import loading, tied
 from merge3.checkpoint.layout import Ref
 from merge3.errors import CheckpointError, RecipeError
 from merge3.lineage import vocabulary
-from merge3.methods.plan import Plan
 from merge3.pool import Pool
+from merge3.program import Program
 from merge3.recipe import Recipe
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -43,31 +43,28 @@ def lead(recipe: Recipe) -> str:
 def output_dtype(recipe: Recipe, pool: Pool, ref: Ref) -> torch.dtype:
     """out_dtype, else dtype, else what the endpoints' dtypes promote to."""
     name = recipe.out_dtype or recipe.dtype
-    return getattr(torch, name) if name else pool.common_dtype(ref.tensor)
+    return getattr(torch, name) if name else pool.common_dtype(ref)
 
 
-def output_specs(recipe: Recipe, planned: Plan, pool: Pool) -> Specs:
+def output_specs(recipe: Recipe, program: Program, pool: Pool) -> Specs:
     """dtype and shape of every output tensor, in the order of the model."""
-    specs = {}
-    for job in planned.jobs:
-        ref = job.base or job.sources[0]
-        specs[job.name] = (output_dtype(recipe, pool, ref), job.shape)
-    for name, ref in planned.copies.items():
+    dtypes = {job.name: output_dtype(recipe, pool, job.refs[0]) for job in program.jobs}
+    for name, ref in program.copies.items():
         stored = pool.stored_dtype(ref)
-        specs[name] = (output_dtype(recipe, pool, ref) if stored.is_floating_point else stored, pool.shape(ref))
-    return specs
+        dtypes[name] = output_dtype(recipe, pool, ref) if stored.is_floating_point else stored
+    return {name: (dtypes[name], shape) for name, shape in program.shapes.items()}
 
 
-def output_config(recipe: Recipe, planned: Plan, specs: Specs, pool: Pool) -> dict[str, Any]:
+def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) -> dict[str, Any]:
     """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
     config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
     inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     for key in _DEPTHS:
         if key in inner:
-            inner[key] = planned.layers
+            inner[key] = program.layers
     for key in _PER_LAYER:
         if isinstance(inner.get(key), list):
-            inner[key] = _of_layers(key, planned, pool)
+            inner[key] = _of_layers(key, program, pool)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
     for section in (config, inner):
         for key in ("dtype", "torch_dtype"):
@@ -80,10 +77,10 @@ def output_config(recipe: Recipe, planned: Plan, specs: Specs, pool: Pool) -> di
     return config
 
 
-def _of_layers(key: str, planned: Plan, pool: Pool) -> list:
+def _of_layers(key: str, program: Program, pool: Pool) -> list:
     """A setting that has one entry a layer: each output layer has that of the layer it is laid out after."""
     values = []
-    for model, layer in planned.origins:
+    for model, layer in program.origins:
         config = pool.endpoints[model].config
         inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         own = inner.get(key)

@@ -16,10 +16,11 @@ from google.protobuf.message import DecodeError
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.irt import ItemBank
 from merge3.irt.estimation import Estimator
+from merge3.registration import ACCURACY, Registration
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
-from merge3_server.host import Registration
+from merge3_server.host import Registered
 from merge3_server.settings import Limits
 
 _ITEM_OVERHEAD = 600  # bytes that an Item takes beside its texts
@@ -55,10 +56,10 @@ class Bounded:
 
 
 @dataclass(frozen=True)
-class Registered:
-    """A registration that a host has accepted. genome_size: None where it has no space."""
+class Accepted:
+    """A registration that a host has prepared. genome_size: None where it has no space."""
 
-    registration: Registration
+    registered: Registered
     genome_size: int | None
 
 
@@ -70,15 +71,16 @@ class Catalog:
         self.items, self.blobs = Bounded(limits.store // 2), Bounded(limits.store // 2)
         self.registered = Bounded(limits.registrations)
 
-    def registration(self, pool_id: str, items_id: str) -> Registered:
+    def accepted(self, pool_id: str, items_id: str) -> Accepted:
+        """Raises NotFound for a registration that is not known, or is another pool's."""
         found = self.registered.get(items_id)
-        if found is None or found.registration.pool_id != pool_id:
+        if found is None or found.registered.pool_id != pool_id:
             raise NotFound("items_id", f"{items_id[:64]!r} is not registered with this pool", "RegisterItems first")
         return found
 
     def forget_pool(self, pool_id: str) -> None:
         for key, (value, _) in list(self.registered._values.items()):
-            if value.registration.pool_id == pool_id:
+            if value.registered.pool_id == pool_id:
                 self.registered.drop(key)
 
 
@@ -104,7 +106,7 @@ class Gathering:
         else:
             self._add_blob(request.blob)
 
-    def finish(self) -> tuple[Registration | None, pb.RegisterItemsResponse]:
+    def finish(self) -> tuple[Registered | None, pb.RegisterItemsResponse]:
         """(the registration, or None and what is missing)"""
         if self.header is None:
             raise BadInput("RegisterItems", "an empty stream", "a header and items")
@@ -126,9 +128,10 @@ class Gathering:
         h = self.header
         space = convert.space_from(h.space) if h.HasField("space") else None
         response.items_id, response.items = whole, len(items)
-        return Registration(
-            whole, h.pool_id, tuple(items), h.seed, h.chat, dict(h.heads), dict(h.weights), space, estimators
-        ), response  # fmt: skip
+        asked = Registration(
+            tuple(items), space, dict(h.heads), dict(h.weights), estimators, tuple(h.objectives) or (ACCURACY,), h.seed, h.chat
+        )
+        return Registered(whole, h.pool_id, asked), response
 
     def _add_entry(self, entry: pb.Entry) -> None:
         number = len(self.digests)

@@ -8,43 +8,36 @@ from pathlib import Path
 import torch
 
 from merge3.errors import BadInput, ItemsError
-from merge3.tasks.forward import LogitsError, likeliest
-from merge3.tasks.score import load_tokenizer
+from merge3.tasks.decoder import end_tokens, greedy, left_padded
+from merge3.tasks.forward import LogitsError
+from merge3.tasks.lm import has_head
+from merge3.tasks.prompts import Reader, load_tokenizer, positions
+from merge3.tasks.requests import Start
 
 
 @torch.inference_mode()
 def continuation(model, folder: Path, prompt: str, max_tokens: int, chat: bool = False) -> Iterator[str]:
     """Pieces of the continuation, each at least one whole character. max_tokens: 0 for as many as fit, up to 64."""
-    if "Classification" in type(model).__name__:
+    if has_head(model):
         raise BadInput("generate", f"a {type(model).__name__}", "a language model")
     tokenizer = load_tokenizer(folder)
-    if chat:
-        if not tokenizer.chat_template:
-            raise ItemsError(folder, "no chat template", "a tokenizer that has one, or chat off")
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(prompt).input_ids
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if chat and not tokenizer.chat_template:
+        raise ItemsError(folder, "no chat template", "a tokenizer that has one, or chat off")
+    reader = Reader(tokenizer, chat)
+    ids = reader.tokens(reader.wrapped(prompt))
+    limit = positions(model.config)
     if not ids:
         raise BadInput("prompt", "no tokens", "text")
     if limit and len(ids) + max(1, max_tokens) > limit:
         raise BadInput("prompt", f"{len(ids)} tokens and {max(1, max_tokens)} to come", f"at most {limit} in all")
-    max_tokens = max_tokens or min(64, (limit or 64) - len(ids))
-    end = getattr(model.generation_config, "eos_token_id", None)
-    end = set(end) if isinstance(end, (list, tuple)) else {end, tokenizer.eos_token_id}
-    device, cache, written, shown = next(model.parameters()).device, None, [], ""
-    feed = torch.tensor([ids], device=device)
-    for _ in range(max_tokens):
-        out = model(input_ids=feed, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, int(likeliest(out.logits[0, -1]))
-        if token < 0:
-            found = f"the model's logits are NaN or infinite after {len(written)} tokens"
-            raise LogitsError("generate", found, "numbers")
-        if token in end:
-            break
-        written.append(token)
+    start = Start(ids, max_tokens or min(64, (limit or 64) - len(ids)))
+    batch = left_padded([(0, start)], 0, next(model.parameters()).device)
+    count, shown = 0, ""
+    for _, written in greedy(model, batch, tokenizer, end_tokens(model, tokenizer)):
+        if written is None:
+            raise LogitsError("generate", f"the model's logits are NaN or infinite after {count} tokens", "numbers")
+        count = len(written)
         text = tokenizer.decode(written, skip_special_tokens=True)
         if not text.endswith("\ufffd") and text != shown:  # the rest of a character may come with the next token
             yield text[len(shown) :]
             shown = text
-        feed = torch.tensor([[token]], device=device)

@@ -1,4 +1,4 @@
-"""Where the work is done: pools, their slots, and an engine per registration. One per worker, one thread.
+"""Where the work is done: pools and their engines. One per worker, one thread.
 
 A host holds nothing that cannot be made again from what each call brings along, so a worker may die and
 start anew between two calls.
@@ -7,31 +7,24 @@ start anew between two calls.
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from merge3.engine import Evaluation, LocalEngine, PoolInfo
+from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
-from merge3.export import check_recipe, merge_to_disk
-from merge3.fitness import TaskEstimator, mean_over_tasks
-from merge3.irt.estimation import Estimator
+from merge3.export import merge_to_disk
 from merge3.pool import Pool
 from merge3.recipe import Recipe
-from merge3.slot import Slot
-from merge3.space import Space, SpaceDefinition
-from merge3.tasks import Item
+from merge3.registration import Registration
 
 log = logging.getLogger("merge3.host")
-ENGINES = 64  # registrations a host keeps prepared; others are prepared again when they are asked for
-Candidate = np.ndarray | Recipe | str  # a genome, a recipe, an endpoint's name
+REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared again when they are asked for
 
 
 @dataclass(frozen=True)
@@ -47,63 +40,50 @@ class PoolSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class Registration:
-    """What RegisterItems fixed."""
+class Registered:
+    """A registration under the id that drivers know it by."""
 
     items_id: str
     pool_id: str
-    items: tuple[Item, ...]
-    seed: int = 0
-    chat: bool = False
-    heads: dict[str, str] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    space: SpaceDefinition | None = None
-    estimators: dict[str, Estimator] = field(default_factory=dict)
+    registration: Registration
 
     def load(self) -> Registration:
-        """Itself; where workers are other processes, what stands for it fetches it."""
-        return self
+        """The registration; where workers are other processes, what stands for this fetches it."""
+        return self.registration
 
 
 class Host:
     """All methods take `stop`, asked before every forward pass, and `emit`, told of progress."""
 
     def __init__(self):
-        self._opened: dict[str, tuple[Pool, Slot]] = {}
+        self._opened: dict[str, LocalEngine] = {}
         self._closed: set[str] = set()  # what still waits for a pool that was closed must not open it again
-        self._engines: OrderedDict[str, tuple[str, LocalEngine]] = OrderedDict()  # items_id -> (pool_id, engine)
+        self._registrations: OrderedDict[str, tuple[str, Registration]] = OrderedDict()  # items_id -> (pool_id, it)
         self._stop: Callable[[], bool] = lambda: False
 
     def open(self, spec: PoolSpec, stop=None, emit=None) -> tuple[PoolInfo, int]:
         """(what the pool is, bytes of it and its live model)"""
         self._closed.discard(spec.pool_id)
-        pool, slot = self._pool(spec, emit)
-        info = LocalEngine(pool, slot=slot).info()
-        weights = sum(t.nbytes for c in pool.endpoints.values() for t in c.tensors.values())
-        return info, weights + sum(p.numel() * p.element_size() for p in slot.model.parameters())
+        engine = self._engine(spec, emit)
+        weights = sum(t.nbytes for c in engine.pool.endpoints.values() for t in c.tensors.values())
+        return engine.info(), weights + sum(p.numel() * p.element_size() for p in engine.slot.model.parameters())
 
     def close(self, pool_id: str, stop=None, emit=None) -> None:
         self._opened.pop(pool_id, None)
         self._closed.add(pool_id)
-        self._engines = OrderedDict((i, e) for i, e in self._engines.items() if e[0] != pool_id)
+        self._registrations = OrderedDict((i, r) for i, r in self._registrations.items() if r[0] != pool_id)
 
-    def register(self, spec: PoolSpec, registration: Registration, stop=None, emit=None) -> int | None:
+    def register(self, spec: PoolSpec, registered: Registered, stop=None, emit=None) -> int | None:
         """The length of its genomes, None without a space. Raises what is wrong with the items, heads or space."""
-        engine = self._engine(spec, registration)
-        return engine.space.size if engine.space else None
+        engine, asked = self._engine(spec), self._registration(registered)
+        engine.prepare(asked)
+        return engine.space(asked.space).size if asked.space is not None else None
 
-    def evaluate(self, spec: PoolSpec, registration: Registration, what: Candidate, stop=None, emit=None) -> Evaluation:
-        """Merge, ask, estimate. A genome gets the registered estimate; a recipe or an endpoint the plain mean."""
-        engine = self._engine(spec, registration)
+    def evaluate(self, spec: PoolSpec, registered: Registered, subject: Subject, stop=None, emit=None) -> Evaluation:
+        """Merge, ask, estimate."""
+        engine = self._engine(spec)
         with self._stopping(stop):
-            if isinstance(what, np.ndarray):
-                return next(engine.evaluate([what]))
-            began = time.perf_counter()
-            _check_endpoint(what, engine.pool)
-            responses = engine.answer(what, engine.items)
-            value, stderr = mean_over_tasks(responses, engine.items, engine.weights)
-            recipe_hash = what.hash() if isinstance(what, Recipe) else ""
-            return Evaluation(0, recipe_hash, responses, value, stderr, time.perf_counter() - began)
+            return next(engine.evaluate(self._registration(registered), [subject]))
 
     def export(self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, stop=None, emit=None) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:
@@ -112,13 +92,11 @@ class Host:
             if emit:
                 emit((done, total))
 
-        return merge_to_disk(recipe, Path(directory), self._pool(spec)[0], seed, progress=progress)
+        return merge_to_disk(recipe, Path(directory), self._engine(spec).pool, seed, progress=progress)
 
     def check(self, spec: PoolSpec, recipe: Recipe, stop=None, emit=None) -> None:
         """A dry run of swap and export: raises what they would refuse."""
-        pool, slot = self._pool(spec)
-        slot.plan(recipe)
-        check_recipe(recipe, pool)
+        self._engine(spec).check(recipe)
 
     def generate(
         self, spec: PoolSpec, what: Recipe | str, seed: int, prompt: str, max_tokens: int, chat: bool, stop=None, emit=None
@@ -126,8 +104,10 @@ class Host:
         """Continue a prompt greedily; every piece of text is emitted."""
         from merge3_server.generate import continuation
 
-        pool, slot = self._pool(spec)
-        _check_endpoint(what, pool)
+        engine = self._engine(spec)
+        pool, slot = engine.pool, engine.slot
+        if isinstance(what, str) and what not in pool.endpoints:
+            raise BadInput("endpoint", f"found {what!r}", ", ".join(pool.endpoints))
         with self._stopping(stop):
             if isinstance(what, Recipe):
                 slot.swap(what, seed)
@@ -136,7 +116,7 @@ class Host:
             for piece in continuation(slot.model, pool.base_checkpoint.path, prompt, max_tokens, chat):
                 emit(piece)
 
-    def _pool(self, spec: PoolSpec, emit=None) -> tuple[Pool, Slot]:
+    def _engine(self, spec: PoolSpec, emit=None) -> LocalEngine:
         if spec.pool_id in self._closed:
             raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
@@ -144,28 +124,19 @@ class Host:
             pool = Pool.open(spec.models[0], spec.models[1:], spec.device, memory_budget=spec.memory_budget, locate=where)
             log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))
-            slot = Slot(pool, getattr(torch, spec.dtype) if spec.dtype else None)
-            slot.model.register_forward_pre_hook(self._between_batches)
-            self._opened[spec.pool_id] = (pool, slot)
+            engine = LocalEngine(pool, getattr(torch, spec.dtype) if spec.dtype else None)
+            engine.slot.model.register_forward_pre_hook(self._between_batches)
+            self._opened[spec.pool_id] = engine
         return self._opened[spec.pool_id]
 
-    def _engine(self, spec: PoolSpec, registration: Registration) -> LocalEngine:
-        if registration.items_id in self._engines:
-            self._engines.move_to_end(registration.items_id)
-            return self._engines[registration.items_id][1]
-        pool, slot = self._pool(spec)
-        asked = registration.load()
-        for task, head in asked.heads.items():
-            if head not in pool.endpoints:
-                raise BadInput(f"heads: {task}", f"found {head!r}", ", ".join(pool.endpoints))
-        engine = LocalEngine(pool, asked.seed, asked.chat, slot=slot)
-        estimate = TaskEstimator(asked.estimators) if asked.estimators else None
-        space = Space(asked.space, pool.layouts[pool.base]) if asked.space else None
-        engine.register(space, asked.items, asked.heads, asked.weights, estimate)
-        self._engines[registration.items_id] = spec.pool_id, engine
-        while len(self._engines) > ENGINES:
-            self._engines.popitem(last=False)
-        return engine
+    def _registration(self, registered: Registered) -> Registration:
+        """The same object every time, by which the engine knows what it has prepared."""
+        if registered.items_id not in self._registrations:
+            self._registrations[registered.items_id] = registered.pool_id, registered.load()
+            while len(self._registrations) > REGISTRATIONS:
+                self._registrations.popitem(last=False)
+        self._registrations.move_to_end(registered.items_id)
+        return self._registrations[registered.items_id][1]
 
     @contextmanager
     def _stopping(self, stop: Callable[[], bool] | None):
@@ -180,7 +151,3 @@ class Host:
         if self._stop():
             raise Cancelled("candidate", "whoever asked has left, or the deadline has passed")
 
-
-def _check_endpoint(what: Candidate, pool: Pool) -> None:
-    if isinstance(what, str) and what not in pool.endpoints:
-        raise BadInput("endpoint", f"found {what!r}", ", ".join(pool.endpoints))

@@ -9,20 +9,21 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from merge3 import __version__
-from merge3.errors import BadInput, Busy, Cancelled
+from merge3.engine import Subject
+from merge3.errors import BadInput, Busy, Cancelled, RecipeError
 from merge3.files import resource_error
 from merge3.recipe import Recipe
 from merge3.rpc import convert, merge3_pb2_grpc
 from merge3.rpc import merge3_pb2 as pb
 from merge3_server.answers import Answers
-from merge3_server.catalog import Catalog, Gathering, Registered
+from merge3_server.catalog import Accepted, Catalog, Gathering
 from merge3_server.export import sent_files
 from merge3_server.metrics import Metrics, resident_bytes
 from merge3_server.pools import Pools
@@ -64,16 +65,16 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             gathering.add(request)
             if gathering.header is not None and not gathering.digests:
                 self.pools.get(gathering.header.pool_id)  # before anything large is sent
-        registration, response = gathering.finish()
-        if registration is None:
+        registered, response = gathering.finish()
+        if registered is None:
             return response
-        entry = self.pools.get(registration.pool_id)
-        if self.catalog.registered.get(registration.items_id) is None:
-            done = await self.scheduler.run(_driver(context), "register", entry.spec, registration)
-            self.catalog.registered.put(registration.items_id, Registered(registration, done.result), 1)
+        entry = self.pools.get(registered.pool_id)
+        if self.catalog.registered.get(registered.items_id) is None:
+            done = await self.scheduler.run(_driver(context), "register", entry.spec, registered)
+            self.catalog.registered.put(registered.items_id, Accepted(registered, done.result), 1)
         return response
 
-    # -- candidates
+    # -- subjects
 
     async def Evaluate(self, request, context):
         return await self._evaluate(request, _driver(context))
@@ -120,11 +121,11 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     async def _evaluate(self, request: pb.EvaluateRequest, driver: str, patient: bool = False) -> pb.Evaluation:
         """patient: where the queue is full wait, as a stream's next request does, rather than refuse."""
         entry = self.pools.get(request.pool_id)
-        registered = self.catalog.registration(request.pool_id, request.items_id)
-        what = await self._candidate(request, registered)
+        accepted = self.catalog.accepted(request.pool_id, request.items_id)
+        subject = await self._subject(request, accepted, entry.spec.models)
         if len(request.idempotency_key) > 200:
             raise BadInput("idempotency_key", f"{len(request.idempotency_key)} characters", "at most 200")
-        run = lambda: self.scheduler.run(driver, "evaluate", entry.spec, registered.registration, what)
+        run = lambda: self.scheduler.run(driver, "evaluate", entry.spec, accepted.registered, subject)
         body = pb.EvaluateRequest()
         body.CopyFrom(request)
         body.index = 0  # the same question may come back at another place
@@ -140,38 +141,37 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         log.info("candidate", extra={
             "driver": driver, "recipe": found.recipe_hash or None, "value": _number(found.value), "stderr": _number(found.stderr),
             "answers": answers, "seconds": round(found.seconds, 4), "queued": round(done.queue_seconds, 4), "worker": done.worker,
-            "failed": found.error,
+            "failed": str(found.error) if found.error else None,
         })  # fmt: skip
         return done
 
-    async def _candidate(self, request: pb.EvaluateRequest, registered: Registered) -> np.ndarray | Recipe | str:
-        which = request.WhichOneof("candidate")
+    async def _subject(self, request: pb.EvaluateRequest, accepted: Accepted, models: tuple[str, ...]) -> Subject:
+        """What is wrong with the request itself is refused before it waits for a turn."""
+        which = request.WhichOneof("subject")
         if which == "genome":
-            genome = np.array(request.genome.values)
-            if registered.genome_size is None:
-                raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
-            if len(genome) != registered.genome_size:
-                raise BadInput("genome", f"{len(genome)} values", f"{registered.genome_size}, the space's")
-            if not np.isfinite(genome).all():
-                at = int(np.flatnonzero(~np.isfinite(genome))[0])
-                raise BadInput(f"genome[{at}]", f"found {genome[at]}", "a finite number")
-            return genome
+            return _genome(request.genome.values, accepted.genome_size)
         if which is None:
-            raise BadInput("candidate", "none", "a genome, a recipe or an endpoint")
-        return await self._recipe_or_endpoint(request, which)
+            raise BadInput("subject", "none", "a genome, a recipe or an endpoint")
+        return await self._recipe_or_endpoint(request, which, models)
 
-    async def _recipe_or_endpoint(self, request, which: str) -> Recipe | str:
+    async def _recipe_or_endpoint(self, request, which: str, models: tuple[str, ...]) -> Recipe | str:
         if which == "endpoint":
+            if request.endpoint not in models:
+                raise BadInput("endpoint", f"found {request.endpoint[:200]!r}", ", ".join(models))
             return request.endpoint
         if len(request.recipe) > self.limits.recipe:
             raise Busy("recipe", f"{len(request.recipe)} characters", f"at most {self.limits.recipe}")
-        return await asyncio.to_thread(convert.recipe_from, request.recipe)
+        recipe = await asyncio.to_thread(convert.recipe_from, request.recipe)
+        for model in recipe.models():
+            if str(model) not in models:
+                raise RecipeError("recipe", f"model {str(model)!r} is not in the pool", ", ".join(models))
+        return recipe
 
     # -- checkpoints and text
 
     async def Export(self, request, context):
         entry = self.pools.get(request.pool_id)
-        recipe = await self._recipe_or_endpoint(request, "recipe")
+        recipe = await self._recipe_or_endpoint(request, "recipe", entry.spec.models)
         temporary = None
         if request.dry_run:
             await self.scheduler.run(_driver(context), "check", entry.spec, recipe)
@@ -209,7 +209,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         which = request.WhichOneof("candidate")
         if which is None:
             raise BadInput("candidate", "none", "a recipe or an endpoint")
-        what = await self._recipe_or_endpoint(request, which)
+        what = await self._recipe_or_endpoint(request, which, entry.spec.models)
         if not 0 <= request.max_tokens <= self.limits.tokens:
             raise BadInput("max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}")
         arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
@@ -257,6 +257,18 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             evaluated=s.evaluated, candidates_per_minute=s.rate(), retention_seconds=self.limits.retention,
             resident_bytes=resident_bytes(),
         )  # fmt: skip
+
+
+def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
+    genome = np.array(values)
+    if size is None:
+        raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+    if len(genome) != size:
+        raise BadInput("genome", f"{len(genome)} values", f"{size}, the space's")
+    if not np.isfinite(genome).all():
+        at = int(np.flatnonzero(~np.isfinite(genome))[0])
+        raise BadInput(f"genome[{at}]", f"found {genome[at]}", "a finite number")
+    return genome
 
 
 def _driver(context) -> str:

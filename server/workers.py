@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from merge3.errors import ConfigError, Merge3Error, Unavailable
-from merge3_server.host import Host, Registration
+from merge3.registration import Registration
+from merge3_server.host import Host, Registered
 from merge3_server.scheduler import Job
 
 RETRIES = 3
@@ -69,9 +70,10 @@ def make_workers(choice: str, device: str, threads: int | None = None) -> list[W
 
 @dataclass(frozen=True)
 class Remembered:
-    """A registration in Ray's object store."""
+    """What stands for a Registered whose registration lies in Ray's object store."""
 
     items_id: str
+    pool_id: str
     reference: Any
 
     def load(self) -> Registration:
@@ -117,7 +119,7 @@ class RayWorker:
     async def run(self, job: Job) -> Any:
         import ray
 
-        arguments = [self._reference(a) if isinstance(a, Registration) else a for a in job.arguments]
+        arguments = [self._reference(a) if isinstance(a, Registered) else a for a in job.arguments]
         try:
             result, emitted, self.pid = await self._actor.call.remote(job.number, job.call, arguments)
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
@@ -137,15 +139,16 @@ class RayWorker:
         if ray.is_initialized():
             ray.shutdown()
 
-    def _reference(self, registration: Registration) -> Remembered:
+    def _reference(self, registered: Registered) -> Remembered:
         import ray
 
-        if registration.items_id not in self._remembered:
+        if registered.items_id not in self._remembered:
             # In a list: Ray would fetch a bare reference at every call, wanted or not.
-            self._remembered[registration.items_id] = Remembered(registration.items_id, [ray.put(registration)])
+            stored = [ray.put(registered.registration)]
+            self._remembered[registered.items_id] = Remembered(registered.items_id, registered.pool_id, stored)
             while len(self._remembered) > 256:
                 del self._remembered[next(iter(self._remembered))]
-        return self._remembered[registration.items_id]
+        return self._remembered[registered.items_id]
 
 
 def _ray_workers(count: int | None, device: str, threads: int | None) -> list[Worker]:

@@ -20,9 +20,8 @@ import torch
 from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
 
 from merge3.kernels import MAX_EXPERTS, build_info
-from merge3.methods import METHODS
-from merge3.methods.base import Job
-from merge3.methods.execute import execute, steps_for
+from merge3.methods import METHODS, Job, execute
+from merge3.program import Program
 from merge3.statistics import Statistics
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,8 +46,9 @@ def merge_group(self: GeneralizedTaskArithmeticMerge, group: Any, /, **parameter
         tuple({name: parameters[name][entry.id] for name in own} for entry in entries), tuple(base.shape),
     )  # fmt: skip
     out = torch.empty_like(tensors[_BASE])
-    (step,) = steps_for(METHODS[self.method_name], [job], Statistics(tensors.__getitem__))
-    execute([(job.name, step, out)], tensors.__getitem__, seed=torch.initial_seed() % 2**31)
+    program = Program(METHODS[self.method_name], (job,), shapes={job.name: job.shape})
+    steps = program.steps(program.shapes, Statistics(tensors.__getitem__))
+    execute([(job.name, steps[job.name], out)], tensors.__getitem__, seed=torch.initial_seed() % 2**31)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from merge3.irt.diagnostics import fit_statistics
 from merge3.irt.extraction import Subset
 from merge3.irt.responses import ResponsesError
 from merge3.search import calibration as calibrations
+from merge3.search.calibration_files import load, save
+from merge3.tasks import keys_by_task
 
 
 def calibrate(
@@ -44,7 +47,7 @@ def calibrate(
         raise ResponsesError(responses_file, f"no rows of endpoint {unknown[0]!r}", "one of its models")
     show = lambda task, step, steps: quiet or bar(f"fitting {task}", step, steps)
     found = calibrations.calibrate(responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show)
-    calibrations.save(found, out)
+    save(found, out)
     tasks = {task: _described(found, task) for task in found.banks}
     return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": skipped}
 
@@ -53,33 +56,30 @@ def _configured(
     config_file: Path, responses_file: Path | None, out: Path, device: str, quiet: bool, dimensions: int,
     skip_too_long: bool,
 ):  # fmt: skip
-    import torch
-
-    from merge3.client.run import open_pool
-    from merge3.engine import LocalEngine
+    from merge3.client.run import open_engine
     from merge3.search.config import load_config
+    from merge3.search.context import Search
+    from merge3.search.gathering import gather
+    from merge3.search.journal import Journal
     from merge3.search.questions import load_questions
-    from merge3.search.store import RunStore
     from merge3.space import Space
 
     config = load_config(config_file, skip_too_long)
     questions = load_questions(config)
     if not quiet:
         print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)
-    groups = {t: [calibrations.item_key(i) for i in g] for t, g in calibrations.by_task(questions.search).items()}
     dimensions = max(dimensions, config.estimate.dimensions)
-    settings = (groups, config.models, dimensions, config.optimizer.seed, questions.skipped)
+    settings = (keys_by_task(questions.search), config.models, dimensions, config.optimizer.seed, questions.skipped)
     if responses_file is not None:
         return read_responses(responses_file), *settings
-    pool = open_pool(config.models, device, quiet)
-    engine = LocalEngine(pool, config.optimizer.seed, config.apply_chat_template, getattr(torch, config.genome.dtype or "", None))
-    space = Space(config.genome.definition(), pool.layouts[pool.base])
-    engine.register(space, questions.search, questions.heads, questions.weights)
-    store = RunStore(out)  # what was answered before a kill is not asked again
-    store.begin({"calibration of": config.hash()} | {f"checkpoint {k}": v for k, v in pool.content_hashes().items()})
-    show = lambda done, total: quiet or bar("models answering", done, total)
-    responses = calibrations.gather(engine, space, questions.search, config.models, config, store, show)
-    store.close()
+    engine = open_engine(config, device, quiet)
+    space = Space(config.genome.definition(), engine.info().layout)
+    # What was answered before a kill is not asked again.
+    with closing(Journal(out)) as journal:
+        identity = {f"checkpoint {name}": digest for name, digest in engine.info().content_hashes.items()}
+        journal.begin({"calibration of": config.hash()} | identity)
+        show = lambda done, total: quiet or bar("models answering", done, total)
+        responses = gather(Search(config, questions, engine, space, journal), show)
     return responses, *settings
 
 
@@ -94,7 +94,7 @@ def _described(found: calibrations.Calibration, task: str) -> dict[str, Any]:
 
 def extract(directory: Path, method: str, size: int, seed: int, out: Path | None) -> dict[str, Any]:
     """Choose items of every task; {"method", "tasks": {task: {"items": [keys], "weights": [..]}}}."""
-    found = calibrations.load(directory)
+    found = load(directory)
     subsets = calibrations.subsets_of(found, method, size, seed)
     result = {
         "method": method,
@@ -109,7 +109,7 @@ def extract(directory: Path, method: str, size: int, seed: int, out: Path | None
 
 def estimate(directory: Path, subset_file: Path, responses_file: Path, method: str) -> list[dict[str, Any]]:
     """Accuracy of every model in a response file from its answers to a subset: one dict per model."""
-    found, subset = calibrations.load(directory), _read_subset(subset_file)
+    found, subset = load(directory), _read_subset(subset_file)
     answers = read_responses(responses_file)
     per_model: dict[str, dict[str, tuple[float, float]]] = {}
     for task, chosen in subset["tasks"].items():

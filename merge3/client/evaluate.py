@@ -17,6 +17,7 @@ from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
 from merge3.recipe import Recipe
+from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
 
@@ -49,10 +50,10 @@ def evaluate_files(
     items = fitted.items
     for note in fitted.notes:
         print(note, file=sys.stderr)
-    engine = LocalEngine(pool, seed, dtype=getattr(torch, dtype) if dtype else None)
+    engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
-    responses = engine.answer(subject, items)
-    seconds = time.perf_counter() - start
+    (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed), [subject])
+    responses, seconds = evaluation.answers(), time.perf_counter() - start
     value, stderr = mean_over_tasks(responses, items)
     tasks = {}
     for task in dict.fromkeys(item.task for item in items):

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import AbstractContextManager
 
-from merge3.search.loop import Progress
+from merge3.search.context import Progress
 
 STAGES = {
     "statistics": "computing what the search needs to know of the task vectors, once",

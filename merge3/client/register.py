@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from merge3.errors import ItemsError
-from merge3.fitness import TaskEstimator
 from merge3.irt import ItemBank
+from merge3.registration import Registration
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
-from merge3.space import SpaceDefinition
 from merge3.tasks import Item
 from merge3.tasks.items import located
 
@@ -26,26 +25,28 @@ class Registrar:
         self._banks: dict[int, tuple[ItemBank, bytes, bytes]] = {}  # by identity: (the bank, digest, content)
         self._sent: set[bytes] = set()
 
-    def register(
-        self, pool_id: str, header: pb.RegisterHeader, space: SpaceDefinition | None, estimate: TaskEstimator | None, items: Sequence[Item]
-    ) -> str:
-        """The registration's id. Free where the daemon has it all; else what is missing is sent."""
-        full = pb.RegisterHeader()
-        full.CopyFrom(header)
-        full.pool_id = pool_id
-        if space is not None:
-            full.space.CopyFrom(convert.space_to(space))
+    def register(self, pool_id: str, registration: Registration) -> str:
+        """The registration's id with the daemon. Free where the daemon has it all; else what is missing is sent.
+
+        Raises ItemsError naming the item that the daemon refuses, with the file and line only we know.
+        """
+        asked = registration
+        header = pb.RegisterHeader(
+            pool_id=pool_id, seed=asked.seed, chat=asked.chat, heads=asked.heads, weights=asked.weights, objectives=asked.objectives,
+            space=None if asked.space is None else convert.space_to(asked.space),
+        )  # fmt: skip
         blobs: dict[bytes, bytes] = {}
-        for task, estimator in (estimate.estimators if estimate else {}).items():
+        for task, estimator in asked.estimators.items():
             bank, content = self._bank(estimator.bank)
             message = convert.estimator_to(estimator, bank)
             blobs |= {bank: content, convert.digest(message): message.SerializeToString(deterministic=True)}
-            full.estimators[task] = convert.digest(message)
+            header.estimators[task] = convert.digest(message)
+        items = asked.items
         entries = [self._message(item) for item in items]
         wanted = {d for d, _ in entries if d not in self._sent} | {d for d in blobs if d not in self._sent}
         for _ in range(3):
             try:
-                response = self._send(self._requests(full, entries, blobs, wanted))
+                response = self._send(self._requests(header, entries, blobs, wanted))
             except ItemsError as error:
                 raise located(error, items) from None
             if response.items_id:

@@ -1,7 +1,7 @@
 """RemoteEngine: the Engine protocol over gRPC, for a daemon that holds the models.
 
-A daemon that dies and comes back is waited for: the pool is opened again, items are registered again, and
-what was not yet answered is asked again, under the same idempotency keys.
+A daemon that dies and comes back is waited for: the pool is opened again, registrations cross again, and what was not
+yet answered is asked again, under the same idempotency keys.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
-import numpy as np
 
 from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
 from merge3.client.register import Registrar
-from merge3.engine import Evaluation, PoolInfo
-from merge3.errors import Busy, Cancelled, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
+from merge3.engine import Evaluation, PoolInfo, Subject
+from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
-from merge3.fitness import EstimateOf, TaskEstimator
 from merge3.recipe import Recipe
+from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc
 from merge3.rpc import merge3_pb2 as pb
-from merge3.space import Space
-from merge3.tasks import Item
+from merge3.tasks.items import located
 
 T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a daemon may be away
@@ -48,11 +47,11 @@ class RemoteEngine:
     """
 
     def __init__(
-        self, target: Target | str, models: Sequence[str], seed: int = 0, chat: bool = False, dtype: str | None = None,
-        patience: float = PATIENCE, note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        self, target: Target | str, models: Sequence[str], dtype: str | None = None, patience: float = PATIENCE,
+        note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ):  # fmt: skip
         self.target = Target(target) if isinstance(target, str) else target
-        self.models, self.seed, self.chat, self.dtype = tuple(models), seed, chat, dtype
+        self.models, self.dtype = tuple(models), dtype
         self.patience, self.note = patience, note
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = itertools.count()
@@ -60,70 +59,45 @@ class RemoteEngine:
         self._channel = self.target.channel()
         self._stub = merge3_pb2_grpc.Merge3Stub(self._channel)
         self._registrar = Registrar(self._send)
-        self._context = None  # what `register` was told, as arguments for the registrar
-        self._items_id = ""  # of that context, as long as the daemon is known to have it
+        # The registration asked last, and its id as long as the daemon is known to have it.
+        self._registered: tuple[Registration | None, str] = None, ""
         self._info: PoolInfo | None = None
         # The first connection is not waited for: a wrong address should be told at once.
         self._open()
 
     def info(self) -> PoolInfo:
+        """See Engine."""
         return self._info
 
-    def register(
-        self, space: Space | None, items: Sequence[Item], heads: dict[str, str] | None = None,
-        weights: dict[str, float] | None = None, estimate: EstimateOf | None = None,
-    ) -> None:
-        """As LocalEngine's; what the daemon has seen before crosses as hashes only. estimate: None or a TaskEstimator."""
-        if estimate is not None and not isinstance(estimate, TaskEstimator):
-            raise TypeError(f"estimate: {type(estimate).__name__} cannot cross; expected None or a TaskEstimator")
-        header = pb.RegisterHeader(seed=self.seed, chat=self.chat, heads=heads, weights=weights)
-        self._context, self._items_id = (header, space.definition if space else None, estimate, list(items)), ""
-        self._persist(self._registered)
+    def prepare(self, registration: Registration) -> None:
+        """See Engine. What the daemon has seen before crosses as hashes only."""
+        self._persist(lambda: self._register(registration))
 
-    def evaluate(self, genomes: Sequence[np.ndarray]) -> Iterator[Evaluation]:
-        """One stream for all genomes; evaluations as they arrive. After a broken stream only what is missing is asked."""
-        waiting = {
-            i: pb.EvaluateRequest(genome=pb.Genome(values=genome), idempotency_key=self._key(), index=i) for i, genome in enumerate(genomes)
-        }
+    def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """See Engine. One stream for all subjects; after a broken one only what is missing is asked again."""
+        waiting = {i: self._request(i, subject) for i, subject in enumerate(subjects)}
         failures, until = 0, 0.0
         while waiting:
-            self._persist(lambda: self._address(waiting))
+            self._persist(lambda: self._address(registration, waiting.values()))
             try:
                 with self._translated(), contextlib.closing(self._evaluations(list(waiting.values()))) as messages:
                     for message in messages:
                         if waiting.pop(message.index, None) is not None:
                             failures = 0
-                            yield convert.evaluation_from(message)
+                            yield self._located(convert.evaluation_from(message), registration)
             except _PASSING as error:
                 until = until if failures else time.monotonic() + self.patience
                 self._recover(error, until, failures)
                 failures += 1
 
-    def answer(self, what: Recipe | str, items: Sequence[Item]) -> np.ndarray:
-        """As LocalEngine's."""
-        header, *_ = self._context or (pb.RegisterHeader(seed=self.seed, chat=self.chat),)
-        request = pb.EvaluateRequest(idempotency_key=self._key())
-        if isinstance(what, Recipe):
-            request.recipe = convert.recipe_to(what)
-        else:
-            request.endpoint = what
-
-        def ask() -> np.ndarray:
-            request.pool_id = self._pool_id
-            request.items_id = self._registrar.register(self._pool_id, header, None, None, items)
-            with self._translated():
-                return np.array(self._stub.Evaluate(request, metadata=self._metadata).responses)
-
-        return self._persist(ask)
-
     def check(self, recipe: Recipe) -> None:
-        """A dry run of merging and exporting on the daemon; see Engine."""
+        """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
 
-    def export(self, recipe: Recipe, directory: Path) -> dict:
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
         """Write the merged checkpoint here: the daemon merges, its files cross, the directory appears whole."""
         check_free(directory)
-        return self._persist(lambda: self._fetch(recipe, Path(directory)))
+        return self._persist(lambda: self._fetch(recipe, Path(directory), seed))
 
     def close(self) -> None:
         """Give the pool up. What fails is not told: the daemon closes idle pools by itself."""
@@ -142,22 +116,37 @@ class RemoteEngine:
         if self._info is not None and info.content_hashes != self._info.content_hashes:
             changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
             raise ResumeMismatch(self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with")
-        self._info, self._pool_id, self._items_id = info, pool.pool_id, ""
+        self._info, self._pool_id, self._registered = info, pool.pool_id, (None, "")
 
-    def _registered(self) -> str:
-        if not self._items_id:
-            header, space, estimate, items = self._context
-            self._items_id = self._registrar.register(self._pool_id, header, space, estimate, items)
-        return self._items_id
+    def _register(self, registration: Registration) -> str:
+        if self._registered[0] is not registration:
+            self._registered = registration, self._registrar.register(self._pool_id, registration)
+        return self._registered[1]
 
     def _send(self, requests: Iterator[pb.RegisterItemsRequest]) -> pb.RegisterItemsResponse:
         with self._translated():
             return self._stub.RegisterItems(requests, metadata=self._metadata)
 
-    def _address(self, waiting: dict[int, pb.EvaluateRequest]) -> None:
-        items_id = self._registered()
-        for request in waiting.values():
+    def _request(self, index: int, subject: Subject) -> pb.EvaluateRequest:
+        request = pb.EvaluateRequest(index=index, idempotency_key=f"{self._name}-{next(self._keys)}")
+        if isinstance(subject, Recipe):
+            request.recipe = convert.recipe_to(subject)
+        elif isinstance(subject, str):
+            request.endpoint = subject
+        else:
+            request.genome.values.extend(subject)
+        return request
+
+    def _address(self, registration: Registration, requests: Iterable[pb.EvaluateRequest]) -> None:
+        items_id = self._register(registration)
+        for request in requests:
             request.pool_id, request.items_id = self._pool_id, items_id
+
+    def _located(self, evaluation: Evaluation, registration: Registration) -> Evaluation:
+        """An error about an item names its file and line, which only the driver knows."""
+        if not isinstance(evaluation.error, ItemsError):
+            return evaluation
+        return replace(evaluation, error=located(evaluation.error, registration.items))
 
     def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:
         if len(requests) == 1:  # a stream takes two milliseconds more than a call, which a generation shares
@@ -169,10 +158,10 @@ class RemoteEngine:
         finally:
             stream.cancel()
 
-    def _fetch(self, recipe: Recipe, directory: Path) -> dict:
+    def _fetch(self, recipe: Recipe, directory: Path, seed: int) -> dict:
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=self.seed)
+        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=seed)
         try:
             partial.mkdir(parents=True)
             with self._translated():
@@ -190,7 +179,7 @@ class RemoteEngine:
         return {"path": str(directory), "tensors": result.tensors, "parameters": result.parameters, "kept": dict(result.kept)}
 
     def _dry_run(self, recipe: Recipe) -> None:
-        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=self.seed, dry_run=True)
+        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), dry_run=True)
         with self._translated():
             for _ in self._stub.Export(request, metadata=self._metadata):
                 pass
@@ -239,9 +228,6 @@ class RemoteEngine:
 
     def _translated(self):
         return translated(self.target.address)
-
-    def _key(self) -> str:
-        return f"{self._name}-{next(self._keys)}"
 
 
 def _received(stream, directory: Path) -> pb.ExportResult:

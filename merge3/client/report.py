@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from contextlib import closing
 from pathlib import Path
 
 import yaml
@@ -11,7 +12,7 @@ import yaml
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.recipe import Recipe
-from merge3.search.store import Candidate, RunStore, read_result
+from merge3.search.journal import Candidate, Journal, read_result
 
 WIDTH, HEIGHT, PAD = 720, 260, 46
 
@@ -24,9 +25,8 @@ def write_report(directory: str | Path) -> Path:
     if not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory")
     result = read_result(directory)
-    store = RunStore(directory)
-    candidates = store.candidates()
-    store.close()
+    with closing(Journal(directory)) as journal:
+        candidates = journal.candidates()
     recipe = Recipe.from_yaml(directory / "best.yaml")
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     rows = [("evolved", result["heldout_detail"], True)]

@@ -24,9 +24,9 @@ from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.recipe import ModelRef
 from merge3.search.config import EvolveConfig
-from merge3.search.loop import Outcome, run
-from merge3.search.questions import load_questions
-from merge3.search.store import RunStore
+from merge3.search.journal import Journal
+from merge3.search.questions import Questions, load_questions
+from merge3.search.run import Outcome, run
 
 if TYPE_CHECKING:
     from merge3.client.channel import Target
@@ -46,20 +46,17 @@ def evolve(
         _check_fitting(config)
     questions = load_questions(config)  # bad items are found before any model is opened
     with closing(open_engine(config, device, quiet, target, memory_budget)) as engine:
-        store = RunStore(directory)
         if not quiet:
-            print(*questions.notes, questions.assumed[2], sep="\n", file=sys.stderr)
+            print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = _StopOnInterrupt()
-        with stopping, chosen(as_json, quiet) as report:
-            outcome = run(config, engine, engine.info().layout, store, resume, report, stopping)
-        store.close()
+        with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
+            outcome = run(config, questions, engine, journal, resume, report, stopping)
         if outcome is None:
             print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
             return None
         if export and not (directory / "model").exists():
-            engine.export(outcome.recipe, directory / "model")
-    result = summary(config, outcome, len(questions.heldout or questions.search))
-    result |= {"skipped": questions.skipped, "truncated": questions.truncated}  # task -> items that were too long
+            engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
+    result = summary(config, questions, outcome)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_report(directory)
     return result
@@ -80,15 +77,14 @@ def open_engine(
     config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None, memory_budget: str | None = None,
 ) -> Engine:  # fmt: skip
     """A run's engine, in this process or on a daemon."""
-    seed, chat = config.optimizer.seed, config.apply_chat_template
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        return LocalEngine(open_pool(config.models, device, quiet, memory_budget), seed, chat, dtype)
+        return LocalEngine(open_pool(config.models, device, quiet, memory_budget), dtype)
     if memory_budget is not None:
         raise BadInput("--memory-budget", "given with --server", "one of them: the daemon has its own (merge3-server serve --memory-budget)")
     from merge3.client.remote import RemoteEngine
 
-    engine = RemoteEngine(target, config.models, seed, chat, config.genome.dtype)
+    engine = RemoteEngine(target, config.models, config.genome.dtype)
     _warn(engine.info().warnings)
     _say_kept(engine.info().kept, quiet)
     return engine
@@ -116,7 +112,7 @@ def _say_kept(kept: dict[str, str], quiet: bool) -> None:
             print(f"kept from the base: {name} ({reason})", file=sys.stderr)
 
 
-def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[str, Any]:
+def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dict[str, Any]:
     """result.json."""
     baselines = {name: detail["accuracy"] for name, detail in outcome.baselines.items()}
     return {
@@ -125,9 +121,9 @@ def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[
         "best_baseline": max(baselines, key=baselines.get),
         "candidates": outcome.candidates,
         "failed": outcome.failed,
-        "item_answers": outcome.item_answers,
+        "item_answers": outcome.ledger.total,
         "ledger": dataclasses.asdict(outcome.ledger) | {"total": outcome.ledger.total},
-        "asked": dict(zip(("extract", "estimate", "why"), outcome.assumed)),
+        "asked": outcome.policy._asdict(),
         "race": dataclasses.asdict(outcome.race) if outcome.race else None,
         "checks": {"made": outcome.checks, "drifted": outcome.drifted},
         "seconds": outcome.seconds,
@@ -135,12 +131,14 @@ def summary(config: EvolveConfig, outcome: Outcome, heldout_items: int) -> dict[
         "search_value": outcome.best.value,  # of the search alone; the race's is in `race`
         "search_stderr": None if math.isnan(outcome.best.stderr) else outcome.best.stderr,
         "recipe_hash": outcome.best.recipe_hash,
-        "heldout_items": heldout_items,
+        "heldout_items": len(questions.heldout or questions.search),
         "heldout_detail": outcome.heldout,
         "baselines_detail": outcome.baselines,
         "method": config.genome.merge_method,
         "models": list(config.models),
         "seed": config.optimizer.seed,
+        "skipped": questions.skipped,  # task -> items that were too long
+        "truncated": questions.truncated,
     }
 
 

@@ -5,9 +5,8 @@ METHODS is the one list: `--help`, the README's table and the parity tests are m
 
 from merge3.errors import RecipeError
 from merge3.methods import averages, rules, spherical, task_arithmetic
-from merge3.methods.base import Job, Method, Parameter
-from merge3.methods.execute import execute, steps_for
-from merge3.methods.plan import Plan, plan
+from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
+from merge3.methods.execute import execute
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -22,4 +21,12 @@ def method_named(name: str, where: str = "merge_method") -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Job", "Method", "Parameter", "Plan", "execute", "method_named", "plan", "steps_for"]
+def gene_names() -> list[str]:
+    """Every parameter that a search can vary, whatever the method."""
+    names: dict[str, None] = {}
+    for method in METHODS.values():
+        names |= dict.fromkeys(method.genes)
+    return list(names)
+
+
+__all__ = ["METHODS", "Copy", "Gene", "Job", "Method", "Parameter", "Step", "execute", "gene_names", "method_named"]

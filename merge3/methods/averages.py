@@ -10,7 +10,19 @@ import torch
 
 from merge3.errors import RecipeError
 from merge3.kernels import Modes
-from merge3.methods.base import Copy, Elementwise, Fused, Job, Method, Parameter, Step, neutral
+from merge3.methods.base import (
+    WEIGHT_OF_MODEL,
+    ByHand,
+    Copy,
+    Elementwise,
+    Fused,
+    Gene,
+    Job,
+    Method,
+    Parameter,
+    Step,
+    neutral,
+)
 from merge3.statistics import Statistics
 
 
@@ -20,27 +32,32 @@ def methods() -> list[Method]:
         Method(
             "linear", "weighted average of the models themselves", "https://arxiv.org/abs/2203.05482",
             {
-                "weight": Parameter(float, "source", help="a model's share"),
+                "weight": Parameter(float, "source", help="a model's share", gene=WEIGHT_OF_MODEL),
                 "normalize": Parameter(bool, "shared", True, help="divide by the sum of weights"),
             },
-            _linear, base="source",
+            _linear, base="source", searched=("weight",), evolve_normalizes=True,
+            by_hand={"uniform_linear": ByHand({"weight": 1.0})},
         ),
         Method(
-            "model_stock", "towards the experts' mean, as far as their angles allow", "https://arxiv.org/abs/2403.19522",
+            "model_stock", "towards the experts' mean, as far as their angles allow",
+            "https://arxiv.org/abs/2403.19522",
             {"filter_wise": Parameter(bool, "shared", False, help="one angle per row instead of per tensor")},
             _model_stock, experts=(2, 8), prefetch=_prefetch_gram,
         ),
         Method(
             "sce", "select by variance, weight by energy, erase minority signs", "https://arxiv.org/abs/2408.07990",
             {
-                "select_topk": Parameter(float, "shared", 1.0, 0.0, 1.0, help="share of elements, by variance, merged"),
+                "select_topk": Parameter(
+                    float, "shared", 1.0, 0.0, 1.0, help="share of elements, by variance, merged",
+                    gene=Gene(0.05, 1.0, start=1.0, steps=256),
+                ),
                 "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
             },
-            _sce, prefetch=_prefetch_sce,
+            _sce, prefetch=_prefetch_sce, searched=("select_topk",),
         ),
         Method(
             "passthrough", "one model's tensors, optionally scaled", "",
-            {"scale": Parameter(float, "source", None, help="factor")},
+            {"scale": Parameter(float, "source", None, help="factor", gene=Gene(0.0, 2.0, start=1.0))},
             _passthrough, base="source", experts=(1, 1),
         ),
     ]  # fmt: skip

@@ -16,11 +16,42 @@ from merge3.recipe import nearest
 from merge3.statistics import Statistics
 
 REQUIRED = object()
+ForModels = float | Callable[[int], float]  # a value, or a function of how many models are merged
+
+
+def equal_share(models: int) -> float:
+    """What each of so many models weighs where all weigh alike and together 1."""
+    return 1 / models
+
+
+def for_models(value: ForModels, models: int) -> float:
+    """The value where so many models are merged."""
+    return value(models) if callable(value) else value
+
+
+class Gene(NamedTuple):
+    """How a search varies a parameter.
+
+    low, high: bounds; a first step is a share of their distance. start: the value in the uniform merge.
+    steps: values are multiples of 1 / steps, so that what they lead to can be known before a search; 0: any value.
+    weighs: `allow_negative_weights: false` keeps it at 0 or above.
+    folded: the preset `evolve` takes its absolute value, at most 1, and starts at 1, as mergekit-evolve does.
+    """
+
+    low: float
+    high: float
+    start: ForModels
+    steps: int = 0
+    weighs: bool = False
+    folded: bool = False
+
+
+WEIGHT_OF_MODEL = Gene(-0.5, 2.0, equal_share, weighs=True)  # of every method that weighs its models
 
 
 class Parameter(NamedTuple):
     """scope: `shared` (one value per tensor), `expert` (one per non-base source), `source` (per source).
-    low, high: inclusive bounds; open_low excludes low itself."""
+    low, high: inclusive bounds; open_low excludes low itself. gene: None where no search varies it."""
 
     kind: type
     scope: str
@@ -29,6 +60,14 @@ class Parameter(NamedTuple):
     high: float = float("inf")
     open_low: bool = False
     help: str = ""
+    gene: Gene | None = None
+
+
+class ByHand(NamedTuple):
+    """The parameters of a merge that one would pick by hand. own: of every model; common: of the recipe."""
+
+    own: dict[str, ForModels]
+    common: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +87,17 @@ class Job:
 
     @property
     def numel(self) -> int:
+        """Elements of the output."""
         return math.prod(self.shape)
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        """Its inputs, base first."""
+        return _inputs(self.base, self.sources)
+
+
+# Every step says three things. refs: the tensors it reads, base first. kernel: steps that agree in it run in one
+# call. sliceable: whether a part of the tensor can be computed from that part of its inputs.
 
 
 @dataclass
@@ -64,6 +113,23 @@ class Fused:
     rank_tables: tuple[torch.Tensor, ...] = ()
     columns: bool = False
 
+    @property
+    def split(self) -> bool:
+        """Whether rows (or columns) have coefficients of their own."""
+        return self.coefficients.ndim == 3
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.modes, self.base is None, len(self.experts), self.split, self.columns)
+
+    @property
+    def sliceable(self) -> bool:
+        return not self.split and not self.columns
+
 
 @dataclass
 class Elementwise:
@@ -75,6 +141,15 @@ class Elementwise:
     scalar: float
     per_expert: np.ndarray = field(default_factory=lambda: np.ones(1))
     rows: torch.Tensor | None = None
+    sliceable = False  # rows belong to whole tensors
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return _inputs(self.base, self.experts)
+
+    @property
+    def kernel(self) -> tuple:
+        return (self.rule, len(self.experts))
 
 
 @dataclass
@@ -82,6 +157,12 @@ class Copy:
     """The tensor as it is."""
 
     source: Any
+    kernel = ()
+    sliceable = False  # it is read once in any case
+
+    @property
+    def refs(self) -> tuple[Any, ...]:
+        return (self.source,)
 
 
 Step = Fused | Elementwise | Copy
@@ -91,7 +172,17 @@ Step = Fused | Elementwise | Copy
 class Method:
     """A merge method. step(job, statistics) gives what to run; prefetch(jobs, statistics) asks for the
     statistics of many jobs in one go. base: `required`, `optional` (its presence changes the formula) or
-    `source` (an input like the others)."""
+    `source` (an input like the others).
+
+    searched: the parameters that a search varies unless told otherwise. prefetch_search: parameter -> as prefetch,
+    but for every value that a search can give this parameter. by_hand: name -> a merge that searches are measured
+    against. evolve_normalizes: the preset `evolve` sets `normalize`, as mergekit-evolve does for this method.
+
+    derive(job, tensors): for methods that first make one expert of all, see derived.py. A pure function of a job and
+    its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
+    It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
+    shared parameters, so only these can be searched without deriving anew.
+    """
 
     name: str
     summary: str
@@ -102,6 +193,18 @@ class Method:
     experts: tuple[int, int] = (1, MAX_EXPERTS)
     prefetch: Callable[[list[Job], Statistics], None] = lambda jobs, statistics: None
     stochastic: bool = False
+    searched: tuple[str, ...] = ()
+    prefetch_search: dict[str, Callable[[list[Job], Statistics], None]] = field(default_factory=dict)
+    by_hand: dict[str, ByHand] = field(default_factory=dict)
+    evolve_normalizes: bool = False
+
+    derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
+    deriving: tuple[str, ...] = ()
+
+    @property
+    def genes(self) -> dict[str, Gene]:
+        """The parameters that a search can vary, in the row's order."""
+        return {name: parameter.gene for name, parameter in self.parameters.items() if parameter.gene is not None}
 
     def check_parameters(self, names, where: str) -> None:
         """Refuse parameters the method does not take."""
@@ -128,6 +231,10 @@ class Method:
             bracket = "(" if p.open_low else "["
             raise RecipeError(f"{where}.{name}", f"found {value!r}", f"a value in {bracket}{p.low:g}, {p.high:g}]")
         return number
+
+
+def _inputs(base: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    return others if base is None else (base, *others)
 
 
 def neutral(weights) -> np.ndarray:

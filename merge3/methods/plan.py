@@ -1,8 +1,8 @@
-"""From a recipe and the endpoints' layouts to one job per output tensor.
+"""mergekit's rules: from a recipe and the endpoints' layouts to what becomes of each output tensor.
 
-mergekit's rules: parameters are looked up in source, slice and global order; position t runs from 0 to
-1 over a slice's layers (1 for a slice of one); tensors before the stack belong to the first slice and
-those after it to the last, both at t = 0; with `models` the base joins the sources by itself.
+Parameters are looked up in source, slice and global order; position t runs from 0 to 1 over a slice's layers (1 for
+a slice of one); tensors before the stack belong to the first slice and those after it to the last, both at t = 0;
+with `models` the base joins the sources by itself.
 
 The output is laid out after all its sources alike, whatever their order: a tensor that only some of them have is kept
 from the base where that can be, and refused otherwise.
@@ -11,123 +11,153 @@ from the base where that can be, and refused otherwise.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from merge3 import parameters as settings
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import Merge3Warning, RecipeError
 from merge3.methods.base import REQUIRED, Job, Method
 from merge3.recipe import TOP_KEYS, ModelRef, Recipe, Slice, Source, nearest
+from merge3.statistics import Statistics
 
 # mergekit ignores parameters a method does not take; these stand in many recipes without effect.
 _HARMLESS = ("int8_mask", "normalize", "rescale")
 
 
-class Endpoints(Protocol):
-    """What planning asks of a pool; see Pool."""
+class View(Protocol):
+    """What compiling a recipe and a method's row may ask of a pool; see Pool. All but `statistics` reads no weights."""
 
-    base: str
     layouts: dict[str, Layout]
     fixed: dict[str, str]
+    statistics: Statistics
 
     def has(self, ref: Ref) -> bool: ...
     def shape(self, ref: Ref) -> tuple[int, ...]: ...
     def shared_with(self, ref: Ref) -> str | None: ...
+    def derive(self, method: str, compute: Callable, jobs: Sequence[Job]) -> str: ...
 
 
-@dataclass
-class Plan:
-    """jobs: what is merged. copies: output name -> the tensor kept as it is; kept: the reason of each. ties: output
-    name -> the output it shares, where it is tied in every source and not stored. origins: output layer -> the model
-    and its layer whose configuration it has."""
+class Kept(NamedTuple):
+    """An output that is one source's tensor as it is, and why."""
 
-    jobs: list[Job] = field(default_factory=list)
-    copies: dict[str, Ref] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    ties: dict[str, str] = field(default_factory=dict)
-    origins: list[tuple[str, int]] = field(default_factory=list)
-
-    @property
-    def layers(self) -> int:
-        return len(self.origins)
+    name: str
+    source: Ref
+    reason: str
 
 
-def plan(recipe: Recipe, method: Method, pool: Endpoints, where: str = "recipe") -> Plan:
-    """Resolve every output tensor. Raises RecipeError for what does not fit: method, parameters, layers, tensors."""
+class Tied(NamedTuple):
+    """An output that is the same as another one in every source, and not stored."""
+
+    name: str
+    source: str
+
+
+class Layer(NamedTuple):
+    """The next layer of the output has the configuration of this one."""
+
+    model: str
+    layer: int
+
+
+def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[Job | Kept | Tied | Layer]:
+    """What becomes of every output tensor, one after the other: merged (a Job), kept or tied; and a Layer after each
+    layer's tensors. Raises RecipeError for what does not fit: method, parameters, layers, tensors."""
     _check(recipe, method, where)
     for model in recipe.models():
-        if str(model) not in pool.layouts:
-            raise RecipeError(where, f"model {str(model)!r} is not in the pool", ", ".join(pool.layouts))
+        if str(model) not in view.layouts:
+            raise RecipeError(where, f"model {str(model)!r} is not in the pool", ", ".join(view.layouts))
     slices = [_with_base(part, recipe, method, f"{where}: slices[{i}]") for i, part in enumerate(recipe.slices)]
     models = [[str(s.model) for s in part.sources] for part in slices]
-    outputs = _Outputs(recipe, method, pool, where)
-    layouts = list(pool.layouts.values())
+    rules = _Rules(recipe, method, view, where)
+    layouts, layer = list(view.layouts.values()), 0
     for name in _all(names.pre for names in layouts):
-        outputs.add(name, slices[0], [Ref(m, name) for m in models[0]], 0.0)
+        yield from rules.output(name, slices[0], [Ref(m, name) for m in models[0]], 0.0)
     for index, part in enumerate(slices):
-        ranges = [_range(s, recipe.whole, pool, f"{where}: slices[{index}]") for s in part.sources]
+        ranges = [_range(s, recipe.whole, view, f"{where}: slices[{index}]") for s in part.sources]
         if recipe.whole:
             _check_depths(models[index], ranges, part.base_model or recipe.base_model, where)
-        count = ranges[0][1] - ranges[0][0]
+        firsts, count = [first for first, _ in ranges], ranges[0][1] - ranges[0][0]
         anchor = _anchor(part, recipe, models[index])
-        names = _all(pool.layouts[m].layer_names for m in models[index])
-        prefix = pool.layouts[models[index][anchor]].prefix
+        names = _all(view.layouts[m].layer_names for m in models[index])
+        prefix = view.layouts[models[index][anchor]].prefix
         for offset in range(count):
             t = offset / (count - 1) if count > 1 else 1.0
-            layer = outputs.plan.layers
-            for tensor in names:
-                inputs = [
-                    Ref(m, pool.layouts[m].layer_tensor(first + offset, tensor)) for m, (first, _) in zip(models[index], ranges)
-                ]
-                outputs.add(f"{prefix}.{layer}.{tensor}", part, inputs, t)
-            outputs.plan.origins.append((models[index][anchor], ranges[anchor][0] + offset))
+            for name in names:
+                inputs = []
+                for model, first in zip(models[index], firsts):
+                    inputs.append(Ref(model, view.layouts[model].layer_tensor(first + offset, name)))
+                yield from rules.output(f"{prefix}.{layer}.{name}", part, inputs, t)
+            yield Layer(models[index][anchor], firsts[anchor] + offset)
+            layer += 1
     for name in _all(names.post for names in layouts):
-        outputs.add(name, slices[-1], [Ref(m, name) for m in models[-1]], 0.0)
-    if not outputs.plan.jobs and not outputs.plan.copies:
-        raise RecipeError(where, "no tensor to merge", "models with weights")
-    return outputs.plan
+        yield from rules.output(name, slices[-1], [Ref(m, name) for m in models[-1]], 0.0)
 
 
-class _Outputs:
-    """The plan as it grows, one output after the other."""
+@dataclass(frozen=True)
+class _Rules:
+    """What one output becomes."""
 
-    def __init__(self, recipe: Recipe, method: Method, pool: Endpoints, where: str):
-        self.recipe, self.method, self.pool, self.where = recipe, method, pool, where
-        self.plan = Plan()
+    recipe: Recipe
+    method: Method
+    view: View
+    where: str
 
-    def add(self, name: str, part: Slice, refs: list[Ref], t: float) -> None:
-        """Decide what becomes of one output: merged, kept, tied, or (where no source has it) not there at all."""
-        pool, there = self.pool, [self.pool.has(r) for r in refs]
+    def output(self, name: str, part: Slice, refs: list[Ref], t: float) -> Iterator[Job | Kept | Tied]:
+        """Merged, kept or tied; nothing where no source has it."""
+        view, there = self.view, [self.view.has(r) for r in refs]
         if not any(there):
             return
-        shared = {pool.shared_with(r) for r in refs}
+        shared = {view.shared_with(r) for r in refs}
         if len(shared) == 1 and None not in shared:
-            self.plan.ties[name] = shared.pop()
+            yield Tied(name, shared.pop())
             return
         base = part.base_model or self.recipe.base_model
         anchor = refs[_anchor(part, self.recipe, [r.model for r in refs])]
         reason = self._unmergeable(refs, there, anchor)
         if reason is None:
-            shape = pool.shape(anchor)
-            self.plan.jobs.append(_job(name, part, refs, t, self.recipe, self.method, base, shape, self.where))
+            yield self._job(name, part, refs, t, base, view.shape(anchor))
             return
-        if not pool.has(anchor) or not (str(base) == anchor.model or len(refs) == 1 or anchor.tensor in pool.fixed):
+        if not view.has(anchor) or not (str(base) == anchor.model or len(refs) == 1 or anchor.tensor in view.fixed):
             raise RecipeError(
-                self.where, f"tensor {name!r}: {reason}", "tensors of equal shapes in all models, or a base_model to keep it from"
+                self.where,
+                f"tensor {name!r}: {reason}",
+                "tensors of equal shapes in all models, or a base_model to keep it from",
             )
-        self.plan.copies[name], self.plan.kept[name] = anchor, reason
+        yield Kept(name, anchor, reason)
+
+    def _job(
+        self, name: str, part: Slice, refs: list[Ref], t: float, base: ModelRef | None, shape: tuple[int, ...]
+    ) -> Job:
+        """The job with its parameters looked up: shared ones by the output's name, each source's by its tensor's."""
+        method, common = self.method, (part.parameters, self.recipe.parameters)
+        shared, own = {}, []
+        for parameter, spec in method.parameters.items():
+            if spec.scope == "shared":
+                shared[parameter] = _value(method, parameter, common, name, t, f"{self.where}: parameters")
+            else:
+                own.append(parameter)
+        base_ref, sources, per_source = None, [], []
+        for source, ref in zip(part.sources, refs):
+            if source.model == base and method.base != "source":
+                base_ref = ref
+                continue
+            where, levels = f"{self.where}: {source.model}", (source.parameters, *common)
+            sources.append(ref)
+            per_source.append({p: _value(method, p, levels, ref.tensor, t, where) for p in own})
+        return Job(name, base_ref, tuple(sources), shared, tuple(per_source), shape)
 
     def _unmergeable(self, refs: list[Ref], there: list[bool], anchor: Ref) -> str | None:
         """Why a tensor is not merged; None where it is."""
-        if anchor.tensor in self.pool.fixed:
-            return self.pool.fixed[anchor.tensor]
+        if anchor.tensor in self.view.fixed:
+            return self.view.fixed[anchor.tensor]
         for ref, here in zip(refs, there):
             if not here:
                 return f"not in {ref.model}"
-        expected = self.pool.shape(anchor)
+        expected = self.view.shape(anchor)
         for ref in refs:
-            if (found := self.pool.shape(ref)) != expected:
+            if (found := self.view.shape(ref)) != expected:
                 return f"shape {list(found)} in {ref.model}, {list(expected)} in {anchor.model}"
         return None
 
@@ -148,10 +178,8 @@ def _check_depths(models: list[str], ranges: list[tuple[int, int]], base: ModelR
     reference = str(base) if base is not None and str(base) in depths else models[0]
     for model, depth in depths.items():
         if depth != depths[reference]:
-            raise RecipeError(
-                f"{where}: models", f"{model} has {depth} layers, {reference} {depths[reference]}", "models of equal depth",
-                "take layer ranges with `slices`",
-            )  # fmt: skip
+            found = f"{model} has {depth} layers, {reference} {depths[reference]}"
+            raise RecipeError(f"{where}: models", found, "models of equal depth", "take layer ranges with `slices`")
 
 
 def _check(recipe: Recipe, method: Method, where: str) -> None:
@@ -179,7 +207,8 @@ def _unknown(name: str, method: Method, at: str) -> None:
         raise RecipeError(f"{at}.{name}", "stands under `parameters`", f"`{name}` at the top level of the recipe")
     if hint := nearest(name, method.parameters, 0.7):
         raise RecipeError(f"{at}.{name}", f"{method.name} has no such parameter", known, hint)
-    warnings.warn(f"{at}.{name}: ignored, {method.name} has no such parameter (it has {known})", Merge3Warning, stacklevel=2)
+    line = f"{at}.{name}: ignored, {method.name} has no such parameter (it has {known})"
+    warnings.warn(line, Merge3Warning, stacklevel=2)
 
 
 def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice:
@@ -201,34 +230,12 @@ def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice
     return part
 
 
-def _range(source: Source, whole: bool, pool: Endpoints, where: str) -> tuple[int, int]:
-    layers = pool.layouts[str(source.model)].layers
+def _range(source: Source, whole: bool, view: View, where: str) -> tuple[int, int]:
+    layers = view.layouts[str(source.model)].layers
     first, last = (0, layers) if whole or source.layer_range is None else source.layer_range
     if last > layers:
         raise RecipeError(f"{where}: layer_range", f"[{first}, {last}) of {source.model}", f"at most {layers} layers")
     return first, last
-
-
-def _job(
-    name: str, part: Slice, refs: list[Ref], t: float, recipe: Recipe, method: Method, base: ModelRef | None,
-    shape: tuple[int, ...], where: str,
-) -> Job:  # fmt: skip
-    common = (part.parameters, recipe.parameters)
-    shared = {
-        p: _value(method, p, common, name, t, f"{where}: parameters")
-        for p, spec in method.parameters.items()
-        if spec.scope == "shared"
-    }
-    own = [p for p, spec in method.parameters.items() if spec.scope != "shared"]
-    base_ref, sources, per_source = None, [], []
-    for source, ref in zip(part.sources, refs):
-        if source.model == base and method.base != "source":
-            base_ref = ref
-            continue
-        sources.append(ref)
-        levels = (source.parameters, *common)
-        per_source.append({p: _value(method, p, levels, ref.tensor, t, f"{where}: {source.model}") for p in own})
-    return Job(name, base_ref, tuple(sources), shared, tuple(per_source), shape)
 
 
 def _value(method: Method, name: str, levels: tuple, tensor: str, t: float, where: str) -> Any:
@@ -236,5 +243,6 @@ def _value(method: Method, name: str, levels: tuple, tensor: str, t: float, wher
     try:
         value = settings.lookup(name, levels, tensor, t, *([] if default is REQUIRED else [default]))
     except KeyError:
-        raise RecipeError(f"{where}.{name}", f"missing for tensor {tensor}", f"a value, {method.name} needs one") from None
+        expected = f"a value, {method.name} needs one"
+        raise RecipeError(f"{where}.{name}", f"missing for tensor {tensor}", expected) from None
     return value if value is default else method.validate(name, value, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from merge3.methods.base import Elementwise, Job, Method, Parameter
+from merge3.methods.base import Elementwise, Gene, Job, Method, Parameter
 from merge3.statistics import Statistics, rows_of
 
 _SAMPLE = 1_000_000  # importances from which quartiles are taken, as mergekit does
@@ -14,13 +14,20 @@ _RAM = "https://arxiv.org/abs/2601.13572"
 
 def methods() -> list[Method]:
     """nearswap, arcee_fusion, ram and ramplus_tl."""
-    epsilon = Parameter(float, "shared", 1e-5, 0.0, help="changes up to this count as none")
+    epsilon = Parameter(
+        float, "shared", 1e-5, 0.0, help="changes up to this count as none", gene=Gene(0.01, 0.2, start=0.1)
+    )
     return [
         Method(
             "nearswap", "take the other model's value where it is near",
             "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-            {"t": Parameter(float, "shared", help="distance within which a value is swapped whole")},
-            _nearswap, experts=(1, 1),
+            {
+                "t": Parameter(
+                    float, "shared", help="distance within which a value is swapped whole",
+                    gene=Gene(0.0, 1.0, start=1e-3, weighs=True),
+                )
+            },
+            _nearswap, experts=(1, 1), searched=("t",),
         ),
         Method(
             "arcee_fusion", "take the expert's value where its importance is an outlier", "https://arcee.ai",

@@ -23,10 +23,14 @@ from merge3.kernels import (
     RESCALE,
     Modes,
 )  # fmt: skip
-from merge3.methods.base import Fused, Job, Method, Parameter, neutral
+from merge3.methods.base import WEIGHT_OF_MODEL, ByHand, Fused, Gene, Job, Method, Parameter, equal_share, neutral
 from merge3.statistics import Statistics
 
 _TINY = 1e-7  # L1 norms below this are not rescaled
+_DENSITY = Gene(0.05, 1.0, start=0.5, steps=256, folded=True)
+_LAMBDA = Gene(0.0, 2.0, start=1.0)
+_GAMMA = Gene(0.0, 0.2, start=0.01)
+_EPSILON = Gene(0.01, 0.2, start=0.1)
 
 #          name                sparsify     elect   normalize rescale  reference
 FAMILY = {
@@ -46,6 +50,17 @@ _SUMMARY = {
     "ranked": "keep at random, larger elements more often",
     "band": "drop each task vector's largest and smallest elements",
 }
+# What one would pick by hand: the examples of mergekit's documentation, and Ilharco et al. 2022 for the scale of task
+# arithmetic.
+_BY_HAND = {
+    "task_arithmetic": {
+        "task_arithmetic": ByHand({"weight": 0.3}),
+        "task_arithmetic_full": ByHand({"weight": 1.0}),
+    },
+    "ties": {"ties": ByHand({"weight": 1.0}, {"density": 0.5, "normalize": True})},
+    "dare_ties": {"dare_ties": ByHand({"weight": equal_share}, {"density": 0.5})},
+}
+_EVOLVE_NORMALIZES = ("ties", "dare_ties")
 
 
 def methods() -> list[Method]:
@@ -55,21 +70,26 @@ def methods() -> list[Method]:
 
 def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool, reference: str) -> Method:
     parameters = {
-        "weight": Parameter(float, "expert", help="scale of an expert's task vector"),
-        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help="share of a task vector that is kept"),
-        "lambda": Parameter(float, "shared", 1.0, help="scale of the merged task vector"),
+        "weight": Parameter(float, "expert", help="scale of an expert's task vector", gene=WEIGHT_OF_MODEL),
+        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help="share of a task vector that is kept", gene=_DENSITY),
+        "lambda": Parameter(float, "shared", 1.0, help="scale of the merged task vector", gene=_LAMBDA),
         "normalize": Parameter(bool, "shared", normalize, help="divide by the sum of weights"),
         "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)"),
         "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
     }
     if sparsify == "band":
-        parameters["gamma"] = Parameter(float, "expert", 0.01, 0.0, 1.0, help="share of the largest that is dropped")
+        dropped = "share of the largest that is dropped"
+        parameters["gamma"] = Parameter(float, "expert", 0.01, 0.0, 1.0, help=dropped, gene=_GAMMA)
     if sparsify == "ranked":
-        parameters["epsilon"] = Parameter(float, "expert", 0.15, 0.0, 1.0, help="spread of keep probabilities")
+        spread = "spread of keep probabilities"
+        parameters["epsilon"] = Parameter(float, "expert", 0.15, 0.0, 1.0, help=spread, gene=_EPSILON)
     summary = _SUMMARY[sparsify] + ("" if elect == "none" else ", elect signs")
     return Method(
         name, summary, reference, parameters, partial(_step, sparsify=sparsify, elect=elect),
         prefetch=partial(_prefetch, sparsify=sparsify), stochastic=sparsify in ("random", "ranked"),
+        searched=("weight",) if sparsify == "all" else ("weight", "density"),
+        prefetch_search={"density": _prefetch_densities} if sparsify == "magnitude" else {},
+        by_hand=_BY_HAND.get(name, {}), evolve_normalizes=name in _EVOLVE_NORMALIZES,
     )  # fmt: skip
 
 
@@ -99,6 +119,18 @@ def _prefetch(jobs: list[Job], statistics: Statistics, sparsify: str) -> None:
         )
 
 
+def _prefetch_densities(jobs: list[Job], statistics: Statistics) -> None:
+    """Thresholds at every density that a search can name, for all tensors in one pass over the weights."""
+    densities = [step / _DENSITY.steps for step in range(1, _DENSITY.steps)]
+    requests = []
+    for job in jobs:
+        ranks: set[int] = set()
+        for density in densities:
+            ranks.update(_ranks(job, {"density": density}, "magnitude"))
+        requests += [(job.base, source, ranks) for source in job.sources]
+    statistics.prefetch_order(requests)
+
+
 def _step(job: Job, statistics: Statistics, sparsify: str, elect: str) -> Fused:
     c = neutral([own["weight"] for own in job.per_source])
     rescale, tables = job.shared["rescale"], []
@@ -123,7 +155,8 @@ def _step(job: Job, statistics: Statistics, sparsify: str, elect: str) -> Fused:
             if density < 1:
                 low, high = density - own["epsilon"], density + own["epsilon"]
                 if low <= 0 or high >= 1:
-                    raise RecipeError(f"{job.name}: epsilon", f"density ± epsilon is {low:g} to {high:g}", "inside (0, 1)")
+                    found = f"density ± epsilon is {low:g} to {high:g}"
+                    raise RecipeError(f"{job.name}: epsilon", found, "inside (0, 1)")
                 row[DENSITY], row[EPSILON] = density, own["epsilon"]
                 if rescale:
                     share = low + (high - low) * (np.arange(RANK_BINS) + 0.5) / RANK_BINS

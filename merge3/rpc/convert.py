@@ -22,8 +22,9 @@ from merge3.irt.estimation import Estimator
 from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
-from merge3.space import PRESETS, SpaceDefinition
-from merge3.tasks.items import Item, make_item
+from merge3.space import SpaceDefinition
+from merge3.tasks.items import Item
+from merge3.tasks.reading import make_item
 
 ERROR_KEY = "merge3-error-bin"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -67,26 +68,27 @@ def item_from(message: pb.Item, where: str) -> Item:
 
 
 def space_to(d: SpaceDefinition) -> pb.SpaceDefinition:
-    return pb.SpaceDefinition(
-        models=d.models, method=d.method, base=d.base or "", layer_granularity=d.layer_granularity, filters=d.filters,
-        smooth=d.smooth, normalize=d.normalize, allow_negative_weights=d.allow_negative_weights, preset=d.preset, genes=d.genes,
-        bounds={gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()},
-        tokenizer_source=d.tokenizer_source or "", dtype=d.dtype or "",
-    )  # fmt: skip
+    """Field by field, by name; None is a field that is not set."""
+    values = {field.name: getattr(d, field.name) for field in pb.SpaceDefinition.DESCRIPTOR.fields}
+    values["bounds"] = {gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()}
+    return pb.SpaceDefinition(**values)
 
 
 def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
-    """Raises ConfigError for what only an evolve configuration's own checks would have caught."""
-    if m.preset and m.preset not in PRESETS:
-        raise errors.ConfigError("space: preset", f"found {m.preset!r}", ", ".join(PRESETS))
+    """Field by field, by name; what is not set, or an empty text, is as the definition has it by default.
+
+    Raises ConfigError for what only an evolve configuration's own checks would have caught.
+    """
     for gene, r in m.bounds.items():
         if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
             raise errors.ConfigError(f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high")
-    return SpaceDefinition(
-        tuple(m.models), m.method, m.base or None, m.layer_granularity, tuple(m.filters), m.smooth,
-        m.normalize if m.HasField("normalize") else None, m.allow_negative_weights, m.preset or "layerwise", tuple(m.genes),
-        {gene: (r.low, r.high) for gene, r in m.bounds.items()}, m.tokenizer_source or None, m.dtype or None,
-    )  # fmt: skip
+    values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
+    for field in m.DESCRIPTOR.fields:
+        value = getattr(m, field.name)
+        unset = value == "" or (field.has_presence and not m.HasField(field.name))
+        if field.name not in values and not unset:
+            values[field.name] = tuple(value) if field.is_repeated else value
+    return SpaceDefinition(**values)
 
 
 # -- estimators
@@ -163,15 +165,25 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:
-    return pb.Evaluation(
-        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses, value=e.value,
-        stderr=e.stderr, seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, error=e.error or "", worker=worker,
+    """index: the request's, which is given back."""
+    message = pb.Evaluation(
+        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses,
+        seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, worker=worker,
     )  # fmt: skip
+    for name, value, stderr in zip(e.objectives, e.values, e.stderrs):
+        message.estimates.add(objective=name, value=value, stderr=stderr)
+    if e.error is not None:
+        message.error.CopyFrom(error_to(e.error))
+    return message
 
 
 def evaluation_from(m: pb.Evaluation) -> Evaluation:
-    responses = None if m.error else np.array(m.responses)
-    return Evaluation(m.index, m.recipe_hash, responses, m.value, m.stderr, m.seconds, m.swap_seconds, m.error or None)
+    """What `evaluation_to` sent, bit for bit."""
+    error = error_of(m.error) if m.HasField("error") else None
+    return Evaluation(
+        m.index, m.recipe_hash, np.array(m.responses) if error is None else None, tuple(e.objective for e in m.estimates),
+        np.array([e.value for e in m.estimates]), np.array([e.stderr for e in m.estimates]), m.seconds, m.swap_seconds, error,
+    )  # fmt: skip
 
 
 def recipe_to(recipe: Recipe) -> str:
@@ -221,16 +233,20 @@ def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
     )  # fmt: skip
 
 
+def error_of(message: pb.Error) -> errors.Merge3Error:
+    """The error behind a message, of the class it had on the other side."""
+    _register(errors.Merge3Error)
+    kind = _BY_REASON.get(message.reason, errors.Merge3Error)
+    error = kind(message.where, message.found, message.expected, message.hint)
+    if isinstance(error, errors.Busy):
+        error.retry_after = message.retry_after_ms / 1000
+    return error
+
+
 def error_from(code: str, details: str, metadata: Mapping[str, Any]) -> errors.Merge3Error:
     """The error behind a status. code: its name; metadata: trailing."""
-    _register(errors.Merge3Error)
-    message = pb.Error()
     if ERROR_KEY in metadata:
-        message.ParseFromString(metadata[ERROR_KEY])
-        kind = _BY_REASON.get(message.reason, errors.Merge3Error)
-        error = kind(message.where, message.found, message.expected, message.hint)
-        if isinstance(error, errors.Busy):
-            error.retry_after = message.retry_after_ms / 1000
-        return error
+        return error_of(pb.Error.FromString(metadata[ERROR_KEY]))
+    _register(errors.Merge3Error)
     kind = next((k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error)
     return kind(details or code)

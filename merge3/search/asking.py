@@ -2,109 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from merge3.engine import Engine
-from merge3.fitness import TaskEstimator, mean_over_tasks
-from merge3.search.calibration import Calibration, by_task, calibrate, choose, gather, given, item_key
-from merge3.search.config import EvolveConfig
+from merge3.fitness import mean_over_tasks
+from merge3.irt.estimation import Estimator
+from merge3.registration import Registration
+from merge3.search.calibration import Calibration, choose
+from merge3.search.context import Search
+from merge3.search.gathering import calibrated
+from merge3.search.journal import Candidate
 from merge3.search.questions import per_task
-from merge3.search.store import Candidate, RunStore
-from merge3.space import Space
-from merge3.tasks import Item, LogitsError
+from merge3.tasks import Item, LogitsError, by_task
+
+
+class SpotCheck(NamedTuple):
+    """A candidate's estimate beside the mean of further answers, each with its standard error."""
+
+    generation: int
+    estimate: float
+    stderr: float
+    mean: float
+    mean_stderr: float
+
+    def squared(self) -> float:
+        """Their difference, in standard errors, squared."""
+        return (self.estimate - self.mean) ** 2 / max(self.stderr**2 + self.mean_stderr**2, 1e-9)
 
 
 @dataclass
 class Asking:
-    """subset: what the next candidates answer; estimator: None for the plain mean.
+    """subset: what the next candidates answer; estimators: of each task's accuracy, none for the plain mean.
 
-    draws: how many subsets there were before this one. checks: (generation, estimate, stderr, answers'
-    mean, its stderr) of each spot check; drifted: generations whose check asked for another subset.
+    draws: how many subsets there were before this one. drifted: generations whose check asked for another subset.
     """
 
-    search: list[Item]
+    search: Search
     subset: list[Item]
-    estimator: TaskEstimator | None = None
+    estimators: dict[str, Estimator] = field(default_factory=dict)
     calibration: Calibration | None = None
-    assumed: tuple[str, str, str] = ("all", "mean", "")
     draws: int = 0
-    checks: list[tuple[int, float, float, float, float]] = field(default_factory=list)
+    checks: list[SpotCheck] = field(default_factory=list)
     drifted: list[int] = field(default_factory=list)
 
+    def registration(self) -> Registration:
+        """What the engine is asked of the next candidates."""
+        return self.search.asks(self.subset, self.estimators)
+
     def unseen(self) -> list[int]:
-        """Positions in `search` that the current subset leaves out."""
+        """Positions among the search items that the current subset leaves out."""
         asked = {id(item) for item in self.subset}
-        return [i for i, item in enumerate(self.search) if id(item) not in asked]
+        return [i for i, item in enumerate(self.search.questions.search) if id(item) not in asked]
+
+    @property
+    def answers(self) -> int:
+        """What the calibration cost."""
+        return self.calibration.answers if self.calibration else 0
 
 
-def prepare(
-    config: EvolveConfig, engine: Engine, space: Space, search: list[Item], subset: list[Item], heads, weights,
-    assumed: tuple[str, str, str], store: RunStore, report: Callable[[int, int], None], stop: Callable[[], bool],
-) -> Asking | None:  # fmt: skip
-    """Calibrate where the estimator needs it, choose the subset, tell the engine. None if stopped."""
-    how, what, _ = assumed
-    if what == "mean":
-        asking = Asking(search, subset, assumed=assumed)
-    else:
-        # Endpoints and merges answer with the heads of the run.
-        engine.register(space, search, heads, weights)
-        settings, seed = config.estimate, config.optimizer.seed
-        if settings.calibration == "auto":
-            responses = gather(engine, space, search, config.models, config, store, report, stop)
-            if responses is None:
-                return None
-            groups = {task: [item_key(i) for i in group] for task, group in by_task(search).items()}
-            calibration = calibrate(responses, groups, config.models, settings.dimensions, seed)
-        else:
-            calibration = given(settings.calibration, search, config.models, settings, seed)
-        chosen, estimator = choose(calibration, search, how, config.extract.size, what, seed, bool(config.extract.renew))
-        asking = Asking(search, chosen, estimator, calibration, assumed)
-    engine.register(space, asking.subset, heads, weights, asking.estimator)
-    return asking
+def prepare(search: Search) -> Asking | None:
+    """Calibrate where the estimator needs it, and choose the first subset. None if stopped."""
+    questions, extract = search.questions, search.config.extract
+    if questions.policy.estimate == "mean":
+        return Asking(search, questions.subset)
+    calibration = calibrated(search)
+    if calibration is None:
+        return None
+    chosen, estimators = _chosen(search, calibration, draws=0, anywhere=bool(extract.renew))
+    return Asking(search, chosen, estimators, calibration)
 
 
-def check(
-    asking: Asking, config: EvolveConfig, engine: Engine, space: Space, weights, store: RunStore, generation: int,
-    genomes: Sequence[np.ndarray], answered: dict[int, Candidate],
-) -> bool:  # fmt: skip
+def renew(asking: Asking) -> None:
+    """Draw the next subset."""
+    search = asking.search
+    asking.draws += 1
+    if asking.calibration is not None:
+        asking.subset, asking.estimators = _chosen(search, asking.calibration, asking.draws, anywhere=True)
+        return
+    rng = np.random.default_rng(search.seed("subset", asking.draws))
+    asking.subset = per_task(search.questions.search, search.config.extract.size, rng)
+
+
+def due(asking: Asking, generation: int, genomes: Sequence[np.ndarray], answered: dict[int, Candidate]) -> bool:
+    """Whether the next generation is asked other items: by schedule, or because a spot check of the generation just
+    answered says so."""
+    config, drifted = asking.search.config, False
+    every, renewed = config.estimate.check_every, config.extract.renew
+    if asking.estimators and every and generation % every == 0:
+        drifted = check(asking, generation - 1, genomes, answered)
+    scheduled = asking.search.questions.policy.subset and renewed and generation % renewed == 0
+    return drifted or bool(scheduled)
+
+
+def check(asking: Asking, generation: int, genomes: Sequence[np.ndarray], answered: dict[int, Candidate]) -> bool:
     """Spot check: a random candidate of the generation answers as many items again that it was not asked.
 
     Returns whether the last three checks together are further from the estimates than the estimates' own
     standard errors allow (mean z² above 4): then it is time for another subset.
     """
-    rng = np.random.default_rng([config.optimizer.seed, 3, generation])
+    search = asking.search
+    rng = np.random.default_rng(search.seed("spot check", generation))
     known = [p for p in range(len(genomes)) if not np.isnan(answered[p].value)]
-    position = known[int(rng.integers(len(known)))]
-    items, open_ = [], asking.unseen()
-    for task in by_task(asking.search):
-        own = [i for i in open_ if asking.search[i].task == task]
-        items += sorted(rng.permutation(own)[: config.extract.size].tolist())
-    if not items:
+    candidate = answered[known[int(rng.integers(len(known)))]]
+    positions = _further(asking, rng)
+    if not positions:
         return False
-    asked = [asking.search[i] for i in items]
-    ask = lambda: engine.answer(space.recipe(genomes[position]), asked)
+    asked = [search.questions.search[i] for i in positions]
+    recipe = search.space.recipe(candidate.genome)
     try:
-        mean, error = mean_over_tasks(store.remember("check", f"{generation}", items, ask), asked, weights)
+        answers = search.journal.remember("check", f"{generation}", positions, lambda: search.answers(recipe, asked))
     except LogitsError:  # it has no answer to these items: nothing to compare its estimate with
         return False
-    asking.checks.append((generation, answered[position].value, answered[position].stderr, mean, error))
-    last = [c for c in asking.checks if not asking.drifted or c[0] > asking.drifted[-1]][-3:]
-    squares = [(value - mean) ** 2 / max(stderr**2 + error**2, 1e-9) for _, value, stderr, mean, error in last]
-    if len(last) < 3 or np.mean(squares) <= 4:
+    mean = mean_over_tasks(answers, asked, search.weights)
+    asking.checks.append(SpotCheck(generation, candidate.value, candidate.stderr, mean.value, mean.stderr))
+    since = asking.drifted[-1] if asking.drifted else -1
+    last = [c for c in asking.checks if c.generation > since][-3:]
+    if len(last) < 3 or np.mean([c.squared() for c in last]) <= 4:
         return False
     asking.drifted.append(generation)
     return True
 
 
-def renew(asking: Asking, config: EvolveConfig) -> None:
-    """Draw the next subset."""
-    asking.draws += 1
-    how, what, _ = asking.assumed
-    seed = config.optimizer.seed + 7919 * asking.draws
-    if asking.calibration is None:
-        asking.subset = per_task(asking.search, config.extract.size, np.random.default_rng(seed))
-    else:
-        asking.subset, asking.estimator = choose(asking.calibration, asking.search, how, config.extract.size, what, seed, True)
+def _further(asking: Asking, rng: np.random.Generator) -> list[int]:
+    """Random positions that the subset leaves out, as many of every task as it asks."""
+    items, positions, unseen = asking.search.questions.search, [], asking.unseen()
+    for task in by_task(items):
+        own = [i for i in unseen if items[i].task == task]
+        positions += sorted(rng.permutation(own)[: asking.search.config.extract.size].tolist())
+    return positions
+
+
+def _chosen(search: Search, calibration: Calibration, draws: int, anywhere: bool) -> tuple[list[Item], dict[str, Estimator]]:
+    policy, items, size = search.questions.policy, search.questions.search, search.config.extract.size
+    seed = search.seed("subset", draws)
+    return choose(calibration, items, policy.extract, size, policy.estimate, seed, anywhere)

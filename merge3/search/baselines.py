@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge3.methods import METHODS
+from merge3.methods.base import ByHand, for_models
 from merge3.recipe import ModelRef, Recipe, Slice, Source
-
-# The usual hand-picked settings: mergekit's documentation examples, and Ilharco et al. 2022 for the
-# scale of task arithmetic. `share` is 1 / number of experts.
-_DEFAULTS = {
-    "task_arithmetic": ({"weight": 0.3}, {}),
-    "task_arithmetic_full": ({"weight": 1.0}, {}),
-    "ties": ({"weight": 1.0}, {"density": 0.5, "normalize": True}),
-    "dare_ties": ({"weight": "share"}, {"density": 0.5}),
-}
 
 
 def default_merges(base: str | None, experts: list[str], dtype: str | None = None) -> Iterator[tuple[str, Recipe]]:
-    """(name, recipe) of every default merge these models allow."""
-    yield "uniform_linear", _recipe("linear", None, experts, {"weight": 1.0}, {}, dtype)
-    if base is None or not experts:
-        return
-    for name, (own, shared) in _DEFAULTS.items():
-        own = {k: 1 / len(experts) if v == "share" else v for k, v in own.items()}
-        yield name, _recipe(name.removesuffix("_full"), base, experts, own, shared, dtype)
+    """(name, recipe) of every merge by hand, of the methods' rows, that these models allow."""
+    for method in METHODS.values():
+        needs_base = method.base == "required"
+        if needs_base and (base is None or not experts):
+            continue
+        for name, by_hand in method.by_hand.items():
+            yield name, _recipe(method.name, base if needs_base else None, experts, by_hand, dtype)
 
 
-def _recipe(method: str, base: str | None, experts: list[str], own: dict, shared: dict, dtype: str | None) -> Recipe:
+def _recipe(method: str, base: str | None, experts: list[str], by_hand: ByHand, dtype: str | None) -> Recipe:
+    own = {name: for_models(value, len(experts)) for name, value in by_hand.own.items()}
     sources = tuple(Source(ModelRef.parse(e), None, dict(own)) for e in experts)
-    return Recipe(method, (Slice(sources),), ModelRef.parse(base) if base else None, dict(shared), dtype)
+    return Recipe(method, (Slice(sources),), ModelRef.parse(base) if base else None, dict(by_hand.common), dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from merge3.errors import ConfigError
-from merge3.methods import METHODS
+from merge3.methods import METHODS, gene_names
 from merge3.recipe import load_yaml, nearest
-from merge3.space import BOUNDS, PRESETS, SpaceDefinition
+from merge3.space import PRESETS, SPACES, SpaceDefinition
+
+_OTHER_NAMES = {"method": "merge_method", "base": "base_model", "kind": "space"}  # of a definition's fields
 
 
 class _Section(BaseModel):
@@ -21,7 +24,7 @@ class _Section(BaseModel):
 
 
 class Genome(_Section):
-    """What to search over; names as in mergekit-evolve, then ours (preset, genes, bounds, dtype)."""
+    """What to search over; names as in mergekit-evolve, then ours (space, preset, genes, bounds, dtype)."""
 
     models: tuple[str, ...] = Field(min_length=1)
     merge_method: str
@@ -32,7 +35,8 @@ class Genome(_Section):
     filters: tuple[str, ...] = ()
     smooth: bool = False
     tokenizer_source: str | None = None
-    preset: Literal[PRESETS] = "layerwise"
+    space: Literal[tuple(SPACES)] = "parameters"
+    preset: Literal[tuple(PRESETS)] = "layerwise"
     genes: tuple[str, ...] = ()
     bounds: dict[str, tuple[float, float]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -48,18 +52,16 @@ class Genome(_Section):
             hint = nearest(self.merge_method, METHODS)
             raise ValueError(f"merge_method: unknown method {self.merge_method!r}" + (f" ({hint})" if hint else ""))
         for gene, (low, high) in self.bounds.items():
-            if gene not in BOUNDS:
-                raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(BOUNDS)}")
+            if gene not in gene_names():
+                raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(gene_names())}")
             if not low < high:
                 raise ValueError(f"bounds: {gene} from {low} to {high}, expected low < high")
         return self
 
     def definition(self) -> SpaceDefinition:
-        return SpaceDefinition(
-            self.models, self.merge_method, self.base_model, self.layer_granularity, self.filters, self.smooth,
-            self.normalize, self.allow_negative_weights, self.preset, self.genes, dict(self.bounds),
-            self.tokenizer_source, self.dtype,
-        )  # fmt: skip
+        """The section as a space is opened with."""
+        names = [field.name for field in fields(SpaceDefinition)]
+        return SpaceDefinition(**{name: getattr(self, _OTHER_NAMES.get(name, name)) for name in names})
 
 
 class Task(_Section):
@@ -171,6 +173,8 @@ class EvolveConfig(_Section):
         data = self.model_dump(mode="json")
         place = {model: f"model {i}" for i, model in enumerate(self.models)}
         data["genome"] |= {"models": [place[m] for m in self.genome.models], "base_model": place.get(self.genome.base_model)}
+        if self.genome.space == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
+            del data["genome"]["space"]
         data["genome"]["tokenizer_source"] = place.get(self.genome.tokenizer_source, self.genome.tokenizer_source)
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}

@@ -11,15 +11,16 @@ import numpy as np
 from merge3.checkpoint.read import resolve
 from merge3.errors import ConfigError
 from merge3.recipe import ModelRef
-from merge3.search.calibration import assumptions
 from merge3.search.config import EvolveConfig
+from merge3.search.policy import Policy, decide
+from merge3.search.seeds import seed_of
 from merge3.tasks import Item, fit_to_model, read_items, split_heldout
 
 
 @dataclass(frozen=True)
 class Questions:
     """search: what candidates may be asked; subset: what each is asked, unless calibration chooses it;
-    heldout: never seen by the search; assumed: (extract, estimate, why). skipped, truncated: task -> how many
+    heldout: never seen by the search. skipped, truncated: task -> how many
     items were too long, which is said in `notes`."""
 
     search: list[Item]
@@ -27,7 +28,7 @@ class Questions:
     heldout: list[Item]
     weights: dict[str, float]
     heads: dict[str, str]
-    assumed: tuple[str, str, str] = ("all", "mean", "")
+    policy: Policy
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -61,13 +62,13 @@ def load_questions(config: EvolveConfig) -> Questions:
             raise ConfigError(f"task {item.task!r}", f"item id {item.id!r} twice", "unique ids within a task")
         seen.add((item.task, item.id))
     seed = config.optimizer.seed
-    search, heldout = split_heldout(items, config.heldout.fraction, seed)
-    search = _limited(search, limits, np.random.default_rng(seed) if config.shuffle else None)
-    assumed = assumptions(config, search)
+    search, heldout = split_heldout(items, config.heldout.fraction, seed_of("held-out", seed))
+    search = _limited(search, limits, np.random.default_rng(seed_of("limit", seed)) if config.shuffle else None)
+    policy = decide(config, search)
     subset = search
-    if assumed[0] == "random":
-        subset = per_task(search, config.extract.size, np.random.default_rng(seed))
-    return Questions(search, subset, heldout, weights, heads, assumed, dict(skipped), dict(truncated), tuple(notes))
+    if policy.extract == "random":
+        subset = per_task(search, config.extract.size, np.random.default_rng(seed_of("subset", seed, 0)))
+    return Questions(search, subset, heldout, weights, heads, policy, dict(skipped), dict(truncated), tuple(notes))
 
 
 def base_folder(config: EvolveConfig) -> Path:

@@ -8,13 +8,16 @@ and Talwalkar 2016), and the last round takes what the budget leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from merge3.fitness import mean_over_tasks
-from merge3.tasks import Item
+from merge3.fitness import Estimate, mean_over_tasks
+from merge3.search.asking import Asking
+from merge3.search.journal import Candidate
+from merge3.tasks import Item, LogitsError, by_task
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,50 @@ class Race:
     stderr: float
 
 
+class Ranked(NamedTuple):
+    """A candidate with what is believed of it: the optimizer's value where it has any, else its own estimate."""
+
+    candidate: Candidate
+    value: float
+    stderr: float
+
+
+def settle(asking: Asking, ranked: Sequence[Ranked], answers: int) -> tuple[Candidate, Race] | None:
+    """The best candidates race on items that the last subset leaves out. ranked: best first; answers: of the search,
+    of which the race may cost a share. None where there is nothing to settle."""
+    search, settings = asking.search, asking.search.config.race
+    top = list(ranked[: settings.candidates])
+    last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
+    if search.config.optimizer.name == "cma" and last not in top:  # the distribution's mean races whatever its value
+        top = [*top[:-1], last]
+    unseen = asking.unseen()
+    if len(top) < 2 or not unseen:
+        return None
+    every = search.questions.search
+    contenders = [Contender(f"{r.candidate.generation}-{r.candidate.position}", r.value, r.stderr) for r in top]
+
+    def ask(contender: int, positions: list[int]) -> np.ndarray:
+        places = [unseen[i] for i in positions]
+        name = f"{contenders[contender].name} from item {places[0]}"
+        return search.journal.remember("race", name, places, lambda: answers_of(contender, places))
+
+    def answers_of(contender: int, places: list[int]) -> np.ndarray:
+        recipe = search.space.recipe(top[contender].candidate.genome)
+        try:
+            return search.answers(recipe, [every[i] for i in places])
+        except LogitsError:  # it answered all it was asked before; what it cannot answer now it has not solved
+            return np.zeros(len(places))
+
+    items, budget = [every[i] for i in unseen], int(settings.share * answers)
+    found = race(
+        contenders, items, ask, search.config.extract.size, budget, search.weights, search.seed("race"), search.stop
+    )
+    return top[found.winner].candidate, found
+
+
 def race(
     contenders: Sequence[Contender], items: Sequence[Item], ask: Callable[[int, list[int]], np.ndarray], size: int, budget: int,
-    weights: dict[str, float] | None = None, seed: int = 0, halt: Callable[[], bool] = lambda: False,
+    weights: Mapping[str, float] | None = None, seed: int = 0, halt: Callable[[], bool] = lambda: False,
 ) -> Race:  # fmt: skip
     """Race them. items: what the search's last subset leaves out (earlier ones may overlap: then a few
     answers count twice); ask(contender, positions) -> responses.
@@ -50,13 +94,16 @@ def race(
     size: items per task in the first round; budget: answers at most.
     """
     rng = np.random.default_rng(seed)
-    order = {task: list(rng.permutation([i for i, item in enumerate(items) if item.task == task])) for task in
-             dict.fromkeys(item.task for item in items)}  # fmt: skip
+    order = {}
+    for task in by_task(items):
+        order[task] = list(rng.permutation([i for i, item in enumerate(items) if item.task == task]))
     running, asked, spent, rounds = list(range(len(contenders))), [], 0, []
     answers: dict[int, np.ndarray] = {c: np.zeros(0) for c in running}
     while len(running) > 1 and not halt():
         size = min(size, (budget - spent) // (len(running) * len(order)))
-        batch = [int(i) for positions in order.values() for i in positions[:size]]
+        batch = []
+        for positions in order.values():
+            batch += [int(i) for i in positions[:size]]
         if not batch:
             break
         order = {task: positions[size:] for task, positions in order.items()}
@@ -65,32 +112,37 @@ def race(
         spent += len(batch) * len(running)
         asked += batch
         size *= 2
-        own = [items[i] for i in asked]
-        score = {c: _together(contenders[c], answers[c], own, weights)[0] for c in running}
-        leader = max(running, key=lambda c: (score[c], -c))
-        kept = []
-        for c in running:
-            behind = _together(_gap(contenders[leader], contenders[c]), answers[leader] - answers[c], own, weights)
-            if c == leader or behind[0] <= 2 * behind[1]:
-                kept.append(c)
-        running = kept
+        running = _still_running(contenders, running, answers, [items[i] for i in asked], weights)
         rounds.append(len(running))
     own = [items[i] for i in asked]
     final = {c: _together(contenders[c], answers[c], own, weights) for c in running}
-    winner = max(running, key=lambda c: (final[c][0], -c))
+    winner = max(running, key=lambda c: (final[c].value, -c))
     return Race(winner, spent, tuple(rounds), len(running) == 1, *final[winner])
+
+
+def _still_running(contenders, running: list[int], answers: dict[int, np.ndarray], items: list[Item], weights) -> list[int]:
+    """Those that are not two standard errors of the paired difference behind the leader."""
+    score = {c: _together(contenders[c], answers[c], items, weights).value for c in running}
+    leader = max(running, key=lambda c: (score[c], -c))
+    kept = []
+    for c in running:
+        gap = _gap(contenders[leader], contenders[c])
+        behind = _together(gap, answers[leader] - answers[c], items, weights)
+        if c == leader or behind.value <= 2 * behind.stderr:
+            kept.append(c)
+    return kept
 
 
 def _gap(a: Contender, b: Contender) -> Contender:
     return Contender("", a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
 
 
-def _together(contender: Contender, answers: np.ndarray, items: list[Item], weights) -> tuple[float, float]:
+def _together(contender: Contender, answers: np.ndarray, items: list[Item], weights) -> Estimate:
     """The search's estimate and the race's mean, weighted by their precision."""
     if not len(answers):
-        return contender.value, contender.stderr
+        return Estimate(contender.value, contender.stderr)
     mean, error = mean_over_tasks(answers, items, weights)
     p, q = 1 / max(error, 1e-3) ** 2, 1 / max(contender.stderr, 1e-3) ** 2
     if not np.isfinite(q):
-        return mean, error
-    return (p * mean + q * contender.value) / (p + q), (p + q) ** -0.5
+        return Estimate(mean, error)
+    return Estimate((p * mean + q * contender.value) / (p + q), (p + q) ** -0.5)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from merge3.errors import ItemsError
 from merge3.tasks.items import Item, place, shown
-from merge3.tasks.prompts import length, positions, tokens_of
-from merge3.tasks.score import load_tokenizer
+from merge3.tasks.kinds import KINDS
+from merge3.tasks.prompts import Reader, load_tokenizer, positions
 
 POLICIES = ("error", "skip", "truncate_left")
 
@@ -43,24 +43,25 @@ def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: b
 
 
 def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False) -> Fitted:
-    """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to `encode`.
+    """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
+    reader = Reader(tokenizer, chat)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
         longest, what = 0, ""
         if limit is not None and policy != "error" and not item.image:
-            longest, what = length(item, *tokens_of(item, tokenizer, chat))
+            longest, what = _length(item, reader)
         if limit is None or longest <= limit:
             kept.append(item)
             continue
         long.setdefault(item.task, []).append(f"{place(item)}: {what}")
         if policy == "truncate_left":
-            kept.append(_cut(item, tokenizer, limit, chat))
+            kept.append(_cut(item, reader, limit))
     left = {item.task for item in kept}
     notes = []
     for task, reasons in long.items():
@@ -75,16 +76,21 @@ def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, 
     return Fitted(kept, counts if policy == "skip" else {}, counts if policy == "truncate_left" else {}, notes)
 
 
-def _cut(item: Item, tokenizer, limit: int, chat: bool) -> Item:
+def _length(item: Item, reader: Reader) -> tuple[int, str]:
+    """(how many positions an item takes, what for)"""
+    return KINDS[item.kind].request(item, reader).length()
+
+
+def _cut(item: Item, reader: Reader, limit: int) -> Item:
     """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
     front of a prompt stays there, and an item remains what it is on its way to a daemon."""
     shorter, what = item, ""
     while shorter.prompt:
-        longest, how = length(shorter, *tokens_of(shorter, tokenizer, chat))
+        longest, how = _length(shorter, reader)
         what = what or how
         if longest <= limit:
             return shorter
-        shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, tokenizer))
+        shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, reader.tokenizer))
     raise ItemsError(
         place(item), f"{what}, and nothing would be left of its prompt", f"at most {limit}, the model's positions",
         "`too_long: skip` leaves it out",

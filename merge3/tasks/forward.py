@@ -1,4 +1,4 @@
-"""What every kind of scoring shares: the prefix's key/value cache, and logits where they are needed."""
+"""What every way of asking shares: the prefix's key/value cache, logits where they are needed, what is no answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import inspect
 import torch
 
 from merge3.errors import ItemsError
-from merge3.tasks.items import Item, place
 
 
 class LogitsError(ItemsError):
@@ -21,14 +20,9 @@ class LogitsError(ItemsError):
     reason = "logits"
 
 
-def not_finite(item: Item) -> LogitsError:
-    hint = "weights that overflow, or a dtype too small for them"
-    return LogitsError(place(item), "the model's logits are NaN or infinite here", "numbers", hint)
-
-
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The last dimension's argmax; -1 where the logits are NaN, have +inf or nothing above -inf. An argmax finds
-    NaN and +inf before anything else, so its value tells of the whole row."""
+    """The last dimension's argmax, int64 [...] of logits [..., n]; -1 where they are NaN, have +inf or nothing above
+    -inf. An argmax finds NaN and +inf before anything else, so its value tells of the whole row."""
     best = logits.argmax(-1)
     return torch.where(logits.gather(-1, best[..., None])[..., 0].isfinite(), best, -1)
 
@@ -67,3 +61,11 @@ def last_logits(model, count: int, **inputs) -> torch.Tensor:
     if takes_logits_to_keep(model):
         return model(**inputs, logits_to_keep=count).logits.float()
     return model(**inputs).logits[:, -count:].float()
+
+
+def right_padded(rows: list[tuple[int, ...]], pad: int, device) -> dict[str, torch.Tensor]:
+    """Token ids of different lengths as a forward's inputs: input_ids and attention_mask, int64 [rows, the longest]."""
+    width = max(map(len, rows))
+    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

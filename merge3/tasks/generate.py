@@ -1,129 +1,82 @@
-"""Greedy generation: prompts share their prefix's cache, finished rows leave the batch."""
+"""Kind `generate`: a greedy continuation, compared with accepted texts, numbers or patterns."""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import regex
-import torch
+import regex as patterns
 
 from merge3.errors import ItemsError
-from merge3.tasks.forward import expanded, last_logits, likeliest, not_finite, prefix_cache
-from merge3.tasks.items import Item, place
-from merge3.tasks.prompts import Group, Prompt, batches
+from merge3.tasks.items import Item, place, shown
+from merge3.tasks.prompts import Reader
+from merge3.tasks.requests import Start, Written
 
 _PATTERN_SECONDS = 1.0
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
-@dataclass
-class Batch:
-    """Left-padded prompts: ids and positions [rows, width], mask [rows, prefix + width]."""
-
-    prompts: list[Prompt]
-    ids: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
-
-
-class GenerateScorer:
-    """Answers and scores the generate items of one task."""
-
-    def __init__(self, group: Group, device, tokenizer, batch_tokens: int, end: tuple[int, ...], pad: int = 0):
-        self.prefix, self.device, self.tokenizer, self.end = group.prefix, device, tokenizer, set(end)
-        self.pad = pad
-        self.batches = [
-            self._prepare(b) for b in batches(group.prompts, lambda p: len(p.tokens) + p.item.max_tokens, batch_tokens)
-        ]
-
-    def score(self, model) -> dict[int, float]:
-        """item index -> 1.0 if the answer is right, else 0.0. Raises LogitsError."""
-        return {p.index: float(correct(p.item, text)) for p, text in self.answers(model)}
-
-    @torch.inference_mode()
-    def answers(self, model) -> list[tuple[Prompt, str]]:
-        """Every prompt with its generated text, cut before a stop string."""
-        prefix = prefix_cache(model, self.prefix, self.device)
-        results = []
-        for batch in self.batches:
-            results += zip(batch.prompts, self._generate(model, batch, prefix))
-        return results
-
-    def _prepare(self, prompts: list[Prompt]) -> Batch:
-        past, width = len(self.prefix), max(len(p.tokens) for p in prompts)
-        ids = torch.full((len(prompts), width), self.pad)
-        mask = torch.ones(len(prompts), past + width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            gap = width - len(prompt.tokens)
-            ids[row, gap:] = torch.tensor(prompt.tokens)
-            mask[row, past : past + gap] = 0
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        return Batch(list(prompts), ids.to(self.device), mask.to(self.device), positions.to(self.device))
-
-    def _generate(self, model, batch: Batch, prefix) -> list[str]:
-        ids, mask, positions = batch.ids, batch.mask, batch.positions
-        cache, alive = expanded(prefix, len(ids)), list(range(len(ids)))
-        written: list[list[int]] = [[] for _ in batch.prompts]
-        if cache is None:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=model.config)
-        while True:
-            logits = last_logits(
-                model, 1, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            tokens = likeliest(logits[:, -1])
-            going = []
-            for at, (row, token) in enumerate(zip(alive, tokens.tolist())):
-                if token < 0:
-                    raise not_finite(batch.prompts[row].item)
-                if token not in self.end:
-                    written[row].append(token)
-                    item = batch.prompts[row].item
-                    if len(written[row]) < item.max_tokens and not self._stopped(item, written[row]):
-                        going.append(at)
-            if not going:
-                break
-            if len(going) < len(alive):
-                keep = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(keep)
-                tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-                alive = [alive[at] for at in going]
-            ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            positions = positions[:, -1:] + 1
-        return [cut(self.tokenizer.decode(w, skip_special_tokens=True), p.item.stop) for w, p in zip(written, batch.prompts)]
-
-    def _stopped(self, item: Item, tokens: list[int]) -> bool:
-        if not item.stop:
-            return False
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return any(s in text for s in item.stop)
+def answer(given, choices: Sequence[str], metric: str, where: str) -> tuple[str, ...]:
+    """Accepted texts, of one text or number or a list of them. Raises ItemsError for what is neither, or no pattern or
+    number where the metric wants one."""
+    texts = given if isinstance(given, (list, tuple)) else (given,)
+    if not texts or not all(isinstance(t, (str, int, float)) and not isinstance(t, bool) for t in texts):
+        raise ItemsError(where, f"answer is {shown(given)}", "a text, a number or a list of them")
+    texts = tuple(str(t) for t in texts)
+    if metric == "regex":
+        for pattern in texts:
+            try:
+                patterns.compile(pattern)
+            except patterns.error as error:
+                found = f"answer {shown(pattern)} is no pattern ({error})"
+                raise ItemsError(where, found, "a regular expression") from None
+    if metric == "number":
+        texts = tuple(_number(text, where) for text in texts)
+    return texts
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
-    """Text before the first stop string."""
-    ends = [text.index(s) for s in stop if s in text]
-    return text[: min(ends)] if ends else text
+def request(item: Item, reader: Reader) -> Start:
+    """The prompt's tokens, and where the answer ends at the latest. Raises ItemsError where a prompt has none."""
+    _, tokens = reader.prompt(item)
+    return Start(tokens, item.max_tokens, item.stop)
 
 
-def correct(item: Item, text: str) -> bool:
-    """exact: the text but for outer white space; number: its last number; regex: a match anywhere."""
-    if item.metric == "exact":
-        return text.strip() in {a.strip() for a in item.answer}
-    if item.metric == "regex":
-        return any(_matches(pattern, text, item) for pattern in item.answer)
-    numbers = _NUMBER.findall(text)
-    return bool(numbers) and float(numbers[-1].replace(",", "")) in {float(a) for a in item.answer}
+def exact(item: Item, found: Written) -> float:
+    """1.0 if the text, but for outer white space, is one of the accepted, else 0.0."""
+    return float(found.text.strip() in {text.strip() for text in item.answer})
 
 
-def _matches(pattern: str, text: str, item: Item) -> bool:
-    """Whether a pattern is found. Some patterns take exponentially long; a candidate does not wait for them."""
+def number(item: Item, found: Written) -> float:
+    """1.0 if the text's last number equals one of the accepted, else 0.0."""
+    numbers = _NUMBER.findall(found.text)
+    return float(bool(numbers) and float(numbers[-1].replace(",", "")) in {float(text) for text in item.answer})
+
+
+def regex(item: Item, found: Written) -> float:
+    """1.0 if one of the patterns matches anywhere in the text, else 0.0. Raises ItemsError for one that takes too long:
+    some take exponentially long, and a candidate does not wait for them."""
+    for pattern in item.answer:
+        try:
+            if patterns.search(pattern, found.text, timeout=_PATTERN_SECONDS, concurrent=True) is not None:
+                return 1.0
+        except TimeoutError:
+            much = f"more than {_PATTERN_SECONDS} s on {len(found.text)} characters"
+            message = f"its pattern {pattern!r} takes {much}"
+            raise ItemsError(place(item), message, "one without nested repetition") from None
+    return 0.0
+
+
+METRICS = {"exact": exact, "number": number, "regex": regex}
+
+
+def _number(text: str, where: str) -> str:
+    """A number as `float` takes it: digits in groups of three lose their commas."""
+    plain = text.strip().replace(",", "") if _THOUSANDS.fullmatch(text.strip()) else text
     try:
-        return regex.search(pattern, text, timeout=_PATTERN_SECONDS, concurrent=True) is not None
-    except TimeoutError:
-        raise ItemsError(
-            place(item), f"its pattern {pattern!r} takes more than {_PATTERN_SECONDS} s on {len(text)} characters",
-            "one without nested repetition",
-        ) from None  # fmt: skip
+        if math.isfinite(float(plain)):
+            return plain
+    except ValueError:
+        pass
+    raise ItemsError(where, f"answer is {shown(text)}", "a number, as metric is `number`")

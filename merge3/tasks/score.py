@@ -2,122 +2,121 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from merge3.errors import ItemsError
-from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
-from merge3.tasks.classify import ClassifyScorer, ImageScorer
 from merge3.tasks.forward import LogitsError
-from merge3.tasks.generate import GenerateScorer
 from merge3.tasks.items import Item, place
-from merge3.tasks.prompts import Group, encode, positions
+from merge3.tasks.kinds import KINDS, Kind
+from merge3.tasks.lm import BATCH_TOKENS, LM, has_head
+from merge3.tasks.prompts import Reader, load_tokenizer, positions
+from merge3.tasks.requests import Question
 
-BATCH_TOKENS = 4096  # padded tokens per forward
 # Found once per live model: a search that renews its items prepares new ones every generation.
 _TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {folder: tokenizer}
-_HONOURS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: honours masks of one's own}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The items of one kind and task, resolved, with their indices among all, and the question that asks them."""
+
+    kind: Kind
+    indices: list[int]
+    items: list[Item]
+    question: Question
 
 
 class Scorer:
     """Items tokenised, batched and masked once for a model's architecture; `score` as often as it changes.
 
-    model: the live model (its weights do not matter here). folder: where its tokenizer files are.
+    model: the live model (its weights do not matter here). folder: where its tokenizer files are. chat: wrap prompts in
+    the chat template. batch_tokens: padded tokens per forward. Raises ItemsError naming an item that cannot be asked.
+
+        scorer = Scorer(read_items("items.jsonl"), model, "checkpoint")
+        responses = scorer.score(model)
     """
 
-    def __init__(self, items: Sequence[Item], model, folder: str | Path, chat: bool = False, batch_tokens: int = BATCH_TOKENS):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        model,
+        folder: str | Path,
+        chat: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ):
         self.items = list(items)
-        config, device, dtype = model.config, next(model.parameters()).device, next(model.parameters()).dtype
-        self.scorers = []
-        images = [(i, item) for i, item in enumerate(items) if item.image]
-        texts = [item for item in items if not item.image]
-        labels = dict(getattr(config, "label2id", None) or {})
         _check_kinds(items, model)
-        if images:
-            self.scorers.append(ImageScorer(images, device, Path(folder), labels))
-        if not texts:
-            return
-        if images:
+        images = {bool(item.image) for item in items}
+        if len(images) > 1:
             raise ItemsError("items", "texts and images together", "one kind of input per run")
-        tokenizers = _TOKENIZERS.setdefault(model, {})
-        if str(folder) not in tokenizers:
-            tokenizers[str(folder)] = load_tokenizer(folder)
-        tokenizer = tokenizers[str(folder)]
-        pad = tokenizer.pad_token_id or 0
-        limit = positions(config)
-        for group in encode(items, tokenizer, "choice", chat, limit):
-            self.scorers.append(_choice(group, model, device, dtype, batch_tokens, pad))
-        end = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
-        end = end if end is not None else tokenizer.eos_token_id
-        end = tuple(end) if isinstance(end, (list, tuple)) else (end,) if end is not None else ()
-        for group in encode(items, tokenizer, "generate", chat, limit):
-            self.scorers.append(GenerateScorer(group, device, tokenizer, batch_tokens, end, pad))
-        for group in encode(items, tokenizer, "classify", chat, limit):
-            self.scorers.append(ClassifyScorer(group, device, batch_tokens, pad, labels))
+        tokenizer = _tokenizer(model, folder) if images == {False} else None
+        reader, lm = Reader(tokenizer, chat, Path(folder)), LM(model, tokenizer, batch_tokens)
+        self.asked = [_asked(own, items, reader, lm, model.config) for own in _groups(items)]
 
     def score(self, model) -> np.ndarray:
         """Responses of the model as it is now: float64 [items]. Raises LogitsError where it has no answer."""
         responses = np.full(len(self.items), np.nan)
-        for scorer in self.scorers:
-            for index, value in scorer.score(model).items():
-                responses[index] = value
+        for asked in self.asked:
+            for at, result in asked.question(model):
+                item = asked.items[at]
+                if result is None:
+                    hint = "weights that overflow, or a dtype too small for them"
+                    raise LogitsError(place(item), "the model's logits are NaN or infinite here", "numbers", hint)
+                responses[asked.indices[at]] = asked.kind.response(item, result)
         assert not np.isnan(responses).any(), "an item was left without a response"
         return responses
 
 
-def load_tokenizer(folder: str | Path):
-    """The checkpoint's tokenizer; ItemsError if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ItemsError(folder, f"no usable tokenizer ({reason})", "tokenizer files beside the base model") from None
-
-
-def _choice(group: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> ChoiceScorer:
-    """The shared scorer if this architecture honours its masks (tried on a few items), else the plain one."""
-    known = _HONOURS.setdefault(model, {})
-    if bool(group.prefix) not in known:
-        honours = _honours_masks(Group(group.prefix, group.prompts[:3]), model, device, dtype, batch_tokens, pad)
-        if honours is None:  # these weights cannot tell: the plain one is right for any, and the next items try again
-            return PlainChoiceScorer(group, device, dtype, batch_tokens, pad)
-        known[bool(group.prefix)] = honours
-        if not honours:
-            warnings.warn(
-                f"{type(model).__name__} does not honour masks of one's own: each choice is scored in a row of its own, "
-                "without a shared prefix, which is slower",
-                stacklevel=2,
-            )
-    scorer = ChoiceScorer if known[bool(group.prefix)] else PlainChoiceScorer
-    return scorer(group, device, dtype, batch_tokens, pad)
+def _groups(items: Sequence[Item]) -> list[list[int]]:
+    """Indices of the items of each kind, in the table's order, and task."""
+    groups = []
+    for name in KINDS:
+        by_task: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            if item.kind == name:
+                by_task.setdefault(item.task, []).append(i)
+        groups += by_task.values()
+    return groups
 
 
-def _honours_masks(sample: Group, model, device, dtype: torch.dtype, batch_tokens: int, pad: int) -> bool | None:
-    """None where the model's weights give no finite logits, whatever the mask."""
-    try:
-        plain = PlainChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
-    except LogitsError:
-        return None
-    try:
-        shared = ChoiceScorer(sample, device, dtype, batch_tokens, pad).loglikelihoods(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
-        return False
-    by_index = {index: values for index, _, values in shared}
-    return all(torch.allclose(v, by_index[i], atol=1e-3 if dtype == torch.float32 else 0.1) for i, _, v in plain)
+def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config: Any) -> Asked:
+    kind, limit = KINDS[items[own[0]].kind], positions(config)
+    labels = dict(getattr(config, "label2id", None) or {})
+    resolved = [kind.resolve(items[i], labels) for i in own]
+    requests = []
+    for item in resolved:
+        request = kind.request(item, reader)
+        longest, what = request.length()
+        if limit is not None and longest > limit:
+            raise ItemsError(
+                place(item), what, f"at most {limit}, the model's positions",
+                "--skip-too-long leaves such items out; in a configuration `too_long: skip` or `truncate_left`",
+            )  # fmt: skip
+        requests.append(request)
+    return Asked(kind, own, resolved, getattr(lm, kind.asks)(requests))
+
+
+def _tokenizer(model, folder: str | Path):
+    tokenizers = _TOKENIZERS.setdefault(model, {})
+    if str(folder) not in tokenizers:
+        tokenizers[str(folder)] = load_tokenizer(folder)
+    return tokenizers[str(folder)]
 
 
 def _check_kinds(items: Sequence[Item], model) -> None:
-    classifier = "Classification" in type(model).__name__
+    """Heads are asked for their logits, language models for the rest; an image is for a kind that reads it."""
     for item in items:
-        if (item.kind == "classify") != classifier:
-            raise ItemsError(
-                place(item), f"kind {item.kind!r} for a {type(model).__name__}",
-                "classify for classification heads, choice or generate for language models",
-            )  # fmt: skip
+        kind = KINDS[item.kind]
+        if (kind.asks == "logits") != has_head(model):
+            heads = " or ".join(name for name, other in KINDS.items() if other.asks == "logits")
+            texts = " or ".join(name for name, other in KINDS.items() if other.asks != "logits")
+            expected = f"{heads} for classification heads, {texts} for language models"
+            raise ItemsError(place(item), f"kind {item.kind!r} for a {type(model).__name__}", expected)
+        if item.image and "image" not in kind.keys:
+            raise ItemsError(place(item), f"an image, and kind {item.kind!r}", "a kind that reads images")

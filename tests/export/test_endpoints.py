@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from merge3.errors import BadInput, CheckpointError, RecipeError
+from merge3.live.slot import Slot
 from merge3.pool import Pool
-from merge3.slot import Slot
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"

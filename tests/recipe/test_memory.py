@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from merge3 import Pool, Recipe, Slot
 from merge3.checkpoint.layout import Ref
 from merge3.errors import BadInput
+from merge3.live.overlap import Overlap
 from merge3.memory import DEVICE, FILE, HOST, parse_size, plan_memory
 from merge3.methods import METHODS
-from merge3.overlap import Overlap
 from tests.conftest import save_family
 
 MIB = 2**20

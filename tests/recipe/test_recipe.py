@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from merge3.errors import RecipeError
 from merge3.export import merge_to_disk
-from merge3.methods import METHODS, method_named, plan
+from merge3.methods import METHODS
 from merge3.parameters import evaluate
 from merge3.pool import Pool
+from merge3.program import compile
 from merge3.recipe import ModelRef, Recipe
 
 
@@ -101,11 +102,11 @@ def test_layer_ranges_are_checked(family):
 
     pool = Pool.open(str(family / "e0"), [])
     with pytest.raises(RecipeError, match=r"layer_range: \[2, 9\) of .*e0; expected at most 4 layers"):
-        plan(slices([0, 2], [2, 9]), method_named("passthrough"), pool)
+        compile(slices([0, 2], [2, 9]), pool)
     for bad in ([3, 1], [-1, 2], [0], "all", [0.5, 2]):
         with pytest.raises(RecipeError, match="layer_range: found"):
             slices(bad)
-    assert plan(slices([0, 3], [1, 4]), method_named("passthrough"), pool).layers == 6
+    assert compile(slices([0, 3], [1, 4]), pool).layers == 6
 
 
 def test_number_of_models_is_checked(family):
@@ -113,7 +114,7 @@ def test_number_of_models_is_checked(family):
     models = [{"model": str(family / f"e{i}")} for i in range(2)]
     recipe = Recipe.parse(ties(family) | {"merge_method": "slerp", "parameters": {"t": 0.5}, "models": models})
     with pytest.raises(RecipeError, match="2 models beside the base; expected 1 for slerp"):
-        plan(recipe, METHODS["slerp"], pool)
+        compile(recipe, pool)
 
 
 def test_not_yaml(tmp_path):
@@ -132,6 +133,6 @@ def test_every_method_documents_itself():
 
 def test_every_parameter_of_a_method_is_known_where_it_is_misplaced():
     """The recipe, which knows no methods, keeps their parameters' names for its messages alone."""
-    from merge3 import recipe
+    from merge3.recipe import checks
 
-    assert set(recipe._PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}
+    assert set(checks.PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}

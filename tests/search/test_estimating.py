@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -9,18 +10,21 @@ import pytest
 import yaml
 
 from merge3.client import run
-from merge3.engine import LocalEngine
+from merge3.engine import Evaluation, LocalEngine
 from merge3.errors import BadInput, ConfigError
 from merge3.irt import read_responses
 from merge3.irt.bank import sigmoid
 from merge3.pool import Pool
-from merge3.search import asking, calibration
+from merge3.search import asking, calibration, policy
+from merge3.search.calibration_files import save
 from merge3.search.config import load_config
+from merge3.search.context import Search
+from merge3.search.gathering import gather
+from merge3.search.journal import Candidate, Journal
 from merge3.search.questions import load_questions
 from merge3.search.race import Contender, race
-from merge3.search.store import RunStore
 from merge3.space import Space
-from merge3.tasks import Item
+from merge3.tasks import Item, keys_by_task
 
 FEW = {
     "extract": {"method": "irt", "size": 4},
@@ -45,7 +49,8 @@ def undisturbed(few, tmp_path_factory):
 
 def journal(directory):
     with sqlite3.connect(directory / "run.db") as db:
-        candidates = "SELECT generation, position, genome, recipe_hash, responses, value, stderr FROM candidates ORDER BY 1, 2"
+        columns = "generation, position, genome, recipe_hash, responses, value, stderr"
+        candidates = f"SELECT {columns} FROM candidates JOIN estimates USING (generation, position) ORDER BY 1, 2"
         return db.execute(candidates).fetchall(), db.execute("SELECT * FROM answers ORDER BY 1, 2").fetchall()
 
 
@@ -75,28 +80,20 @@ def test_the_report_shows_ledger_checks_and_race(undisturbed):
 def test_a_run_stopped_anywhere_resumes_to_the_same_bits(undisturbed, few, tmp_path, monkeypatch, stop_after):
     """Stopped by an exception inside the n-th question to the engine: in calibration, search or race."""
     asked = 0
-    answer, evaluate = LocalEngine.answer, LocalEngine.evaluate
+    evaluate = LocalEngine.evaluate
 
     class Killed(BaseException):
         pass
 
-    def counted():
+    def stopping_evaluate(self, registration, subjects):
         nonlocal asked
-        asked += 1
-        if asked == stop_after:
-            raise Killed
-
-    def stopping_answer(self, what, items):
-        counted()
-        return answer(self, what, items)
-
-    def stopping_evaluate(self, genomes):
-        for evaluation in evaluate(self, genomes):
-            counted()
+        for evaluation in evaluate(self, registration, subjects):
+            asked += 1
+            if asked == stop_after:
+                raise Killed
             yield evaluation
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalEngine, "answer", stopping_answer)
         patch.setattr(LocalEngine, "evaluate", stopping_evaluate)
         with pytest.raises(Killed):
             run.evolve(load_config(few), tmp_path / "run", quiet=True, export=False)
@@ -112,17 +109,13 @@ def test_generations_are_asked_different_items(few, tmp_path):
     questions = load_questions(config)
     pool = Pool.open(config.models[0], config.models[1:])
     engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
-    store = RunStore(tmp_path)
-    found = asking.prepare(
-        config, engine, space, questions.search, questions.subset, {}, questions.weights, questions.assumed, store,
-        lambda *_: None, lambda: False,
-    )  # fmt: skip
+    with closing(Journal(tmp_path)) as journal:
+        found = asking.prepare(Search(config, questions, engine, space, journal))
     first = [item.id for item in found.subset]
-    assert len(first) == 8 and engine.items == found.subset
-    asking.renew(found, config)
+    assert len(first) == 8 and [item.id for item in found.registration().items] == first
+    asking.renew(found)
     assert [item.id for item in found.subset] != first and len(found.subset) == 8
     assert len(found.unseen()) == 56 - 8
-    store.close()
 
 
 def test_a_check_notices_estimates_that_are_off(few, tmp_path):
@@ -131,21 +124,22 @@ def test_a_check_notices_estimates_that_are_off(few, tmp_path):
     questions = load_questions(config)
 
     class Engine:
-        def answer(self, what, items):
-            return np.zeros(len(items))
+        def evaluate(self, registration, subjects):
+            count, one = len(registration.items), np.zeros(1)
+            return [Evaluation(i, "", np.zeros(count), registration.objectives, one, one, 0.0) for i, _ in enumerate(subjects)]
 
     class Anything:
+        definition = config.genome.definition()
+
         def recipe(self, genome):
             return genome
 
-    found = asking.Asking(questions.search, questions.search[:4])
-    store = RunStore(tmp_path)
-    candidate = type("C", (), {"value": 0.9, "stderr": 0.05})()
-    outcomes = [
-        asking.check(found, config, Engine(), Anything(), questions.weights, store, g, [np.zeros(1)], {0: candidate}) for g in range(4)
-    ]
+    genome = np.zeros(1)
+    candidate = Candidate(0, 0, genome, "", None, ("accuracy",), np.array([0.9]), np.array([0.05]), 0.0, 0.0, "local")
+    with closing(Journal(tmp_path)) as journal:
+        found = asking.Asking(Search(config, questions, Engine(), Anything(), journal), questions.search[:4])
+        outcomes = [asking.check(found, g, [genome], {0: candidate}) for g in range(4)]
     assert outcomes == [False, False, True, False] and found.drifted == [2] and len(found.checks) == 4
-    store.close()
 
 
 @pytest.mark.heavy
@@ -155,10 +149,10 @@ def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
     questions = load_questions(config)
     pool = Pool.open(config.models[0], config.models[1:])
     engine, space = LocalEngine(pool), Space(config.genome.definition(), pool.layouts[pool.base])
-    engine.register(space, questions.search)
-    responses = calibration.gather(engine, space, questions.search, config.models, config, None)
-    groups = {t: [calibration.item_key(i) for i in g] for t, g in calibration.by_task(questions.search).items()}
-    calibration.save(calibration.calibrate(responses, groups, config.models, seed=config.optimizer.seed), tmp_path / "bank")
+    with closing(Journal(tmp_path / "answers")) as journal:
+        responses = gather(Search(config, questions, engine, space, journal), lambda done, total: None)
+    groups = keys_by_task(questions.search)
+    save(calibration.calibrate(responses, groups, config.models, seed=config.optimizer.seed), tmp_path / "bank")
     assert {p.name for p in (tmp_path / "bank").iterdir()} == {
         "responses.csv", "calibration.json", "diagnostics-0.png", "diagnostics-1.png",
         *(f"bank-{n}.{e}" for n in (0, 1) for e in ("json", "safetensors")),
@@ -183,15 +177,15 @@ def test_auto_calibrates_only_where_it_pays(few):
     config = load_config(few)
     questions = load_questions(config)
     auto = config.model_copy(update={"extract": type(config.extract)(), "estimate": type(config.estimate)()})
-    assert calibration.assumptions(auto, questions.search)[:2] == ("all", "mean")
+    assert policy.decide(auto, questions.search)[:2] == ("all", "mean")
     many = [replace(item, id=f"{item.id}-{n}") for n in range(40) for item in questions.search]
     long = auto.model_copy(update={"optimizer": auto.optimizer.model_copy(update={"budget": 1000})})
-    assert calibration.assumptions(long, many)[:2] == ("irt", "gmp-irt")
+    assert policy.decide(long, many)[:2] == ("irt", "gmp-irt")
     plain = long.model_copy(update={"estimate": type(config.estimate)(method="mean")})
-    assert calibration.assumptions(plain, many)[:2] == ("random", "mean")
+    assert policy.decide(plain, many)[:2] == ("random", "mean")
     wrong = plain.model_copy(update={"extract": type(config.extract)(method="irt")})
     with pytest.raises(ConfigError, match="mean with extract.method irt"):
-        calibration.assumptions(wrong, many)
+        policy.decide(wrong, many)
 
 
 def test_a_race_finds_the_best_among_lucky_ones():

@@ -20,19 +20,22 @@ from merge3.export import merge_to_disk
 from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
 from merge3.recipe import Recipe
+from merge3.registration import Registration
 from merge3.search import optimizers
 from merge3.search.config import load_config
+from merge3.search.journal import Journal
 from merge3.search.questions import load_questions
-from merge3.search.store import RunStore
 from merge3.space import Space
 from merge3.tasks import Item
+from tests.asking import answers
 
 
 def journal(directory):
     """Everything a resumed run must repeat to the last bit."""
     with sqlite3.connect(directory / "run.db") as db:
         return db.execute(
-            "SELECT generation, position, genome, recipe_hash, responses, value, stderr FROM candidates ORDER BY 1, 2"
+            "SELECT generation, position, genome, recipe_hash, responses, value, stderr "
+            "FROM candidates JOIN estimates USING (generation, position) ORDER BY 1, 2"
         ).fetchall()
 
 
@@ -60,7 +63,7 @@ def test_what_was_searched_is_what_was_exported(undisturbed, tiny_world):
     config = load_config(tiny_world / "evolve.yaml")
     questions = load_questions(config)
     exported = LocalEngine(Pool.open(str(directory / "model"), []))
-    responses = exported.answer(exported.pool.base, questions.subset)
+    responses = answers(exported, exported.pool.base, questions.subset)
     rows = journal(directory)
     best = max(rows, key=lambda r: r[5])
     assert np.array_equal(responses, np.frombuffer(best[4]))
@@ -124,8 +127,7 @@ def test_a_failed_candidate_is_reported_and_the_search_goes_on(tiny_world, tmp_p
     data["optimizer"] = {"budget": 12, "population": 6, "name": "random"}
     (tiny_world / "della.yaml").write_text(yaml.safe_dump(data))
     result = run.evolve(load_config(tiny_world / "della.yaml"), tmp_path / "run", quiet=True, export=False)
-    store = RunStore(tmp_path / "run")
-    errors = [c.error for c in store.candidates() if c.error]
+    errors = [c.error for c in Journal(tmp_path / "run").candidates() if c.error]
     assert 0 < len(errors) < 12 and result["failed"] == len(errors)
     assert all("density ± epsilon" in e for e in errors)
 
@@ -254,8 +256,8 @@ def test_task_weights_count_in_the_search(tiny_world):
     pool = Pool.open(config.models[0], config.models[1:])
     engine, questions = LocalEngine(pool), load_questions(config)
     space = Space(config.genome.definition(), pool.layouts[pool.base])
-    engine.register(space, questions.subset, None, {"english": 1.0, "translation": 3.0})
-    (found,) = engine.evaluate([space.initial()])
+    asked = Registration(tuple(questions.subset), space.definition, weights={"english": 1.0, "translation": 3.0})
+    (found,) = engine.evaluate(asked, [space.initial()])
     means = {t: found.responses[[i.task == t for i in questions.subset]].mean() for t in ("english", "translation")}
     assert means["english"] != means["translation"]
     assert found.value == pytest.approx((means["english"] + 3 * means["translation"]) / 4)
@@ -271,7 +273,7 @@ def test_the_searched_dtype_is_the_exported_dtype(tiny_world, tmp_path):
     exported = LocalEngine(Pool.open(str(tmp_path / "run" / "model"), []))
     assert next(exported.slot.model.parameters()).dtype == torch.bfloat16
     questions = load_questions(config)
-    responses = exported.answer(exported.pool.base, questions.subset)
+    responses = answers(exported, exported.pool.base, questions.subset)
     assert mean_over_tasks(responses, questions.subset)[0] == result["search_value"]
 
 
@@ -285,7 +287,7 @@ def test_a_limit_also_bounds_a_random_subset(tiny_world):
 def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
     from safetensors.torch import load_file
 
-    from merge3.slot import Slot
+    from merge3.live.slot import Slot
 
     pool = Pool.open(str(family / "base"), [str(family / f"e{i}") for i in range(3)])
     slot = Slot(pool)
@@ -305,7 +307,7 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
 def test_heads_stay_with_their_experts(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from merge3.slot import Slot
+    from merge3.live.slot import Slot
 
     for i, labels in enumerate((2, 3, 5)):
         torch.manual_seed(i)
@@ -344,16 +346,18 @@ def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path)
         {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
          "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}]}
     )  # fmt: skip
-    before = engine.answer(recipe, items)
-    endpoint = engine.answer(str(tmp_path / "m1"), items)
-    assert np.array_equal(engine.answer(recipe, items), before) and not np.array_equal(endpoint, before)
+    before = answers(engine, recipe, items)
+    endpoint = answers(engine, str(tmp_path / "m1"), items)
+    assert np.array_equal(answers(engine, recipe, items), before) and not np.array_equal(endpoint, before)
 
 
 def test_space_is_registered_once_and_engines_prefetch_every_threshold(tiny_world):
     config = load_config(tiny_world / "evolve.yaml")
     pool = Pool.open(config.models[0], config.models[1:])
     engine = LocalEngine(pool)
-    engine.register(Space(config.genome.definition(), pool.layouts[pool.base]), load_questions(config).subset)
+    asked = Registration(tuple(load_questions(config).subset), config.genome.definition())
+    engine.prepare(asked)
+    start = engine.space(asked.space).initial()
     calls = []
     original = pool.statistics.prefetch_order
     pool.statistics.prefetch_order = lambda requests: calls.append(1) or original(requests)
@@ -363,7 +367,7 @@ def test_space_is_registered_once_and_engines_prefetch_every_threshold(tiny_worl
     real = kernels.order_statistics
     try:
         kernels.order_statistics = lambda *a, **k: seen.append(1) or real(*a, **k)
-        list(engine.evaluate([engine.space.initial(), engine.space.initial() * 0.9]))
+        list(engine.evaluate(asked, [start, start * 0.9]))
     finally:
         kernels.order_statistics = real
     assert calls and not seen  # asked for, and all there
@@ -373,12 +377,13 @@ def test_out_of_memory_is_nobodys_answer(tiny_world):
     """Told with numbers and raised, not journalled as a candidate that failed; the next candidate is none the worse."""
     config = load_config(tiny_world / "evolve.yaml")
     engine = LocalEngine(Pool.open(config.models[0], config.models[1:]))
-    engine.register(Space(config.genome.definition(), engine.info().layout), load_questions(config).subset[:4])
-    (before,) = engine.evaluate([engine.space.initial()])
+    asked = Registration(tuple(load_questions(config).subset[:4]), config.genome.definition())
+    start = engine.space(asked.space).initial()
+    (before,) = engine.evaluate(asked, [start])
     hook = engine.slot.model.register_forward_pre_hook(lambda module, inputs: torch.empty(1 << 50))
-    for act in (lambda: list(engine.evaluate([engine.space.initial()])), lambda: engine.answer(config.models[0], engine.items)):
+    for subject in (start, config.models[0]):
         with pytest.raises(ResourceError, match=r"cpu: out of memory: \d+ bytes needed"):
-            act()
+            list(engine.evaluate(asked, [subject]))
     hook.remove()
-    (after,) = engine.evaluate([engine.space.initial()])
+    (after,) = engine.evaluate(asked, [start])
     assert np.array_equal(before.responses, after.responses)

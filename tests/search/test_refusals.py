@@ -6,6 +6,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -124,15 +126,15 @@ def test_a_run_whose_folder_was_moved_resumes_to_the_same_bits(world, tmp_path):
             return self.asked >= 7
 
     from merge3.engine import LocalEngine
-    from merge3.search import loop
-    from merge3.search.store import RunStore
+    from merge3.search.journal import Journal
+    from merge3.search.questions import load_questions
+    from merge3.search.run import run as whole_run
 
     def search(directory, config, stop=lambda: False, resume=False):
-        engine = LocalEngine(run.open_pool(config.models, quiet=True), config.optimizer.seed)
-        store = RunStore(directory)
-        outcome = loop.run(config, engine, engine.info().layout, store, resume, stop=stop)
-        rows = [(c.genome.tobytes(), c.responses.tobytes(), c.value) for c in store.candidates()]
-        store.close()
+        engine = LocalEngine(run.open_pool(config.models, quiet=True))
+        with closing(Journal(directory)) as journal:
+            outcome = whole_run(config, load_questions(config), engine, journal, resume, stop=stop)
+            rows = [(c.genome.tobytes(), c.responses.tobytes(), c.value) for c in journal.candidates()]
         return outcome, rows
 
     undisturbed, expected = search(tmp_path / "undisturbed", load_config(folder / "evolve.yaml"))
@@ -187,14 +189,15 @@ def test_a_baseline_without_logits_is_left_out_aloud(world, tmp_path, monkeypatc
     from merge3.tasks import LogitsError
 
     _, configuration = world
-    asked = LocalEngine.answer
+    asked = LocalEngine.evaluate
 
-    def answer(self, what, items):
-        if isinstance(what, str) and what.endswith("italian"):
-            raise LogitsError("italian: item 'q'", "the model's logits are NaN")
-        return asked(self, what, items)
+    def evaluate(self, registration, subjects):
+        for subject, evaluation in zip(subjects, asked(self, registration, subjects)):
+            if isinstance(subject, str) and subject.endswith("italian"):
+                evaluation = replace(evaluation, error=LogitsError("italian: item 'q'", "the model's logits are NaN"))
+            yield evaluation
 
-    monkeypatch.setattr(LocalEngine, "answer", answer)
+    monkeypatch.setattr(LocalEngine, "evaluate", evaluate)
     with pytest.warns(UserWarning, match="baseline italian is left out: italian: item"):
         result = run.evolve(load_config(configuration()), tmp_path / "run", quiet=True, export=False)
     assert "italian" not in result["baselines"] and "english" in result["baselines"]

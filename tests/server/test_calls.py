@@ -69,7 +69,7 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
     request = Request(pool_id=world.pool.pool_id, items_id=world.items_id)
     request.genome.values.extend(world.space.initial())
     found = call(request)
-    assert len(found.responses) == 6 and found.value == np.mean(found.responses)
+    assert len(found.responses) == 6 and found.estimates[0].value == np.mean(found.responses)
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", "merge3.v1.Merge3"):
         assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
@@ -248,7 +248,7 @@ def test_registrations_that_cannot_be(world, by_hand):
         (with_header(weights={"words": -1.0}), "weights: words"), (with_header(weights={"words": float("nan")}), "weights: words"),
         (with_header(weights={"words": 0.0}), "weights"), (with_header(heads={"words": "/nowhere"}), "heads: words"),
         ([*with_header(estimators={"words": key})[:1], junk, entries], "not a message of that kind"),
-        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "space: preset"), (with_space(genes=["luck"]), "luck"),
+        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "genome: preset"), (with_space(genes=["luck"]), "luck"),
         (with_space(bounds=pb.Range(low=1, high=0)), "low < high"), (with_space(base=""), "base_model"),
         (with_space(models=[]), "0 models"),
     ]  # fmt: skip
@@ -279,7 +279,7 @@ def test_candidates_that_cannot_be(world):
     bad = [
         (world.request(np.zeros(size - 1)), f"{size - 1} values; expected {size}"), (world.request(np.zeros(0)), "0 values"),
         (world.request(np.full(size, np.nan)), "genome[0]: found nan"), (world.request(np.full(size, -np.inf)), "found -inf"),
-        (pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id), "candidate: none"),
+        (pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id), "subject: none"),
         (world.request(idempotency_key="k" * 201), "idempotency_key"),
     ]  # fmt: skip
     for text, words in (
@@ -321,7 +321,7 @@ def test_one_answer_per_idempotency_key(daemon, world):
     other = world.space.initial() * 0.9
     refused(lambda: world.stub.Evaluate(world.request(other, idempotency_key="same")), "INVALID_ARGUMENT", "used for another request")
     refused(lambda: world.stub.Evaluate(world.request(np.zeros(1), idempotency_key="bad")), "INVALID_ARGUMENT")
-    assert world.stub.Evaluate(world.request(idempotency_key="bad")).value >= 0  # a refusal is not remembered
+    assert world.stub.Evaluate(world.request(idempotency_key="bad")).estimates[0].value >= 0  # a refusal is not remembered
 
 
 def test_deadlines_and_cancelling_stop_work_between_batches(world, by_hand):

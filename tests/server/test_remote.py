@@ -19,14 +19,17 @@ from merge3.engine import LocalEngine
 from merge3.errors import BadInput, Merge3Error, NotFound, RecipeError, ResumeMismatch, Unavailable
 from merge3.pool import Pool
 from merge3.recipe import Recipe
+from merge3.registration import Registration
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
+from tests.asking import answers
 
 
 def journal(directory):
     with sqlite3.connect(directory / "run.db") as db:
-        rows = "SELECT generation, position, genome, recipe_hash, responses, value, stderr, error FROM candidates ORDER BY 1, 2"
-        return db.execute(rows).fetchall(), db.execute("SELECT * FROM answers ORDER BY 1, 2").fetchall()
+        rows = "SELECT generation, position, genome, recipe_hash, responses, error FROM candidates ORDER BY 1, 2"
+        others = ("SELECT * FROM estimates ORDER BY 1, 2, 3", "SELECT * FROM answers ORDER BY 1, 2")
+        return [db.execute(query).fetchall() for query in (rows, *others)]
 
 
 def variant(tiny_world, name, **changes):
@@ -135,11 +138,11 @@ def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, fr
     daemon, notes = start("--root", tiny_world, "--listen", f"127.0.0.1:{free_port}"), []
     engine = RemoteEngine(daemon.address, config.models, patience=1.5, note=notes.append)
     items = load_questions(config).subset[:4]
-    assert len(engine.answer("base" if "base" in config.models else config.models[0], items)) == 4
+    assert len(answers(engine, config.models[0], items)) == 4
     daemon.kill()
     began = time.monotonic()
     with pytest.raises(Unavailable):
-        engine.answer(config.models[0], items)
+        answers(engine, config.models[0], items)
     assert 1.4 < time.monotonic() - began < 10
     assert len(notes) == 1 and "is away" in notes[0]
 
@@ -153,12 +156,12 @@ def test_the_pool_that_comes_back_must_be_the_same(tiny_world, tmp_path, start, 
     daemon = start(*options)
     engine = RemoteEngine(daemon.address, ["base", "expert"], note=lambda text: None)
     items = load_questions(load_config(tiny_world / "evolve.yaml")).subset[:4]
-    engine.answer("expert", items)
+    answers(engine, "expert", items)
     daemon.kill()
     shutil.copy(tiny_world / "italian" / "model.safetensors", tmp_path / "expert")
     start(*options)
     with pytest.raises(ResumeMismatch, match="expert has other weights than before"):
-        engine.answer("expert", items)
+        answers(engine, "expert", items)
 
 
 def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, tmp_path):
@@ -173,13 +176,13 @@ def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, t
         both = []
         for engine in (local, remote):
             with pytest.raises(Merge3Error) as caught:
-                engine.answer(what, items)
+                answers(engine, what, items)
             both.append((type(caught.value), str(caught.value)))
         assert both[0] == both[1]
         seen.append(both[0][0])
     assert RecipeError in seen
     with pytest.raises(Merge3Error) as caught:
-        remote.answer(config.models[1], [items[0].__class__("x", "t", "classify", "p", 0, metric="acc")])
+        answers(remote, config.models[1], [items[0].__class__("x", "t", "classify", "p", 0, metric="acc")])
     assert "classify" in str(caught.value)
     with pytest.raises(NotFound, match="no such directory below the daemon's roots"):
         RemoteEngine(daemon.address, ["base", "nowhere"])
@@ -208,10 +211,10 @@ def test_prompts_and_item_banks_cross_once(daemon, tiny_world, tmp_path, monkeyp
     config = load_config(variant(tiny_world, "once", **VARIANTS["calibrated"]))
     engine = RemoteEngine(daemon.address, config.models)
     questions = load_questions(config)
-    engine.answer(config.models[0], questions.search)
+    answers(engine, config.models[0], questions.search)
     whole = sizes[-1]
-    engine.answer(config.models[1], questions.search)
-    engine.answer(config.models[1], questions.search[::2])
+    answers(engine, config.models[1], questions.search)
+    answers(engine, config.models[1], questions.search[::2])
     assert sizes[-2] < whole / 2 and sizes[-1] < whole / 4
     assert sizes[-2] < 40 * len(questions.search) + 200
 
@@ -225,11 +228,33 @@ def test_a_generation_is_one_stream_and_a_driver_may_leave_in_the_middle(daemon,
     space, items = Space(config.genome.definition(), engine.info().layout), load_questions(config).subset[:10]
     rng = np.random.default_rng(0)
     genomes = [np.clip(space.initial() + rng.normal(size=space.size) * 0.1, *space.bounds()) for _ in range(5)]
-    for e in (engine, local):
-        e.register(space, items)
-    found = {e.index: e for e in engine.evaluate(genomes)}
-    for mine in local.evaluate(genomes):
+    asked = Registration(tuple(items), space.definition)
+    found = {e.index: e for e in engine.evaluate(asked, genomes)}
+    for mine in local.evaluate(asked, genomes):
         assert np.array_equal(mine.responses, found[mine.index].responses) and mine.value == found[mine.index].value
-    assert next(engine.evaluate(genomes)).index in range(5)
-    again = {e.index: e.value for e in engine.evaluate(genomes)}
+    assert next(engine.evaluate(asked, genomes)).index in range(5)
+    again = {e.index: e.value for e in engine.evaluate(asked, genomes)}
     assert again == {i: e.value for i, e in found.items()}
+
+
+def test_objectives_and_failures_cross_as_they_are(daemon, tiny_world):
+    """Vectors with names, and a subject's failure in its evaluation, of the same class and words."""
+    config = load_config(tiny_world / "evolve.yaml")
+    engines = LocalEngine(Pool.open(config.models[0], config.models[1:])), RemoteEngine(daemon.address, config.models)
+    items = tuple(load_questions(config).subset)
+    asked = Registration(items, config.genome.definition(), objectives=("translation", "accuracy"))
+    start = engines[0].space(asked.space).initial()
+    bad = Recipe.parse({"merge_method": "ties", "base_model": config.models[0],
+                        "models": [{"model": config.models[1], "parameters": {"weight": 1.0, "density": 7}}]})  # fmt: skip
+    found = [sorted(engine.evaluate(asked, [start, bad, config.models[1]]), key=lambda e: e.index) for engine in engines]
+    for local, remote in zip(*found):
+        assert local.objectives == remote.objectives == ("translation", "accuracy")
+        assert np.array_equal(local.values, remote.values, equal_nan=True) and local.recipe_hash == remote.recipe_hash
+        assert np.array_equal(local.stderrs, remote.stderrs, equal_nan=True)
+        assert (type(local.error), str(local.error)) == (type(remote.error), str(remote.error))
+    assert [type(e.error) for e in found[0]] == [type(None), RecipeError, type(None)]
+    own = found[0][0].responses[[item.task == "translation" for item in items]]
+    assert found[0][0].value == own.mean()
+    for engine in engines:
+        with pytest.raises(BadInput, match="objectives: found 'cost'; expected accuracy, english, translation"):
+            engine.prepare(Registration(items, objectives=("cost",)))

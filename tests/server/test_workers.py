@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from merge3.client.channel import Target
 from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
 from merge3.pool import Pool
+from merge3.registration import Registration
 from merge3.rpc import merge3_pb2 as pb
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
@@ -37,26 +39,24 @@ def asked(tiny_world):
     space, items = Space(config.genome.definition(), local.info().layout), load_questions(config).subset
     rng = np.random.default_rng(0)
     genomes = [np.clip(space.initial() + rng.normal(size=space.size) * 0.1, *space.bounds()) for _ in range(60)]
-    local.register(space, items)
-    return config, space, items, genomes, {e.index: e.value for e in local.evaluate(genomes)}
+    asked = Registration(tuple(items), space.definition)
+    return config, asked, genomes, {e.index: e.value for e in local.evaluate(asked, genomes)}
 
 
 def test_both_work_and_the_answers_are_the_same(two, asked):
-    config, space, items, genomes, expected = asked
+    config, registration, genomes, expected = asked
     engine = RemoteEngine(two.address, config.models)
-    engine.register(space, items)
-    assert {e.index: e.value for e in engine.evaluate(genomes)} == expected
+    assert {e.index: e.value for e in engine.evaluate(registration, genomes)} == expected
     status = two.stub().Status(pb.StatusRequest())
     assert [w.name for w in status.workers] == ["ray-0", "ray-1"]
     assert len({w.pid for w in status.workers} | {two.process.pid}) == 3
 
 
 def test_kill_9_of_a_worker_loses_no_candidate(two, asked):
-    config, space, items, genomes, expected = asked
+    config, registration, genomes, expected = asked
     engine = RemoteEngine(two.address, config.models)
-    engine.register(space, items)
     pids, found = [w.pid for w in two.stub().Status(pb.StatusRequest()).workers], {}
-    for evaluation in engine.evaluate(genomes):
+    for evaluation in engine.evaluate(registration, genomes):
         found[evaluation.index] = evaluation.value
         if len(found) == 10:
             os.kill(pids[0], signal.SIGKILL)
@@ -77,16 +77,17 @@ def test_a_search_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_p
 
 
 def test_who_leaves_stops_a_worker_too(two, asked, by_hand):
-    config, space, _, genomes, _ = asked
+    config, registration, genomes, _ = asked
     _, some_items = by_hand
     engine = RemoteEngine(two.address, config.models)
-    engine.register(space, some_items(3000, start=5000))
+    long = replace(registration, items=tuple(some_items(3000, start=5000)))
+    engine.prepare(long)
     began = time.monotonic()
-    next(engine.evaluate(genomes[:1]))
+    next(engine.evaluate(long, genomes[:1]))
     whole = time.monotonic() - began
     began = time.monotonic()
-    for _ in engine.evaluate(genomes):
+    for _ in engine.evaluate(long, genomes):
         break
-    engine.register(space, some_items(4))
-    assert len(list(engine.evaluate(genomes[:2]))) == 2
+    short = replace(registration, items=tuple(some_items(4)))
+    assert len(list(engine.evaluate(short, genomes[:2]))) == 2
     assert time.monotonic() - began < 4 * whole + 2  # not the sixty that were asked for

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +14,18 @@ from merge3.client.channel import Target
 from merge3.client.evaluate import evaluate_files
 from merge3.client.register import Registrar
 from merge3.errors import ConfigError, ItemsError
-from merge3.rpc import merge3_pb2 as pb
+from merge3.registration import Registration
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
 from merge3.tasks import Item, Scorer, read_items
 from merge3.tasks.fit import fit_items, fit_to_model
 from merge3.tasks.items import place
-from merge3.tasks.prompts import encode, positions, tokens_of
+from merge3.tasks.kinds import KINDS
+from merge3.tasks.prompts import Reader, positions
+
+
+def request(item, tokenizer, chat=False):
+    return KINDS[item.kind].request(item, Reader(tokenizer, chat))
 
 
 def text(count, first=0):
@@ -105,13 +111,11 @@ def test_cutting_from_the_left_keeps_the_first_token_and_the_end(make_tokenizer,
     fitted = fit_items(items, tokenizer, 128, "truncate_left")
     assert fitted.truncated == {"t": 1} and fitted.skipped == {} and fitted.items[0] == items[0]
     assert "1 of 2 items cut from the left" in fitted.notes[0]
-    whole, choices = tokens_of(items[1], tokenizer)
-    cut, same = tokens_of(fitted.items[1], tokenizer)
-    more = max(map(len, choices), default=row.get("max_tokens", 0))
-    assert same == choices and len(cut) + more == 128
-    assert cut[0] == whole[0] == tokenizer.eos_token_id and cut[1:] == whole[-len(cut) + 1 :]
+    whole, cut = request(items[1], tokenizer), request(fitted.items[1], tokenizer)
+    assert cut.length()[0] == 128 and replace(cut, tokens=whole.tokens) == whole
+    tokens = cut.tokens
+    assert tokens[0] == whole.tokens[0] == tokenizer.eos_token_id and tokens[1:] == whole.tokens[-len(tokens) + 1 :]
     assert fitted.items[1].source == items[1].source
-    encode(fitted.items, tokenizer, row["kind"], max_length=128)
 
 
 def test_cutting_keeps_the_chat_template(make_tokenizer):
@@ -119,14 +123,14 @@ def test_cutting_keeps_the_chat_template(make_tokenizer):
     (item,) = fit_items(
         [Item("q", "t", "generate", text(300), ("x",), max_tokens=8)], tokenizer, 128, "truncate_left", chat=True
     ).items
-    tokens, _ = tokens_of(item, tokenizer, chat=True)
+    tokens = request(item, tokenizer, chat=True).tokens
     assert (
         len(tokens) == 120
         and tokenizer.decode(tokens).split()[:2] == ["w50", "w51"]
         and tokenizer.decode(tokens).endswith("w59 w52")
     )
     with pytest.raises(ItemsError, match="the tokenizer has no chat template"):
-        tokens_of(item, make_tokenizer(), chat=True)
+        request(item, make_tokenizer(), chat=True)
 
 
 def test_cutting_without_offsets(make_tokenizer):
@@ -136,7 +140,7 @@ def test_cutting_without_offsets(make_tokenizer):
         return tokenizer(text, add_special_tokens=add_special_tokens)
 
     (item,) = fit_items([Item("q", "t", "generate", text(300), ("x",), max_tokens=8)], slow, 128, "truncate_left").items
-    tokens, _ = tokens_of(item, tokenizer)
+    tokens = request(item, tokenizer).tokens
     assert 110 <= len(tokens) <= 120 and text(300).endswith(item.prompt)
 
 
@@ -319,7 +323,7 @@ def test_a_daemons_refusal_names_the_line(tmp_path):
         raise ItemsError("item 'b' of task 't'", "prompt of 300 tokens", "at most 128")
 
     with pytest.raises(ItemsError) as error:
-        Registrar(refuse).register("pool", pb.RegisterHeader(), None, None, items)
+        Registrar(refuse).register("pool", Registration(tuple(items)))
     assert error.value.where == place(items[1]) == f"{tmp_path / 't.jsonl'}, line 2: item 'b' of task 't'"
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,17 @@ from merge3.client import cli, run
 from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, ItemsError
 from merge3.pool import Pool
+from merge3.registration import Registration
 from merge3.search.config import load_config
-from merge3.search.store import RunStore
+from merge3.search.journal import Journal
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
-from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
 from merge3.tasks.forward import likeliest
-from merge3.tasks.prompts import encode
+from merge3.tasks.kinds import KINDS
+from merge3.tasks.likelihoods import PlainRows, SharedRows
+from merge3.tasks.prompts import Reader
+from merge3.tasks.requests import share_prefix
+from tests.asking import answers
 
 
 def text(count, first=0):
@@ -48,6 +53,12 @@ def generates(prefix=0, count=3):
         Item(f"g{i}", "g", "generate", f"{text(prefix)} w{i} w3".strip(), ("w1",), metric="exact", max_tokens=3)
         for i in range(count)
     ]
+
+
+def rows(items, tokenizer, kind):
+    """The items' question as one kind of rows asks it."""
+    prefix, rest = share_prefix([KINDS[item.kind].request(item, Reader(tokenizer)) for item in items])
+    return (SharedRows if kind == "shared" else PlainRows)(prefix, rest, "cpu", torch.float32, 4096)
 
 
 class Changed(torch.nn.Module):
@@ -107,7 +118,7 @@ def test_no_warning_of_masks_and_no_verdict_from_broken_weights(world, overflow,
         broken.load_state_dict(models["llama"].state_dict())
         expected = Scorer(choices(prefix), models["llama"], folder).score(models["llama"])
         assert np.array_equal(scorer.score(broken), expected)
-        assert type(Scorer(choices(prefix), broken, folder).scorers[0]) is ChoiceScorer
+        assert type(Scorer(choices(prefix), broken, folder).asked[0].question) is SharedRows
 
 
 BROKEN = {"nan elsewhere": put(torch.nan, 5), "infinity elsewhere": put(torch.inf, 5), "all nan": put(torch.nan),
@@ -119,29 +130,32 @@ BROKEN = {"nan elsewhere": put(torch.nan, 5), "infinity elsewhere": put(torch.in
 def test_every_way_to_have_no_answer(world, case, kind):
     folder, tokenizer, models = world
     model = Changed(models["llama"], BROKEN[case])
-    if kind == "generate":
-        scorer = Scorer(generates(), models["llama"], folder)
-    else:
-        (group,) = encode(choices(), tokenizer, "choice")
-        scorer = (ChoiceScorer if kind == "shared" else PlainChoiceScorer)(group, "cpu", torch.float32, 4096)
+    scorer = Scorer(generates() if kind == "generate" else choices(), models["llama"], folder)
+    if kind == "plain":
+        scorer.asked = [replace(scorer.asked[0], question=rows(choices(), tokenizer, kind))]
     with pytest.raises(LogitsError, match=LEAST):
         scorer.score(model)
+    assert {result for _, result in scorer.asked[0].question(model)} == {None}
 
 
 @pytest.mark.parametrize("kind", ["shared", "plain"])
 def test_excluded_words_are_legal(world, kind):
-    folder, tokenizer, models = world
+    _, tokenizer, models = world
     items = choices(count=2)
-    (group,) = encode(items, tokenizer, "choice")
-    scorer = (ChoiceScorer if kind == "shared" else PlainChoiceScorer)(group, "cpu", torch.float32, 4096)
-    plain = scorer.loglikelihoods(models["llama"])
-    used = {token for p in group.prompts for c in p.choices for token in c}
+    question = rows(items, tokenizer, kind)
+    asked = [KINDS["choice"].request(item, Reader(tokenizer)).choices for item in items]
+    used = {token for texts in asked for choice in texts for token in choice}
     others = [token for token in range(62) if token not in used]
-    masked = scorer.loglikelihoods(Changed(models["llama"], put(-torch.inf, *others)))
-    assert all((m > p).all() and m.isfinite().all() for (_, _, p), (_, _, m) in zip(plain, masked))
+    plain = dict(question(models["llama"]))
+    for index, masked in question(Changed(models["llama"], put(-torch.inf, *others))):
+        assert (masked.sums > plain[index].sums).all() and masked.sums.isfinite().all()
     # One choice excluded: the other is the likelier. Both excluded: none is.
-    first, second = (choice[0] for choice in group.prompts[0].choices)
-    score = lambda *tokens: scorer.score(Changed(models["llama"], put(-torch.inf, *tokens)))[0]
+    first, second = (choice[0] for choice in asked[0])
+
+    def score(*tokens):
+        found = dict(question(Changed(models["llama"], put(-torch.inf, *tokens))))
+        return KINDS["choice"].response(items[0], found[0])
+
     assert items[0].answer == 0 and (score(first), score(second), score(first, second)) == (0.0, 1.0, 0.0)
 
 
@@ -149,7 +163,8 @@ def test_generation_never_writes_excluded_words(world):
     folder, tokenizer, models = world
     scorer = Scorer(generates(), models["llama"], folder)
     model = Changed(models["llama"], put(-torch.inf, *(t for t in range(62) if t != 9)))
-    assert {answer for _, answer in scorer.scorers[0].answers(model)} == {" ".join([tokenizer.decode([9])] * 3)}
+    texts = {written.text for _, written in scorer.asked[0].question(model)}
+    assert texts == {" ".join([tokenizer.decode([9])] * 3)}
 
 
 def test_generation_that_breaks_later(world):
@@ -223,16 +238,15 @@ def test_an_endpoint_is_named_and_a_candidate_fails(checkpoints):
     base, broken, other = (str(checkpoints / name) for name in ("base", "nanlogits", "e0"))
     engine = LocalEngine(Pool.open(base, [broken, other], "cpu"))
     with pytest.raises(LogitsError, match=rf"{broken}: item 'c0' of task 'c': the model's logits are NaN or infinite"):
-        engine.answer(broken, choices())
-    assert np.isfinite(engine.answer(base, choices())).all()
-    space = Space(SpaceDefinition((broken, other), "linear", None, preset="expert"), engine.info().layout)
-    engine.register(space, choices())
-    found = list(engine.evaluate([space.initial(), space.initial()]))
-    assert all(
-        e.responses is None and np.isnan(e.value) and "the model's logits are NaN or infinite" in e.error for e in found
-    )
+        answers(engine, broken, choices())
+    assert np.isfinite(answers(engine, base, choices())).all()
+    space = Space(SpaceDefinition((broken, other), "linear", None), engine.info().layout)
+    asked = Registration(tuple(choices()), space.definition)
+    found = list(engine.evaluate(asked, [space.initial(), space.initial()]))
+    assert all(e.responses is None and np.isnan(e.value) for e in found)
+    assert all("the model's logits are NaN or infinite" in str(e.error) for e in found)
     with pytest.raises(ItemsError, match="^item 'c0' of task 'c': the model's logits"):
-        engine.answer(space.recipe(space.initial()), choices())
+        answers(engine, space.recipe(space.initial()), choices())
 
 
 def test_a_base_without_logits_is_named_when_first_asked(checkpoints):
@@ -240,10 +254,10 @@ def test_a_base_without_logits_is_named_when_first_asked(checkpoints):
     engine = LocalEngine(Pool.open(broken, [other], "cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.register(None, choices())
+        engine.prepare(Registration(tuple(choices())))
         with pytest.raises(LogitsError, match="nanlogits: item 'c0'"):
-            engine.answer(broken, choices())
-        assert np.isfinite(engine.answer(other, choices())).all()
+            answers(engine, broken, choices())
+        assert np.isfinite(answers(engine, other, choices())).all()
 
 
 def test_evaluate_says_so_in_one_line(checkpoints, tmp_path, monkeypatch, capsys):
@@ -278,7 +292,7 @@ def test_a_candidate_is_journalled_as_failed(checkpoints, tmp_path):
         ConfigError, match="generation 0: every candidate failed .*the model's logits are NaN or infinite"
     ):
         run.evolve(search(checkpoints, tmp_path), tmp_path / "run", quiet=True, export=False)
-    candidates = RunStore(tmp_path / "run").candidates()
+    candidates = Journal(tmp_path / "run").candidates()
     assert len(candidates) == 2
     for candidate in candidates:
         assert candidate.responses is None and np.isnan(candidate.value)

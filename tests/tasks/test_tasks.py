@@ -8,9 +8,17 @@ import torch
 
 from merge3.errors import ItemsError
 from merge3.tasks import Item, Scorer, read_items, split_heldout
-from merge3.tasks.choice import ChoiceScorer, PlainChoiceScorer
-from merge3.tasks.generate import GenerateScorer, correct, cut
-from merge3.tasks.prompts import encode
+from merge3.tasks.decoder import cut
+from merge3.tasks.kinds import KINDS
+from merge3.tasks.likelihoods import PlainRows, SharedRows
+from merge3.tasks.lm import LM
+from merge3.tasks.prompts import Reader
+from merge3.tasks.requests import Written, share_prefix
+
+
+def requests(items, tokenizer):
+    """What items ask of a model."""
+    return [KINDS[item.kind].request(item, Reader(tokenizer)) for item in items]
 
 
 def words(rng, count):
@@ -32,17 +40,22 @@ def choice_items(prefix_words, count=17):
 def test_choices_match_a_plain_loop(world, name, prefix_words):
     folder, tokenizer, models = world
     items = choice_items(prefix_words)
-    (group,) = encode(items, tokenizer, "choice")
-    assert bool(group.prefix) == (prefix_words > 0)
+    prefix, rest = share_prefix(requests(items, tokenizer))
+    assert bool(prefix) == (prefix_words > 0)
     for batch_tokens in (64, 4096):
-        shared = ChoiceScorer(group, "cpu", torch.float32, batch_tokens)
-        plain = PlainChoiceScorer(group, "cpu", torch.float32, batch_tokens)
-        expected = {i: v for i, _, v in plain.loglikelihoods(models[name])}
-        for index, _, values in shared.loglikelihoods(models[name]):
-            assert torch.allclose(values, expected[index], atol=2e-4)
+        expected = dict(PlainRows(prefix, rest, "cpu", torch.float32, batch_tokens)(models[name]))
+        found = dict(SharedRows(prefix, rest, "cpu", torch.float32, batch_tokens)(models[name]))
+        assert sorted(found) == sorted(expected) == list(range(len(items)))
+        for index, likelihoods in found.items():
+            assert torch.equal(likelihoods.lengths, expected[index].lengths)
+            assert torch.allclose(likelihoods.sums, expected[index].sums.float(), atol=2e-4)
     scorer = Scorer(items, models[name], folder)
-    assert type(scorer.scorers[0]) is ChoiceScorer
-    assert scorer.score(models[name]).tolist() == [float(expected[i].argmax() == item.answer) for i, item in enumerate(items)]
+    assert type(scorer.asked[0].question) is SharedRows
+    right = []
+    for i, item in enumerate(items):
+        values = expected[i].sums / expected[i].lengths if item.metric == "acc_norm" else expected[i].sums
+        right.append(float(values.argmax() == item.answer))
+    assert scorer.score(models[name]).tolist() == right
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -55,36 +68,45 @@ def test_generation_matches_transformers(world, name, prefix_words):
         Item(f"g{i}", "g", "generate", f"{prefix} {words(rng, 1 + i % 6)}".strip(), ("x",), metric="exact", max_tokens=3 + i % 8)
         for i in range(13)
     ]
-    (group,) = encode(items, tokenizer, "generate")
-    scorer = GenerateScorer(group, "cpu", tokenizer, 200, (1,))
-    for prompt, text in scorer.answers(models[name]):
-        ids = torch.tensor([tokenizer(prompt.item.prompt)["input_ids"]])
-        out = models[name].generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=prompt.item.max_tokens, do_sample=False)
-        assert text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    question = LM(models[name], tokenizer, batch_tokens=100).generate(requests(items, tokenizer))
+    found = dict(question(models[name]))
+    assert len(found) == len(items) and len(question.batches) > 1
+    for item, written in ((items[i], w) for i, w in found.items()):
+        ids = torch.tensor([tokenizer(item.prompt)["input_ids"]])
+        mask = torch.ones_like(ids)
+        out = models[name].generate(ids, attention_mask=mask, max_new_tokens=item.max_tokens, do_sample=False)
+        new = out[0, ids.shape[1] :]
+        assert written.text == tokenizer.decode(new, skip_special_tokens=True)
+        assert list(written.tokens) == [token for token in new.tolist() if token != tokenizer.eos_token_id]
 
 
 def test_generation_stops_at_a_stop_string(world):
-    folder, tokenizer, models = world
-    item = Item("g", "g", "generate", "w1 w2", ("x",), metric="exact", max_tokens=12)
-    (group,) = encode([item], tokenizer, "generate")
-    ((_, text),) = GenerateScorer(group, "cpu", tokenizer, 200, ()).answers(models["llama"])
-    third = text.split()[2]
-    stopped = Item("g", "g", "generate", "w1 w2", ("x",), metric="exact", max_tokens=12, stop=(third,))
-    (group,) = encode([stopped], tokenizer, "generate")
-    ((_, short),) = GenerateScorer(group, "cpu", tokenizer, 200, ()).answers(models["llama"])
-    assert short == cut(text, (third,))
+    _, tokenizer, models = world
+
+    def written(**more):
+        item = Item("g", "g", "generate", "w1 w2", ("x",), metric="exact", max_tokens=12, **more)
+        ((_, found),) = LM(models["llama"], tokenizer).generate(requests([item], tokenizer))(models["llama"])
+        return found
+
+    whole = written()
+    third = whole.text.split()[2]
+    stopped = written(stop=(third,))
+    assert stopped.text == cut(whole.text, (third,)) != whole.text
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)] and len(stopped.tokens) <= 3
 
 
 def test_metrics():
-    def item(metric, *answers):
-        return Item("i", "t", "generate", "p", answers, metric=metric)
+    def response(metric, answer, text):
+        item = Item("i", "t", "generate", "p", (answer,), metric=metric)
+        return KINDS["generate"].response(item, Written(text, ()))
 
-    assert correct(item("exact", "a b"), " a b\n") and not correct(item("exact", "a"), "a b")
-    assert correct(item("number", "1234.5"), "so it is 1,234.50.") and not correct(item("number", "4"), "4 or 5")
-    assert correct(item("number", "-3"), "= -3") and not correct(item("number", "3"), "none")
-    assert correct(item("regex", r"^yes\b"), "yes!") and not correct(item("regex", r"^yes\b"), "yesterday")
+    assert response("exact", "a b", " a b\n") == 1.0 and response("exact", "a", "a b") == 0.0
+    assert response("", "a", "a") == 1.0  # the first metric is the default
+    assert response("number", "1234.5", "so it is 1,234.50.") == 1.0 and response("number", "4", "4 or 5") == 0.0
+    assert response("number", "-3", "= -3") == 1.0 and response("number", "3", "none") == 0.0
+    assert response("regex", r"^yes\b", "yes!") == 1.0 and response("regex", r"^yes\b", "yesterday") == 0.0
     with pytest.raises(ItemsError, match="its pattern .* takes more than 1.0 s on 200 characters"):
-        correct(item("regex", r"(.*a){25}b"), "a" * 200)
+        response("regex", r"(.*a){25}b", "a" * 200)
 
 
 def test_text_classification(world, tmp_path):

@@ -8,15 +8,15 @@ mapped files, and a window is a bound on the pages that are in memory at one tim
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from merge3 import kernels
-from merge3.checkpoint.layout import Ref
 from merge3.memory import PADDING
-from merge3.methods.base import Copy, Fused, Step
+from merge3.methods.base import Fused
 from merge3.methods.execute import Output, execute
 from merge3.pool import Pool
 
@@ -30,29 +30,18 @@ class Piece(NamedTuple):
     begin: int
     end: int
 
-    @property
-    def refs(self) -> list[Ref]:
-        return refs_of(self.step)
-
-
-def refs_of(step: Step) -> list[Ref]:
-    """The tensors a step reads."""
-    if isinstance(step, Copy):
-        return [step.source]
-    return [*([step.base] if step.base is not None else []), *step.experts]
-
 
 def execute_streamed(outputs: Iterable[Output], pool: Pool, seed: int = 0) -> None:
-    """As methods.execute, for outputs whose inputs are not all resident."""
+    """As methods.execute.execute, for outputs whose inputs are not all resident."""
     alike: dict[tuple, list[Output]] = {}
     for output in outputs:
         step = output[1]
-        if isinstance(step, Fused) and step.coefficients.ndim == 2 and not step.columns:
-            alike.setdefault((step.modes, step.base is None, len(step.experts)), []).append(output)
-        else:  # rules and coefficients of single rows need whole tensors: one output at a time
+        if step.sliceable:
+            alike.setdefault(step.kernel, []).append(output)
+        else:  # whole tensors, one output at a time
             execute([output], pool.get, seed)
-    for (modes, _, _), group in alike.items():
-        modes = kernels.Modes(modes.sparsify, modes.elect, modes.normalize, seed)
+    for group in alike.values():
+        modes = replace(group[0][1].modes, seed=seed)
         buffers = _Buffers(pool)
         for window in windows(group, pool, pool.memory.window // 2):
             inputs = buffers.fill(window)
@@ -64,8 +53,8 @@ def windows(outputs: Iterable[Output], pool: Pool, limit: int) -> Iterator[list[
     """Pieces in order, as many at a time as `limit` bytes of streamed inputs allow (at least one chunk)."""
     window, left = [], limit
     for name, step, out in outputs:
-        refs = refs_of(step)
-        per_element = sum(pool.common_dtype(ref.tensor).itemsize for ref in refs)
+        refs = step.refs
+        per_element = sum(pool.common_dtype(ref).itemsize for ref in refs)
         begin = 0
         while begin < out.numel():
             room = (left - PADDING * len(refs)) // per_element // kernels.CHUNK * kernels.CHUNK
@@ -82,21 +71,29 @@ def windows(outputs: Iterable[Output], pool: Pool, limit: int) -> Iterator[list[
 
 
 def _merge(window: list[Piece], inputs: list[torch.Tensor], modes: kernels.Modes) -> None:
+    """One call of the fused kernel. inputs: of every piece in turn, base first."""
     width = len(inputs) // len(window)
-    with_base = window[0].step.base is not None
-    coefficients = np.stack([piece.step.coefficients for piece in window]).astype(np.float32)
+    outs, bases, experts, columns, tables = [], [], [], [], []
+    for i, (_, step, out, begin, end) in enumerate(window):
+        own = inputs[i * width : (i + 1) * width]
+        if step.base is not None:
+            bases.append(own.pop(0))
+        experts += own
+        tables += step.rank_tables
+        outs.append(out.view(-1)[begin:end])
+        columns.append(out.shape[-1] if out.dim() >= 2 else out.numel())
     kernels.merge_(
-        [piece.out.view(-1)[piece.begin : piece.end] for piece in window],
-        inputs[::width] if with_base else [],
-        [x for i, x in enumerate(inputs) if i % width or not with_base],
-        torch.from_numpy(coefficients),
+        outs,
+        bases,
+        experts,
+        torch.from_numpy(np.stack([piece.step.coefficients for piece in window]).astype(np.float32)),
         torch.tensor([float(piece.step.lambda_) for piece in window], dtype=torch.float32),
         modes,
         torch.tensor([kernels.tensor_id(piece.name) for piece in window]),
-        [table for piece in window for table in piece.step.rank_tables],
+        tables,
         torch.tensor([piece.begin for piece in window]),
-        torch.tensor([piece.out.shape[-1] if piece.out.dim() >= 2 else piece.out.numel() for piece in window]),
-    )  # fmt: skip
+        torch.tensor(columns),
+    )
 
 
 class _Buffers:
@@ -115,14 +112,16 @@ class _Buffers:
 
     def fill(self, window: list[Piece]) -> list[torch.Tensor]:
         """The window's inputs on the device, piece by piece, base first."""
-        source = [(ref, piece) for piece in window for ref in piece.refs]
+        wanted = []
+        for piece in window:
+            wanted += [(ref, piece.begin, piece.end) for ref in piece.step.refs]
         if not self.cuda:
-            return [self.pool.part(ref, piece.begin, piece.end) for ref, piece in source]
+            return [self.pool.part(*part) for part in wanted]
         memory, at, views = self.memory[self.turn], 0, []
         self.copying.wait_event(self.consumed[self.turn])
         with torch.cuda.stream(self.copying):
-            for ref, piece in source:
-                here = self.pool.part(ref, piece.begin, piece.end)
+            for part in wanted:
+                here = self.pool.part(*part)
                 if here.device != self.pool.device:
                     view = memory[at : at + here.numel() * here.itemsize].view(here.dtype)
                     view.copy_(here, non_blocking=True)
@@ -138,5 +137,6 @@ class _Buffers:
         if self.cuda:
             self.consumed[self.turn].record(torch.cuda.current_stream(self.pool.device))
             self.turn ^= 1
-        else:
-            self.pool.give_back(ref for piece in window for ref in piece.refs)
+            return
+        for piece in window:
+            self.pool.give_back(piece.step.refs)

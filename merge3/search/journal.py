@@ -1,4 +1,4 @@
-"""The run store: a directory whose SQLite journal holds every candidate, committed when it arrives."""
+"""The journal of a run: an SQLite file in its directory that holds every candidate, committed when it arrives."""
 
 from __future__ import annotations
 
@@ -17,34 +17,58 @@ CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS candidates (
     generation INTEGER NOT NULL, position INTEGER NOT NULL,
     genome BLOB NOT NULL, recipe_hash TEXT NOT NULL, responses BLOB,
-    value REAL, stderr REAL, seconds REAL NOT NULL, swap_seconds REAL NOT NULL,
+    seconds REAL NOT NULL, swap_seconds REAL NOT NULL,
     engine TEXT NOT NULL, error TEXT,
     PRIMARY KEY (generation, position)
+);
+CREATE TABLE IF NOT EXISTS estimates (
+    generation INTEGER NOT NULL, position INTEGER NOT NULL, place INTEGER NOT NULL,
+    objective TEXT NOT NULL, value REAL, stderr REAL,
+    PRIMARY KEY (generation, position, place)
 );
 CREATE TABLE IF NOT EXISTS answers (
     stage TEXT NOT NULL, name TEXT NOT NULL, items BLOB NOT NULL, responses BLOB NOT NULL, PRIMARY KEY (stage, name)
 );
 """
+# Journals from before there were several objectives: a candidate's only value stood in its own row.
+_ONE_VALUE = """
+INSERT OR IGNORE INTO estimates SELECT generation, position, 0, 'accuracy', value, stderr FROM candidates;
+ALTER TABLE candidates DROP COLUMN value;
+ALTER TABLE candidates DROP COLUMN stderr;
+"""
+_COLUMNS = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the journal. genome, responses: float64; value is NaN for one that failed."""
+    """What is known of one. genome, responses: float64; values, stderrs: float64, one per objective, NaN for one that
+    failed."""
 
     generation: int
     position: int
     genome: np.ndarray
     recipe_hash: str
     responses: np.ndarray | None
-    value: float
-    stderr: float
+    objectives: tuple[str, ...]
+    values: np.ndarray
+    stderrs: np.ndarray
     seconds: float
     swap_seconds: float
     engine: str
     error: str | None = None
 
+    @property
+    def value(self) -> float:
+        """Of the first objective."""
+        return float(self.values[0])
 
-class RunStore:
+    @property
+    def stderr(self) -> float:
+        """Of the first objective."""
+        return float(self.stderrs[0])
+
+
+class Journal:
     """The journal of one run directory."""
 
     def __init__(self, directory: str | Path):
@@ -56,6 +80,8 @@ class RunStore:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            if any(column[1] == "value" for column in self._db.execute("PRAGMA table_info(candidates)")):
+                self._db.executescript(f"BEGIN; {_ONE_VALUE} COMMIT;")
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(self.directory, f"cannot be written ({error})", "a writable directory") from None
 
@@ -84,15 +110,18 @@ class RunStore:
 
     def append(self, c: Candidate) -> None:
         """Commit one candidate."""
+        responses = None if c.responses is None else c.responses.tobytes()
         row = (
-            c.generation, c.position, c.genome.tobytes(), c.recipe_hash,
-            None if c.responses is None else c.responses.tobytes(),
-            None if np.isnan(c.value) else c.value, None if np.isnan(c.stderr) else c.stderr,
-            c.seconds, c.swap_seconds, c.engine, c.error,
+            c.generation, c.position, c.genome.tobytes(), c.recipe_hash, responses, c.seconds, c.swap_seconds, c.engine, c.error,
         )  # fmt: skip
+        estimates = [
+            (c.generation, c.position, place, name, _null(value), _null(stderr))
+            for place, (name, value, stderr) in enumerate(zip(c.objectives, c.values, c.stderrs))
+        ]
         try:
             with self._db:
-                self._db.execute("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._db.execute("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._db.executemany("INSERT INTO estimates VALUES (?, ?, ?, ?, ?, ?)", estimates)
         except sqlite3.Error as error:
             raise ResourceError(self.directory / "run.db", f"cannot be written ({error})", "space for the journal") from None
 
@@ -128,15 +157,20 @@ class RunStore:
         return list(self._read())
 
     def count(self) -> int:
+        """How many candidates there are."""
         return self._db.execute("SELECT COUNT(*) FROM candidates").fetchone()[0]
 
     def _read(self, where: str = "", values: tuple = ()) -> Iterator[Candidate]:
-        for row in self._db.execute(f"SELECT * FROM candidates {where} ORDER BY generation, position", values):
-            generation, position, genome, recipe_hash, responses, value, stderr, *rest = row
+        estimates: dict[tuple[int, int], list[tuple[str, float, float]]] = {}
+        query = f"SELECT generation, position, objective, value, stderr FROM estimates {where} ORDER BY place"
+        for generation, position, name, value, stderr in self._db.execute(query, values):
+            estimates.setdefault((generation, position), []).append((name, _number(value), _number(stderr)))
+        query = f"SELECT {_COLUMNS} FROM candidates {where} ORDER BY generation, position"
+        for generation, position, genome, recipe_hash, responses, *rest in self._db.execute(query, values):
+            names, means, errors = zip(*estimates[generation, position])
             yield Candidate(
                 generation, position, np.frombuffer(genome), recipe_hash,
-                None if responses is None else np.frombuffer(responses),
-                float("nan") if value is None else value, float("nan") if stderr is None else stderr, *rest,
+                None if responses is None else np.frombuffer(responses), names, np.array(means), np.array(errors), *rest,
             )  # fmt: skip
 
 
@@ -147,6 +181,15 @@ def read_result(directory: str | Path) -> dict:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ResumeMismatch(directory, f"no readable result.json ({error})", "a finished run") from None
+
+
+def _null(value: float) -> float | None:
+    """SQLite has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _short(text: str | None) -> str:

@@ -1,0 +1,127 @@
+"""The slot: a live transformers model whose weights a recipe overwrites in place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+
+import torch
+
+from merge3.checkpoint.layout import Layout, Ref
+from merge3.errors import RecipeError
+from merge3.live.heads import Heads
+from merge3.live.load import bind, load_model, promoted
+from merge3.live.overlap import Overlap
+from merge3.live.streaming import execute_streamed
+from merge3.methods import execute
+from merge3.methods.execute import Output
+from merge3.pool import Pool
+from merge3.program import Program, compile
+from merge3.recipe import Recipe
+
+
+class Slot:
+    """One model over a pool. dtype: of its weights (default: what the endpoints' dtypes promote to).
+
+    Parameters keep their addresses for the slot's whole life, so what was captured or compiled over them stays valid
+    from candidate to candidate. The exception are heads: one of another shape is another Parameter (see Heads).
+
+    overlap: on a GPU, merge layer by layer while the layers before already compute (see overlap.py) instead of
+    the whole model in one launch. The weights are the same; where it pays, `benchmarks/gpu_check.py` tells.
+
+        slot = Slot(Pool.open("base", ["math", "italian"]))
+        slot.swap(Recipe.from_yaml("ties.yaml"))
+        slot.model(input_ids)
+    """
+
+    def __init__(self, pool: Pool, dtype: torch.dtype | None = None, overlap: bool = False):
+        self.pool = pool
+        self.model = load_model(pool, dtype or promoted(pool))
+        self._weights = bind(self.model, pool)
+        self._heads = Heads(self.model, pool)
+        self._prepared: OrderedDict = OrderedDict()
+        self._memory = pool.memory  # the plan under which the above was prepared
+        self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
+
+    def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe") -> dict[str, str]:
+        """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
+
+        seed: of random keeps; the same seed drops the same elements for every candidate.
+        Raises RecipeError if the recipe makes another number of layers than the base has.
+        """
+        program = self.compile(recipe, where)
+        # Buffers that the model computes itself are not among its weights, and heads are not a recipe's.
+        written = self._weights.keys() - set(self.pool.heads.get(self.pool.base, ()))
+        steps = program.steps(written, self.pool.statistics)
+        outputs = [(name, step, self._weights[name]) for name, step in steps.items()]
+        if self._overlap:
+            self._run_by_layer(outputs, seed)
+        else:
+            self._run(outputs, seed)
+        self._share(program.ties)
+        return program.kept
+
+    def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
+        """What `swap` would run. Raises RecipeError for what it would refuse."""
+        program = compile(recipe, self.pool, where)
+        if program.layers != self._layout.layers:
+            expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
+            raise RecipeError(where, f"{program.layers} layers", expected)
+        return program
+
+    def load(self, model: str) -> None:
+        """Overwrite the model with an endpoint as it is, head included."""
+        self._settle()
+        self.use_head(model)
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                ref = Ref(model, name)
+                if name in self.pool.heads.get(model, ()) or not self.pool.has(ref):
+                    continue
+                tensor = self.pool.get(ref)
+                if tensor.shape != weight.shape:  # more, or fewer, tokens: the rows that both have
+                    if tensor.shape[1:] != weight.shape[1:]:
+                        continue
+                    rows = min(len(tensor), len(weight))
+                    tensor, weight = tensor[:rows], weight[:rows]
+                weight.copy_(tensor)
+
+    def use_head(self, model: str) -> None:
+        """Put an endpoint's own head (tensors outside the backbone) on the live model; see Heads for its addresses."""
+        self._heads.show(model)
+
+    def _run(self, outputs: list[Output], seed: int) -> None:
+        if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
+            self._prepared.clear()
+            self._memory = self.pool.memory
+        here, away = [], []
+        for output in outputs:
+            (here if self.pool.resident(output[1].refs) else away).append(output)
+        with torch.no_grad():
+            execute(here, self.pool.get, seed, self._prepared)
+            execute_streamed(away, self.pool, seed)
+
+    def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
+        self._settle()
+        stages: dict[int | None, list[Output]] = {}
+        for output in outputs:
+            stages.setdefault(self._layout.layer_of(output[0]), []).append(output)
+        order = sorted(stages, key=lambda stage: -1 if stage is None else stage)
+        self._overlap.run((stage, partial(self._run, stages[stage], seed)) for stage in order)
+
+    def _share(self, ties: dict[str, str]) -> None:
+        """A merge of models that all tie their output, in a live model that holds it apart for the sake of others."""
+        for name in self.pool.outputs:
+            source = ties.get(name)
+            if source is not None and name in self._weights:
+                self._settle()
+                with torch.no_grad():
+                    self._weights[name].copy_(self._weights[source])
+
+    @property
+    def _layout(self) -> Layout:
+        return self.pool.layouts[self.pool.base]
+
+    def _settle(self) -> None:
+        if self._overlap:
+            self._overlap.settle()

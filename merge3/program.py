@@ -1,0 +1,94 @@
+"""A recipe compiled: what becomes of every output tensor, as one value.
+
+Everything that runs merges runs programs: the live model, the export, a dry run (which only compiles), other tools.
+Compiling reads no weights. Steps, which need statistics of them, are made for those tensors that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from merge3.checkpoint.layout import Ref
+from merge3.errors import RecipeError
+from merge3.methods import Copy, Job, Method, Step, method_named
+from merge3.methods.plan import Kept, Layer, Tied, View, resolve
+from merge3.recipe import Recipe
+from merge3.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Program:
+    """jobs: what is merged. copies: output -> the tensor it is as it stands; kept: the reason of each. ties: output
+    -> the output it shares, where every source ties it and none stores it. origins: output layer -> the model and its
+    layer whose configuration it has. shapes: of every output that is stored, jobs first.
+
+        program = compile(Recipe.from_yaml("ties.yaml"), pool)
+        steps = program.steps(program.shapes, pool.statistics)
+        outputs = [(name, step, torch.empty(program.shapes[name])) for name, step in steps.items()]
+        execute(outputs, pool.get)
+    """
+
+    method: Method
+    jobs: tuple[Job, ...]
+    copies: dict[str, Ref] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+    origins: tuple[tuple[str, int], ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many the output has."""
+        return len(self.origins)
+
+    def steps(self, names: Container[str], statistics: Statistics) -> dict[str, Step]:
+        """What to run for each of these outputs, in the order of `shapes`; their statistics are fetched in one go."""
+        jobs = [job for job in self.jobs if job.name in names]
+        self.method.prefetch(jobs, statistics)
+        steps: dict[str, Step] = {job.name: self.method.step(job, statistics) for job in jobs}
+        for name, source in self.copies.items():
+            if name in names:
+                steps[name] = Copy(source)
+        return steps
+
+
+def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
+    """Resolve every output tensor. where: names the recipe in messages.
+
+    Raises RecipeError for what does not fit: an unknown method, parameters, layers, tensors.
+    """
+    method = method_named(recipe.method, f"{where}: merge_method")
+    jobs, copies, kept, ties, origins = [], {}, {}, {}, []
+    for found in resolve(recipe, method, view, where):
+        match found:
+            case Job():
+                jobs.append(found)
+            case Kept(name, source, reason):
+                copies[name], kept[name] = source, reason
+            case Tied(name, source):
+                ties[name] = source
+            case Layer():
+                origins.append(tuple(found))
+    if not jobs and not copies:
+        raise RecipeError(where, "no tensor to merge", "models with weights")
+    if method.derive is not None:
+        jobs = _over_one_expert(method, jobs, view)
+    shapes = {job.name: job.shape for job in jobs}
+    shapes |= {name: view.shape(source) for name, source in copies.items()}
+    return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes)
+
+
+def _over_one_expert(method: Method, jobs: list[Job], view: View) -> list[Job]:
+    """The jobs over the one expert that the method derives of theirs. Only what it is derived by enters its name."""
+    inputs = []
+    for job in jobs:
+        per_source = tuple(_only(method.deriving, own) for own in job.per_source)
+        inputs.append(replace(job, shared=_only(method.deriving, job.shared), per_source=per_source))
+    model = view.derive(method.name, method.derive, inputs)
+    return [replace(job, sources=(Ref(model, job.name),), per_source=()) for job in jobs]
+
+
+def _only(names: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}

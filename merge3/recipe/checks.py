@@ -1,0 +1,142 @@
+"""What a recipe's YAML may hold, key by key, and one clear line for everything else.
+
+Every check takes what was found and `where` it stands, returns it as it is used, and raises RecipeError.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from merge3 import parameters as settings
+from merge3.errors import Merge3Warning, RecipeError
+from merge3.recipe.text import nearest
+
+TOP_KEYS = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "chat_template", "tokenizer",
+)  # fmt: skip
+# Keys at the top level that mean something, but not here.
+_ELSEWHERE = {
+    "modules": ("not supported", "one stack of layers: `models` or `slices`"),
+    "experts": ("a mergekit-moe configuration", "a merge recipe"),
+    "gate_mode": ("a mergekit-moe configuration", "a merge recipe"),
+    "finetuned_model": ("not a merge recipe", "merge_method, models"),
+}
+PARAMETERS = (  # names of method parameters: where they stand by mistake, the message says where they belong
+    "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t", "select_topk", "scale",
+    "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
+)  # fmt: skip
+CHAT_TEMPLATES = ("auto", "chatml")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def mapping(data: Any, where: str) -> dict:
+    """A copy of a mapping."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(where, f"found {type(data).__name__ if data is not None else 'nothing'}", "a mapping")
+    return dict(data)
+
+
+def entries(data: Any, where: str) -> list:
+    """A list that is not empty."""
+    if not isinstance(data, (list, tuple)) or not data:
+        raise RecipeError(where, f"found {data!r}"[:100], "a list with at least one entry")
+    return list(data)
+
+
+def known_keys(data: Mapping, names: tuple[str, ...], where: str) -> None:
+    """Refuse every key but these."""
+    for key in data:
+        if key not in names:
+            hint = f"`{key}` belongs under `parameters`" if key in PARAMETERS else nearest(key, names)
+            raise RecipeError(where, f"unknown key {key!r}", ", ".join(names), hint)
+
+
+def top_keys(data: Mapping, where: str) -> None:
+    """Refuse what is meant for another place or misspelt; say what is ignored (recipes keep YAML anchors so)."""
+    for key in data:
+        if key in TOP_KEYS:
+            continue
+        at = f"{where}: {key}"
+        if key in _ELSEWHERE:
+            raise RecipeError(at, *_ELSEWHERE[key])
+        if key in PARAMETERS:
+            raise RecipeError(at, "stands at the top level", f"`{key}` under `parameters`")
+        if hint := nearest(key, TOP_KEYS, 0.75):
+            raise RecipeError(where, f"unknown key {key!r}", ", ".join(TOP_KEYS), hint)
+        warnings.warn(f"{at}: ignored, a recipe has no such key", Merge3Warning, stacklevel=3)
+
+
+def models_or_slices(data: Mapping, where: str) -> None:
+    """A recipe has one of both."""
+    if ("models" in data) == ("slices" in data):
+        found = "both `models` and `slices`" if "models" in data else "neither `models` nor `slices`"
+        raise RecipeError(where, found, "exactly one")
+
+
+def method_name(value: Any, where: str) -> str:
+    """A text; whether there is such a method is not known here."""
+    if not isinstance(value, str):
+        raise RecipeError(f"{where}: merge_method", f"found {value!r}", "the name of a merge method")
+    return value
+
+
+def dtype(value: Any, where: str) -> str | None:
+    """One of DTYPES, with or without `torch.`."""
+    if isinstance(value, str):
+        value = value.removeprefix("torch.")
+    if value not in (None, *DTYPES):
+        raise RecipeError(where, f"found {value!r}", ", ".join(DTYPES), nearest(value, DTYPES))
+    return value
+
+
+def layer_range(value: Any, where: str) -> tuple[int, int]:
+    """[first, last)"""
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    whole = pair and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    if not whole or not 0 <= value[0] <= value[1]:
+        raise RecipeError(where, f"found {value!r}", "[first, last) with first <= last")
+    return tuple(value)
+
+
+def parameters(data: Any, where: str) -> dict[str, settings.Setting]:
+    """Settings of a good form, with finite numbers."""
+    if data is None:
+        return {}
+    data = mapping(data, where)
+    for name, setting in data.items():
+        if trouble := settings.problem(setting):
+            raise RecipeError(f"{where}.{name}", trouble)
+        for value in settings.scalars(setting):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{where}.{name}", f"found {value}", "a finite number")
+    return data
+
+
+def tokenizer(data: Any, where: str) -> Any:
+    """The `source` of mergekit's newer `tokenizer`; refuses what is not done yet."""
+    data = mapping(data, where)
+    for key in data:
+        if key in ("tokens", "pad_to_multiple_of") and data[key]:
+            raise RecipeError(f"{where}.{key}", "not supported yet", "`source` alone")
+        if key not in ("source", "tokens", "pad_to_multiple_of"):
+            raise RecipeError(where, f"unknown key {key!r}", "source")
+    return data.get("source")
+
+
+def chat_template(value: Any, where: str) -> str | None:
+    """One of CHAT_TEMPLATES, or a template that Jinja reads."""
+    if value is None or value in CHAT_TEMPLATES:
+        return value
+    if not isinstance(value, str) or "{" not in value:
+        raise RecipeError(where, f"found {value!r}"[:120], f"{', '.join(CHAT_TEMPLATES)}, or a Jinja template")
+    import jinja2
+
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(value)
+    except jinja2.TemplateSyntaxError as error:
+        raise RecipeError(where, f"not a Jinja template ({error})"[:200], "one that Jinja reads") from None
+    return value

@@ -1,0 +1,234 @@
+"""The objects of a recipe: models, sources, slices, the merge itself; from YAML and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge3.errors import RecipeError
+from merge3.parameters import Setting
+from merge3.recipe import checks
+from merge3.recipe.text import dump_yaml, load_yaml, plain
+
+Parameters = Mapping[str, Setting]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model: a directory or hub id, a revision, and a LoRA adapter to apply: `path@rev+lora@rev`."""
+
+    path: str
+    revision: str | None = None
+    lora: ModelRef | None = None
+
+    @staticmethod
+    def parse(text: Any, where: str = "model") -> ModelRef:
+        """A reference as text, or as mergekit's mapping. Raises RecipeError."""
+        if isinstance(text, Mapping):  # mergekit's long form, or a model entry's short one
+            model = text.get("model", text)
+            if isinstance(model, str) and not text.get("lora"):
+                return ModelRef.parse(model, where)
+            if not isinstance(model, Mapping) or not isinstance(model.get("path"), str):
+                raise RecipeError(where, f"found {dict(text)!r}", "a path or hub id")
+            lora = text.get("lora")
+            return ModelRef(model["path"], model.get("revision"), ModelRef.parse(lora, where) if lora else None)
+        if not isinstance(text, str) or not text.strip():
+            raise RecipeError(where, f"found {text!r}", "a path or hub id")
+        model, *lora = text.split("+")
+        if len(lora) > 1:
+            raise RecipeError(where, f"found {text!r}", "at most one `+adapter`")
+        path, _, revision = model.partition("@")
+        return ModelRef(path, revision or None, ModelRef.parse(lora[0], where) if lora else None)
+
+    def __str__(self) -> str:
+        text = self.path + (f"@{self.revision}" if self.revision else "")
+        return text + (f"+{self.lora}" if self.lora else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input of a slice. layer_range: [first, last) in that model; None: all layers."""
+
+    model: ModelRef
+    layer_range: tuple[int, int] | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of output layers, made from equally many layers of each source."""
+
+    sources: tuple[Source, ...]
+    base_model: ModelRef | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge. `models` in the YAML is one slice whose sources have no layer_range."""
+
+    method: str
+    slices: tuple[Slice, ...]
+    base_model: ModelRef | None = None
+    parameters: Parameters = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Written with `models`: every layer of every model, in place."""
+        return len(self.slices) == 1 and all(s.layer_range is None for s in self.slices[0].sources)
+
+    def models(self) -> list[ModelRef]:
+        """Every model named, base first, then in order of appearance."""
+        found = [self.base_model] if self.base_model else []
+        for part in self.slices:
+            found += [part.base_model] if part.base_model else []
+            found += [s.model for s in part.sources]
+        return list(dict.fromkeys(found))
+
+    def to_dict(self) -> dict:
+        """The YAML's content: only plain dicts, lists and scalars, without defaults."""
+        data: dict[str, Any] = {"merge_method": self.method}
+        if self.base_model:
+            data["base_model"] = str(self.base_model)
+        if self.whole:
+            data["models"] = [_source_dict(s) for s in self.slices[0].sources]
+        else:
+            data["slices"] = [_slice_dict(part) for part in self.slices]
+        if self.parameters:
+            data["parameters"] = plain(self.parameters)
+        for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
+            if getattr(self, key) is not None:
+                data[key] = getattr(self, key)
+        return data
+
+    def to_yaml(self) -> str:
+        """YAML that mergekit reads as the same merge; floats survive exactly."""
+        return dump_yaml(self.to_dict())
+
+    def hash(self) -> str:
+        """Names the recipe: equal recipes, equal hash."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Recipe:
+        """Read a recipe file. Raises RecipeError naming the file and key."""
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(path, f"not UTF-8 at byte {error.start}", "a recipe in YAML") from None
+        except OSError as error:
+            raise RecipeError(path, error.strerror or str(error), "a recipe file") from None
+        return Recipe.parse(load_yaml(text, str(path)), str(path)).located(Path(path).parent)
+
+    def located(self, folder: Path) -> Recipe:
+        """The recipe with absolute paths for models that lie beside it, in `folder`, and not where the process runs."""
+
+        def find(ref: ModelRef | None) -> ModelRef | None:
+            if ref is None:
+                return None
+            beside = not Path(ref.path).expanduser().exists() and (folder / ref.path).exists()
+            return replace(ref, path=str((folder / ref.path).resolve()) if beside else ref.path, lora=find(ref.lora))
+
+        slices = []
+        for part in self.slices:
+            sources = tuple(replace(s, model=find(s.model)) for s in part.sources)
+            slices.append(replace(part, base_model=find(part.base_model), sources=sources))
+        named = self.tokenizer_source not in (None, "base", "union")
+        tokenizer = str(find(ModelRef.parse(self.tokenizer_source))) if named else self.tokenizer_source
+        base = find(self.base_model)
+        return replace(self, slices=tuple(slices), base_model=base, tokenizer_source=tokenizer)
+
+    @staticmethod
+    def parse(data: Any, where: str = "recipe") -> Recipe:
+        """Validate a recipe's content. Raises RecipeError naming the key."""
+        data = checks.mapping(data, where)
+        checks.top_keys(data, where)
+        method = checks.method_name(data.get("merge_method"), where)
+        checks.models_or_slices(data, where)
+        if "models" in data:
+            slices = (Slice(_sources(data["models"], f"{where}: models", ranged=False)),)
+        else:
+            parts = checks.entries(data["slices"], f"{where}: slices")
+            slices = tuple(_slice(part, f"{where}: slices[{i}]") for i, part in enumerate(parts))
+        dtype = checks.dtype(data.get("dtype"), f"{where}: dtype")
+        out_dtype = checks.dtype(data.get("out_dtype"), f"{where}: out_dtype")
+        return Recipe(
+            method,
+            slices,
+            _model(data.get("base_model"), f"{where}: base_model"),
+            checks.parameters(data.get("parameters"), f"{where}: parameters"),
+            dtype,
+            out_dtype,
+            _tokenizer_source(data, where),
+            checks.chat_template(data.get("chat_template"), f"{where}: chat_template"),
+        )
+
+
+def _slice(data: Any, where: str) -> Slice:
+    data = checks.mapping(data, where)
+    checks.known_keys(data, ("sources", "base_model", "parameters"), where)
+    sources = _sources(data.get("sources"), f"{where}: sources", ranged=True)
+    lengths = {s.layer_range[1] - s.layer_range[0] for s in sources}
+    if len(lengths) > 1:
+        raise RecipeError(f"{where}: sources", f"ranges of {sorted(lengths)} layers", "equally many from each source")
+    base = _model(data.get("base_model"), f"{where}: base_model")
+    return Slice(sources, base, checks.parameters(data.get("parameters"), f"{where}: parameters"))
+
+
+def _sources(data: Any, where: str, ranged: bool) -> tuple[Source, ...]:
+    sources = []
+    for i, entry in enumerate(checks.entries(data, where)):
+        at = f"{where}[{i}]"
+        entry = checks.mapping(entry, at)
+        # mergekit-evolve writes a layer_range into `models` too, where it means nothing
+        checks.known_keys(entry, ("model", "layer_range", "parameters"), at)
+        layers = checks.layer_range(entry.get("layer_range"), f"{at}: layer_range") if ranged else None
+        model = ModelRef.parse(entry.get("model"), f"{at}: model")
+        sources.append(Source(model, layers, checks.parameters(entry.get("parameters"), f"{at}: parameters")))
+    return tuple(sources)
+
+
+def _model(data: Any, where: str) -> ModelRef | None:
+    return ModelRef.parse(data, where) if data is not None else None
+
+
+def _tokenizer_source(data: Mapping, where: str) -> str | None:
+    """`tokenizer_source`, or `source` of the newer `tokenizer`."""
+    newer = data.get("tokenizer")
+    if newer is not None and "tokenizer_source" in data:
+        raise RecipeError(where, "both `tokenizer_source` and `tokenizer`", "one of them")
+    if newer is not None:
+        value, at = checks.tokenizer(newer, f"{where}: tokenizer"), f"{where}: tokenizer.source"
+    else:
+        value, at = data.get("tokenizer_source"), f"{where}: tokenizer_source"
+    if isinstance(value, Mapping):
+        return str(ModelRef.parse(value, at))
+    if value is not None and not (isinstance(value, str) and value.strip()):
+        raise RecipeError(at, f"found {value!r}", "union, base, or one of the models")
+    return value
+
+
+def _slice_dict(part: Slice) -> dict:
+    data: dict[str, Any] = {"sources": [_source_dict(s) for s in part.sources]}
+    if part.base_model:
+        data["base_model"] = str(part.base_model)
+    if part.parameters:
+        data["parameters"] = plain(part.parameters)
+    return data
+
+
+def _source_dict(source: Source) -> dict:
+    data: dict[str, Any] = {"model": str(source.model)}
+    if source.layer_range is not None:
+        data["layer_range"] = list(source.layer_range)
+    if source.parameters:
+        data["parameters"] = plain(source.parameters)
+    return data

@@ -1,0 +1,71 @@
+"""What the stages of a search share: one value, made once, instead of arguments carried from function to function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge3.engine import Engine, Subject
+from merge3.irt.estimation import Estimator
+from merge3.registration import Registration
+from merge3.search.config import EvolveConfig
+from merge3.search.journal import Journal
+from merge3.search.questions import Questions
+from merge3.search.seeds import Seed, seed_of
+from merge3.space import Space
+from merge3.tasks import Item
+
+
+@dataclass
+class Progress:
+    """Told to `report` after every candidate. best, best_stderr, mean: of the first objective."""
+
+    generation: int = 0
+    done: int = 0
+    budget: int = 0
+    best: float = float("nan")
+    best_stderr: float = float("nan")
+    mean: float = float("nan")
+    item_answers: int = 0
+    full_answers: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    replayed: int = 0
+    stage: str = "search"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all)."""
+
+    config: EvolveConfig
+    questions: Questions
+    engine: Engine
+    space: Space
+    journal: Journal
+    report: Callable[[Progress], None] = lambda progress: None
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Task -> its weight in the accuracy."""
+        return self.questions.weights
+
+    def seed(self, stream: str, *at: int) -> Seed:
+        """Of a random stream; see seeds.py."""
+        return seed_of(stream, self.config.optimizer.seed, *at)
+
+    def asks(self, items: Iterable[Item], estimators: Mapping[str, Estimator] | None = None) -> Registration:
+        """The run's question with these items. estimators: none for the plain mean."""
+        asked = self.questions
+        return Registration(
+            tuple(items), self.space.definition, asked.heads, asked.weights, estimators or {},
+            (self.config.objective,), self.config.optimizer.seed, self.config.apply_chat_template,
+        )  # fmt: skip
+
+    def answers(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
+        """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""
+        (evaluation,) = self.engine.evaluate(self.asks(items), [subject])
+        return evaluation.answers()

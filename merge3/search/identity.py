@@ -1,0 +1,37 @@
+"""What must be equal for a journal to be continued."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import metadata
+
+import numpy as np
+
+from merge3 import __version__
+from merge3.search.config import EvolveConfig
+from merge3.search.context import Search
+from merge3.space import SpaceDefinition
+from merge3.tasks import items_hash
+
+
+def identity(search: Search) -> dict[str, str]:
+    """Name -> what it is for this run. By place, not by path: a folder that was moved is the same run."""
+    config, questions, info = search.config, search.questions, search.engine.info()
+    found = {
+        "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__, "scipy": metadata.version("scipy"),
+        "genome": _placeless(search.space.definition, config).hash(),
+        "optimizer": config.optimizer.model_dump_json(),
+        "search items": items_hash(questions.search), "held-out items": items_hash(questions.heldout),
+        "config": config.hash(),
+    }  # fmt: skip
+    for place, name in enumerate(info.endpoints):
+        found[f"checkpoint {place}"] = info.content_hashes[name]
+    return found
+
+
+def _placeless(definition: SpaceDefinition, config: EvolveConfig) -> SpaceDefinition:
+    """The definition with places for paths."""
+    places = {model: f"model {i}" for i, model in enumerate(config.models)}
+    of = lambda model: places.get(model, model)
+    models = tuple(map(of, definition.models))
+    return replace(definition, models=models, base=of(definition.base), tokenizer_source=of(definition.tokenizer_source))

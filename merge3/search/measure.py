@@ -1,0 +1,74 @@
+"""Accuracy on items that the search never saw: of the winner, the endpoints, and the merges one would pick by hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge3.engine import Subject
+from merge3.errors import BadInput
+from merge3.fitness import mean_over_tasks
+from merge3.recipe import Recipe
+from merge3.search.baselines import default_merges
+from merge3.search.config import EvolveConfig
+from merge3.search.context import Search
+from merge3.tasks import Item, LogitsError
+
+Measured = dict[str, Any]  # {"accuracy", "stderr", "tasks": {task: accuracy}}
+Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
+
+
+def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured:
+    """Accuracy of one subject. Raises LogitsError where it has no answers."""
+    responses = search.answers(subject, items)
+    value, stderr = mean_over_tasks(responses, items, search.weights)
+    tasks = {}
+    for task in dict.fromkeys(item.task for item in items):
+        tasks[task] = float(np.mean([r for r, item in zip(responses, items) if item.task == task]))
+    return {"accuracy": value, "stderr": stderr, "tasks": tasks}
+
+
+def measure_all(search: Search, baselines: Sequence[Baseline], items: Sequence[Item]) -> dict[str, Measured]:
+    """Accuracy of every baseline that has answers; one without is named and left out, as the search has its winner.
+    Raises LogitsError if none has."""
+    found: dict[str, Measured] = {}
+    for number, (name, subject) in enumerate(baselines, 1):
+        try:
+            found[name] = measure(search, subject, items)
+        except LogitsError as error:
+            if number == len(baselines) and not found:
+                raise
+            warnings.warn(f"baseline {name} is left out: {error}", stacklevel=2)
+    return found
+
+
+def possible_baselines(search: Search) -> list[Baseline]:
+    """The baselines that these models allow; a default merge that they do not is named once, and left out."""
+    found = []
+    for name, subject in _baselines(search.config):
+        try:
+            if isinstance(subject, Recipe):
+                search.engine.check(subject)
+        except BadInput as error:
+            warnings.warn(f"baseline {name} is left out: {error}", stacklevel=2)
+            continue
+        found.append((name, subject))
+    return found
+
+
+def _baselines(config: EvolveConfig) -> Iterator[Baseline]:
+    genome, names = config.genome, _short_names(config.models)
+    for model in config.models:
+        yield names[model], model
+    experts = [m for m in genome.models if m != genome.base_model]
+    yield from default_merges(genome.base_model, experts, genome.dtype)
+
+
+def _short_names(models: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, or the whole where that is not unique."""
+    last = [Path(m).name for m in models]
+    return {m: n if last.count(n) == 1 else m for m, n in zip(models, last)}

@@ -1,0 +1,146 @@
+"""A run from its configuration to its winner: check, calibrate, search, race, measure on items never seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from merge3 import __version__
+from merge3.engine import Engine
+from merge3.errors import ResumeMismatch
+from merge3.files import write_atomically
+from merge3.methods import METHODS
+from merge3.recipe import Recipe
+from merge3.search.asking import Asking, SpotCheck, prepare
+from merge3.search.config import EvolveConfig
+from merge3.search.context import Progress, Search
+from merge3.search.identity import identity
+from merge3.search.journal import Candidate, Journal
+from merge3.search.loop import search_generations
+from merge3.search.measure import Measured, measure, measure_all, possible_baselines
+from merge3.search.optimizers import Optimizer
+from merge3.search.policy import Policy
+from merge3.search.questions import Questions
+from merge3.search.race import Race, Ranked, settle
+from merge3.space import Space
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Item answers spent, by what for, and what a search on all items would have taken."""
+
+    calibration: int
+    search: int
+    checks: int
+    race: int
+    full: int
+
+    @property
+    def total(self) -> int:
+        """All that was spent."""
+        return self.calibration + self.search + self.checks + self.race
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
+    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items."""
+
+    best: Candidate
+    recipe: Recipe
+    candidates: int
+    failed: int
+    seconds: float
+    swap_share: float
+    policy: Policy
+    ledger: Ledger
+    race: Race | None
+    checks: list[SpotCheck]
+    drifted: list[int]
+    heldout: Measured
+    baselines: dict[str, Measured]
+
+
+def run(
+    config: EvolveConfig,
+    questions: Questions,
+    engine: Engine,
+    journal: Journal,
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome | None:
+    """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all).
+
+    Raises ResumeMismatch if the directory holds another run, or this one without `resume`, and BadInput for whatever
+    merging, asking or exporting would refuse at the end, before the first candidate.
+    """
+    space = Space(config.genome.definition(), engine.info().layout)
+    search = Search(config, questions, engine, space, journal, report, stop)
+    _stage(search, "statistics")
+    engine.prepare(search.asks([*questions.search, *questions.heldout]))
+    engine.check(space.uniform_recipe())
+    baselines = possible_baselines(search)
+    if journal.begin(identity(search)) and not resume:
+        raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
+    write_atomically(journal.directory / "config.yaml", config.to_yaml())
+    asking = prepare(search)
+    if asking is None:
+        return None
+    optimizer = search_generations(asking)
+    if optimizer is None:
+        return None
+    candidates = journal.candidates()
+    ranked = rank(candidates, optimizer)
+    best = ranked[0].candidate
+    _stage(search, "race", len(candidates), best)
+    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
+    settled = settle(asking, ranked, answers)
+    if stop():
+        return None
+    if settled is not None:
+        best = settled[0]
+    recipe = space.recipe(best.genome)
+    write_atomically(journal.directory / "best.yaml", best_yaml(recipe, config))
+    _stage(search, "held-out", len(candidates), best)
+    measured = questions.heldout or questions.search
+    seconds = sum(c.seconds for c in candidates)
+    return Outcome(
+        best, recipe, len(candidates), sum(c.error is not None for c in candidates), seconds,
+        sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
+        questions.policy, _ledger(asking, answers), settled[1] if settled else None, asking.checks, asking.drifted,
+        measure(search, recipe, measured), measure_all(search, baselines, measured),
+    )  # fmt: skip
+
+
+def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
+    """Best first; of equals the earliest, and no recipe twice."""
+    first = {c.recipe_hash: c for c in reversed(candidates) if not math.isnan(c.value)}
+    known = list(first.values())
+    believed = optimizer.beliefs([c.genome for c in known])
+    values, stderrs = believed if believed else ([c.value for c in known], [c.stderr for c in known])
+    ranked = [Ranked(c, float(value), float(stderr)) for c, value, stderr in zip(known, values, stderrs)]
+    return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
+
+
+def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
+    """The winner as a mergekit recipe."""
+    seed = config.optimizer.seed
+    head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
+    if METHODS[recipe.method].stochastic:
+        head += f"# random keeps: the searched model is `merge3-client merge best.yaml OUT --seed {seed}`\n"
+    return head + recipe.to_yaml()
+
+
+def _stage(search: Search, stage: str, done: int = 0, best: Candidate | None = None) -> None:
+    progress = Progress(stage=stage, done=done, budget=search.config.optimizer.budget)
+    if best is not None:
+        progress.best, progress.best_stderr = best.value, best.stderr
+    search.report(progress)
+
+
+def _ledger(asking: Asking, answers: int) -> Ledger:
+    search, journal = asking.search, asking.search.journal
+    full = search.config.optimizer.budget * len(search.questions.search)
+    return Ledger(asking.answers, answers, journal.answers("check"), journal.answers("race"), full)

@@ -1,0 +1,33 @@
+"""Every random stream of a run, as a function of the configuration's one seed.
+
+Streams are numbered apart so that no two draw the same numbers where that would show: which items are asked must not
+follow from which genomes are. The numbers are part of what a run is: another one, and no journal could be continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Seed = int | list[int]
+
+STREAMS: dict[str, Callable[..., Seed]] = {
+    # drawn once, at the start
+    "held-out": lambda seed: seed,  # which items the search never sees
+    "limit": lambda seed: seed,  # which of a task's items are taken where there is a limit
+    "start": lambda seed: seed,  # the genome that a search with random_init begins at
+    "optimizer": lambda seed: seed,
+    "race": lambda seed: seed,  # in which order contenders are asked items
+    # calibration
+    "calibration merges": lambda seed: seed + 1,
+    "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers
+    "item bank": lambda seed: seed,
+    # by generation, or by how often the subset was renewed
+    "subset": lambda seed, draws: seed + 7919 * draws,
+    "subset of a task": lambda seed, task: seed + 1000 * task,  # seed: the subset's
+    "spot check": lambda seed, generation: [seed, 3, generation],
+}
+
+
+def seed_of(stream: str, seed: int, *at: int) -> Seed:
+    """What numpy's generator of a stream is made from. at: the stream's own arguments (which draw, task, generation)."""
+    return STREAMS[stream](seed, *at)

@@ -1,0 +1,25 @@
+"""Items by task, and the names that they have among all tasks'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merge3.tasks.items import Item
+
+
+def by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items of each task, in order."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.task, []).append(item)
+    return groups
+
+
+def item_key(item: Item) -> str:
+    """An item's name among all tasks', as response files have it."""
+    return f"{item.task}/{item.id}"
+
+
+def keys_by_task(items: Sequence[Item]) -> dict[str, list[str]]:
+    """Keys of each task's items, in order."""
+    return {task: [item_key(item) for item in group] for task, group in by_task(items).items()}

@@ -1,0 +1,159 @@
+"""Log-likelihoods of choices, each distinct token computed once.
+
+A row holds one request: its prompt after the shared prefix, then all its choices side by side. A mask lets
+each choice see the prefix, its prompt and itself, and position ids restart at each choice, so one row
+gives what a plain loop computes in as many rows as there are choices. The last token of a choice is
+never an input: nothing follows it. Masks and ids are made once per run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from merge3.tasks.forward import expanded, last_logits, prefix_cache, right_padded
+from merge3.tasks.requests import Choices, Likelihoods, batches
+
+
+@dataclass
+class Batch:
+    """inputs: of the model's forward. rows, positions, tokens, owner: per scored token, the logit row and position
+    that predict it, the token, and which choice it belongs to; lengths: tokens per choice, choices of all requests."""
+
+    asked: list[tuple[int, Choices]]
+    inputs: dict[str, torch.Tensor]
+    tail: int  # positions whose logits are needed, at the end of each row
+    rows: torch.Tensor
+    positions: torch.Tensor
+    tokens: torch.Tensor
+    owner: torch.Tensor
+    lengths: torch.Tensor
+
+
+class SharedRows:
+    """One row per request. A Question whose results are Likelihoods, sums in float32."""
+
+    def __init__(
+        self,
+        prefix: tuple[int, ...],
+        requests: Sequence[Choices],
+        device,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        pad: int = 0,
+    ):
+        self.prefix, self.device = prefix, device
+        self.batches = [self._prepare(batch, dtype, pad) for batch in batches(requests, _width, batch_tokens)]
+
+    @torch.inference_mode()
+    def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
+        """(index of a request, its likelihoods, None where the logits are NaN or infinite)"""
+        prefix = prefix_cache(model, self.prefix, self.device)
+        for batch in self.batches:
+            cache = expanded(prefix, len(batch.asked))
+            logits = last_logits(model, batch.tail, past_key_values=cache, use_cache=bool(prefix), **batch.inputs)
+            normalizer = logits.logsumexp(-1)[batch.rows, batch.positions]
+            log_p = logits[batch.rows, batch.positions, batch.tokens] - normalizer
+            # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
+            log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
+            sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
+            start = 0
+            for index, request in batch.asked:
+                own = slice(start, start + len(request.choices))
+                start = own.stop
+                found = Likelihoods(sums[own], batch.lengths[own])
+                yield index, None if found.sums.isnan().any() else found
+
+    def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
+        past = len(self.prefix)
+        left = max(len(request.tokens) for _, request in asked)
+        right = max(_choice_inputs(request) for _, request in asked)
+        width = left + right
+        ids = torch.full((len(asked), width), pad)
+        position_ids = torch.zeros(len(asked), width, dtype=torch.long)
+        # Padding sees itself alone: a row of nothing but masked scores would be NaN.
+        visible = torch.zeros(len(asked), width, past + width, dtype=torch.bool)
+        visible[:, torch.arange(width), past + torch.arange(width)] = True
+        rows, positions, tokens, owner, lengths = [], [], [], [], []
+        for row, (_, request) in enumerate(asked):
+            start = left - len(request.tokens)
+            ids[row, start:left] = torch.tensor(request.tokens)
+            position_ids[row, start:left] = past + torch.arange(len(request.tokens))
+            visible[row, start:, :past] = True
+            visible[row, start:left, past + start : past + left] = _causal(left - start)
+            at = left
+            for choice in request.choices:
+                inner = len(choice) - 1
+                if inner:
+                    own = slice(at, at + inner)
+                    ids[row, own] = torch.tensor(choice[:-1])
+                    position_ids[row, own] = past + len(request.tokens) + torch.arange(inner)
+                    visible[row, own, past + start : past + left] = True
+                    visible[row, own, past + at : past + at + inner] = _causal(inner)
+                # Token 0 is predicted by the prompt's last position, token j by the choice's j - 1.
+                rows += [row] * len(choice)
+                positions += [0, *(at - left + 1 + j for j in range(inner))]
+                tokens += choice
+                owner += [len(lengths)] * len(choice)
+                lengths.append(len(choice))
+                at += inner
+        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        to = lambda data: torch.as_tensor(data).to(self.device)
+        inputs = {"input_ids": to(ids), "position_ids": to(position_ids), "attention_mask": to(mask[:, None])}
+        where = (to(rows), to(positions), to(tokens), to(owner))
+        return Batch(asked, inputs, right + 1, *where, torch.tensor(lengths))
+
+
+class PlainRows:
+    """One row per choice, right padded, no sharing: for models that take no mask of their own.
+
+    A Question whose results are Likelihoods, sums in float64.
+    """
+
+    def __init__(
+        self,
+        prefix: tuple[int, ...],
+        requests: Sequence[Choices],
+        device,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        pad: int = 0,
+    ):
+        self.prefix, self.device, self.pad = prefix, device, pad
+        widest = lambda r: len(r.choices) * (len(prefix) + len(r.tokens) + max(map(len, r.choices)))
+        self.batches = list(batches(requests, widest, batch_tokens))
+
+    @torch.inference_mode()
+    def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
+        """(index of a request, its likelihoods, None where the logits are NaN or infinite)"""
+        for asked in self.batches:
+            starts = [(*self.prefix, *request.tokens) for _, request in asked]
+            rows = []
+            for start, (_, request) in zip(starts, asked):
+                rows += [(*start, *choice) for choice in request.choices]
+            logits = model(**right_padded(rows, self.pad, self.device)).logits
+            log_p = iter(logits.float().log_softmax(-1).cpu())
+            for start, (index, request) in zip(starts, asked):
+                sums = []
+                for choice, row in zip(request.choices, log_p):
+                    sums.append(sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice)))
+                lengths = torch.tensor([len(choice) for choice in request.choices])
+                # log_softmax makes a whole row NaN if a logit is NaN or +inf
+                broken = any(map(math.isnan, sums))
+                yield index, None if broken else Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths)
+
+
+def _causal(tokens: int) -> torch.Tensor:
+    """What each of so many tokens sees of them: bool [tokens, tokens]."""
+    return torch.ones(tokens, tokens).tril().bool()
+
+
+def _choice_inputs(request: Choices) -> int:
+    return sum(len(choice) - 1 for choice in request.choices)
+
+
+def _width(request: Choices) -> int:
+    return len(request.tokens) + _choice_inputs(request)

@@ -1,0 +1,129 @@
+"""A live transformers model as tasks ask it, apart from what its answers are worth.
+
+Each of the three functions takes requests, prepares once what no weight changes (batches, masks, the prefix that the
+requests share) and returns a Question: asked again whenever the weights have changed. Another engine that offers the
+same three can stand in its place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+
+from merge3.tasks.decoder import Continuations, end_tokens
+from merge3.tasks.forward import likeliest, right_padded
+from merge3.tasks.likelihoods import PlainRows, SharedRows
+from merge3.tasks.requests import Choices, Image, Question, Start, Text, batches, share_prefix
+
+BATCH_TOKENS = 4096  # padded tokens per forward
+IMAGES = 64  # per forward
+# Found once per live model: a search that renews its items prepares new ones every generation.
+_HONOURS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: honours masks of one's own}
+
+
+def has_head(model) -> bool:
+    """Whether a model ends in a classification head, which gives logits and continues no text."""
+    return "Classification" in type(model).__name__
+
+
+class LM:
+    """What can be asked of a live model.
+
+    model: its weights may change between questions, its architecture, device and dtype do not. tokenizer: None where
+    only images are asked. batch_tokens: padded tokens per forward.
+
+        question = LM(model, tokenizer).generate([Start((17, 4), max_tokens=8)])
+        for index, written in question(model): ...
+    """
+
+    def __init__(self, model, tokenizer=None, batch_tokens: int = BATCH_TOKENS):
+        first = next(model.parameters())
+        self.model, self.device, self.dtype = model, first.device, first.dtype
+        self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
+        self.pad = 0 if tokenizer is None else tokenizer.pad_token_id or 0
+        self.end = frozenset() if tokenizer is None else end_tokens(model, tokenizer)
+
+    def loglikelihoods(self, requests: Sequence[Choices]) -> Question:
+        """How likely each choice is after its prompt: results are Likelihoods.
+
+        Choices of a request stand side by side in one row where this architecture honours masks of one's own (tried
+        on a few requests, and a warning if not), else each in a row of its own.
+        """
+        prefix, rest = share_prefix(requests)
+        rows = SharedRows if self._honours_masks(prefix, rest) else PlainRows
+        return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
+
+    def generate(self, requests: Sequence[Start]) -> Question:
+        """What follows each prompt, greedily: results are Written."""
+        prefix, rest = share_prefix(requests)
+        return Continuations(prefix, rest, self.device, self.tokenizer, self.end, self.batch_tokens, self.pad)
+
+    def logits(self, requests: Sequence[Text] | Sequence[Image]) -> Question:
+        """What the head says of texts or images: results are logits [labels] in the model's dtype, on the CPU."""
+        prepared = []
+        if isinstance(requests[0], Image):
+            for start in range(0, len(requests), IMAGES):
+                part = requests[start : start + IMAGES]
+                pixels = torch.stack([request.pixels for request in part]).to(self.device)
+                prepared.append((range(start, start + len(part)), {"pixel_values": pixels}))
+            return Heads(prepared)
+        # As elsewhere a shared prefix does not count for a batch's tokens; a head is given all of a text.
+        _, rest = share_prefix(requests)
+        for batch in batches(rest, lambda request: len(request.tokens), self.batch_tokens):
+            rows = [requests[index].tokens for index, _ in batch]
+            prepared.append(([index for index, _ in batch], right_padded(rows, self.pad, self.device)))
+        return Heads(prepared)
+
+    def _honours_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool:
+        """Whether this architecture gives shared rows what it gives plain ones; plain rows are right for any."""
+        known = _HONOURS.setdefault(self.model, {})
+        if bool(prefix) not in known:
+            honours = self._try_masks(prefix, requests[:3])
+            if honours is None:  # these weights cannot tell: the next requests try again
+                return False
+            known[bool(prefix)] = honours
+            if not honours:
+                warnings.warn(
+                    f"{type(self.model).__name__} does not honour masks of one's own: each choice is scored in a row "
+                    "of its own, without a shared prefix, which is slower",
+                    stacklevel=2,
+                )
+        return known[bool(prefix)]
+
+    def _try_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool | None:
+        """None where the model's weights give no finite logits, whatever the mask."""
+        arguments = (prefix, requests, self.device, self.dtype, self.batch_tokens, self.pad)
+        plain = dict(PlainRows(*arguments)(self.model))
+        if None in plain.values():
+            return None
+        try:
+            shared = dict(SharedRows(*arguments)(self.model))
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+            return False
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1  # per token: long choices differ by more in all
+        for index, expected in plain.items():
+            found = shared[index]
+            if found is None:
+                return False
+            difference = found.sums / found.lengths, (expected.sums / expected.lengths).float()
+            if not torch.allclose(*difference, atol=tolerance):
+                return False
+        return True
+
+
+class Heads:
+    """Batches of texts or images before a classification head. A Question whose results are logits."""
+
+    def __init__(self, prepared: list[tuple[Sequence[int], dict[str, torch.Tensor]]]):
+        self.batches = prepared
+
+    @torch.inference_mode()
+    def __call__(self, model):
+        """(index of a request, its logits [labels], None where they are NaN or infinite)"""
+        for indices, inputs in self.batches:
+            logits = model(**inputs).logits.cpu()
+            for index, row, best in zip(indices, logits, likeliest(logits).tolist()):
+                yield index, None if best < 0 else row

@@ -1,0 +1,115 @@
+"""What an LM is asked and what it answers: token ids and pixels in, likelihoods, texts and logits out.
+
+A request holds what one question needs and nothing of what its answer is worth: no items, no metrics. `length` says
+how many positions it takes, and what for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+MIN_PREFIX = 8  # shorter shared prefixes are not worth a forward of their own
+# Called with the live model, as often as its weights change: (index of a request, its result) as batches are done;
+# None is the result where the model's logits are NaN or infinite (see likeliest).
+Question = Callable[[Any], Iterator[tuple[int, Any]]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise."""
+
+    tokens: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them)"""
+        return _sum(self.tokens, "longest choice of", max(map(len, self.choices)))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`."""
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them)"""
+        return _sum(self.tokens, "max_tokens", self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What does the head say of a text? tokens: at least one."""
+
+    tokens: tuple[int, ...]
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them)"""
+        return len(self.tokens), f"prompt of {len(self.tokens)} tokens"
+
+
+@dataclass(frozen=True)
+class Image:
+    """What does the head say of an image? pixels: float32 [channels, height, width]."""
+
+    pixels: torch.Tensor
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them): none of a text's."""
+        return 0, "an image"
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """sums: log-likelihoods of each choice's tokens in total, float32 or float64 [choices], -inf where it is
+    impossible; lengths: how many tokens each has, int64 [choices]."""
+
+    sums: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """text: cut before a stop text, special tokens left out; tokens: all that were written, end-of-text left out."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+def share_prefix(requests: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
+    """(the first tokens that all requests have, or none where that is not worth it, the requests without them)
+
+    The last token of each prompt stays out of the prefix: its logits are the answer's.
+    """
+    first = requests[0].tokens
+    length = min(len(request.tokens) for request in requests) - 1
+    for request in requests:
+        length = next((i for i in range(length) if request.tokens[i] != first[i]), length)
+    if length < MIN_PREFIX or len(requests) < 2:
+        return (), list(requests)
+    return first[:length], [replace(request, tokens=request.tokens[length:]) for request in requests]
+
+
+def batches(requests: Sequence[Any], width: Callable[[Any], int], limit: int) -> Iterator[list[tuple[int, Any]]]:
+    """(index, request) sorted by width, in batches of at most `limit` padded tokens. width(request): tokens of a row.
+
+    A request wider than that has a batch of its own.
+    """
+    batch: list[tuple[int, Any]] = []
+    for index, request in sorted(enumerate(requests), key=lambda entry: (width(entry[1]), entry[0])):
+        if batch and (len(batch) + 1) * width(request) > limit:
+            yield batch
+            batch = []
+        batch.append((index, request))
+    if batch:
+        yield batch
+
+
+def _sum(tokens: Sequence[int], what: str, more: int) -> tuple[int, str]:
+    return len(tokens) + more, f"prompt of {len(tokens)} tokens + {what} {more} = {len(tokens) + more}"

@@ -1,0 +1,75 @@
+"""The journal: what is written comes back bit for bit, whatever version began it."""
+
+import sqlite3
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from merge3.errors import ResumeMismatch
+from merge3.search.journal import Candidate, Journal
+
+BEFORE = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE candidates (
+    generation INTEGER NOT NULL, position INTEGER NOT NULL,
+    genome BLOB NOT NULL, recipe_hash TEXT NOT NULL, responses BLOB,
+    value REAL, stderr REAL, seconds REAL NOT NULL, swap_seconds REAL NOT NULL,
+    engine TEXT NOT NULL, error TEXT,
+    PRIMARY KEY (generation, position)
+);
+CREATE TABLE answers (
+    stage TEXT NOT NULL, name TEXT NOT NULL, items BLOB NOT NULL, responses BLOB NOT NULL, PRIMARY KEY (stage, name)
+);
+"""
+
+
+def candidate(position, values, stderrs, responses=None, error=None, objectives=("accuracy", "italian")):
+    genome = np.array([0.1, -0.7]) * (position + 1)
+    return Candidate(0, position, genome, "abc", responses, objectives, np.array(values), np.array(stderrs), 0.5, 0.1, "local", error)
+
+
+def same(a, b):
+    arrays = ("genome", "values", "stderrs", "responses")
+    rest = lambda c: {k: v for k, v in vars(c).items() if k not in arrays}
+    equal = [
+        (getattr(a, n) is getattr(b, n) is None) or np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in arrays
+    ]
+    return all(equal) and rest(a) == rest(b)
+
+
+def test_values_come_back_as_vectors_with_names(tmp_path):
+    third = 1 / 3
+    written = [
+        candidate(0, [third, 0.25], [0.01, 0.02], np.array([1.0, 0.0, third])),
+        candidate(1, [np.nan, np.nan], [np.nan, np.nan], error="it failed"),
+    ]
+    with closing(Journal(tmp_path)) as journal:
+        for c in written:
+            journal.append(c)
+    with closing(Journal(tmp_path)) as journal:
+        read = journal.candidates()
+    assert all(map(same, read, written)) and len(read) == 2
+    assert read[0].value == third and read[0].stderr == 0.01 and np.isnan(read[1].value)
+
+
+def test_a_journal_from_before_is_read_and_goes_on(tmp_path):
+    genome, responses = np.array([0.3, 0.4]), np.array([1.0, 0.0])
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        db.executescript(BEFORE)
+        db.execute("INSERT INTO run VALUES ('config', 'x')")
+        row = "INSERT INTO candidates VALUES (0, ?, ?, 'h', ?, ?, ?, 1.0, 0.5, 'local', ?)"
+        db.execute(row, (0, genome.tobytes(), responses.tobytes(), 0.1 + 0.2, 0.05, None))
+        db.execute(row, (1, genome.tobytes(), None, None, None, "it failed"))
+    for _ in range(2):  # moved over once, read as ever after
+        with closing(Journal(tmp_path)) as journal:
+            assert journal.begin({"config": "x"})
+            done, failed = journal.candidates()[:2]
+            assert done.objectives == ("accuracy",) and (done.value, done.stderr) == (0.1 + 0.2, 0.05)
+            assert np.array_equal(done.genome, genome) and np.array_equal(done.responses, responses)
+            assert np.isnan(failed.value) and failed.error == "it failed"
+            with pytest.raises(ResumeMismatch, match="config is y, was x"):
+                journal.begin({"config": "y"})
+    with closing(Journal(tmp_path)) as journal:
+        journal.append(candidate(2, [0.5], [0.1], objectives=("accuracy",)))
+        assert [c.position for c in journal.candidates()] == [0, 1, 2]
