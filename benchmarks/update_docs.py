@@ -45,11 +45,12 @@ def demo_short(whole: str, data: dict) -> str:
 
 def methods_table() -> str:
     """One row per method."""
-    lines = ["| method | what it does | models | parameters |", "|---|---|---|---|"]
+    lines = ["| method | what it does | models | parameters | searched |", "|---|---|---|---|---|"]
+    quoted = lambda names: ", ".join(f"`{name}`" for name in names)
     for name, method in METHODS.items():
         title = f"[{name}]({method.reference})" if method.reference else name
-        parameters = ", ".join(f"`{parameter}`" for parameter in method.parameters)
-        lines.append(f"| {title} | {method.summary} | {models(method)} | {parameters} |")
+        cells = [title, method.summary, models(method), quoted(method.parameters), quoted(method.searched)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -66,13 +67,15 @@ def parameters_table() -> str:
     rows: dict[tuple, list[str]] = defaultdict(list)
     for name, method in METHODS.items():
         for parameter, spec in method.parameters.items():
-            rows[parameter, spec.help, spec.scope, default(spec), bounds(spec)].append(name)
-    lines = ["| parameter | meaning | one value for each | default | values | methods |", "|---|---|---|---|---|---|"]
+            rows[parameter, spec.help, spec.scope, default(spec), bounds(spec), searched(spec)].append(name)
+    columns = ["parameter", "meaning", "one value for each", "default", "values", "a search's bounds", "methods"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     order = list(dict.fromkeys(key[0] for key in rows))
     for key in sorted(rows, key=lambda key: order.index(key[0])):
-        parameter, meaning, scope, usual, values = key
+        parameter, meaning, scope, *others = key
         each = {"shared": "tensor", "expert": "expert", "source": "model"}[scope]
-        lines.append(f"| `{parameter}` | {meaning} | {each} | {usual} | {values} | {', '.join(rows[key])} |")
+        cells = [f"`{parameter}`", meaning, each, *others, ", ".join(rows[key])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,6 +97,11 @@ def bounds(spec: Parameter) -> str:
     if spec.high == infinite:
         return f"{kind} {'above' if spec.open_low else 'from'} {spec.low:g}"
     return f"{kind} in {'(' if spec.open_low else '['}{spec.low:g}, {spec.high:g}]"
+
+
+def searched(spec: Parameter) -> str:
+    """Where a search looks unless `bounds` says otherwise; empty where no search varies it."""
+    return "" if spec.gene is None else f"{spec.gene.low:g} to {spec.gene.high:g}"
 
 
 def updated(text: str, known: dict[str, str], where: str) -> str:

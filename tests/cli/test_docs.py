@@ -83,11 +83,12 @@ def test_the_methods_page_is_the_table_of_methods():
     for name, row in zip(names, rows):
         assert row[1] == METHODS[name].summary, name
         assert re.findall(r"`(\w+)`", row[3]) == list(METHODS[name].parameters), name
-    told = {(row[0].strip("`"), name): row for row in rows_of(second, "| `") for name in row[5].split(", ")}
+        assert re.findall(r"`(\w+)`", row[4]) == list(METHODS[name].searched), name
+    told = {(row[0].strip("`"), name): row for row in rows_of(second, "| `") for name in row[6].split(", ")}
     assert told.keys() == {(parameter, name) for name in METHODS for parameter in METHODS[name].parameters}
     for (parameter, name), row in told.items():
         spec = METHODS[name].parameters[parameter]
-        assert row[1] == spec.help
+        assert row[1] == spec.help and bool(row[5]) == (parameter in METHODS[name].genes)
         assert row[3] in ("required", "none") or yaml.safe_load(row[3]) == pytest.approx(spec.default)
 
 
