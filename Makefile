@@ -1,5 +1,5 @@
 # make demo: train tiny experts, evolve their merge, show the result.   make test: the tests.
-# Both set everything up first, in .venv, with nothing but Python 3.11+ and a C++ compiler.
+# Both set up what they need first, in .venv, with nothing but Python 3.11+ and a C++ compiler; the demo needs less.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,15 +22,21 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	touch $@
 
+# What the commands need, and with them the demo.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt grpcio-tools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[test,lora,ray]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+# What tests need, and the optional parts of the project (dependency-groups in pyproject.toml).
+$(VENV)/.tests: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group test
 	touch $@
 
 # mergekit and py-irt are only ever run by tests, which skip without them. py-irt asks for old versions of
 # packages that its models do not use, so it comes alone.
-$(VENV)/.parity: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[parity]'
+$(VENV)/.parity: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group parity
 	$(BIN)/python -m pip install --quiet --no-deps py-irt==0.7.1 || echo "no py-irt: its test will be skipped"
 	touch $@
 
@@ -41,10 +47,10 @@ test: $(VENV)/.parity
 	$(PYTEST) --durations=20
 
 # The CUDA sources as C++ and the CPU kernels under sanitizers; the installed C++ library; the longest searches.
-test-heavy: $(VENV)/.installed
+test-heavy: $(VENV)/.tests
 	$(PYTEST) -m heavy --durations=8
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 

@@ -4,7 +4,7 @@ two Ray workers against one.
     python benchmarks/daemon.py                 # about five minutes
     python benchmarks/daemon.py --only overhead --models DIR --save
 
---models: a folder as the demo makes it (base, experts, JSONL items); without it one is trained quickly.
+--models: a folder as the demo makes it (base, experts, JSONL items); without it one is trained quickly, once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,7 +22,6 @@ import grpc
 import numpy as np
 from measure import median, report, table
 
-from merge3.client import tiny
 from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
 from merge3.pool import Pool
@@ -32,8 +30,12 @@ from merge3.rpc import merge3_pb2 as pb
 from merge3.rpc import merge3_pb2_grpc
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import read_items
+from merge3.world.kept import made
+from merge3.world.numbers import TASKS
+from merge3.world.training import make_models
 
-EXPERTS = tuple(tiny.TASKS)
+EXPERTS = tuple(TASKS)
+WORLDS = Path(__file__).resolve().parents[1] / "build" / "worlds"
 
 
 class Daemon:
@@ -181,16 +183,13 @@ def main() -> None:
                  "calls per s", "queue p50 ms", "queue p99 ms", "memory after warm-up"), load),
         "workers": ("Ray workers of one thread, candidates per minute", ("one", "two", ""), workers),
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as temporary:
-        root = (arguments.models or Path(temporary)).resolve()
-        if arguments.models is None:
-            tiny.make_models(root, seed=0, base_steps=60, expert_steps=10)
-        texts, data = [], {}
-        for name in arguments.only or parts:
-            title, columns, measure = parts[name]
-            rows, data[name] = measure(root)
-            texts.append(table(title, columns, rows))
-            print(texts[-1], flush=True)
+    root = (arguments.models or made(WORLDS, make_models, seed=0, base_steps=60, expert_steps=10)).resolve()
+    texts, data = [], {}
+    for name in arguments.only or parts:
+        title, columns, measure = parts[name]
+        rows, data[name] = measure(root)
+        texts.append(table(title, columns, rows))
+        print(texts[-1], flush=True)
     report("daemon", "\n\n".join(texts), data, arguments.save and not arguments.only)
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import yaml
 from measure import report, table
 
-from merge3.client import run, tiny
+from merge3.client import run
 from merge3.client.demo import configuration
 from merge3.search.config import load_config
 from merge3.search.journal import read_result
+from merge3.world.training import make_models
 
 ITEMS, BUDGET = 500, 1000  # search items per task, candidates
 SEARCHES = {
@@ -74,7 +75,7 @@ def searches(seed: int, folder: Path, only: str | None) -> dict[str, dict]:
     """Results by search; what is finished in the folder is not searched again."""
     if not (folder / "base").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tiny.make_models(folder, seed, progress=lambda *_: None)
+        make_models(folder, seed, progress=lambda *_: None)
     results = {}
     for name, settings in SEARCHES.items():
         if only not in (None, name):

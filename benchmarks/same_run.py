@@ -18,7 +18,8 @@ from pathlib import Path
 import yaml
 from measure import report, table
 
-from merge3.client import tiny
+from merge3.world.numbers import TASKS
+from merge3.world.training import make_models
 
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS = 60  # of each task
@@ -53,8 +54,8 @@ def checkout(commit: str, folder: Path) -> Path:
 def make_configurations(folder: Path) -> dict[str, Path]:
     """Trained models, and a file for each of CONFIGURATIONS."""
     if not (folder / "base").exists():
-        tiny.make_models(folder, seed=0, base_steps=160, expert_steps=15)
-        for task in tiny.TASKS:
+        make_models(folder, seed=0, base_steps=160, expert_steps=15)
+        for task in TASKS:
             lines = (folder / f"{task}.jsonl").read_text().splitlines()[:ITEMS]
             (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
     files = {}

@@ -23,9 +23,10 @@ import torch
 import yaml
 from measure import median, report, table
 
-from merge3.client import demo, tiny
+from merge3.client import demo
 from merge3.irt.bank import sigmoid
 from merge3.threads import available
+from merge3.world.training import make_models
 
 CANDIDATES, MODELS, ITEMS = 60, 40, 1500
 WALL, PROCESSOR = 3.0, 1.3  # limits, as ratios to the time alone
@@ -50,7 +51,7 @@ def search(folder: Path) -> list:
     models = folder / "demo"
     if not (models / "evolve.yaml").exists():
         models.mkdir(parents=True, exist_ok=True)
-        tiny.make_models(models, seed=0)
+        make_models(models, seed=0)
         (models / "evolve.yaml").write_text(yaml.safe_dump(demo.configuration(0, CANDIDATES)))
     return ["evolve", models / "evolve.yaml", "--no-export", "--run-dir", folder / "out", "--json", "--quiet"]
 

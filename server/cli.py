@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -62,31 +63,39 @@ def serve(
         parse_size(memory_budget) if memory_budget else None,
     )  # fmt: skip
     set_up(log_json, verbose)
-    from merge3_server.daemon import serve as run
+    from merge3_server.daemon import serve as until_stopped
 
     def ready(addresses: list[str]) -> None:
         print(f"merge3-server listens on {', '.join(addresses)}", flush=True)
 
-    asyncio.run(run(settings, ready))
-    # The host's thread may be inside a kernel; what it computes nobody waits for.
-    sys.stderr.flush()
-    os._exit(0)
+    asyncio.run(until_stopped(settings, ready))
 
 
 def main() -> None:
-    """Entry point: a bad option or setting is one line and exit code 2."""
+    """Entry point of the process."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from the roots alone
+    configure()  # before torch is imported
+    code = run(sys.argv[1:])
+    # The host's thread may be inside a kernel; what it computes nobody waits for.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """A command line's exit code: a bad option or setting is one line and 2."""
     from merge3.errors import Merge3Error
 
-    configure()  # before torch is imported
     try:
-        app(standalone_mode=True)
+        app(list(arguments), prog_name="merge3-server")
+    except SystemExit as ended:
+        return int(ended.code or 0)
     except Merge3Error as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(error.exit_code)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health as health_service
@@ -37,19 +38,34 @@ OPTIONS = (
 )
 
 
-async def serve(settings: Settings, ready=lambda addresses: None) -> None:
-    """Run until SIGTERM or SIGINT. ready(addresses): called when calls are accepted, ports filled in."""
+def on_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM and SIGINT call `stop`. For a daemon that has its process to itself, in its main thread."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+
+
+async def serve(
+    settings: Settings, ready: Callable[[list[str]], None] = lambda addresses: None,
+    watch: Callable[[Callable[[], None]], None] = on_signals,
+) -> None:  # fmt: skip
+    """Run until asked to stop. ready(addresses): called when calls are accepted, ports filled in.
+
+    watch(stop): told once how to ask. stop(), in this loop, lets calls under way finish; a second stop() does not.
+    """
     _raise_file_limit()
     tokens, secrets, metrics = Tokens(settings.tokens), credentials(settings), Metrics()
     workers = make_workers(settings.workers, settings.device, settings.threads)
     try:
-        await _serve(settings, workers, tokens, secrets, metrics, ready)
+        await _serve(settings, workers, tokens, secrets, metrics, ready, watch)
     finally:
         for worker in workers:
             worker.close()
 
 
-async def _serve(settings: Settings, workers: list[Worker], tokens: Tokens, secrets, metrics: Metrics, ready) -> None:
+async def _serve(
+    settings: Settings, workers: list[Worker], tokens: Tokens, secrets, metrics: Metrics, ready, watch
+) -> None:  # fmt: skip
     for worker in workers:
         if isinstance(worker, RayWorker):
             await worker.start()
@@ -64,21 +80,26 @@ async def _serve(settings: Settings, workers: list[Worker], tokens: Tokens, secr
     for name in ("", SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)  # until the operator's pools are open
     await server.start()
-    if settings.metrics:
-        port = metrics.serve(settings.metrics)
-        log.info("metrics", extra={"address": f"{settings.metrics.rpartition(':')[0]}:{port}"})
-    asked, now = asyncio.Event(), asyncio.Event()
-    _on_signals(asked, now)
-    for file in settings.pools:
-        entry = await service.pools.open(OPERATOR, *read_pool_file(file))
-        log.info("pool", extra={"pool_id": entry.spec.pool_id, "models": len(entry.spec.models), "resident_bytes": entry.resident})
-    for name in ("", SERVICE):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    ready(addresses)
-    await asked.wait()
-    log.info("stopping", extra={"queued": scheduler.queued, "grace": settings.grace})
-    await health.enter_graceful_shutdown()
-    await _stop(server, scheduler, settings.grace, now)
+    try:
+        if settings.metrics:
+            port = metrics.serve(settings.metrics)
+            log.info("metrics", extra={"address": f"{settings.metrics.rpartition(':')[0]}:{port}"})
+        asked, now = asyncio.Event(), asyncio.Event()
+        watch(lambda: (now if asked.is_set() else asked).set())
+        for file in settings.pools:
+            entry = await service.pools.open(OPERATOR, *read_pool_file(file))
+            spec = entry.spec
+            fields = {"pool_id": spec.pool_id, "models": len(spec.models), "resident_bytes": entry.resident}
+            log.info("pool", extra=fields)
+        for name in ("", SERVICE):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        ready(addresses)
+        await asked.wait()
+        log.info("stopping", extra={"queued": scheduler.queued, "grace": settings.grace})
+        await health.enter_graceful_shutdown()
+        await _stop(server, scheduler, settings.grace, now)
+    finally:
+        await server.stop(None)  # where something above was refused, it still listens
     log.info("stopped")
 
 
@@ -93,15 +114,6 @@ async def _stop(server: grpc.aio.Server, scheduler: Scheduler, grace: float, now
     await server.stop(0.0 if now.is_set() else min(2.0, grace / 4))
     for task in (drained, impatient):
         task.cancel()
-
-
-def _on_signals(asked: asyncio.Event, now: asyncio.Event) -> None:
-    def handle(number: int) -> None:
-        (now if asked.is_set() else asked).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, handle, number)
 
 
 def _listen(server: grpc.aio.Server, address: str, secrets: grpc.ServerCredentials | None) -> str:

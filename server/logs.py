@@ -12,7 +12,9 @@ from merge3_server.interceptors import request_id
 _OWN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
-class _Formatter(logging.Formatter):
+class Formatter(logging.Formatter):
+    """A record, its request's id and its other fields as one line."""
+
     def __init__(self, as_json: bool):
         super().__init__()
         self.as_json = as_json
@@ -31,7 +33,7 @@ class _Formatter(logging.Formatter):
 
 def set_up(as_json: bool, verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter(as_json))
+    handler.setFormatter(Formatter(as_json))
     logger = logging.getLogger("merge3")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)

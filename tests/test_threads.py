@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from merge3 import threads
+from tests.commands import client, server
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPUTING = ("merge", "evolve", "evaluate", "calibrate", "extract", "estimate", "report", "demo")
@@ -23,10 +24,6 @@ def python(code, *arguments, environment=None, **options):
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT,
         env=bare | (environment or {}), **options,
     )  # fmt: skip
-
-
-def command(module, *arguments):
-    return python(f"import sys; from {module} import main; sys.argv[0] = 'command'; main()", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +141,8 @@ def test_the_kernels_without_torch_follow_too():
 @pytest.mark.parametrize("invalid", ["0", "-1", "two", "1.5", "", "9" * 5000])
 def test_numbers_that_are_none_are_one_line(invalid, tmp_path):
     for done in (
-        command("merge3.client.cli", "merge", "recipe.yaml", "out", "--threads", invalid),
-        command("merge3_server.cli", "serve", "--root", tmp_path, "--threads", invalid),
+        client("merge", "recipe.yaml", "out", "--threads", invalid),
+        server("serve", "--root", tmp_path, "--threads", invalid),
     ):
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: --threads: found ") and done.stderr.count("\n") == 1
@@ -153,11 +150,11 @@ def test_numbers_that_are_none_are_one_line(invalid, tmp_path):
 
 @pytest.mark.parametrize("name", COMPUTING)
 def test_every_command_that_computes_has_the_option(name):
-    assert "--threads N" in command("merge3.client.cli", name, "--help").stdout
+    assert "--threads N" in client(name, "--help").stdout
 
 
 def test_the_daemon_has_it_too():
-    assert "--threads N" in command("merge3_server.cli", "serve", "--help").stdout
+    assert "--threads N" in server("serve", "--help").stdout
 
 
 FEW = """

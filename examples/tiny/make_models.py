@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from merge3.client.demo import configuration
-from merge3.client.tiny import make_models
+from merge3.world.training import make_models
 
 folder, seed = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
 folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -255,6 +256,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of training, items and search.")] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory (default: runs/demo-SEED).")] = None,
     budget: Annotated[int, typer.Option(help="Candidates.")] = 600,
+    steps: Annotated[tuple[int, int], typer.Option(min=1, help="Of training: the base's, each expert's.")] = (150, 100),
+    items: Annotated[int, typer.Option(min=10, help="Questions of every task.")] = 2000,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -263,7 +266,7 @@ def demo(
     from merge3.client.demo import demo as run_demo
 
     directory = run_dir or _free(Path("runs") / f"demo-{seed}")
-    result = run_demo(seed, directory, as_json, quiet, budget)
+    result = run_demo(seed, directory, as_json, quiet, budget, steps, items)
     _finish(result, directory / "run", as_json)
 
 
@@ -284,30 +287,51 @@ def methods(as_json: Json = False):
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2, never a traceback."""
+    """Entry point of the process."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress is ours to show
+    configure()  # before a command imports torch
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """A command line's exit code: bad input is one line and 2, never a traceback. Warnings are again as they were."""
     from merge3.errors import Merge3Error, Merge3Warning
 
-    configure()  # before a command imports torch
-    warnings.simplefilter("once", Merge3Warning)
-    warnings.showwarning = lambda message, category, *rest, **named: print(f"warning: {message}", file=sys.stderr)
-    try:
-        app(standalone_mode=True)
-    except Merge3Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Merge3Warning as warning:
-        print(f"error: {warning} (--strict)", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:  # the one place where anything else becomes a line
-        if os.environ.get("MERGE3_TRACEBACK"):
-            raise
-        print(f"error: {type(error).__name__}: {error} (MERGE3_TRACEBACK=1 shows where)", file=sys.stderr)
-        sys.exit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Merge3Warning)
+        warnings.showwarning = _Once()
+        try:
+            app(list(arguments), prog_name="merge3-client")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        except Merge3Error as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except Merge3Warning as warning:
+            print(f"error: {warning} (--strict)", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:  # the one place where anything else becomes a line
+            if os.environ.get("MERGE3_TRACEBACK"):
+                raise
+            print(f"error: {type(error).__name__}: {error} (MERGE3_TRACEBACK=1 shows where)", file=sys.stderr)
+            return 1
+    return 0
+
+
+class _Once:
+    """Shows a warning as one line, the same one once in a command."""
+
+    def __init__(self):
+        self._said: set[str] = set()
+
+    def __call__(self, message, category, *where, **named) -> None:
+        if str(message) not in self._said:
+            self._said.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
 
 
 def _strict(on: bool) -> bool:

@@ -11,15 +11,17 @@ from typing import Any
 import yaml
 
 from merge3.checkpoint import check_free
-from merge3.client import run, tiny
+from merge3.client import run
 from merge3.search.config import load_config
+from merge3.world.numbers import ITEMS_PER_TASK, TASKS
+from merge3.world.training import BASE_STEPS, EXPERT_STEPS, make_models
 
 BUDGET = 600
 
 
 def configuration(seed: int, budget: int = BUDGET) -> dict:
     """The demo's evolve configuration: one weight per layer and expert."""
-    experts = list(tiny.TASKS)
+    experts = list(TASKS)
     return {
         "genome": {
             "models": [f"./{task}" for task in experts], "base_model": "./base", "merge_method": "task_arithmetic",
@@ -32,8 +34,14 @@ def configuration(seed: int, budget: int = BUDGET) -> dict:
     }  # fmt: skip
 
 
-def demo(seed: int, directory: Path, as_json: bool, quiet: bool, budget: int = BUDGET) -> dict[str, Any]:
-    """Run it all in a new directory; returns result.json's content with the training's seconds."""
+def demo(
+    seed: int, directory: Path, as_json: bool, quiet: bool, budget: int = BUDGET,
+    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS), items: int = ITEMS_PER_TASK,
+) -> dict[str, Any]:  # fmt: skip
+    """Run it all in a new directory; returns result.json's content with the training's seconds.
+
+    steps: of training, of the base and of each expert. items: of every task.
+    """
     check_free(directory)
     began = time.perf_counter()
     # Trained beside, moved when whole: a killed demo leaves no half-made models under the final name.
@@ -45,7 +53,7 @@ def demo(seed: int, directory: Path, as_json: bool, quiet: bool, budget: int = B
         if not quiet and (step % 20 == 0 or step == steps):
             print(f"\rtraining {what:<12} {step}/{steps} ", end="" if step < steps else "\n", file=sys.stderr, flush=True)
 
-    tiny.make_models(partial, seed, progress=progress)
+    make_models(partial, seed, *steps, items, progress)
     (partial / "evolve.yaml").write_text(yaml.safe_dump(configuration(seed, budget), sort_keys=False))
     directory.mkdir(parents=True, exist_ok=True)
     partial.rename(directory / "models")

@@ -6,16 +6,19 @@ Parquet and JSON lines, by the file's ending. Missing answers are simply not the
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from merge3.errors import BadInput
+from merge3.files import write_atomically
+from merge3.irt.tables import READERS, WRITERS
 
-FORMATS = (".csv", ".parquet", ".jsonl")
+FORMATS = tuple(READERS)
 
 
 class ResponsesError(BadInput):
@@ -78,75 +81,63 @@ def read_responses(path: str | Path) -> Responses:
 
     Raises ResponsesError naming the row of a bad score, a duplicate (model, item) or a missing column.
     """
-    import pandas as pd
-
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ResponsesError(path, f"ending {path.suffix!r}", " or ".join(FORMATS))
-    text = {"model": str, "item": str, "task": str}
+    models: dict[str, int] = {}
+    items: dict[str, int] = {}
+    answers: dict[tuple[int, int], float] = {}
     try:
-        if path.suffix == ".csv":
-            table = pd.read_csv(path, dtype=text, keep_default_na=False)
-        elif path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_json(path, lines=True, dtype=text, convert_dates=False)
+        for number, row in READERS[path.suffix](path):
+            model, item, score = _answer(path, number, row)
+            at = models.setdefault(model, len(models)), items.setdefault(item, len(items))
+            if at in answers:
+                found = f"model {model!r} and item {item!r} a second time"
+                raise ResponsesError(f"{path}: row {number}", found, "one row each")
+            answers[at] = score
     except OSError as error:
         raise ResponsesError(path, error.strerror or str(error), "a table of responses") from None
-    except (ValueError, pd.errors.ParserError) as error:
+    except ResponsesError:
+        raise
+    except ValueError as error:
         raise ResponsesError(path, str(error).split("\n")[0][:200], f"a {path.suffix[1:]} table") from None
-    for column in ("model", "item", "score"):
-        if column not in table:
-            raise ResponsesError(path, f"columns {', '.join(map(str, table.columns))}", f"a column {column!r}")
-    if table.empty:
+    if not answers:
         raise ResponsesError(path, "no rows", "at least one answer")
-    # Rows count as the file shows them: a CSV's first row of data is its second line.
-    first = 2 if path.suffix == ".csv" else 1
-    scores = pd.to_numeric(table["score"], errors="coerce").to_numpy(np.float64)
-    bad = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
-    if len(bad):
-        found = table["score"].iloc[bad[0]]
-        found = found.item() if isinstance(found, np.generic) else found  # np.int64(100) is nobody's score
-        raise ResponsesError(f"{path}: row {bad[0] + first}", f"score {found!r}", "a number in [0, 1]")
-    items = table["item"].astype(str)
-    if "task" in table:
-        items = table["task"].astype(str) + "/" + items
-    models = table["model"].astype(str)
-    twice = np.flatnonzero(pd.DataFrame({"m": models, "i": items}).duplicated())
-    if len(twice):
-        at = twice[0]
-        raise ResponsesError(
-            f"{path}: row {at + first}", f"model {models.iloc[at]!r} and item {items.iloc[at]!r} a second time", "one row each"
-        )
-    rows, names = pd.factorize(models)
-    columns, ids = pd.factorize(items)
-    values = np.full((len(names), len(ids)), np.nan)
-    values[rows, columns] = scores
-    return Responses(tuple(names), tuple(ids), values)
+    values = np.full((len(models), len(items)), np.nan)
+    values[tuple(np.array(list(answers)).T)] = list(answers.values())
+    return Responses(tuple(models), tuple(items), values)
 
 
 def write_responses(responses: Responses, path: str | Path) -> None:
     """Write a long table, answered cells only; the whole file or none of it."""
-    import pandas as pd
-
-    from merge3.files import write_atomically
-
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ResponsesError(path, f"ending {path.suffix!r}", " or ".join(FORMATS))
-    rows, columns = np.nonzero(responses.answered)
-    table = pd.DataFrame(
-        {
-            "model": np.array(responses.models, object)[rows],
-            "item": np.array(responses.items, object)[columns],
-            "score": responses.values[rows, columns],
-        }
-    )
-    buffer = io.BytesIO()
-    if path.suffix == ".csv":
-        table.to_csv(buffer, index=False)
-    elif path.suffix == ".parquet":
-        table.to_parquet(buffer, index=False)
-    else:
-        table.to_json(buffer, orient="records", lines=True)
-    write_atomically(path, buffer.getvalue())
+    rows = [
+        (responses.models[model], responses.items[item], float(responses.values[model, item]))
+        for model, item in np.argwhere(responses.answered)
+    ]
+    write_atomically(path, WRITERS[path.suffix](("model", "item", "score"), rows))
+
+
+def _answer(path: Path, number: int, row: dict[str, Any]) -> tuple[str, str, float]:
+    """(model, item, score) of a row; the item's task comes before its id."""
+    for column in ("model", "item", "score"):
+        if column not in row:
+            raise ResponsesError(path, f"row {number} has columns {', '.join(map(str, row))}", f"a column {column!r}")
+    score = _number(row["score"])
+    if not 0 <= score <= 1:  # NaN, too, is not
+        found = repr(row["score"]) if math.isnan(score) else f"{score:g}"
+        raise ResponsesError(f"{path}: row {number}", f"score {found}", "a number in [0, 1]")
+    item = str(row["item"])
+    return str(row["model"]), f"{row['task']}/{item}" if "task" in row else item, score
+
+
+def _number(score: Any) -> float:
+    """As a float; NaN for what is none. `true` and `false` count as 1 and 0."""
+    if isinstance(score, str):
+        score = {"true": 1, "false": 0}.get(score.strip().lower(), score)
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        return math.nan

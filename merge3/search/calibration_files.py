@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
+from merge3.errors import Merge3Warning
 from merge3.files import write_atomically
 from merge3.irt import ItemBank, Responses, read_responses, write_responses
 from merge3.irt.diagnostics import plot
@@ -15,7 +18,8 @@ from merge3.search.calibration import Calibration
 
 
 def save(calibration: Calibration, directory: str | Path) -> None:
-    """Write responses.csv, a bank and a diagnostic picture per task, and calibration.json, last."""
+    """Write responses.csv, a bank and a diagnostic picture per task, and calibration.json, last. Without matplotlib
+    a Merge3Warning stands for the pictures."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     models = tuple(dict.fromkeys(m for r in calibration.responses.values() for m in r.models))
@@ -26,9 +30,14 @@ def save(calibration: Calibration, directory: str | Path) -> None:
         values[rows, column : column + len(responses.items)] = responses.values
         column += len(responses.items)
     write_responses(Responses(models, keys, values), directory / "responses.csv")
+    pictures = find_spec("matplotlib") is not None
+    if not pictures:
+        line = "no pictures of how well the items fit: they need matplotlib (pip install 'merge3-gpu[plots]')"
+        warnings.warn(f"{directory}: {line}", Merge3Warning, stacklevel=2)
     for number, (task, bank) in enumerate(calibration.banks.items()):
         bank.save(directory, f"bank-{number}")
-        plot(bank, calibration.responses[task], directory / f"diagnostics-{number}.png", task)
+        if pictures:
+            plot(bank, calibration.responses[task], directory / f"diagnostics-{number}.png", task)
     described = {"tasks": list(calibration.banks), "endpoints": calibration.endpoints, "answers": calibration.answers}
     write_atomically(directory / "calibration.json", json.dumps(described, indent=1))
 

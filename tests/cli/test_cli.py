@@ -1,28 +1,27 @@
-"""The command as a person meets it: a process, its exit code, one line for bad input."""
+"""The command as a person meets it: its exit code, what it prints, one line for bad input."""
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from merge3.client.cli import app
 from merge3.errors import BadInput
+from tests.commands import client
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands)
-
-
-def client(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "merge3.client", *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT, **options
-    )
 
 
 def recipe_file(folder, family, **changes):
@@ -38,6 +37,34 @@ def recipe_file(folder, family, **changes):
 def test_every_command_has_help_with_an_example(command):
     done = client(command, "--help")
     assert done.returncode == 0 and f"Example: merge3-client {command}" in done.stdout
+
+
+def test_the_process_ends_with_these_codes(family, tmp_path):
+    """0: done, 1: not the caller's fault, 2: bad input. 130, interrupted: tests/server/test_remote.py."""
+
+    def process(*arguments):
+        command = [sys.executable, "-m", "merge3.client", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    done = process("merge", recipe_file(tmp_path, family), tmp_path / "out")
+    assert done.returncode == 0 and "39 tensors" in done.stdout, done.stderr
+    away = process("status", "--server", "127.0.0.1:1")
+    assert away.returncode == 1 and away.stderr.startswith("error: daemon 127.0.0.1:1: does not answer")
+    assert away.stderr.count("\n") == 1
+    bad = process("merge", recipe_file(tmp_path, family, merge_method="tise"), tmp_path / "other")
+    assert bad.returncode == 2 and "did you mean 'ties'" in bad.stderr and bad.stderr.count("\n") == 1
+
+
+def test_a_command_leaves_the_process_as_it_was(family, tmp_path):
+    """--strict holds for its command alone, and each command shows its own warnings, once."""
+    before = list(warnings.filters), warnings.showwarning, signal.getsignal(signal.SIGINT)
+    recipe = recipe_file(tmp_path, family, anchors={"w": 0.5})
+    strict = client("merge", recipe, tmp_path / "none", "--strict")
+    assert strict.returncode == 2 and "anchors: ignored" in strict.stderr and "(--strict)" in strict.stderr
+    for name in ("one", "two"):
+        done = client("merge", recipe, tmp_path / name)
+        assert done.returncode == 0 and done.stderr.count("anchors: ignored") == 1, done.stderr
+    assert (list(warnings.filters), warnings.showwarning, signal.getsignal(signal.SIGINT)) == before
 
 
 def test_help_imports_nothing_heavy():
@@ -66,8 +93,25 @@ def test_evolve_prints_a_table_and_json(tiny_world, tmp_path):
     assert json.loads(done.stdout)["candidates"] == 6
     progress = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert progress[-2]["done"] == 6
+    page = tmp_path / "run" / "report.html"
+    drawn = page.read_text()
+    page.unlink()
     done = client("report", tmp_path / "run")
-    assert done.returncode == 0 and (tmp_path / "run" / "report.html").exists()
+    assert (done.returncode, done.stdout) == (0, f"{page}\n") and page.read_text() == drawn
+
+
+def test_files_no_larger_than_asked(family, tmp_path):
+    """Shards as transformers loads them, with the weights of the merge in one file."""
+    recipe = recipe_file(tmp_path, family)
+    for name, options in (("whole", ()), ("parts", ("--shard-size", 60_000))):
+        assert client("merge", recipe, tmp_path / name, *options).returncode == 0
+    files = sorted((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) > 3 and all(f.stat().st_size < 60_000 + 2_000 for f in files)  # and their headers
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())["weight_map"]
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    assert index.keys() == expected.keys() and set(index.values()) == {f.name for f in files}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def damaged(family, tmp_path, change):
@@ -159,11 +203,18 @@ def test_only_the_torch_binding_includes_torch():
             assert not re.search(r'#include.*(torch|ATen|c10)', file.read_text()), file
 
 
-def test_public_names_can_be_imported():
+def test_public_names():
+    """What others build on: a name that goes, or comes, is decided here."""
     import merge3
 
-    assert all(getattr(merge3, name) is not None for name in merge3.__all__)
-    with pytest.raises(AttributeError):
+    assert set(merge3.__all__) == {
+        "__version__", "Recipe", "Pool", "Slot", "Space", "SpaceDefinition", "LocalEngine", "Item", "read_items",
+        "merge_to_disk", "METHODS",
+    }  # fmt: skip
+    for name in ("Recipe", "Pool", "Slot", "Space", "LocalEngine", "Item", "merge_to_disk"):
+        assert getattr(merge3, name).__name__ == name
+    assert "ties" in merge3.METHODS and set(merge3.__all__) <= set(dir(merge3))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = merge3.nothing
 
 

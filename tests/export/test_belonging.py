@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import yaml
 
 from merge3.errors import CheckpointError, Merge3Warning
 from merge3.pool import Pool
+from tests.commands import client
 
 SETTINGS = {
     "rope": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), r"rope_theta is 1000000\.0, 10000\.0 in the base"),
@@ -61,7 +60,7 @@ def test_two_pretrainings_of_one_architecture(workshop):
 
 
 def test_a_tokenizer_that_numbers_tokens_otherwise(workshop):
-    from merge3.client.tiny import make_tokenizer
+    from merge3.world.tokenizer import make_tokenizer
 
     workshop.model("base")
     workshop.expert("base", "one")
@@ -84,11 +83,10 @@ def test_strict_makes_warnings_errors_on_the_command_line(workshop):
     workshop.edited("one", "other", config=lambda c: c.update(hidden_act="gelu"))
     file = workshop.root / "recipe.yaml"
     file.write_text(workshop.recipe(["other"], "base").to_yaml())
-    command = [sys.executable, "-m", "merge3.client", "merge", str(file), str(workshop.root / "out")]
-    strict = subprocess.run([*command, "--strict"], capture_output=True, text=True)
+    strict = client("merge", file, workshop.root / "out", "--strict")
     assert strict.returncode == 2 and "hidden_act is 'gelu', 'silu' in the base" in strict.stderr and "(--strict)" in strict.stderr
     assert strict.stderr.count("\n") == 1 and not (workshop.root / "out").exists()
-    lenient = subprocess.run(command, capture_output=True, text=True)
+    lenient = client("merge", file, workshop.root / "out")
     assert lenient.returncode == 0 and "warning: " in lenient.stderr and (workshop.root / "out" / "config.json").exists()
 
 
@@ -158,8 +156,7 @@ def test_evaluate_refuses_a_quantized_model_too(workshop, tmp_path):
     workshop.edited("base", "codes", bitsandbytes, lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}))
     items = tmp_path / "items.jsonl"
     items.write_text(json.dumps({"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
-    command = [sys.executable, "-m", "merge3.client", "evaluate", str(workshop.root / "codes"), str(items)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = client("evaluate", workshop.root / "codes", items)
     assert done.returncode == 2 and "quantized" in done.stderr and done.stderr.count("\n") == 1
 
 

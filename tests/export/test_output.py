@@ -60,7 +60,7 @@ def test_code_and_side_files_travel_with_the_output(workshop):
 
 
 def test_padded_embeddings_keep_their_rows_for_every_spelling_of_the_tokenizer(workshop):
-    from merge3.client.tiny import make_tokenizer
+    from merge3.world.tokenizer import make_tokenizer
 
     workshop.model("base", vocab_size=320)
     workshop.expert("base", "one")
@@ -75,15 +75,29 @@ def test_padded_embeddings_keep_their_rows_for_every_spelling_of_the_tokenizer(w
 
 
 def test_chat_templates_by_name_and_by_text(workshop):
-    import jinja2
+    from transformers import AutoTokenizer
 
-    workshop.model("base")
+    from merge3.world.tokenizer import make_tokenizer
+
+    workshop.model("base", vocab_size=320)
     workshop.expert("base", "one")
-    workshop.merge(["one"], "base", chat_template="chatml")
-    text = (workshop.root / "out" / "chat_template.jinja").read_text()
+    for name, length in (("base", 32), ("one", 17)):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template, tokenizer.model_max_length = f"{name}: {{{{ messages[0]['content'] }}}}", length
+        tokenizer.save_pretrained(workshop.root / name)
     messages = [{"role": "user", "content": "hi"}]
-    shown = jinja2.Template(text).render(messages=messages, add_generation_prompt=True)
-    assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    one = str(workshop.root / "one")
+    cases = [
+        ("own", {}, 32, "base: hi"), ("expert", {"tokenizer_source": one}, 17, "one: hi"),
+        ("chatml", {"chat_template": "chatml"}, 32, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ("text", {"chat_template": "<s> {{ messages[-1]['content'] }}"}, 32, "<s> hi"),
+        ("both", {"chat_template": "<s> {{ messages[-1]['content'] }}", "tokenizer_source": one}, 17, "<s> hi"),
+    ]  # fmt: skip
+    for name, changes, length, expected in cases:
+        workshop.merge(["one"], "base", out=name, **changes)
+        tokenizer = AutoTokenizer.from_pretrained(workshop.root / name)
+        assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+        assert tokenizer.model_max_length == length
     for bad, message in (("chatlm", "expected auto, chatml, or a Jinja template"), ("{% if %}", "not a Jinja template")):
         with pytest.raises(RecipeError, match=f"chat_template: .*{message}"):
             workshop.merge(["one"], "base", out="bad", chat_template=bad)

@@ -155,10 +155,12 @@ def test_merged_linear_on_tensor_cores(dtype):
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    from tests.conftest import save_family
+def wide():
+    from merge3.world.family import make_family
+    from tests.worlds import shared
 
-    return save_family(tmp_path_factory.mktemp("wide"), dtype=torch.bfloat16, layers=6, hidden_size=512, intermediate_size=1024, vocab_size=4000)
+    sizes = dict(layers=6, hidden_size=512, intermediate_size=1024, vocab_size=4000)
+    yield from shared(make_family, dtype=torch.bfloat16, **sizes)
 
 
 def recipe_of(models, method):

@@ -16,7 +16,7 @@ from merge3.recipe import Recipe
 
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.skipif(importlib.util.find_spec("mergekit") is None, reason="the extra `parity` is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("mergekit") is None, reason="mergekit is not installed"),
 ]
 
 GRADIENT = [{"filter": "mlp", "value": [0.1, 0.9, 0.4]}, {"filter": "self_attn.q_proj", "value": 0.7}, {"value": 0.5}]

@@ -15,7 +15,8 @@ from merge3.errors import BadInput
 from merge3.live.overlap import Overlap
 from merge3.memory import DEVICE, FILE, HOST, parse_size, plan_memory
 from merge3.methods import METHODS
-from tests.conftest import save_family
+from merge3.world.family import make_family
+from tests.worlds import shared
 
 MIB = 2**20
 
@@ -52,9 +53,9 @@ def test_a_plan_keeps_to_its_budgets_and_places_every_tensor_once(sizes, slot, b
 
 
 @pytest.fixture(scope="module")
-def wide_family(tmp_path_factory):
+def wide_family():
     """Tensors of more than one chunk, 13 MB a model in float32; the embedding takes three chunks."""
-    return save_family(tmp_path_factory.mktemp("wide"), layers=6, hidden_size=256, intermediate_size=512, vocab_size=700)
+    yield from shared(make_family, layers=6, hidden_size=256, intermediate_size=512, vocab_size=700)
 
 
 RECIPES = {
@@ -172,7 +173,7 @@ print(json.dumps({"taken": status("VmHWM") - before, "plan": pool.memory.total, 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_budget_bounds_resident_memory(family, tmp_path):
     """A process of its own holds a base and three experts, 50 M parameters each in float32, within 480 MiB."""
-    save_family(tmp_path, layers=4, hidden_size=768, intermediate_size=2560, vocab_size=8000)
+    make_family(tmp_path, layers=4, hidden_size=768, intermediate_size=2560, vocab_size=8000)
     models = json.dumps([str(tmp_path / n) for n in ("base", "e0", "e1", "e2")])
     taken = {}
     for budget in ("", "480MiB"):

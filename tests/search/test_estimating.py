@@ -1,7 +1,9 @@
 """Searches on a few items: calibration, estimates as fitness, renewal, checks, race, ledger, resume."""
 
 import json
+import shutil
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -11,8 +13,8 @@ import yaml
 
 from merge3.client import run
 from merge3.engine import Evaluation, LocalEngine
-from merge3.errors import BadInput, ConfigError
-from merge3.irt import read_responses
+from merge3.errors import BadInput, ConfigError, Merge3Warning
+from merge3.irt import Responses, read_responses
 from merge3.irt.bank import sigmoid
 from merge3.pool import Pool
 from merge3.search import asking, calibration, policy
@@ -34,11 +36,11 @@ FEW = {
 
 
 @pytest.fixture(scope="module")
-def few(solving_world):
+def few(solving_world, tmp_path_factory):
     """A configuration that calibrates, estimates, checks and races."""
-    path = solving_world / "few.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load((solving_world / "evolve.yaml").read_text()) | FEW))
-    return path
+    folder = shutil.copytree(solving_world, tmp_path_factory.mktemp("few") / "world")
+    (folder / "few.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "evolve.yaml").read_text()) | FEW))
+    return folder / "few.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,20 @@ def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
 
 def replace_estimate(config, **changes):
     return config.model_copy(update={"estimate": config.estimate.model_copy(update=changes)})
+
+
+def test_without_matplotlib_a_calibration_has_no_pictures(tmp_path, monkeypatch):
+    g = np.random.default_rng(0)
+    names = tuple(map(str, range(8))), tuple(f"a/{i}" for i in range(20))
+    responses = Responses(*names, g.integers(0, 2, (8, 20)).astype(float))
+    found = calibration.calibrate(responses, {"a": list(responses.items)}, ("0", "1"))
+    calibration.save(found, tmp_path / "with")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.warns(Merge3Warning, match=r"no pictures of how well the items fit: .*merge3-gpu\[plots\]"):
+        calibration.save(found, tmp_path / "without")
+    files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+    pictures = {"diagnostics-0.png": files("with")["diagnostics-0.png"]}
+    assert files("without") | pictures == files("with") and len(files("without")) == len(files("with")) - 1
 
 
 def test_auto_calibrates_only_where_it_pays(few):

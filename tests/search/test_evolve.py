@@ -98,7 +98,7 @@ def test_killed_runs_resume_to_the_same_bits(undisturbed, tiny_world, tmp_path):
     assert first["heldout"] == second["heldout"] and first["baselines"] == second["baselines"]
 
 
-def test_resuming_with_something_else_is_refused(undisturbed, tiny_world, tmp_path):
+def test_resuming_with_something_else_is_refused(undisturbed, tiny_world, own_world, tmp_path):
     directory, _ = undisturbed
     config = load_config(tiny_world / "evolve.yaml")
     with pytest.raises(ResumeMismatch, match="this run has begun"):
@@ -108,31 +108,29 @@ def test_resuming_with_something_else_is_refused(undisturbed, tiny_world, tmp_pa
     with pytest.raises(ResumeMismatch, match=r"no run\.db"):
         run.evolve(config, tmp_path / "none", resume=True, quiet=True)
     before = journal(directory)
-    changed = tmp_path / "world"
-    shutil.copytree(tiny_world, changed)
-    lines = (changed / "english.jsonl").read_text().splitlines()
-    (changed / "english.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    lines = (own_world / "english.jsonl").read_text().splitlines()
+    (own_world / "english.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     copy = tmp_path / "run"
     shutil.copytree(directory, copy)
     with pytest.raises(ResumeMismatch, match="is .*, was .* when the run began"):
-        run.evolve(load_config(changed / "evolve.yaml"), copy, resume=True, quiet=True)
+        run.evolve(load_config(own_world / "evolve.yaml"), copy, resume=True, quiet=True)
     assert journal(copy) == before
 
 
-def test_a_failed_candidate_is_reported_and_the_search_goes_on(tiny_world, tmp_path):
+def test_a_failed_candidate_is_reported_and_the_search_goes_on(own_world, tmp_path):
     """DELLA refuses densities whose epsilon leaves (0, 1): such candidates fail, the run does not."""
-    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+    data = yaml.safe_load((own_world / "evolve.yaml").read_text())
     data["genome"] |= {"merge_method": "della", "genes": ["weight", "density", "epsilon"], "layer_granularity": 0}
     data["genome"]["bounds"] = {"epsilon": [0.01, 0.3], "density": [0.2, 0.8]}
     data["optimizer"] = {"budget": 12, "population": 6, "name": "random"}
-    (tiny_world / "della.yaml").write_text(yaml.safe_dump(data))
-    result = run.evolve(load_config(tiny_world / "della.yaml"), tmp_path / "run", quiet=True, export=False)
+    (own_world / "della.yaml").write_text(yaml.safe_dump(data))
+    result = run.evolve(load_config(own_world / "della.yaml"), tmp_path / "run", quiet=True, export=False)
     errors = [c.error for c in Journal(tmp_path / "run").candidates() if c.error]
     assert 0 < len(errors) < 12 and result["failed"] == len(errors)
     assert all("density ± epsilon" in e for e in errors)
 
 
-def test_a_mergekit_evolve_file_runs_as_it_is(tiny_world, tmp_path):
+def test_a_mergekit_evolve_file_runs_as_it_is(own_world, tmp_path):
     """Their example's keys, with items in the place of lm-eval task names."""
     text = """
 genome:
@@ -163,8 +161,8 @@ shuffle: false
 apply_chat_template: false
 optimizer: {budget: 8, population: 4}
 """
-    (tiny_world / "theirs.yaml").write_text(text)
-    config = load_config(tiny_world / "theirs.yaml")
+    (own_world / "theirs.yaml").write_text(text)
+    config = load_config(own_world / "theirs.yaml")
     questions = load_questions(config)
     assert {i.task for i in questions.subset} == {"sums", "translation"} and len(questions.subset) == 20
     result = run.evolve(config, tmp_path / "run", quiet=True, export=False)
@@ -195,13 +193,13 @@ def test_bad_configurations(tiny_world, tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_items_that_all_go_to_the_heldout_split(tiny_world, tmp_path):
-    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
-    (tiny_world / "one.jsonl").write_text('{"kind": "generate", "prompt": "a", "answer": "b"}\n')
+def test_items_that_all_go_to_the_heldout_split(own_world, tmp_path):
+    data = yaml.safe_load((own_world / "evolve.yaml").read_text())
+    (own_world / "one.jsonl").write_text('{"kind": "generate", "prompt": "a", "answer": "b"}\n')
     data["tasks"], data["heldout"] = [{"items": "one.jsonl"}], {"fraction": 0.9}
-    (tiny_world / "one.yaml").write_text(yaml.safe_dump(data))
+    (own_world / "one.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(ItemsError, match="expected items on both sides"):
-        run.evolve(load_config(tiny_world / "one.yaml"), tmp_path / "run", quiet=True)
+        run.evolve(load_config(own_world / "one.yaml"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -263,12 +261,12 @@ def test_task_weights_count_in_the_search(tiny_world):
     assert found.value == pytest.approx((means["english"] + 3 * means["translation"]) / 4)
 
 
-def test_the_searched_dtype_is_the_exported_dtype(tiny_world, tmp_path):
+def test_the_searched_dtype_is_the_exported_dtype(own_world, tmp_path):
     """Float32 models searched for a bfloat16 merge: candidates answer as the written checkpoint will."""
-    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+    data = yaml.safe_load((own_world / "evolve.yaml").read_text())
     data["genome"]["dtype"], data["optimizer"] = "bfloat16", {"budget": 6, "population": 6}
-    (tiny_world / "bf16.yaml").write_text(yaml.safe_dump(data))
-    config = load_config(tiny_world / "bf16.yaml")
+    (own_world / "bf16.yaml").write_text(yaml.safe_dump(data))
+    config = load_config(own_world / "bf16.yaml")
     result = run.evolve(config, tmp_path / "run", quiet=True)
     exported = LocalEngine(Pool.open(str(tmp_path / "run" / "model"), []))
     assert next(exported.slot.model.parameters()).dtype == torch.bfloat16
@@ -277,11 +275,11 @@ def test_the_searched_dtype_is_the_exported_dtype(tiny_world, tmp_path):
     assert mean_over_tasks(responses, questions.subset)[0] == result["search_value"]
 
 
-def test_a_limit_also_bounds_a_random_subset(tiny_world):
-    data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
+def test_a_limit_also_bounds_a_random_subset(own_world):
+    data = yaml.safe_load((own_world / "evolve.yaml").read_text())
     data |= {"limit": 5, "extract": {"method": "random", "size": 8}}
-    (tiny_world / "limit.yaml").write_text(yaml.safe_dump(data))
-    assert len(load_questions(load_config(tiny_world / "limit.yaml")).subset) == 10
+    (own_world / "limit.yaml").write_text(yaml.safe_dump(data))
+    assert len(load_questions(load_config(own_world / "limit.yaml")).subset) == 10
 
 
 def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
@@ -332,15 +330,16 @@ def test_heads_stay_with_their_experts(tmp_path):
 def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from merge3.client import tiny
+    from merge3.world.numbers import ENGLISH
+    from merge3.world.tokenizer import make_tokenizer
 
     for i in range(2):
         torch.manual_seed(i)
         config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                              pad_token_id=0, num_labels=3)  # fmt: skip
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
-    tiny.make_tokenizer().save_pretrained(tmp_path / "m0")
-    items = [Item(f"k{i}", "k", "classify", f"{tiny.ENGLISH[i]} {tiny.ENGLISH[2 * i]}", i % 3) for i in range(40)]
+    make_tokenizer().save_pretrained(tmp_path / "m0")
+    items = [Item(f"k{i}", "k", "classify", f"{ENGLISH[i]} {ENGLISH[2 * i]}", i % 3) for i in range(40)]
     engine = LocalEngine(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1")]))
     recipe = Recipe.parse(
         {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),

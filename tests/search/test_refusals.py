@@ -4,8 +4,6 @@ import copy
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -17,16 +15,16 @@ from merge3.errors import BadInput, ConfigError, ItemsError, RecipeError
 from merge3.recipe import Recipe
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
+from tests.commands import client
 
 
 @pytest.fixture
-def world(tiny_world, tmp_path):
+def world(own_world):
     """The tiny world in a folder of its own, with paths relative to its configuration."""
-    folder = tmp_path / "world"
-    shutil.copytree(tiny_world, folder)
+    folder, text = own_world, (own_world / "evolve.yaml").read_text()
 
     def configuration(name="evolve.yaml", genome=None, **changes):
-        data = yaml.safe_load((tiny_world / "evolve.yaml").read_text()) | {"optimizer": {"budget": 6, "population": 6, "seed": 3}} | changes
+        data = yaml.safe_load(text) | {"optimizer": {"budget": 6, "population": 6, "seed": 3}} | changes
         data["genome"] |= {"models": ["english", "italian"], "base_model": "base"} | (genome or {})
         (folder / name).write_text(yaml.safe_dump(data))
         return folder / name
@@ -150,8 +148,7 @@ def test_a_run_whose_folder_was_moved_resumes_to_the_same_bits(world, tmp_path):
 
 def test_no_export_announces_no_model(world, tmp_path):
     folder, configuration = world
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(configuration()), "--run-dir", str(tmp_path / "run"), "--no-export"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = client("evolve", configuration(), "--run-dir", tmp_path / "run", "--no-export")
     assert done.returncode == 0, done.stderr
     said = "".join(done.stdout.split())  # the terminal's width breaks lines anywhere
     assert "best.yaml" in said and "run/model" not in said and not (tmp_path / "run" / "model").exists()
@@ -173,8 +170,8 @@ def test_default_merges_that_these_models_do_not_allow_are_left_out_aloud(world,
 def test_version():
     from merge3 import __version__
 
-    done = subprocess.run([sys.executable, "-m", "merge3.client", "--version"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip().endswith(__version__)
+    done = client("--version")
+    assert done.returncode == 0 and done.stdout == f"merge3-client {__version__}\n"
 
 
 def test_a_missing_item_file_is_bad_input(world):

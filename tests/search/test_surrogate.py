@@ -70,7 +70,8 @@ def test_failed_candidates_and_open_bounds_are_no_obstacle(bounds):
         surrogate.add(genomes, values, stderrs)
     surrogate.add(genomes, np.full(20, 0.5), np.zeros(20))  # estimates without error, all alike
     value, stderr = surrogate.predict(genomes)
-    assert np.isfinite(value).all() and np.isfinite(stderr).all()
+    assert np.isfinite(value).all() and (stderr > 0).all()
+    np.testing.assert_allclose(value, 0.5, atol=0.05)  # what they were told without error
 
 
 def test_answers_that_are_all_alike_are_not_taken_for_certain():
@@ -94,7 +95,8 @@ def test_estimates_that_say_nothing_or_nonsense_end_no_run(spread):
         genomes = np.tile(rng.normal(size=(5, 8)), (4, 1))  # every candidate four times
         surrogate.add(genomes, spread * rng.normal(size=20), np.zeros(20))
     value, stderr = surrogate.predict(genomes)
-    assert np.isfinite(value).all() and np.isfinite(stderr).all()
+    assert np.isfinite(value).all() and (stderr >= 0).all() and np.isfinite(stderr).all()
+    np.testing.assert_array_equal(value[:5], value[5:10])  # the same genome, the same belief
 
 
 def test_assisted_cma_gets_further_than_plain_cma_on_the_same_noisy_answers():

@@ -1,82 +1,40 @@
-"""A real daemon in a process of its own, on loopback."""
+"""Daemons to call, with a world to serve."""
 
-import os
-import queue
-import signal
+import shutil
 import socket
-import subprocess
-import sys
-import threading
-import time
+from types import SimpleNamespace
 
-import grpc
 import pytest
 
-from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
-
-
-class Daemon:
-    """`merge3-server serve` with some options. `lines`: what it said so far."""
-
-    def __init__(self, *options, env=None, wait=True):
-        command = [sys.executable, "-m", "merge3_server", "serve", *map(str, options)]
-        self.lines, self._heard = [], queue.Queue()
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {}),
-        )  # fmt: skip
-        threading.Thread(target=self._listen, daemon=True).start()
-        self.address = self.wait_for("merge3-server listens on", 120).split(" on ")[1].split(", ")[0].strip() if wait else None
-
-    def _listen(self):
-        for line in self.process.stdout:
-            self.lines.append(line)
-            self._heard.put(line)
-        self._heard.put(None)
-
-    def wait_for(self, text, seconds=30):
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            try:
-                line = self._heard.get(timeout=left)
-            except queue.Empty:
-                break
-            if line is None:
-                break
-            if text in line:
-                return line
-        raise AssertionError(f"no {text!r} in:\n{''.join(self.lines[-30:])}")
-
-    def stub(self, channel=None):
-        return merge3_pb2_grpc.Merge3Stub(channel or grpc.insecure_channel(self.address))
-
-    def signal(self, number):
-        self.process.send_signal(number)
-
-    def kill(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        return self.process.wait(30)
-
-    def stop(self, seconds=60):
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(seconds)
+from tests.server.daemons import Process, Thread
 
 
 @pytest.fixture(scope="session")
-def tiny_world(solving_world):
-    return solving_world
+def tiny_world(solving_world, tmp_path_factory):
+    """A copy that tests may add files to, all below one daemon's root."""
+    return shutil.copytree(solving_world, tmp_path_factory.mktemp("served") / "world")
 
 
 @pytest.fixture
 def start():
-    """Starts daemons that end with the test."""
+    """Starts daemons that end with the test; see Thread."""
+    yield from _starting(Thread)
+
+
+@pytest.fixture
+def start_process():
+    """Starts processes that end with the test; see Process."""
+    yield from _starting(Process)
+
+
+def _starting(kind):
     running = []
 
-    def begin(*options, **more):
-        running.append(Daemon(*options, **more))
+    def begin(*arguments, **options):
+        running.append(kind(*arguments, **options))
         return running[-1]
 
     yield begin
@@ -88,8 +46,7 @@ def start():
 def daemon(tiny_world, tmp_path_factory):
     """One for all tests that leave it as it was."""
     exports = tmp_path_factory.mktemp("exports")
-    options = ("--export-root", exports, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--max-pools", 100, "--verbose")
-    daemon = Daemon("--root", tiny_world, *options)
+    daemon = Thread(tiny_world, export_root=exports, metrics="127.0.0.1:0", limits={"pools": 100})
     daemon.exports = exports
     yield daemon
     daemon.kill()
@@ -107,22 +64,17 @@ def world(daemon, tiny_world):
     space = Space(config.genome.definition(), convert.pool_from(pool, "").layout)
     found = stub.RegisterItems(iter(registering(pool.pool_id, some_items(6), config.genome.definition())))
 
-    class World:
-        pass
+    def request(genome=None, **more):
+        values = space.initial() if genome is None else genome
+        fields = dict(pool_id=pool.pool_id, items_id=found.items_id) | more
+        return pb.EvaluateRequest(**fields, genome=pb.Genome(values=values))
 
-    World.stub, World.pool, World.space, World.items_id, World.config = stub, pool, space, found.items_id, config
-    World.request = staticmethod(
-        lambda genome=None, **more: pb.EvaluateRequest(
-            **dict(pool_id=pool.pool_id, items_id=found.items_id) | more, genome=pb.Genome(values=space.initial() if genome is None else genome)
-        )
-    )
-    return World
+    return SimpleNamespace(stub=stub, pool=pool, space=space, items_id=found.items_id, config=config, request=request)
 
 
 def some_items(count, start=0):
-    from merge3.client import tiny
+    from merge3.world.numbers import ENGLISH as words
 
-    words = tiny.ENGLISH
     return [
         Item(f"q{i}", "words", "generate", f"{words[i % 10]} {words[(i // 10) % 10]}", (words[(i + 1) % 10],), metric="exact", max_tokens=2)
         for i in range(start, start + count)

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -19,6 +22,7 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
+from tests.commands import client
 
 
 def refused(call, code, *words, reason=None):
@@ -133,7 +137,7 @@ def test_who_leaves_while_a_pool_opens_leaves_it_usable(daemon, tiny_world, worl
 
 
 def test_one_pool_too_many(tiny_world, start):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--max-pools", "2")
+    daemon = start(tiny_world, limits={"pools": 2})
     stub = daemon.stub()
     pools = [stub.OpenPool(pb.OpenPoolRequest(models=["base", expert])) for expert in ("english", "italian")]
     refused(lambda: stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"])), "RESOURCE_EXHAUSTED", "2 are open", "--max-pools")
@@ -402,7 +406,7 @@ def test_status_watch_metrics_and_the_log(daemon, world):
     world.stub.Evaluate(world.request(), metadata=(("x-request-id", "mine-1"), ("merge3-driver", "somebody")))
     status = world.stub.Status(pb.StatusRequest())
     assert status.state == "serving" and status.evaluated >= 1 and status.candidates_per_minute >= 1 and status.resident_bytes > 1 << 26
-    assert [w.name for w in status.workers] == ["local"] and status.workers[0].pid == daemon.process.pid
+    assert [w.name for w in status.workers] == ["local"] and status.workers[0].pid == os.getpid()
     assert "somebody" in {d.name for d in status.drivers}
     watch = world.stub.Watch(pb.WatchRequest(interval_seconds=0.05))
     first, second = next(watch), next(watch)
@@ -419,18 +423,14 @@ def test_status_watch_metrics_and_the_log(daemon, world):
 
 
 def test_status_and_watch_in_the_terminal(daemon, world):
-    import subprocess
-    import sys
-
-    client = [sys.executable, "-m", "merge3.client"]
-    shown = subprocess.run([*client, "status", "--server", daemon.address], capture_output=True, text=True, timeout=60)
+    shown = client("status", "--server", daemon.address)
     assert shown.returncode == 0 and "worker local" in shown.stdout and "pools" in shown.stdout
-    as_json = subprocess.run([*client, "status", "--server", daemon.address, "--json"], capture_output=True, text=True, timeout=60)
-    assert json.loads(as_json.stdout)["state"] == "serving"
-    watching = subprocess.Popen([*client, "watch", "--server", daemon.address, "--interval", "0.1"], stdout=subprocess.PIPE, text=True)
+    assert json.loads(client("status", "--server", daemon.address, "--json").stdout)["state"] == "serving"
+    command = [sys.executable, "-m", "merge3.client", "watch", "--server", daemon.address, "--interval", "0.1"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # it ends with its process
     lines = [watching.stdout.readline() for _ in range(3)]
     watching.terminate()
     watching.wait(30)
     assert all("candidates" in line and "local" in line for line in lines)
-    gone = subprocess.run([*client, "status", "--server", "127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+    gone = client("status", "--server", "127.0.0.1:1")
     assert gone.returncode == 1 and gone.stderr.startswith("error: daemon 127.0.0.1:1: does not answer") and gone.stderr.count("\n") == 1

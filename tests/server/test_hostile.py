@@ -109,7 +109,7 @@ def test_a_client_that_stops_reading(daemon, world):
     assert not list(daemon.exports.glob("merge3-export-*"))
 
 
-def test_a_stalled_reader_is_left(tiny_world, monkeypatch):
+def test_a_stalled_reader_is_left(monkeypatch):
     """The limit that ends it, in this process, where it can be made short."""
     import asyncio
 
@@ -166,7 +166,7 @@ def test_many_calls_at_once_are_queued_or_told_when_to_come_back(tiny_world, sta
     from merge3.search.config import load_config
     from merge3.space import Space
 
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--max-queue", "20")
+    daemon = start(tiny_world, limits={"queue": 20, "driver_queue": 20})
     config, stub = load_config(tiny_world / "evolve.yaml"), daemon.stub()
     pool = stub.OpenPool(pb.OpenPoolRequest(models=config.models))
     space = Space(config.genome.definition(), convert.pool_from(pool, "").layout)
@@ -246,8 +246,6 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def test_mutated_requests(daemon, world, by_hand, count):
     """Each gets an answer or a status that is no internal error; then it evaluates as before."""
     before = still_serves(world)
-    holders = [world.stub.OpenPool(pb.OpenPoolRequest(models=world.config.models)) for _ in range(2)]
-    assert holders
     raw, corpus = lambda b: b, seeds(world, by_hand)
     # A name of its own, so that a mutated ClosePool gives up nothing of the fixture's.
     metadata, codes, unwell = (("merge3-driver", "fuzz"),), {}, []

@@ -1,7 +1,7 @@
 """Starting, stopping under load, and what a stopped or busy daemon says."""
 
 import json
-import signal
+import logging
 import subprocess
 import sys
 import threading
@@ -16,6 +16,7 @@ from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from merge3.search.config import load_config
 from merge3.space import Space
+from tests.commands import server
 
 
 def prepared(daemon, tiny_world, by_hand, count=6):
@@ -45,15 +46,16 @@ class Load(threading.Thread):
                 self.ended = error.code().name
 
 
-def test_sigterm_under_load_ends_with_0_and_every_call_with_a_status(tiny_world, start, by_hand):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--grace", "20")
+def test_sigterm_under_load_ends_with_0_and_every_call_with_a_status(tiny_world, start_process, by_hand):
+    daemon = start_process("--root", tiny_world, "--listen", "127.0.0.1:0", "--grace", "20")
     _, request, _ = prepared(daemon, tiny_world, by_hand)
     stub = daemon.stub()
     streams = [stub.EvaluateStream(iter([request] * 200)), stub.Watch(pb.WatchRequest(interval_seconds=0.1))]
     drivers = [Load(daemon, request) for _ in range(16)]
     for driver in drivers:
         driver.start()
-    time.sleep(1)
+    while min(driver.answered for driver in drivers) == 0:
+        time.sleep(0.01)
     began = time.monotonic()
     assert daemon.stop(25) == 0
     assert time.monotonic() - began < 20
@@ -68,51 +70,56 @@ def test_sigterm_under_load_ends_with_0_and_every_call_with_a_status(tiny_world,
 
 
 def test_accepted_calls_are_finished_and_health_says_it_stops(tiny_world, start, by_hand):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--grace", "60")
+    daemon = start(tiny_world, grace=60)
     stub, request, _ = prepared(daemon, tiny_world, by_hand, 2000)
     health = health_pb2_grpc.HealthStub(grpc.insecure_channel(daemon.address)).Watch(health_pb2.HealthCheckRequest())
     assert next(health).status == health_pb2.HealthCheckResponse.SERVING
-    calls = [stub.Evaluate.future(request) for _ in range(5)]
-    while stub.Status(pb.StatusRequest()).queued < 4:
-        time.sleep(0.01)
-    daemon.signal(signal.SIGTERM)
+    calls = queued(stub, request, 5)
+    daemon.ask()
     assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
     late = stub.Evaluate.future(request)
     assert all(len(call.result().responses) == 2000 for call in calls)
     assert late.exception().code().name == "UNAVAILABLE"
-    assert daemon.process.wait(30) == 0
+    daemon.wait(30)
+
+
+def queued(stub, request, count):
+    """So many calls, all but the first of which wait for their turn."""
+    calls = [stub.Evaluate.future(request) for _ in range(count)]
+    while stub.Status(pb.StatusRequest()).queued < count - 1:
+        time.sleep(0.01)
+    return calls
 
 
 def test_a_second_signal_stops_at_once(tiny_world, start, by_hand):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--grace", "120")
+    daemon = start(tiny_world, grace=120)
     stub, request, _ = prepared(daemon, tiny_world, by_hand, 3000)
-    calls = [stub.Evaluate.future(request) for _ in range(200)]
-    time.sleep(0.5)
-    daemon.signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert daemon.process.poll() is None
+    calls = queued(stub, request, 200)
+    daemon.ask()
+    daemon.wait_for("stopping")
+    assert daemon.running()
     began = time.monotonic()
-    daemon.signal(signal.SIGTERM)
-    assert daemon.process.wait(30) == 0 and time.monotonic() - began < 5
+    daemon.stop(30)
+    assert time.monotonic() - began < 5
     assert {call.exception().code().name for call in calls if call.exception()} <= {"UNAVAILABLE", "CANCELLED"}
 
 
 def test_the_grace_time_ends(tiny_world, start, by_hand):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--grace", "2")
+    daemon = start(tiny_world, grace=2)
     stub, request, _ = prepared(daemon, tiny_world, by_hand, 3000)
-    calls = [stub.Evaluate.future(request) for _ in range(200)]
-    time.sleep(0.5)
+    calls = queued(stub, request, 200)
     began = time.monotonic()
-    assert daemon.stop(30) == 0
+    daemon.stop(30)
     assert time.monotonic() - began < 6
     codes = {call.exception().code().name if call.exception() else "OK" for call in calls}
     assert codes <= {"OK", "UNAVAILABLE", "CANCELLED"} and "UNAVAILABLE" in codes
 
 
-def test_a_pool_from_a_file_json_logs_and_a_unix_socket(tiny_world, tmp_path, start):
+def test_a_pool_from_a_file_json_logs_and_a_unix_socket(tiny_world, tmp_path, start_process):
     (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"models": ["base", "english"], "dtype": "bfloat16"}))
     socket = f"unix:{tmp_path}/d.sock"
-    daemon = start("--root", tiny_world, "--listen", socket, "--listen", "127.0.0.1:0", "--pool", tmp_path / "pool.yaml", "--log-json")
+    options = ("--listen", socket, "--listen", "127.0.0.1:0", "--pool", tmp_path / "pool.yaml", "--log-json")
+    daemon = start_process("--root", tiny_world, *options)
     assert daemon.address == socket
     (pool,) = daemon.stub().ListPools(pb.ListPoolsRequest()).pools
     assert pool.dtype == "bfloat16" and pool.holders == 1
@@ -131,29 +138,47 @@ BAD_STARTS = {
     "device": (("--device", "cuda"), "no CUDA device"),
     "pool": (("--pool", "no-such.yaml"), "no-such.yaml"),
     "metrics": (("--metrics", "9000"), "host:port"),
+    "budget": (("--memory-budget", "100KiB"), "memory_budget: found 0.1 MiB"),
 }
 
 
+@pytest.fixture
+def own_log():
+    """A command sets the log up for a process of its own."""
+    logger = logging.getLogger("merge3")
+    handlers, propagates, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = handlers, propagates
+    logger.setLevel(level)
+
+
 @pytest.mark.parametrize("case", BAD_STARTS)
-def test_bad_options_are_one_line_and_a_code(tiny_world, tmp_path, case):
+def test_bad_options_are_one_line_and_a_code(tiny_world, tmp_path, own_log, case):
     options, words = BAD_STARTS[case]
-    if case == "device":
+    if case in ("device", "budget"):
         (tmp_path / "pool.yaml").write_text("models: [base, english]\n")
         options = (*options, "--pool", tmp_path / "pool.yaml")
-    command = [sys.executable, "-m", "merge3_server", "serve", "--root", tiny_world, "--listen", "127.0.0.1:0", *options]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done = server("serve", "--root", tiny_world, "--listen", "127.0.0.1:0", *options)
     assert done.returncode in (1, 2) and words in done.stderr, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] and "Traceback" not in done.stderr
 
 
-def test_a_taken_port_is_told(daemon, tiny_world):
-    command = [sys.executable, "-m", "merge3_server", "serve", "--root", str(tiny_world), "--listen", daemon.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def process(*arguments):
+    command = [sys.executable, "-m", "merge3_server", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_process_ends_with_these_codes(daemon, tiny_world):
+    """2: bad input; 1: not the caller's fault, here a port that is taken; 0: above, where one is stopped."""
+    done = process("serve", "--root", "/no/such/root")
+    assert done.returncode == 2 and done.stderr.startswith("error: /no/such/root: no such directory")
+    assert done.stderr.count("\n") == 1
+    done = process("serve", "--root", tiny_world, "--listen", daemon.address)
     assert done.returncode == 1 and f"error: --listen {daemon.address}: cannot listen there" in done.stderr
 
 
 def test_help_has_an_example_and_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-m", "merge3_server", "serve", "--help"], capture_output=True, text=True, timeout=60)
+    done = server("serve", "--help")
     assert done.returncode == 0 and "Example: merge3-server serve" in done.stdout
     code = "import sys; import merge3_server.cli; print([m for m in ('torch', 'transformers', 'grpc', 'ray') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
@@ -161,10 +186,10 @@ def test_help_has_an_example_and_imports_nothing_heavy():
 
 def test_a_memory_budget_is_in_the_log_and_too_small_a_one_is_refused(start, tiny_world):
     models = load_config(tiny_world / "evolve.yaml").models
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--memory-budget", "2GiB")
+    daemon = start(tiny_world, memory_budget=2 << 30)
     daemon.stub().OpenPool(pb.OpenPoolRequest(models=models))
     assert "budget 2.00 GiB" in daemon.wait_for("memory: ")
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--memory-budget", "100KiB")
+    daemon = start(tiny_world, memory_budget=100 << 10)
     with pytest.raises(grpc.RpcError) as refused:
         daemon.stub().OpenPool(pb.OpenPoolRequest(models=models))
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "memory_budget: found 0.1 MiB" in refused.value.details()

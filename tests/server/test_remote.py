@@ -23,6 +23,7 @@ from merge3.registration import Registration
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
 from tests.asking import answers
+from tests.commands import client
 
 
 def journal(directory):
@@ -85,25 +86,26 @@ def test_the_command_with_server_and_a_resume_across(daemon, embedded, tiny_worl
     """Begun on a daemon, stopped, continued embedded: the journal of neither alone."""
     _, whole, _ = embedded("all-items")
     config = tiny_world / "all-items.yaml"
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--run-dir", str(tmp_path / "run"), "--json"]
-    process = subprocess.Popen([*command, "--server", daemon.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ["evolve", str(config), "--run-dir", str(tmp_path / "run"), "--json"]
+    command = [sys.executable, "-m", "merge3.client", *arguments, "--server", daemon.address]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if line.startswith("{") and json.loads(line)["done"] >= 8 and json.loads(line)["stage"] == "search":
             process.send_signal(signal.SIGINT)
             break
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in said
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    done = client(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert journal(whole) == journal(tmp_path / "run")
 
 
 @pytest.mark.parametrize("port", [pytest.param("tcp", marks=pytest.mark.heavy), "unix"])
-def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, start, free_port, port):
+def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, start_process, free_port, port):
     address = f"127.0.0.1:{free_port}" if port == "tcp" else f"unix:{tmp_path}/merge3.sock"
     options = ("--root", tiny_world, "--listen", address)
     config, undisturbed, _ = embedded("calibrated" if port == "tcp" else "random-renewed")
-    daemons, killed = [start(*options)], []
+    daemons, killed = [start_process(*options)], []
     kills = (3, 9, 14) if port == "tcp" else (8,)  # inside the first, second and third generation of six
 
     def kill_and_restart():
@@ -113,7 +115,7 @@ def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, 
                 time.sleep(0.002)
             daemons[-1].kill()
             killed.append(count(store))
-            daemons.append(start(*options))
+            daemons.append(start_process(*options))
 
     def count(store):
         try:
@@ -135,7 +137,7 @@ def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, fr
     config = load_config(tiny_world / "evolve.yaml")
     with pytest.raises(Unavailable, match=f"daemon 127.0.0.1:{free_port}: does not answer; expected merge3-server serve"):
         RemoteEngine(f"127.0.0.1:{free_port}", config.models)
-    daemon, notes = start("--root", tiny_world, "--listen", f"127.0.0.1:{free_port}"), []
+    daemon, notes = start(tiny_world, listen=f"127.0.0.1:{free_port}"), []
     engine = RemoteEngine(daemon.address, config.models, patience=1.5, note=notes.append)
     items = load_questions(config).subset[:4]
     assert len(answers(engine, config.models[0], items)) == 4
@@ -152,14 +154,14 @@ def test_the_pool_that_comes_back_must_be_the_same(tiny_world, tmp_path, start, 
 
     shutil.copytree(tiny_world / "base", tmp_path / "base")
     shutil.copytree(tiny_world / "english", tmp_path / "expert")
-    options = ("--root", tmp_path, "--listen", f"127.0.0.1:{free_port}")
-    daemon = start(*options)
+    daemon = start(tmp_path, listen=f"127.0.0.1:{free_port}")
     engine = RemoteEngine(daemon.address, ["base", "expert"], note=lambda text: None)
     items = load_questions(load_config(tiny_world / "evolve.yaml")).subset[:4]
     answers(engine, "expert", items)
     daemon.kill()
+    (tmp_path / "expert" / "model.safetensors").unlink()  # the daemon that ended has mapped it
     shutil.copy(tiny_world / "italian" / "model.safetensors", tmp_path / "expert")
-    start(*options)
+    start(tmp_path, listen=f"127.0.0.1:{free_port}")
     with pytest.raises(ResumeMismatch, match="expert has other weights than before"):
         answers(engine, "expert", items)
 

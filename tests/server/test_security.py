@@ -68,7 +68,7 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
         shutil.copytree(roots / "allowed" / "model", model)
         (model / file).unlink()
         (model / file).symlink_to(roots / "secret" / file)
-    daemon = start("--root", roots / "allowed", "--listen", "127.0.0.1:0")
+    daemon = start(roots / "allowed")
     stub = daemon.stub()
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         code, said = code_of(lambda f=file: stub.OpenPool(pb.OpenPoolRequest(models=["model", f"bad-{f}"])))
@@ -114,7 +114,7 @@ def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start,
     hour = timedelta(hours=1)
     tokens = tmp_path / "tokens"
     tokens.write_text(f"# drivers\ngood\nold {(datetime.now(UTC) - hour).isoformat()}\nyoung {(datetime.now(UTC) + hour).isoformat()}\n")
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", "--token-file", tokens)
+    daemon = start(tiny_world, tokens=tokens)
     stub = daemon.stub()
 
     def with_token(token):
@@ -146,8 +146,9 @@ def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start,
     assert "good" not in "".join(daemon.lines) and "young" not in "".join(daemon.lines)
 
 
-def test_a_token_from_the_environment(tiny_world, start):
-    daemon = start("--root", tiny_world, "--listen", "127.0.0.1:0", env={"MERGE3_TOKEN": "sesame"})
+def test_a_token_from_the_environment(tiny_world, start, monkeypatch):
+    monkeypatch.setenv("MERGE3_TOKEN", "sesame")
+    daemon = start(tiny_world)
     assert code_of(lambda: daemon.stub().Status(pb.StatusRequest()))[0] == "UNAUTHENTICATED"
     daemon.stub().Status(pb.StatusRequest(), metadata=(("authorization", "Bearer sesame"),))
 
@@ -194,11 +195,11 @@ def certificates(tmp_path_factory):
 
 def test_tls_and_mutual_tls(tiny_world, certificates, start):
     c = certificates
-    options = ("--root", tiny_world, "--listen", "127.0.0.1:0", "--tls-cert", c / "server.pem", "--tls-key", c / "server.key")
-    daemon = start(*options)
+    options = dict(certificate=c / "server.pem", key=c / "server.key")
+    daemon = start(tiny_world, **options)
     assert status(Target(daemon.address, ca=str(c / "ca.pem"))).state == "serving"
     unreachable = [Target(daemon.address), Target(daemon.address, ca=str(c / "other-ca.pem")), Target(daemon.address, ca="system")]
-    mutual = start(*options, "--tls-client-ca", c / "ca.pem")
+    mutual = start(tiny_world, **options, client_ca=c / "ca.pem")
     ca = str(c / "ca.pem")
     assert status(Target(mutual.address, ca, c / "client.pem", c / "client.key")).state == "serving"
     unreachable += [

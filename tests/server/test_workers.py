@@ -18,16 +18,15 @@ from merge3.rpc import merge3_pb2 as pb
 from merge3.search.config import load_config
 from merge3.search.questions import load_questions
 from merge3.space import Space
+from tests.server.daemons import Process
 
 pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module")
-def two(tiny_world, tmp_path_factory):
+def two(tiny_world):
     """A daemon with two workers on the CPU."""
-    from tests.server.conftest import Daemon
-
-    daemon = Daemon("--root", tiny_world, "--listen", "127.0.0.1:0", "--workers", "ray:2")
+    daemon = Process("--root", tiny_world, "--listen", "127.0.0.1:0", "--workers", "ray:2")
     yield daemon
     assert daemon.stop(60) == 0
 
