@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ def evolve(
     if target is not None:
         _check_fitting(config)
     questions = load_questions(config)  # bad items are found before any model is opened
-    with closing(open_engine(config, device, quiet, target, memory_budget)) as engine:
+    with closing(open_engine(config, device, quiet, target, memory_budget, directory / "derived")) as engine:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = _StopOnInterrupt()
@@ -62,9 +62,14 @@ def evolve(
     return result
 
 
-def open_pool(models, device: str = "cpu", quiet: bool = False, memory_budget: str | None = None) -> Pool:
-    """Open every model, read it once (hashes, statistics, NaN check) and say what is there."""
-    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
+def open_pool(
+    models: Sequence[str], device: str = "cpu", quiet: bool = False, memory_budget: str | None = None, derived: Path | None = None
+) -> Pool:
+    """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
+
+    derived: where experts that a method derives of all others are kept for the next run (default: they are not).
+    """
+    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, derived_folder=derived)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
     _warn(pool.warnings)
@@ -75,11 +80,12 @@ def open_pool(models, device: str = "cpu", quiet: bool = False, memory_budget: s
 
 def open_engine(
     config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None, memory_budget: str | None = None,
+    derived: Path | None = None,
 ) -> Engine:  # fmt: skip
-    """A run's engine, in this process or on a daemon."""
+    """A run's engine, in this process or on a daemon. derived: see open_pool."""
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        return LocalEngine(open_pool(config.models, device, quiet, memory_budget), dtype)
+        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived), dtype)
     if memory_budget is not None:
         raise BadInput("--memory-budget", "given with --server", "one of them: the daemon has its own (merge3-server serve --memory-budget)")
     from merge3.client.remote import RemoteEngine

@@ -19,7 +19,7 @@ from merge3.memory import FILE
 from merge3.methods import Method, Parameter
 from merge3.methods.base import Fused, neutral
 from merge3.program import compile
-from tests.conftest import save_family
+from merge3.world.family import make_family
 
 Q, HEAD, NORM = "model.layers.2.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"
 
@@ -178,7 +178,8 @@ def test_without_a_folder_it_goes_with_the_pool(family, tmp_path, calls, monkeyp
 
 def test_a_small_budget_gives_the_same_bits(tmp_path, calls):
     """Tensors of several chunks, 13 MB a model; the derived one is streamed from its file, as endpoints from theirs."""
-    family = save_family(tmp_path, layers=6, hidden_size=256, intermediate_size=512, vocab_size=700)
+    make_family(tmp_path, layers=6, hidden_size=256, intermediate_size=512, vocab_size=700)
+    family = tmp_path
     folder, found = tmp_path / "derived", []
     for budget in (None, "70MiB", "28MiB"):
         pool = open_pool(family, memory_budget=budget, derived_folder=folder)
