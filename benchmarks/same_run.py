@@ -56,8 +56,9 @@ def make_configurations(folder: Path) -> dict[str, Path]:
     if not (folder / "base").exists():
         make_models(folder, seed=0, base_steps=160, expert_steps=15)
         for task in TASKS:
-            lines = (folder / f"{task}.jsonl").read_text().splitlines()[:ITEMS]
-            (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+            items = [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()[:ITEMS]]
+            items = _as_choices(items) if task == "english" else items
+            (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
     files = {}
     for number, (name, changes) in enumerate(CONFIGURATIONS.items()):
         data = {"genome": GENOME, "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")], "optimizer": PLAN}
@@ -65,6 +66,16 @@ def make_configurations(folder: Path) -> dict[str, Path]:
         files[name] = folder / f"evolve-{number}.yaml"
         files[name].write_text(yaml.safe_dump(data))
     return files
+
+
+def _as_choices(items: list[dict]) -> list[dict]:
+    """The same questions with four answers to choose from: the right one and the next three that differ."""
+    asked = []
+    for at, item in enumerate(items):
+        answers = dict.fromkeys(items[(at + i) % len(items)]["answer"] for i in range(len(items)))
+        rest = {"kind": "choice", "choices": [f" {answer}" for answer in list(answers)[:4]], "answer": 0}
+        asked.append({key: item[key] for key in ("id", "task", "prompt")} | rest)
+    return asked
 
 
 def evolve(programs: Path, config: Path, run: Path) -> None:

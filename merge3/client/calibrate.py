@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from merge3 import irt
 from merge3.client.terminal import bar
 from merge3.errors import BadInput
 from merge3.files import write_atomically
-from merge3.irt import estimation as irt
 from merge3.irt import read_responses
 from merge3.irt.diagnostics import fit_statistics
 from merge3.irt.extraction import Subset
