@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,9 +50,28 @@ def estimated_over_tasks(
     return Estimate(float(value / total), float(variance**0.5 / total))
 
 
+def accuracy(asked: Registration, responses: np.ndarray) -> Estimate:
+    """The weighted mean of the tasks' accuracies, estimated where there are estimators."""
+    if asked.estimators:
+        return estimated_over_tasks(responses, asked.items, asked.estimators, asked.weights)
+    return mean_over_tasks(responses, asked.items, asked.weights)
+
+
+def of_task(asked: Registration, responses: np.ndarray, task: str) -> Estimate:
+    """One task's accuracy."""
+    at = asked.tasks()[task]
+    estimators = {task: asked.estimators[task]} if asked.estimators else {}
+    alone = replace(asked, items=tuple(asked.items[i] for i in at), estimators=estimators, weights={})
+    return accuracy(alone, responses[at])
+
+
+# name -> (registration, responses float64 [items]) -> its value; every task is an objective besides.
+OBJECTIVES: dict[str, Callable[[Registration, np.ndarray], Estimate]] = {ACCURACY: accuracy}
+
+
 def check_objectives(registration: Registration) -> None:
-    """Raises BadInput for an objective that is neither `accuracy` nor one of the tasks, or that is named twice."""
-    known = [ACCURACY, *registration.tasks()]
+    """Raises BadInput for an objective that is neither one of OBJECTIVES nor a task, or that is named twice."""
+    known = [*OBJECTIVES, *registration.tasks()]
     for i, name in enumerate(registration.objectives):
         if name not in known:
             raise BadInput("objectives", f"found {name!r}", ", ".join(known))
@@ -63,17 +83,8 @@ def check_objectives(registration: Registration) -> None:
 
 def estimates(registration: Registration, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(values, standard errors) of a registration's objectives, each float64 [objectives]. responses: float64 [items]."""
-    found = [_objective(name, registration, responses) for name in registration.objectives]
+    found = []
+    for name in registration.objectives:
+        objective = OBJECTIVES.get(name)
+        found.append(objective(registration, responses) if objective else of_task(registration, responses, name))
     return np.array([e.value for e in found]), np.array([e.stderr for e in found])
-
-
-def _objective(name: str, asked: Registration, responses: np.ndarray) -> Estimate:
-    if name == ACCURACY:
-        items, estimators = asked.items, asked.estimators
-    else:  # a task: its own accuracy
-        at = asked.tasks()[name]
-        responses, items = responses[at], [asked.items[i] for i in at]
-        estimators = {name: asked.estimators[name]} if asked.estimators else {}
-    if estimators:
-        return estimated_over_tasks(responses, items, estimators, asked.weights)
-    return mean_over_tasks(responses, items, asked.weights)

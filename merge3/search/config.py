@@ -12,8 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from merge3.errors import ConfigError
+from merge3.fitness import OBJECTIVES
 from merge3.methods import METHODS, gene_names
 from merge3.recipe import load_yaml, nearest
+from merge3.registration import ACCURACY
+from merge3.search.optimizers import OPTIMIZERS
 from merge3.space import PRESETS, SPACES, SpaceDefinition
 
 _OTHER_NAMES = {"method": "merge_method", "base": "base_model", "kind": "space"}  # of a definition's fields
@@ -127,7 +130,7 @@ class Optimizer(_Section):
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
     auto: where candidates answer a part of the items."""
 
-    name: Literal["cma", "random"] = "cma"
+    name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
     population: int | None = Field(None, ge=2)
     sigma: float = Field(1 / 6, gt=0, le=1)
@@ -151,7 +154,7 @@ class EvolveConfig(_Section):
     optimizer: Optimizer = Optimizer()
     race: RaceSettings = RaceSettings()
     heldout: Heldout = Heldout()
-    objective: Literal["accuracy"] = "accuracy"
+    objective: Literal[tuple(OBJECTIVES)] = ACCURACY
     random_init: bool = False
     apply_chat_template: bool = False
     # mergekit-evolve's lm-eval settings. limit: of each task's search items, the first or (shuffle) random ones.

@@ -51,13 +51,16 @@ class Ranked(NamedTuple):
     stderr: float
 
 
-def settle(asking: Asking, ranked: Sequence[Ranked], answers: int) -> tuple[Candidate, Race] | None:
-    """The best candidates race on items that the last subset leaves out. ranked: best first; answers: of the search,
-    of which the race may cost a share. None where there is nothing to settle."""
+def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: bool) -> tuple[Candidate, Race] | None:
+    """The best candidates race on items that the last subset leaves out. None where there is nothing to settle.
+
+    ranked: best first; answers: of the search, of which the race may cost a share; favorite: whether the search's last
+    candidate is its optimizer's favorite.
+    """
     search, settings = asking.search, asking.search.config.race
     top = list(ranked[: settings.candidates])
     last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
-    if search.config.optimizer.name == "cma" and last not in top:  # the distribution's mean races whatever its value
+    if favorite and last not in top:  # it races whatever its value
         top = [*top[:-1], last]
     unseen = asking.unseen()
     if len(top) < 2 or not unseen:

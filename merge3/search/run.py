@@ -96,7 +96,7 @@ def run(
     best = ranked[0].candidate
     _stage(search, "race", len(candidates), best)
     answers = sum(len(c.responses) for c in candidates if c.responses is not None)
-    settled = settle(asking, ranked, answers)
+    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
     if stop():
         return None
     if settled is not None:

@@ -93,7 +93,7 @@ def test_thresholds_are_fetched_ahead_where_densities_are_searched(family):
     models = tuple(str(family / f"e{i}") for i in range(2))
 
     def asked(method, *genes):
-        """Ranks asked for when a space is registered, by how many."""
+        """Ranks asked for when a space is opened, by how many."""
         pool = Pool.open(str(family / "base"), models)
         found = []
         original = pool.statistics.prefetch_order
@@ -105,7 +105,7 @@ def test_thresholds_are_fetched_ahead_where_densities_are_searched(family):
 
         pool.statistics.prefetch_order = prefetch_order
         definition = SpaceDefinition(models, method, str(family / "base"), genes=genes)
-        LocalEngine(pool).register(Space(definition, pool.layouts[pool.base]), [])
+        LocalEngine(pool).space(definition)
         return found
 
     assert max(asked("ties")) == 255

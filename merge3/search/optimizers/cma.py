@@ -1,38 +1,16 @@
-"""Optimizers behind one ask/tell interface. Each is rebuilt from its seed and told the same results to
-resume, so nothing but the journal is ever stored."""
+"""CMA-ES, alone and on what a surrogate makes of noisy estimates."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import warnings
-from typing import Protocol
 
 import numpy as np
 
 from merge3.search.surrogate import Surrogate
 
 POOL = 200  # genomes of an assisted generation, of which few are asked
-
-
-class Optimizer(Protocol):
-    """Maximises: ask for a generation, tell its fitness and standard errors in the same order (the last
-    one may be shorter). favorite: what it believes in most. beliefs: (value, stderr) of any genomes, each
-    [C], or None where it only ranks."""
-
-    population: int
-
-    def ask(self) -> list[np.ndarray]: ...
-    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None: ...
-    def favorite(self) -> np.ndarray | None: ...
-    def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None: ...
-
-
-def make(name: str, initial, low, high, sigma: float, population: int | None, seed: int, assisted: bool = False) -> Optimizer:
-    """`cma` (assisted: by a surrogate) or `random`. initial, low, high: float64 [d]; sigma: a share of each gene's range."""
-    count = population or 4 + int(3 * math.log(len(initial)))
-    kind = {"cma": AssistedCMA if assisted else CMA, "random": RandomSearch}[name]
-    return kind(initial, low, high, sigma, count, seed)
 
 
 class CMA:
@@ -123,28 +101,3 @@ class AssistedCMA(CMA):
     def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The surrogate's."""
         return self._surrogate.predict(np.array(genomes))
-
-
-class RandomSearch:
-    """Uniform samples within the bounds (normal ones around the start where there are none)."""
-
-    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
-        self.population, self._rng = population, np.random.default_rng(seed)
-        self._initial, self._low, self._high, self._sigma = initial, low, high, sigma
-
-    def ask(self) -> list[np.ndarray]:
-        shape = (self.population, len(self._initial))
-        if np.isfinite(self._high - self._low).all():
-            return list(self._rng.uniform(self._low, self._high, shape))
-        return list(self._initial + self._sigma * self._rng.standard_normal(shape))
-
-    def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
-        pass
-
-    def favorite(self) -> None:
-        """Random search has none."""
-        return None
-
-    def beliefs(self, genomes: list[np.ndarray]) -> None:
-        """None: it learns nothing."""
-        return None
