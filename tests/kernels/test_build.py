@@ -104,6 +104,7 @@ def parts(setup, tmp_path_factory):
     return folder, extension
 
 
+@pytest.mark.heavy  # it compiles the binding
 @pytest.mark.skipif(not shutil.which("g++") or not shutil.which("readelf"), reason="needs g++ and binutils")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch has the real library")
 def test_a_cuda_build_needs_libtorch_cuda_and_can_be_imported(setup, parts):

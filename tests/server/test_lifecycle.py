@@ -55,6 +55,7 @@ def test_sigterm_under_load_ends_with_0_and_every_call_with_a_status(tiny_world,
     for driver in drivers:
         driver.start()
     while min(driver.answered for driver in drivers) == 0:
+        assert not any(driver.ended for driver in drivers)
         time.sleep(0.01)
     began = time.monotonic()
     assert daemon.stop(25) == 0
@@ -84,9 +85,9 @@ def test_accepted_calls_are_finished_and_health_says_it_stops(tiny_world, start,
 
 
 def queued(stub, request, count):
-    """So many calls, all but the first of which wait for their turn."""
+    """So many calls that the daemon has accepted: one at a time is worked at, others wait for their turn."""
     calls = [stub.Evaluate.future(request) for _ in range(count)]
-    while stub.Status(pb.StatusRequest()).queued < count - 1:
+    while (status := stub.Status(pb.StatusRequest())).queued + status.evaluated < count - 1:
         time.sleep(0.01)
     return calls
 
