@@ -71,7 +71,9 @@ def compile_kernels(cuda: bool) -> list[str]:
             f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"']  # fmt: skip
     compilers = {".cpp": [os.environ.get("CXX", "c++"), *flags], ".cu": nvcc}
     sources = [Path("csrc/api.cpp"), *Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])]
-    changed = max(f.stat().st_mtime for f in [Path("setup.py"), *Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])
+    changed = max(
+        f.stat().st_mtime for f in [Path("setup.py"), *Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")]
+    )
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.name}.o"
@@ -126,8 +128,14 @@ class BuildStubs(build_py):
         if proto.exists():
             from grpc_tools import protoc
 
-            arguments = ["protoc", "-Imerge3/rpc=proto/merge3/v1", "--python_out=.", "--pyi_out=.",
-                         "--grpc_python_out=.", "merge3/rpc/merge3.proto"]
+            arguments = [
+                "protoc",
+                "-Imerge3/rpc=proto/merge3/v1",
+                "--python_out=.",
+                "--pyi_out=.",
+                "--grpc_python_out=.",
+                "merge3/rpc/merge3.proto",
+            ]
             if protoc.main(arguments):
                 raise SystemExit("protoc failed")
         super().run()

@@ -42,7 +42,17 @@ class Daemon:
     """A merge3-server process for the length of a `with`."""
 
     def __init__(self, root: Path, *options: str):
-        command = [sys.executable, "-m", "merge3_server", "serve", "--root", str(root), "--listen", "127.0.0.1:0", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "merge3_server",
+            "serve",
+            "--root",
+            str(root),
+            "--listen",
+            "127.0.0.1:0",
+            *options,
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.address = self.process.stdout.readline().split(" on ")[1].strip()
 
@@ -114,7 +124,9 @@ def load(root: Path, drivers: int = 64, calls: int = 10_000) -> tuple[list, dict
             channel = grpc.insecure_channel(daemon.address, options=(("grpc.use_local_subchannel_pool", 1),))
             own, metadata = merge3_pb2_grpc.Merge3Stub(channel), (("merge3-driver", f"driver-{driver}"),)
             for key in keys:
-                request = pb.EvaluateRequest(pool_id=engine._pool_id, items_id=items_id, idempotency_key=f"load-{key}", index=key)
+                request = pb.EvaluateRequest(
+                    pool_id=engine._pool_id, items_id=items_id, idempotency_key=f"load-{key}", index=key
+                )
                 request.genome.values.extend(asked[key % len(asked)])
                 found = own.Evaluate(request, metadata=metadata)
                 with lock:

@@ -25,7 +25,11 @@ from merge3.world.training import make_models
 ITEMS, BUDGET = 500, 1000  # search items per task, candidates
 SEARCHES = {
     "full": {"extract": {"method": "all"}, "estimate": {"method": "mean"}},
-    "mean": {"extract": {"method": "random", "size": 9}, "estimate": {"method": "mean"}, "optimizer": {"population": 10}},
+    "mean": {
+        "extract": {"method": "random", "size": 9},
+        "estimate": {"method": "mean"},
+        "optimizer": {"population": 10},
+    },
     "gmp-irt": {
         "extract": {"method": "random", "size": 9},
         "estimate": {"method": "gmp-irt", "models": 24, "share": 0.2},
@@ -86,7 +90,14 @@ def searches(seed: int, folder: Path, only: str | None) -> dict[str, dict]:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
             run.evolve(load_config(folder / f"{name}.yaml"), folder / name, quiet=True, export=False)
         results[name] = read_result(folder / name)
-        print(seed, name, results[name]["heldout"], results[name]["ledger"], f"{results[name]['seconds']:.0f} s", flush=True)
+        print(
+            seed,
+            name,
+            results[name]["heldout"],
+            results[name]["ledger"],
+            f"{results[name]['seconds']:.0f} s",
+            flush=True,
+        )
     return results
 
 

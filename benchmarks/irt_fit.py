@@ -69,7 +69,11 @@ def recovery(models: int, items: int, dimensions: int, seed: int) -> dict:
     seconds = time.perf_counter() - start
     correlation = lambda x, y: float(np.corrcoef(np.ravel(x), np.ravel(y))[0, 1])
     inside = lambda found, sd, true: float((np.abs(found - true) < 1.645 * sd).mean())
-    common = {"difficulty": correlation(bank.b, b), "difficulty_inside": inside(bank.b, bank.b_sd, b), "seconds": seconds}
+    common = {
+        "difficulty": correlation(bank.b, b),
+        "difficulty_inside": inside(bank.b, bank.b_sd, b),
+        "seconds": seconds,
+    }
     if dimensions == 1:
         own = {"ability": correlation(bank.theta, theta), "ability_inside": inside(bank.theta, bank.theta_sd, theta)}
         return common | own | {"discrimination": correlation(np.log(bank.a), np.log(a)), "fit": (bank, theta, b)}

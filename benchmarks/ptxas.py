@@ -29,7 +29,9 @@ ENTRY = re.compile(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", action="append", help="Compute capability without its dot; repeat. Default: 80, 90 and 120.")
+    parser.add_argument(
+        "--arch", action="append", help="Compute capability without its dot; repeat. Default: 80, 90 and 120."
+    )
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     if not shutil.which("nvcc"):
@@ -51,8 +53,19 @@ def main() -> None:
          max(k["stack"] for k in group), f"**{max(k['spills'] for k in group)}**"]
         for (source, name, arch), group in sorted(families.items())
     ]  # fmt: skip
-    columns = ["source", "kernel", "for", "instantiations", "registers", "shared memory, bytes", "stack, bytes", "spills, bytes"]
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
+    columns = [
+        "source",
+        "kernel",
+        "for",
+        "instantiations",
+        "registers",
+        "shared memory, bytes",
+        "stack, bytes",
+        "spills, bytes",
+    ]
+    version = (
+        subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.split("release ")[-1].split(",")[0]
+    )
     data = {"rows": [dict(zip(columns, row)) for row in rows]}
     report("ptxas", table(f"What each CUDA kernel takes (nvcc {version})", columns, rows), data, options.save)
     if spilling := [k["name"] for k in kernels if k["spills"]]:
@@ -70,7 +83,9 @@ def assemble(source: Path, arch: str) -> list[dict]:
     if done.returncode:
         sys.exit(f"{source.name} for sm_{arch}:\n{done.stderr}")
     found = list(ENTRY.finditer(done.stderr))
-    names = subprocess.run(["c++filt", "-p"], input="\n".join(m["symbol"] for m in found), capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(m["symbol"] for m in found), capture_output=True, text=True
+    ).stdout.splitlines()
     rows = []
     for match, name in zip(found, names):
         name = name.replace("merge3::", "").replace("(anonymous namespace)::", "").replace("void ", "")

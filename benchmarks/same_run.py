@@ -60,7 +60,11 @@ def make_configurations(folder: Path) -> dict[str, Path]:
             (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
     files = {}
     for number, (name, changes) in enumerate(CONFIGURATIONS.items()):
-        data = {"genome": GENOME, "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")], "optimizer": PLAN}
+        data = {
+            "genome": GENOME,
+            "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")],
+            "optimizer": PLAN,
+        }
         data |= {key: data.get(key, {}) | value for key, value in changes.items()}
         files[name] = folder / f"evolve-{number}.yaml"
         files[name].write_text(yaml.safe_dump(data))
@@ -126,7 +130,14 @@ def main() -> None:
             verdict = "equal" if not different else ", ".join(different)
             rows.append([name, candidates, failed, len(new["answers outside the search"]), size, verdict])
             print(*rows[-1], sep=" | ", flush=True)
-    columns = ["configuration", "candidates", "failed", "answers outside the search", "bytes exported", "against the version before"]
+    columns = [
+        "configuration",
+        "candidates",
+        "failed",
+        "answers outside the search",
+        "bytes exported",
+        "against the version before",
+    ]
     report("same_run", table(f"The same runs as at {options.commit}", columns, rows), {"rows": rows}, options.save)
     sys.exit(1 if differing else 0)
 

@@ -24,7 +24,11 @@ WORDS = 8000
 
 def world():
     """A 20 M parameter Llama, its tokenizer and its folder."""
-    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(WORDS - 2))])}, unk_token="<pad>"))
+    raw = Tokenizer(
+        WordLevel(
+            {w: i for i, w in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(WORDS - 2))])}, unk_token="<pad>"
+        )
+    )
     raw.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<pad>")
     folder = tempfile.mkdtemp()
@@ -49,7 +53,15 @@ def make_items(rng) -> tuple[list[Item], list[Item]]:
         for i in range(500)
     ]  # fmt: skip
     generated = [
-        Item(f"g{i}", "generate", "generate", f"{shots} {words(int(rng.integers(12, 28)))}", ("x",), metric="exact", max_tokens=16)
+        Item(
+            f"g{i}",
+            "generate",
+            "generate",
+            f"{shots} {words(int(rng.integers(12, 28)))}",
+            ("x",),
+            metric="exact",
+            max_tokens=16,
+        )
         for i in range(200)
     ]
     return choices, generated
@@ -61,7 +73,9 @@ def plain_choices(model, tokenizer, items, rows=32) -> np.ndarray:
     work = []
     for i, item in enumerate(items):
         prompt = tokenizer(item.prompt)["input_ids"]
-        work += [(i, j, prompt, tokenizer(item.prompt + " " + choice)["input_ids"]) for j, choice in enumerate(item.choices)]
+        work += [
+            (i, j, prompt, tokenizer(item.prompt + " " + choice)["input_ids"]) for j, choice in enumerate(item.choices)
+        ]
     work.sort(key=lambda w: len(w[3]))
     scores = np.zeros((len(items), 4))
     for start in range(0, len(work), rows):
@@ -82,7 +96,9 @@ def plain_generate(model, tokenizer, items, rows=32) -> list[str]:
     texts = [""] * len(items)
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
-        inputs = tokenizer([items[i].prompt for i in batch], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokenizer(
+            [items[i].prompt for i in batch], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
         for i, row in zip(batch, out[:, inputs["input_ids"].shape[1] :]):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
@@ -136,9 +152,20 @@ def main() -> None:
         ["all 700", f"{t['plain choice'] + t['plain generate']:.2f}", f"{t['ours choice'] + t['ours generate']:.2f}", f"**{both:.1f}x**", ""],
     ]  # fmt: skip
     share = work / t["ours choice"] / rate
-    text = table(f"Scoring on a {parameters / 1e6:.0f} M parameter Llama", ["", "plain loop s", "merge3 s", "faster", "same answers"], rows)
-    text += f"\n\nChoice scoring runs at {100 * share:.0f} % of a large matrix product's rate ({rate / 1e9:.0f} GFLOP/s)."
-    report("score", text, {"seconds": t, "ratio": both, "share_of_matrix_rate": share, "same_choice": same, "same_text": equal}, options.save)
+    text = table(
+        f"Scoring on a {parameters / 1e6:.0f} M parameter Llama",
+        ["", "plain loop s", "merge3 s", "faster", "same answers"],
+        rows,
+    )
+    text += (
+        f"\n\nChoice scoring runs at {100 * share:.0f} % of a large matrix product's rate ({rate / 1e9:.0f} GFLOP/s)."
+    )
+    report(
+        "score",
+        text,
+        {"seconds": t, "ratio": both, "share_of_matrix_rate": share, "same_choice": same, "same_text": equal},
+        options.save,
+    )
 
 
 if __name__ == "__main__":

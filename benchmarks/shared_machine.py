@@ -82,7 +82,9 @@ def merge(folder: Path) -> list:
             with torch.no_grad():
                 for p in model.parameters():
                     p.add_(torch.randn_like(p) * 0.002)
-        experts = [{"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.5}} for name in ("e0", "e1")]
+        experts = [
+            {"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.5}} for name in ("e0", "e1")
+        ]
         data = {"merge_method": "ties", "dtype": "bfloat16", "base_model": str(folder / "base"), "models": experts}
         recipe.write_text(yaml.safe_dump(data))
     return ["merge", recipe, folder / "out", "--json", "--quiet"]
@@ -114,13 +116,17 @@ def measured(programs: Path, arguments: list, out: Path, environment: dict[str, 
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def measure(job, folder: Path, before: Path | None, repeats: int, collapse: bool) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    job, folder: Path, before: Path | None, repeats: int, collapse: bool
+) -> dict[str, list[tuple[float, float]]]:
     """Before and now alone, now beside others, in turn; before beside others once: it takes long."""
     arguments, out = job(folder), folder / "out"
     older = HERE if before is None else before / ".venv" / "bin"
     # What libgomp and OpenBLAS do when nothing is set.
     cores = str(os.cpu_count())
-    spinning = {"OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": cores, "GOMP_SPINCOUNT": "300000"} if before is None else {}
+    spinning = (
+        {"OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": cores, "GOMP_SPINCOUNT": "300000"} if before is None else {}
+    )
     found: dict[str, list[tuple[float, float]]] = {"before": [], "alone": [], "beside": [], "before beside": []}
     measured(HERE, arguments, out, {})  # files in the page cache, bytecode compiled
     for turn in range(repeats):
@@ -141,7 +147,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-collapse", action="store_true", help="leave out the older version beside others: it takes long")
+    parser.add_argument(
+        "--no-collapse", action="store_true", help="leave out the older version beside others: it takes long"
+    )
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     rows, data = [], {}
@@ -151,7 +159,9 @@ def main() -> None:
         for name in options.jobs:
             job, title = JOBS[name]
             found = measure(job, folder, options.before, options.repeats, not options.no_collapse)
-            wall, processor = ({n: median([t[i] for t in times]) for n, times in found.items() if times} for i in (0, 1))
+            wall, processor = (
+                {n: median([t[i] for t in times]) for n, times in found.items() if times} for i in (0, 1)
+            )
             ratios = {
                 "alone": wall["alone"] / wall["before"],
                 "wall": wall["beside"] / wall["alone"], "processor": processor["beside"] / processor["alone"],

@@ -74,7 +74,9 @@ def eager_seconds(base, experts, c, modes, parameters: int) -> float:
     """The reference in float32, on a tenth of the parameters (it needs a dozen temporaries), scaled up."""
     part = max(1, parameters // 10)
     slices = [e[:part] for e in experts]
-    times = alternating({"eager": lambda: merge_ref([base[:part]], slices, c, torch.ones(1), modes, dtype=torch.float32)}, 3)
+    times = alternating(
+        {"eager": lambda: merge_ref([base[:part]], slices, c, torch.ones(1), modes, dtype=torch.float32)}, 3
+    )
     return median(times["eager"]) * parameters / part
 
 

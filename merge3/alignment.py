@@ -28,8 +28,11 @@ class Alignment:
 
 
 def align(
-    endpoints: dict[str, Checkpoint], has: Callable[[Ref], bool], shape: Callable[[Ref], Shape], drop: Iterable[str] = (),
-) -> Alignment:  # fmt: skip
+    endpoints: dict[str, Checkpoint],
+    has: Callable[[Ref], bool],
+    shape: Callable[[Ref], Shape],
+    drop: Iterable[str] = (),
+) -> Alignment:
     """Compare every endpoint with the base. endpoints: base first, under the base's tensor names. has, shape: of a
     tensor, stored or tied. drop: patterns of tensors that may be left out.
 
@@ -115,9 +118,11 @@ def _find_extra(model, checkpoint, base_name, base, own, has, drop: tuple[str, .
                 reason = f"no parameter of {model}'s own architecture"
         if reason is None:
             raise CheckpointError(
-                model, f"tensor {name!r} is not in the base {base_name}, a merge would lose it", "only tensors that the base has",
+                model,
+                f"tensor {name!r} is not in the base {base_name}, a merge would lose it",
+                "only tensors that the base has",
                 "another base, or --drop with its name to merge without it",
-            )  # fmt: skip
+            )
         found.left_out[Ref(model, name)] = reason
 
 

@@ -141,9 +141,14 @@ class LocalEngine:
         """See Engine."""
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
-            tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device),
-            self.pool.layouts[self.pool.base], warnings=tuple(self.pool.warnings),
-        )  # fmt: skip
+            tuple(self.pool.endpoints),
+            self.pool.content_hashes(),
+            parameters,
+            dict(self.pool.kept),
+            str(self.pool.device),
+            self.pool.layouts[self.pool.base],
+            warnings=tuple(self.pool.warnings),
+        )
 
     def prepare(self, registration: Registration) -> None:
         """See Engine."""
@@ -208,7 +213,9 @@ class LocalEngine:
             self._check_endpoint("endpoint", subject)
             return None
         if asked.space is None:
-            raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+            raise BadInput(
+                "genome", "these items were registered without a space", "a recipe, or a registration with a space"
+            )
         return self.space(asked.space).recipe(subject)
 
     def check(self, recipe: Recipe) -> None:
@@ -264,7 +271,9 @@ class LocalEngine:
         for model in space.definition.models:
             found = self.pool.layouts[model].layers if model in self.pool.layouts else depth
             if found != depth:
-                raise ConfigError("genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth")
+                raise ConfigError(
+                    "genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth"
+                )
 
     def _prefetch(self, space: Space) -> None:
         """What every value that a search can name needs, for all tensors in one pass over the weights."""
@@ -290,5 +299,7 @@ def _enough_memory(device: torch.device):
             torch.cuda.empty_cache()
             free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free of {torch.cuda.mem_get_info(device)[1] / 2**30:.2f}"
         raise ResourceError(
-            str(device), f"out of memory: {wanted[1] if wanted else 'more'} needed{free}", "fewer experts, or shorter items"
+            str(device),
+            f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",
+            "fewer experts, or shorter items",
         ) from None

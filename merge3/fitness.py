@@ -22,7 +22,9 @@ class Estimate(NamedTuple):
     stderr: float
 
 
-def mean_over_tasks(responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None) -> Estimate:
+def mean_over_tasks(
+    responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None
+) -> Estimate:
     """The mean over tasks of their mean response. responses: float64 [items]; weights: of tasks, default equal."""
     values, variances, total = 0.0, 0.0, 0.0
     for task in dict.fromkeys(item.task for item in items):
@@ -35,7 +37,10 @@ def mean_over_tasks(responses: np.ndarray, items: Sequence[Item], weights: Mappi
 
 
 def estimated_over_tasks(
-    responses: np.ndarray, items: Sequence[Item], estimators: Mapping[str, Estimator], weights: Mapping[str, float] | None = None
+    responses: np.ndarray,
+    items: Sequence[Item],
+    estimators: Mapping[str, Estimator],
+    weights: Mapping[str, float] | None = None,
 ) -> Estimate:
     """The mean over tasks of their estimated accuracies, from answers to a subset of every task's items. Tasks' errors
     are independent: they share no item."""

@@ -269,7 +269,10 @@ def call(op, *arguments):
         return op(*arguments)
     except NotImplementedError as error:  # torch has no kernel of ours for the tensors' device
         raise Unavailable(
-            "kernels", str(error).split("\n")[0][:160], f"tensors on one of: {_C.build}", "build with MERGE3_CUDA=1 where nvcc is installed"
+            "kernels",
+            str(error).split("\n")[0][:160],
+            f"tensors on one of: {_C.build}",
+            "build with MERGE3_CUDA=1 where nvcc is installed",
         ) from None
     except RuntimeError as error:
         message = str(error).split("\n")[0]

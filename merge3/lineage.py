@@ -35,11 +35,15 @@ def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint)
         own, theirs = _settings(base.config), _settings(other.config)
     for key in sorted(set(own) & set(theirs) if own and theirs else ()):
         if own[key] != theirs[key]:
-            lines.append(f"{model}: {key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}; the merge computes with the base's")
+            lines.append(
+                f"{model}: {key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}; the merge computes with the base's"
+            )
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
     if _other_words(base, other):
-        lines.append(f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match")
+        lines.append(
+            f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match"
+        )
     return lines
 
 

@@ -50,7 +50,9 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line: what lies where."""
-        parts = [f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"]
+        parts = [
+            f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"
+        ]
         if self.away:
             parts[0] += f", window {_gib(self.window)}"
         parts += [f"streamed from pinned memory {_gib(self.host)}"] if self.host else []
@@ -59,7 +61,9 @@ class MemoryPlan:
         return "memory: " + "; ".join(parts)
 
 
-def plan_memory(groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0) -> MemoryPlan:
+def plan_memory(
+    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
+) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so

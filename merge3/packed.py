@@ -22,7 +22,9 @@ class Signs:
     masks: list[torch.Tensor]
     scales: torch.Tensor
 
-    def merge_(self, out, base, weights: torch.Tensor, lambda_: torch.Tensor | None = None, modes: Modes = Modes("signs")) -> None:
+    def merge_(
+        self, out, base, weights: torch.Tensor, lambda_: torch.Tensor | None = None, modes: Modes = Modes("signs")
+    ) -> None:
         """Write base + λ · elected sum of weight_k · τ_k into `out`. weights: [T, K] or [K]; nothing but base and bits is read."""
         _merge(out, base, [], weights, self.scales, lambda_, modes, self.masks)
 
@@ -39,7 +41,9 @@ class Unified:
     def swap_(self, out, base, expert: int) -> None:
         """Write base + rescale_k · mask_k · τ_unified into `out`: the model for expert k's task."""
         masks = self.masks[expert :: self.rescales.shape[1]]
-        _merge(out, base, self.unified, torch.ones(1), self.rescales[:, expert : expert + 1], None, Modes("mask"), masks)
+        _merge(
+            out, base, self.unified, torch.ones(1), self.rescales[:, expert : expert + 1], None, Modes("mask"), masks
+        )
 
 
 def pack_signs(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor]) -> Signs:

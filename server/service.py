@@ -193,7 +193,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                     if kind == "emitted":
                         yield pb.ExportResponse(progress=pb.ExportProgress(done=value[0], total=value[1]))
                     else:
-                        result = pb.ExportResult(tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"])
+                        result = pb.ExportResult(
+                            tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"]
+                        )
             if temporary is None:
                 result.path = str(directory)
             else:
@@ -211,7 +213,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             raise BadInput("candidate", "none", "a recipe or an endpoint")
         what = await self._recipe_or_endpoint(request, which, entry.spec.models)
         if not 0 <= request.max_tokens <= self.limits.tokens:
-            raise BadInput("max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}")
+            raise BadInput(
+                "max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}"
+            )
         arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
         async with contextlib.aclosing(self._emitting(_driver(context), "generate", *arguments)) as emitted:
             async for kind, value in emitted:
@@ -262,7 +266,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
 def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
     genome = np.array(values)
     if size is None:
-        raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+        raise BadInput(
+            "genome", "these items were registered without a space", "a recipe, or a registration with a space"
+        )
     if len(genome) != size:
         raise BadInput("genome", f"{len(genome)} values", f"{size}, the space's")
     if not np.isfinite(genome).all():

@@ -123,7 +123,9 @@ class RayWorker:
         try:
             result, emitted, self.pid = await self._actor.call.remote(job.number, job.call, arguments)
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
-            raise Unavailable(f"worker {self.name}", f"died {RETRIES + 1} times at this ({type(error).__name__})") from None
+            raise Unavailable(
+                f"worker {self.name}", f"died {RETRIES + 1} times at this ({type(error).__name__})"
+            ) from None
         for what in emitted:
             job.emit and job.emit(what)
         if isinstance(result, Merge3Error):

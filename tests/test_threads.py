@@ -14,7 +14,14 @@ from tests.commands import client, server
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPUTING = ("merge", "evolve", "evaluate", "calibrate", "extract", "estimate", "report", "demo")
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "OPENBLAS_NUM_THREADS",
+)
 
 
 def python(code, *arguments, environment=None, **options):
@@ -35,7 +42,11 @@ def python(code, *arguments, environment=None, **options):
         ("0::/", {"cpu.max": "400000 100000"}, 4),  # a container with a namespace of its own
         ("0::/../../other", {"cpu.max": "400000 100000"}, 4),  # a path out of the namespace
         ("0::/a", {"unified/a/cpu.max": "200000 100000"}, 2),  # both versions mounted
-        ("5:cpuset:/x\n4:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3),
+        (
+            "5:cpuset:/x\n4:cpu,cpuacct:/docker/1",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3,
+        ),
         ("1:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 64),
         ("2:cpuset:/x", {"cpuset/x/cpu.max": "100000 100000"}, 64),  # another controller's
         ("0::/a", {"a/cpu.max": "many\n"}, 64),
@@ -99,7 +110,9 @@ main()
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_option_limits_torch_and_the_kernels(family, tmp_path, count):
     models = [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5, "density": 0.5}} for i in range(2)]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "ties", "base_model": str(family / "base"), "models": models}))
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"merge_method": "ties", "base_model": str(family / "base"), "models": models})
+    )
     done = python(COUNTED, "merge", tmp_path / "recipe.yaml", tmp_path / "out", "--threads", count, "--quiet")
     assert done.returncode == 0, done.stderr
     wanted, running = map(int, done.stderr.split("\n")[-2].split())

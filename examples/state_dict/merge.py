@@ -1,6 +1,6 @@
 """Merge plain state dicts with the kernels: two calls, no pool, no files.
 
-    python examples/state_dict/merge.py
+python examples/state_dict/merge.py
 """
 
 import torch
@@ -30,7 +30,9 @@ if __name__ == "__main__":
     experts = [{name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in base.items()} for _ in range(3)]
     whole = merge(base, experts, [0.5, 0.3, 0.2])
     sparse = merge(base, experts, [0.5, 0.3, 0.2], density=0.3)
-    plain = {name: base[name] + sum(w * (e[name] - base[name]) for w, e in zip((0.5, 0.3, 0.2), experts)) for name in base}
+    plain = {
+        name: base[name] + sum(w * (e[name] - base[name]) for w, e in zip((0.5, 0.3, 0.2), experts)) for name in base
+    }
     print("largest difference to plain torch:", max(float((whole[n] - plain[n]).abs().max()) for n in base))
     print("mean change, all of the task vectors:", float((whole["weight"] - base["weight"]).mean()))
     print("mean change, a random 30 % of them:  ", float((sparse["weight"] - base["weight"]).mean()))

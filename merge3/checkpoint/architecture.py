@@ -74,15 +74,23 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
     try:
         with _silence():
             _, found = kind.from_pretrained(
-                None, config=settings, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
+                None,
+                config=settings,
+                state_dict=tensors,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None  # one that this transformers names and cannot build, such as for want of a package
     mismatched = tuple(sorted((name, tuple(stored), tuple(own)) for name, stored, own in found["mismatched_keys"]))
     wrong = {name for name, *_ in mismatched}
     return Loading(
-        architecture, tuple(sorted(set(found["missing_keys"]) - wrong)), tuple(sorted(found["unexpected_keys"])), mismatched
+        architecture,
+        tuple(sorted(set(found["missing_keys"]) - wrong)),
+        tuple(sorted(found["unexpected_keys"])),
+        mismatched,
     )
 
 

@@ -48,7 +48,9 @@ def integer_buffer(name: str, shape: Iterable[int]) -> bool:
 
 
 def _sections(config: Mapping) -> list[tuple[str, Mapping]]:
-    nested = [(f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    nested = [
+        (f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)
+    ]
     return [("", config), *[n for n in nested if n[0] not in ("quantization_config.", "compression_config.")]]
 
 

@@ -87,7 +87,9 @@ class Checkpoint:
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint with other names for its tensors: old -> new, one to one."""
-        return replace(self, tensors={names[name]: replace(info, name=names[name]) for name, info in self.tensors.items()})
+        return replace(
+            self, tensors={names[name]: replace(info, name=names[name]) for name, info in self.tensors.items()}
+        )
 
     def content_hash(self) -> str:
         """One hash of all tensors, whatever their files and order. Reads every byte once."""

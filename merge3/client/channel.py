@@ -59,7 +59,9 @@ def translated(address: str) -> Iterator[None]:
     except grpc.RpcError as error:
         trailing = dict(error.trailing_metadata() or ())
         if error.code() is grpc.StatusCode.UNAVAILABLE and convert.ERROR_KEY not in trailing:
-            raise Unavailable(f"daemon {address}", "does not answer", "merge3-server serve", error.details() or "") from None
+            raise Unavailable(
+                f"daemon {address}", "does not answer", "merge3-server serve", error.details() or ""
+            ) from None
         raise convert.error_from(error.code().name, error.details() or "", trailing) from None
 
 

@@ -81,7 +81,9 @@ def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
     """
     for gene, r in m.bounds.items():
         if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
-            raise errors.ConfigError(f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high")
+            raise errors.ConfigError(
+                f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high"
+            )
     values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
     for field in m.DESCRIPTOR.fields:
         value = getattr(m, field.name)
@@ -103,7 +105,9 @@ def array_from(message: pb.Array, where: str, *shape: int) -> np.ndarray:
     found = tuple(message.shape)
     values = np.array(message.values)
     if found != shape or len(values) != int(np.prod(shape)) or not np.isfinite(values).all():
-        raise errors.BadInput(where, f"{len(values)} values, shape {list(found)}", f"finite numbers of shape {list(shape)}")
+        raise errors.BadInput(
+            where, f"{len(values)} values, shape {list(found)}", f"finite numbers of shape {list(shape)}"
+        )
     return values.reshape(shape)
 
 
@@ -138,7 +142,9 @@ def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") ->
         raise errors.BadInput(f"{where}: method", f"found {m.method!r}", ", ".join(ESTIMATORS))
     index, q = np.array(m.subset, dtype=int), len(m.centre.values)
     if len(index) == 0 or index.max() >= len(bank.items) or len(set(index)) < len(index):
-        raise errors.BadInput(f"{where}: subset", f"{len(index)} positions", f"different positions below {len(bank.items)}")
+        raise errors.BadInput(
+            f"{where}: subset", f"{len(index)} positions", f"different positions below {len(bank.items)}"
+        )
     subset = Subset(index, array_from(m.weights, f"{where}: weights", len(index)), m.subset_method)
     return Estimator(
         m.method, bank, subset, array_from(m.basis, f"{where}: basis", bank.dimensions, q),
@@ -161,7 +167,9 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
 def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
-    return PoolInfo(tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings))
+    return PoolInfo(
+        tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings)
+    )
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:
@@ -208,7 +216,9 @@ def recipe_from(text: str, where: str = "recipe") -> Recipe:
         except errors.RecipeError:
             raise
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise errors.RecipeError(where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON") from None
+            raise errors.RecipeError(
+                where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON"
+            ) from None
     try:
         return Recipe.parse(data, where)
     except RecursionError:
@@ -248,5 +258,7 @@ def error_from(code: str, details: str, metadata: Mapping[str, Any]) -> errors.M
     if ERROR_KEY in metadata:
         return error_of(pb.Error.FromString(metadata[ERROR_KEY]))
     _register(errors.Merge3Error)
-    kind = next((k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error)
+    kind = next(
+        (k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error
+    )
     return kind(details or code)

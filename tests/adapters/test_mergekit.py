@@ -26,7 +26,11 @@ def merged(recipe, out):
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True, random_seed=3, copy_tokenizer=False))
+    run_merge(
+        MergeConfiguration.model_validate(recipe),
+        str(out),
+        MergeOptions(quiet=True, random_seed=3, copy_tokenizer=False),
+    )
     return load_file(out / "model.safetensors")
 
 
@@ -97,7 +101,14 @@ def test_what_the_kernels_do_not_take_is_said_and_left_to_mergekit(family, tmp_p
 def test_as_a_command(family, tmp_path, adapter):
     """`python -m` installs the kernels by itself: the bits are those of this process, where they are installed."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(family, "ties")))
-    command = [sys.executable, "-m", "merge3.adapters.mergekit", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--no-copy-tokenizer"]
+    command = [
+        sys.executable,
+        "-m",
+        "merge3.adapters.mergekit",
+        str(tmp_path / "recipe.yaml"),
+        str(tmp_path / "out"),
+        "--no-copy-tokenizer",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     expected = merged(recipe(family, "ties"), tmp_path / "here")

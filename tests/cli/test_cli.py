@@ -80,7 +80,14 @@ def test_merge_evaluate_and_report(family, tiny_world, tmp_path):
     assert "merge_method: ties" in card and str(family / "e1") in card
     again = client("merge", tmp_path / "recipe.yaml", tmp_path / "out")
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
-    done = client("evaluate", tiny_world / "english", tiny_world / "translation.jsonl", "--json", "--responses", tmp_path / "r.jsonl")
+    done = client(
+        "evaluate",
+        tiny_world / "english",
+        tiny_world / "translation.jsonl",
+        "--json",
+        "--responses",
+        tmp_path / "r.jsonl",
+    )
     result = json.loads(done.stdout)
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and result["accuracy"] == pytest.approx(sum(r["score"] for r in rows) / 40)
@@ -200,7 +207,7 @@ def test_layers():
 def test_only_the_torch_binding_includes_torch():
     for file in (ROOT / "csrc").rglob("*"):
         if file.suffix in (".h", ".cpp", ".cu", ".cuh") and "torch" not in file.parent.name:
-            assert not re.search(r'#include.*(torch|ATen|c10)', file.read_text()), file
+            assert not re.search(r"#include.*(torch|ATen|c10)", file.read_text()), file
 
 
 def test_public_names():
@@ -238,7 +245,10 @@ def test_nothing_names_this_machine():
 def test_a_bad_memory_budget_is_one_line(family, tmp_path):
     items = tmp_path / "items.jsonl"
     items.write_text('{"id": "a", "kind": "choice", "prompt": "x", "choices": ["y", "z"], "answer": 0}\n')
-    for budget, message in (("plenty", "memory_budget: found 'plenty'"), ("1KiB", "memory_budget: found 0.0 MiB; expected at least")):
+    for budget, message in (
+        ("plenty", "memory_budget: found 'plenty'"),
+        ("1KiB", "memory_budget: found 0.0 MiB; expected at least"),
+    ):
         done = client("evaluate", str(family / "base"), str(items), "--memory-budget", budget)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

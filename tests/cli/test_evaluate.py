@@ -10,7 +10,16 @@ from tests.commands import client
 
 def asked(what, folder, name, *options):
     """(what it prints as JSON, responses by item)"""
-    done = client("evaluate", what, folder / "english.jsonl", folder / "sorting.jsonl", "--json", "--responses", folder / name, *options)
+    done = client(
+        "evaluate",
+        what,
+        folder / "english.jsonl",
+        folder / "sorting.jsonl",
+        "--json",
+        "--responses",
+        folder / name,
+        *options,
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return json.loads(done.stdout), {(row["task"], row["item"]): row["score"] for row in rows}

@@ -55,7 +55,11 @@ class Workshop:
         shutil.copytree(self.root / source, self.root / name)
         stored = load_file(self.root / name / "model.safetensors")
         tensors(stored)
-        save_file({k: v.contiguous() for k, v in stored.items()}, self.root / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in stored.items()},
+            self.root / name / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         file = self.root / name / "config.json"
         settings = json.loads(file.read_text())
         config(settings)

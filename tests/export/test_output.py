@@ -66,7 +66,12 @@ def test_padded_embeddings_keep_their_rows_for_every_spelling_of_the_tokenizer(w
     workshop.expert("base", "one")
     for name in ("base", "one"):
         make_tokenizer().save_pretrained(workshop.root / name)
-    spelled = [{}, {"tokenizer_source": "base"}, {"tokenizer": {"source": "base"}}, {"tokenizer": {"source": str(workshop.root / "one")}}]
+    spelled = [
+        {},
+        {"tokenizer_source": "base"},
+        {"tokenizer": {"source": "base"}},
+        {"tokenizer": {"source": str(workshop.root / "one")}},
+    ]
     for number, changes in enumerate(spelled):
         _, found = workshop.merge(["one"], "base", out=f"out{number}", **changes)
         assert found[EMBED].shape == (320, 32)
@@ -98,7 +103,10 @@ def test_chat_templates_by_name_and_by_text(workshop):
         tokenizer = AutoTokenizer.from_pretrained(workshop.root / name)
         assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
         assert tokenizer.model_max_length == length
-    for bad, message in (("chatlm", "expected auto, chatml, or a Jinja template"), ("{% if %}", "not a Jinja template")):
+    for bad, message in (
+        ("chatlm", "expected auto, chatml, or a Jinja template"),
+        ("{% if %}", "not a Jinja template"),
+    ):
         with pytest.raises(RecipeError, match=f"chat_template: .*{message}"):
             workshop.merge(["one"], "base", out="bad", chat_template=bad)
 
@@ -147,12 +155,24 @@ def test_a_damaged_write_never_gets_its_final_name(workshop, monkeypatch):
 
 
 RECIPES = {
-    "top-level normalize": (dict(normalize=True), r"normalize: stands at the top level; expected `normalize` under `parameters`"),
-    "dtype among parameters": (dict(parameters={"dtype": "bfloat16"}), r"parameters\.dtype: stands under `parameters`; expected .* top level"),
-    "misspelt parameter": (dict(parameters={"lamda": 0.5}), "lamda: task_arithmetic has no such parameter.*did you mean 'lambda'"),
+    "top-level normalize": (
+        dict(normalize=True),
+        r"normalize: stands at the top level; expected `normalize` under `parameters`",
+    ),
+    "dtype among parameters": (
+        dict(parameters={"dtype": "bfloat16"}),
+        r"parameters\.dtype: stands under `parameters`; expected .* top level",
+    ),
+    "misspelt parameter": (
+        dict(parameters={"lamda": 0.5}),
+        "lamda: task_arithmetic has no such parameter.*did you mean 'lambda'",
+    ),
     "misspelt key": (dict(dtpye="float32"), "unknown key 'dtpye'.*did you mean 'dtype'"),
     "mergekit-moe": (dict(experts=[], gate_mode="hidden"), "a mergekit-moe configuration; expected a merge recipe"),
-    "bad dtype": (dict(dtype="bfloat"), "dtype: found 'bfloat'; expected float32, float16, bfloat16 .did you mean 'bfloat16'"),
+    "bad dtype": (
+        dict(dtype="bfloat"),
+        "dtype: found 'bfloat'; expected float32, float16, bfloat16 .did you mean 'bfloat16'",
+    ),
 }
 
 
@@ -174,7 +194,9 @@ def test_recipes_that_mergekit_merges_merge_here(workshop):
     workshop.model("base")
     workshop.expert("base", "one")
     with pytest.warns(Merge3Warning, match=r"parameters\.random_seed: ignored, task_arithmetic has no such parameter"):
-        recipe = workshop.recipe(["one"], "base", parameters={"random_seed": 145}, dtype="torch.float16", anchors={"a": 1})
+        recipe = workshop.recipe(
+            ["one"], "base", parameters={"random_seed": 145}, dtype="torch.float16", anchors={"a": 1}
+        )
         merge_to_disk(recipe, workshop.root / "ignored")
     assert workshop.tensors("ignored")[EMBED].dtype == torch.float16
     # nothing is kept where a density is 0: there the base stays
@@ -188,7 +210,11 @@ def test_recipes_that_mergekit_merges_merge_here(workshop):
 
 
 def test_several_documents_and_fences_are_named(tmp_path):
-    files = {"a: 1\n---\nb: 2\n": "several documents", "```yaml\na: 1\n```\n": "begin with ```", "a:\n\tb: 1\n": "spaces, not tabs"}
+    files = {
+        "a: 1\n---\nb: 2\n": "several documents",
+        "```yaml\na: 1\n```\n": "begin with ```",
+        "a:\n\tb: 1\n": "spaces, not tabs",
+    }
     for text, message in files.items():
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(RecipeError, match=message):
@@ -201,12 +227,16 @@ def test_moved_checkpoints_of_shards_are_whole(workshop):
 
     workshop.model("base")
     workshop.expert("base", "one")
-    AutoModelForCausalLM.from_pretrained(workshop.root / "one").save_pretrained(workshop.root / "sharded", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(workshop.root / "one").save_pretrained(
+        workshop.root / "sharded", max_shard_size="20KB"
+    )
     index = workshop.root / "sharded" / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     del data["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(data))
-    shutil.copy(workshop.root / "base" / "model.safetensors", workshop.root / "sharded" / "model.safetensors")  # a stray one
+    shutil.copy(
+        workshop.root / "base" / "model.safetensors", workshop.root / "sharded" / "model.safetensors"
+    )  # a stray one
     _, expected = workshop.merge(["one"], "base", out="a")
     _, found = workshop.merge(["sharded"], "base", out="b")
     assert all(torch.equal(found[n], t) for n, t in expected.items())
@@ -228,6 +258,10 @@ def test_what_an_architecture_needs_is_remembered_and_asked_anew_when_anything_d
     fewer = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
     assert architecture.loading(checkpoint.config, fewer).missing == ("lm_head.weight",)
     wide = architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes)
-    assert wide.mismatched and architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes) == wide and len(asked) == 3
+    assert (
+        wide.mismatched
+        and architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes) == wide
+        and len(asked) == 3
+    )
     next((tmp_path / "cache").rglob("*.json")).write_text("{")  # damaged: asked again
     architecture.loading(checkpoint.config, shapes), architecture.loading(checkpoint.config, fewer)

@@ -133,7 +133,10 @@ def test_an_ability_is_where_the_posterior_peaks(world):
 
     def loss(x):
         p = sigmoid(a * x[0] - b)
-        return -(y * np.log(p) + (1 - y) * np.log1p(-p)).sum() + 0.5 * estimator.precision[0, 0] * (x[0] - estimator.centre[0]) ** 2
+        return (
+            -(y * np.log(p) + (1 - y) * np.log1p(-p)).sum()
+            + 0.5 * estimator.precision[0, 0] * (x[0] - estimator.centre[0]) ** 2
+        )
 
     assert abs(minimize(loss, [0.0]).x[0] - irt.estimate(estimator, y).theta[0, 0]) < 1e-4
 
@@ -144,7 +147,9 @@ def test_one_endpoint_makes_mp_irt_p_irt_and_says_so(world):
     one = irt.prepare(bank, responses, subset, "mp-irt", ("m0",))
     assert "mp-irt is p-irt" in one.note
     plain = irt.prepare(bank, responses, subset, "p-irt")
-    assert np.allclose(irt.estimate(one, others[:5, subset.index]).value, irt.estimate(plain, others[:5, subset.index]).value)
+    assert np.allclose(
+        irt.estimate(one, others[:5, subset.index]).value, irt.estimate(plain, others[:5, subset.index]).value
+    )
 
 
 def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions():
@@ -160,7 +165,9 @@ def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions
     # Mixtures of two endpoints lie near their line, whose sum of coordinates is 1: nearer than abilities
     # estimated without knowing the endpoints' line.
     away = lambda theta: np.abs(theta.sum(1) - 1)
-    free = irt.estimate(replace(estimator, basis=np.eye(2), centre=np.array([0.5, 0.5]), precision=np.eye(2)), y[:, subset.index])
+    free = irt.estimate(
+        replace(estimator, basis=np.eye(2), centre=np.array([0.5, 0.5]), precision=np.eye(2)), y[:, subset.index]
+    )
     assert away(found.theta).max() < 0.7 and away(found.theta).mean() < 0.7 * away(free.theta).mean()
 
 
@@ -178,7 +185,9 @@ def test_the_papers_share_can_be_fixed(world):
     bank, responses, others, _ = world
     subset = extract(bank, responses, "random", 10)
     half = irt.prepare(bank, responses, subset, "gp-irt", share=0.5)
-    parts = [irt.estimate(irt.prepare(bank, responses, subset, m), others[:, subset.index]).value for m in ("mean", "p-irt")]
+    parts = [
+        irt.estimate(irt.prepare(bank, responses, subset, m), others[:, subset.index]).value for m in ("mean", "p-irt")
+    ]
     assert np.allclose(irt.estimate(half, others[:, subset.index]).value, (parts[0] + parts[1]) / 2)
 
 

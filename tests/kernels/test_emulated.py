@@ -26,7 +26,18 @@ def library():
 def test_kernel_suite_under_the_sanitizers(library):
     """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has. Both at the same time."""
     files = [str(Path(__file__).with_name(name)) for name in SUITES]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.kernels.emulation.library", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "tests.kernels.emulation.library",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     # Instruction sets are compared in processes of their own.
     only = {"cuda": ["-k", "not instruction_set"], "cpu": []}
     runs = {
@@ -110,7 +121,9 @@ int main(int, char** argv) {
   }
 }
 """)
-    subprocess.run(["g++", "-std=c++20", "-O1", *SANITIZE, f"-I{HERE}", "bad.cpp", "-o", "bad"], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", *SANITIZE, f"-I{HERE}", "bad.cpp", "-o", "bad"], cwd=tmp_path, check=True
+    )
     run = lambda what: subprocess.run([tmp_path / "bad", what], capture_output=True, text=True)
     assert run("sum").returncode == 0 and run("racing").returncode == 0
     divergent, overrun = run("divergent"), run("overrun")
@@ -120,7 +133,17 @@ int main(int, char** argv) {
 
 def test_tensors_beyond_2_to_the_31(tmp_path):
     objects = [HERE / "large.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED", f"-I{HERE}", "-x", "c++"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-DMERGE3_WITH_CUDA",
+        "-DMERGE3_EMULATED",
+        f"-I{HERE}",
+        "-x",
+        "c++",
+    ]
     subprocess.run([*command, *map(str, objects), "-o", str(tmp_path / "large")], check=True)
     done = subprocess.run([tmp_path / "large"], capture_output=True, text=True, timeout=300)
     if done.returncode == 77:

@@ -172,7 +172,9 @@ def test_output_may_be_the_base_but_not_an_expert():
     inplace = [base[0].clone()]
     kernels.merge_(inplace, inplace, experts, c, lam, Modes("magnitude", "sum"))
     assert torch.equal(inplace[0], expected[0])
-    with pytest.raises(BadInput, match=r"expert 1 of tensor 0 overlaps out of tensor 0|out of tensor 0 overlaps expert 1 of tensor 0"):
+    with pytest.raises(
+        BadInput, match=r"expert 1 of tensor 0 overlaps out of tensor 0|out of tensor 0 overlaps expert 1 of tensor 0"
+    ):
         kernels.merge_([experts[1]], base, experts, c, lam)
 
 
@@ -213,7 +215,18 @@ def test_slices_give_the_bits_of_the_whole(sparsify, dtype):
     )  # fmt: skip
     assert torch.equal(out, whole[0].flatten())
     with pytest.raises(BadInput, match="slice from element 100: expected a multiple of"):
-        kernels.merge_([out], base[:1], experts[:3], c[:1], lam[:1], Modes(), ids[:1], [], torch.tensor([100]), torch.tensor([3001]))
+        kernels.merge_(
+            [out],
+            base[:1],
+            experts[:3],
+            c[:1],
+            lam[:1],
+            Modes(),
+            ids[:1],
+            [],
+            torch.tensor([100]),
+            torch.tensor([3001]),
+        )
 
 
 @pytest.mark.parametrize("sparsify", kernels.SPARSIFY)
@@ -287,7 +300,9 @@ def test_bad_arguments_name_the_tensor():
 
 def test_a_device_without_kernels_names_the_build_step():
     with pytest.raises(Unavailable, match=r"kernels: .*expected tensors on one of: .*\(build with MERGE3_CUDA=1"):
-        kernels.merge_([torch.empty(8).to_mkldnn()], [], [torch.empty(8).to_mkldnn()], kernels.coefficients(1, 1), torch.ones(1))
+        kernels.merge_(
+            [torch.empty(8).to_mkldnn()], [], [torch.empty(8).to_mkldnn()], kernels.coefficients(1, 1), torch.ones(1)
+        )
 
 
 @pytest.mark.parametrize("cpu", ["generic", "avx2", "avx512"])
@@ -310,7 +325,10 @@ torch.save(results, sys.argv[1])
 """
     environment = dict(os.environ, MERGE3_CPU=cpu)
     child = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "other.pt", Path(__file__).parent], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, tmp_path / "other.pt", Path(__file__).parent],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if child.returncode and "one this processor has" in child.stderr:
         pytest.skip(f"this processor has no {cpu}")
@@ -335,11 +353,22 @@ def test_operators_pass_opcheck():
     out = [torch.empty(16)]
     torch.library.opcheck(
         torch.ops.merge3.merge_.default,
-        (out, base, experts, c, torch.ones(1), torch.arange(1), *[torch.empty(0, dtype=torch.int64)] * 2, [], 1, 1, True, 0),
+        (
+            out,
+            base,
+            experts,
+            c,
+            torch.ones(1),
+            torch.arange(1),
+            *[torch.empty(0, dtype=torch.int64)] * 2,
+            [],
+            1,
+            1,
+            True,
+            0,
+        ),
     )
-    torch.library.opcheck(
-        torch.ops.merge3.gram_.default, (torch.empty(1, 3, 3, dtype=torch.float64), base, experts)
-    )
+    torch.library.opcheck(torch.ops.merge3.gram_.default, (torch.empty(1, 3, 3, dtype=torch.float64), base, experts))
 
 
 def test_ties_of_zero_never_agree():

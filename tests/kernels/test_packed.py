@@ -25,7 +25,9 @@ def test_bits_and_sums_are_the_references(dtype, count):
     base, experts = make_case(SIZES, count, dtype)
     unified = [torch.empty_like(b) for b in base]
     kernels.elementwise_(unified, base, experts, "unify", torch.zeros(len(base)))
-    for f, e in zip(unified, elementwise_ref(base, experts, "unify", torch.zeros(len(base)), torch.ones(len(base), count))):
+    for f, e in zip(
+        unified, elementwise_ref(base, experts, "unify", torch.zeros(len(base)), torch.ones(len(base), count))
+    ):
         assert_close(f, e, dtype, 0.05)
     for extra in ((), unified):
         masks, sums = kernels.pack(base, experts, len(base), extra)

@@ -37,6 +37,7 @@ def recipe(root, method, experts=3, base=True, weights=None, dtype="float32", **
 
 def cases(root):
     """name -> recipe, for every deterministic method and the ways parameters can be given."""
+
     def make(method, **kw):
         return recipe(root, method, **kw)
 
@@ -108,7 +109,9 @@ def merged(family, bf16_family, tmp_path_factory):
     recipes = dict(cases(family))
     bf16 = recipe(bf16_family, "ties", weights=[0.5, 0.3, 0.4], density=0.5) | {"out_dtype": "bfloat16"}
     recipes["bf16_ties"] = bf16
-    recipes["bf16_linear"] = recipe(bf16_family, "linear", base=False, weights=[0.5, 0.3, 0.4]) | {"out_dtype": "bfloat16"}
+    recipes["bf16_linear"] = recipe(bf16_family, "linear", base=False, weights=[0.5, 0.3, 0.4]) | {
+        "out_dtype": "bfloat16"
+    }
     for method in RANDOM:
         recipes[method] = recipe(family, method, experts=1, weights=[1.0], density=0.5, normalize=False)
     for method in ("ties", "linear"):  # what a search writes as best.yaml

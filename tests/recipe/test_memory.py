@@ -21,7 +21,9 @@ from tests.worlds import shared
 MIB = 2**20
 
 
-@pytest.mark.parametrize("text,size", [(7, 7), ("20GiB", 20 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("100", 100)])
+@pytest.mark.parametrize(
+    "text,size", [(7, 7), ("20GiB", 20 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("100", 100)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -143,7 +145,9 @@ def test_endpoints_of_other_dtypes_are_converted_in_parts(wide_family, tmp_path)
 
 
 def test_a_budget_too_small_says_what_is_needed(wide_family):
-    with pytest.raises(BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"):
+    with pytest.raises(
+        BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"
+    ):
         Pool.open(str(wide_family / "base"), [str(wide_family / "e0")], memory_budget="14MiB")
 
 
@@ -177,7 +181,9 @@ def test_the_budget_bounds_resident_memory(family, tmp_path):
     models = json.dumps([str(tmp_path / n) for n in ("base", "e0", "e1", "e2")])
     taken = {}
     for budget in ("", "480MiB"):
-        done = subprocess.run([sys.executable, "-c", CHILD, models, budget, str(family / "base")], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, models, budget, str(family / "base")], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         taken[budget] = json.loads(done.stdout.splitlines()[-1])
     for found in taken.values():

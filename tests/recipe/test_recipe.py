@@ -27,7 +27,9 @@ scalars = st.one_of(st.floats(-2, 2, allow_nan=False), st.integers(-3, 3), st.bo
 settings = st.one_of(
     scalars,
     st.lists(st.floats(-2, 2), min_size=1, max_size=4),
-    st.lists(st.fixed_dictionaries({"filter": st.sampled_from(["mlp", "attn"]), "value": scalars}), min_size=1, max_size=3),
+    st.lists(
+        st.fixed_dictionaries({"filter": st.sampled_from(["mlp", "attn"]), "value": scalars}), min_size=1, max_size=3
+    ),
 )
 
 
@@ -97,7 +99,10 @@ def test_bad_recipes_are_one_clear_line(family, tmp_path, case):
 def test_layer_ranges_are_checked(family):
     def slices(*ranges, method="passthrough"):
         return Recipe.parse(
-            {"merge_method": method, "slices": [{"sources": [{"model": str(family / "e0"), "layer_range": r}]} for r in ranges]}
+            {
+                "merge_method": method,
+                "slices": [{"sources": [{"model": str(family / "e0"), "layer_range": r}]} for r in ranges],
+            }
         )
 
     pool = Pool.open(str(family / "e0"), [])

@@ -48,11 +48,27 @@ def undisturbed(tiny_world, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(undisturbed, tiny_world):
     directory, result = undisturbed
-    assert {p.name for p in directory.iterdir()} >= {"run.db", "config.yaml", "best.yaml", "result.json", "report.html", "model"}
+    assert {p.name for p in directory.iterdir()} >= {
+        "run.db",
+        "config.yaml",
+        "best.yaml",
+        "result.json",
+        "report.html",
+        "model",
+    }
     saved = json.loads((directory / "result.json").read_text())
     assert saved == result
     assert saved["candidates"] == 24 and saved["item_answers"] == 24 * 56 and saved["seconds"] > 0
-    assert {"base", "english", "italian", "translation", "uniform_linear", "ties", "dare_ties", "task_arithmetic"} <= set(saved["baselines"])
+    assert {
+        "base",
+        "english",
+        "italian",
+        "translation",
+        "uniform_linear",
+        "ties",
+        "dare_ties",
+        "task_arithmetic",
+    } <= set(saved["baselines"])
     assert 0 <= saved["heldout"] <= 1 and all(0 <= v <= 1 for v in saved["baselines"].values())
     page = (directory / "report.html").read_text()
     assert page.count("<svg") >= 3 and "best.yaml" in page and "http" not in page.split("<body>")[1]
@@ -75,7 +91,16 @@ def test_what_was_searched_is_what_was_exported(undisturbed, tiny_world):
 def test_killed_runs_resume_to_the_same_bits(undisturbed, tiny_world, tmp_path):
     directory, _ = undisturbed
     killed = tmp_path / "run"
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(tiny_world / "evolve.yaml"), "--run-dir", str(killed), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "merge3.client",
+        "evolve",
+        str(tiny_world / "evolve.yaml"),
+        "--run-dir",
+        str(killed),
+        "--quiet",
+    ]
     for stop_after in (5, 15):
         extra = ["--resume"] if killed.exists() else []
         process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -242,7 +267,9 @@ def test_cma_begins_at_the_start_survives_flat_fitness_and_improves():
 
 
 def test_mean_over_tasks_weights_tasks_not_items():
-    items = [Item(f"a{i}", "a", "generate", "p", ("x",)) for i in range(8)] + [Item("b0", "b", "generate", "p", ("x",))] * 2
+    items = [Item(f"a{i}", "a", "generate", "p", ("x",)) for i in range(8)] + [
+        Item("b0", "b", "generate", "p", ("x",))
+    ] * 2
     responses = np.array([1.0] * 4 + [0.0] * 4 + [1.0, 1.0])
     value, stderr = mean_over_tasks(responses, items)
     assert value == 0.75 and stderr == pytest.approx((0.25 / 8) ** 0.5 / 2)

@@ -93,10 +93,14 @@ def test_chat_templates_are_applied(own_world, tmp_path):
         (own_world / name / "chat_template.jinja").write_text(template)
     config = configuration(own_world, tasks=tasks, apply_chat_template=True)
     run.evolve(config, tmp_path / "chat", quiet=True)
-    for (genome, responses), (expected, answers) in zip(journal(tmp_path / "chat"), journal(tmp_path / "plain"), strict=True):
+    for (genome, responses), (expected, answers) in zip(
+        journal(tmp_path / "chat"), journal(tmp_path / "plain"), strict=True
+    ):
         assert np.array_equal(genome, expected) and np.array_equal(responses, answers)
     written = AutoTokenizer.from_pretrained(tmp_path / "chat" / "model")
-    said = written.apply_chat_template([{"role": "user", "content": "one plus one"}], tokenize=False, add_generation_prompt=True)
+    said = written.apply_chat_template(
+        [{"role": "user", "content": "one plus one"}], tokenize=False, add_generation_prompt=True
+    )
     assert said == "<s> one plus one equals"
 
 
@@ -124,7 +128,10 @@ def classifiers(tmp_path):
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     for name, labels in (("a", 3), ("b", 4)):
-        items = [{"id": f"{i}", "kind": "classify", "prompt": " ".join(ENGLISH[i : i + 3]), "answer": i % labels} for i in range(40)]
+        items = [
+            {"id": f"{i}", "kind": "classify", "prompt": " ".join(ENGLISH[i : i + 3]), "answer": i % labels}
+            for i in range(40)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
     genome = {"models": ["./a", "./b"], "base_model": "./base", "merge_method": "task_arithmetic"}
     tasks = [{"items": f"./{name}.jsonl", "head": f"./{name}"} for name in ("a", "b")]

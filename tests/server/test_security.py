@@ -83,7 +83,10 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
             return (Path.write_text, (roots / "boom", "!"))
 
     broken = {
-        "pickle": lambda m: ((m / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), (m / "model.safetensors").unlink()),
+        "pickle": lambda m: (
+            (m / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())),
+            (m / "model.safetensors").unlink(),
+        ),
         "disguised": lambda m: (m / "model.safetensors").write_bytes(pickle.dumps(Bomb())),
         "truncated": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
         "config": lambda m: (m / "config.json").write_text("{"),
@@ -113,19 +116,28 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
 def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start, monkeypatch):
     hour = timedelta(hours=1)
     tokens = tmp_path / "tokens"
-    tokens.write_text(f"# drivers\ngood\nold {(datetime.now(UTC) - hour).isoformat()}\nyoung {(datetime.now(UTC) + hour).isoformat()}\n")
+    tokens.write_text(
+        f"# drivers\ngood\nold {(datetime.now(UTC) - hour).isoformat()}\nyoung {(datetime.now(UTC) + hour).isoformat()}\n"
+    )
     daemon = start(tiny_world, tokens=tokens)
     stub = daemon.stub()
 
     def with_token(token):
         return lambda: stub.Status(pb.StatusRequest(), metadata=(("authorization", token),))
 
-    assert code_of(lambda: stub.Status(pb.StatusRequest())) == ("UNAUTHENTICATED", "authorization: no token; expected Bearer TOKEN")
+    assert code_of(lambda: stub.Status(pb.StatusRequest())) == (
+        "UNAUTHENTICATED",
+        "authorization: no token; expected Bearer TOKEN",
+    )
     for token, words in (("Bearer bad", "an unknown token"), ("good", "not a bearer token"), ("Bearer old", "has expired"),
                          ("Bearer ", "not a bearer token"), ("Bearer good good", "not a bearer token")):  # fmt: skip
         code, said = code_of(with_token(token))
         assert code == "UNAUTHENTICATED" and words in said
-    for call in (lambda: list(stub.Watch(pb.WatchRequest())), lambda: stub.RegisterItems(iter([])), lambda: list(stub.EvaluateStream(iter([])))):
+    for call in (
+        lambda: list(stub.Watch(pb.WatchRequest())),
+        lambda: stub.RegisterItems(iter([])),
+        lambda: list(stub.EvaluateStream(iter([]))),
+    ):
         assert code_of(call)[0] == "UNAUTHENTICATED"
     with_token("Bearer good")(), with_token("bearer young")()
     (tmp_path / "mine").write_text("good\n")
@@ -178,7 +190,18 @@ def certificates(tmp_path_factory):
         subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, cwd=folder)
 
     def signed(name, authority, days=30):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl(
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
         (folder / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
         openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial",
                 "-days", days, "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
@@ -198,7 +221,11 @@ def test_tls_and_mutual_tls(tiny_world, certificates, start):
     options = dict(certificate=c / "server.pem", key=c / "server.key")
     daemon = start(tiny_world, **options)
     assert status(Target(daemon.address, ca=str(c / "ca.pem"))).state == "serving"
-    unreachable = [Target(daemon.address), Target(daemon.address, ca=str(c / "other-ca.pem")), Target(daemon.address, ca="system")]
+    unreachable = [
+        Target(daemon.address),
+        Target(daemon.address, ca=str(c / "other-ca.pem")),
+        Target(daemon.address, ca="system"),
+    ]
     mutual = start(tiny_world, **options, client_ca=c / "ca.pem")
     ca = str(c / "ca.pem")
     assert status(Target(mutual.address, ca, c / "client.pem", c / "client.key")).state == "serving"
@@ -231,7 +258,11 @@ def test_images_are_files_below_the_roots(world):
     from merge3.rpc import convert
 
     item = pb.Item(id="i", kind="classify", image="/etc/hostname", index=0)
-    for path, code in (("/etc/hostname", "PERMISSION_DENIED"), ("none.png", "NOT_FOUND"), ("../x.png", "PERMISSION_DENIED")):
+    for path, code in (
+        ("/etc/hostname", "PERMISSION_DENIED"),
+        ("none.png", "NOT_FOUND"),
+        ("../x.png", "PERMISSION_DENIED"),
+    ):
         item.image = path
         parts = [
             pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id=world.pool.pool_id)),

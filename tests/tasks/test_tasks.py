@@ -65,7 +65,15 @@ def test_generation_matches_transformers(world, name, prefix_words):
     rng = np.random.default_rng(prefix_words)
     prefix = words(rng, prefix_words)
     items = [
-        Item(f"g{i}", "g", "generate", f"{prefix} {words(rng, 1 + i % 6)}".strip(), ("x",), metric="exact", max_tokens=3 + i % 8)
+        Item(
+            f"g{i}",
+            "g",
+            "generate",
+            f"{prefix} {words(rng, 1 + i % 6)}".strip(),
+            ("x",),
+            metric="exact",
+            max_tokens=3 + i % 8,
+        )
         for i in range(13)
     ]
     question = LM(models[name], tokenizer, batch_tokens=100).generate(requests(items, tokenizer))
@@ -136,7 +144,15 @@ def test_image_classification(tmp_path):
 
     torch.manual_seed(0)
     model = ViTForImageClassification(
-        ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4, num_labels=4)
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_labels=4,
+        )
     ).eval()
     lines, pixels = [], []
     for i in range(6):
@@ -146,7 +162,10 @@ def test_image_classification(tmp_path):
         lines.append(json.dumps({"kind": "classify", "image": f"{i}.npy", "answer": i % 4}))
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
     expected = model(pixel_values=torch.stack(pixels)).logits.argmax(-1) == torch.arange(6) % 4
-    assert Scorer(read_items(tmp_path / "items.jsonl"), model, tmp_path).score(model).tolist() == expected.double().tolist()
+    assert (
+        Scorer(read_items(tmp_path / "items.jsonl"), model, tmp_path).score(model).tolist()
+        == expected.double().tolist()
+    )
 
 
 def test_heldout_split_is_disjoint_stable_and_by_task():

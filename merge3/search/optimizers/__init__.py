@@ -59,9 +59,15 @@ OPTIMIZERS: dict[str, Callable[[Start], Optimizer]] = {"cma": _cma, "random": _r
 
 
 def make(
-    name: str, initial: np.ndarray, low: np.ndarray, high: np.ndarray, sigma: float, population: int | None, seed: int,
+    name: str,
+    initial: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    sigma: float,
+    population: int | None,
+    seed: int,
     assisted: bool = False,
-) -> Optimizer:  # fmt: skip
+) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))

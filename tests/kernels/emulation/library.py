@@ -18,7 +18,12 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 def sources() -> list[Path]:
     csrc = ROOT / "csrc"
-    return [csrc / "torch" / "library.cpp", csrc / "api.cpp", *sorted(csrc.glob("cpu/*.cpp")), *sorted(csrc.glob("cuda/*.cu"))]
+    return [
+        csrc / "torch" / "library.cpp",
+        csrc / "api.cpp",
+        *sorted(csrc.glob("cpu/*.cpp")),
+        *sorted(csrc.glob("cuda/*.cu")),
+    ]
 
 
 def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
@@ -49,7 +54,18 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
         objects = list(pool.map(compile_one, sources()))
     lib = Path(torch.__file__).parent / "lib"
     partial = folder / "_C.partial.so"
-    link = ["-shared", *SANITIZE, *map(str, objects), f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)]
+    link = [
+        "-shared",
+        *SANITIZE,
+        *map(str, objects),
+        f"-L{lib}",
+        f"-Wl,-rpath,{lib}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-o",
+        str(partial),
+    ]
     subprocess.run(["g++", *link], check=True)
     partial.rename(library)
     return library
@@ -57,7 +73,9 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
 
 def environment(device: str, library: Path) -> dict[str, str]:
     """What a Python that loads the library needs: the sanitizers before everything else."""
-    found = lambda name: subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    found = lambda name: subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     # The tensors count as those of the second GPU, while the first is the current one.
     return os.environ | ({"MERGE3_TEST_DEVICE_INDEX": "1"} if device == "cuda" else {}) | {
         "MERGE3_TEST_LIBRARY": str(library), "MERGE3_TEST_DEVICE": device,
