@@ -66,10 +66,17 @@ def main() -> None:
                 per_merge = less.mean(0)
                 half = 1.96 * per_merge.std(ddof=1) / len(per_merge) ** 0.5
                 data.append(
-                    {"n": size, "extract": extractor, "estimate": method, "error": error.mean(), "below_mean": per_merge.mean(),
-                     "interval": half, "covered": float((error < 2 * stderr).mean()),
-                     "tau": float(np.mean([kendalltau(v, truth).statistic for v in value]))}
-                )  # fmt: skip
+                    {
+                        "n": size,
+                        "extract": extractor,
+                        "estimate": method,
+                        "error": error.mean(),
+                        "below_mean": per_merge.mean(),
+                        "interval": half,
+                        "covered": float((error < 2 * stderr).mean()),
+                        "tau": float(np.mean([kendalltau(v, truth).statistic for v in value])),
+                    }
+                )
                 # The paper's stability: estimates within ε of the truth choose a merge within 2 ε of the best.
                 data[-1] |= {
                     "epsilon": float(error.max(1).mean()),
@@ -82,8 +89,15 @@ def main() -> None:
                     else f"{error.mean():.4f}"
                 )
             default = next(d for d in reversed(data) if d["estimate"] == "gmp-irt")
-            row = [size, extractor, *cells, f"{100 * default['covered']:.1f} %", f"{default['tau']:.2f}",
-                   f"{default['epsilon']:.3f}", f"{default['gap']:.3f}"]  # fmt: skip
+            row = [
+                size,
+                extractor,
+                *cells,
+                f"{100 * default['covered']:.1f} %",
+                f"{default['tau']:.2f}",
+                f"{default['epsilon']:.3f}",
+                f"{default['gap']:.3f}",
+            ]
             print(row, flush=True)
             if extractor in ("random", "irt") or size == 20:
                 rows.append(row)

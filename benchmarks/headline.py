@@ -58,9 +58,12 @@ def main() -> None:
             found, ledger = results[name], results[name]["ledger"]
             given = ledger["full"] / (ledger["total"] - ledger["calibration"])
             row[name] = {
-                "heldout": found["heldout"], "share": found["heldout"] / row["full"], "ledger": ledger,
-                "ratio": ledger["full"] / ledger["total"], "ratio, calibration given": given,
-            }  # fmt: skip
+                "heldout": found["heldout"],
+                "share": found["heldout"] / row["full"],
+                "ledger": ledger,
+                "ratio": ledger["full"] / ledger["total"],
+                "ratio, calibration given": given,
+            }
             ratio = f"1/{row[name]['ratio']:.0f}" + (f" (1/{given:.0f})" if ledger["calibration"] else "")
             cells += [f"{found['heldout']:.3f}", f"**{row[name]['share']:.3f}**", ratio]
         data.append(row)
@@ -69,9 +72,19 @@ def main() -> None:
         return
     average = lambda name: f"**{np.mean([row[name]['share'] for row in data]):.3f}**"
     rows.append(["mean", "", "", "", average("mean"), "", "", average("gmp-irt"), ""])
-    columns = ["seed", "best baseline", "all items", "mean, 9 items per task", "of all", "answers",
-               "gmp-irt, 9 items per task", "of all", "answers (calibration given)"]  # fmt: skip
-    title = f"Held-out accuracy of a search on all {4 * ITEMS:,} items and on a fiftieth of its answers ({BUDGET} candidates)"
+    columns = [
+        "seed",
+        "best baseline",
+        "all items",
+        "mean, 9 items per task",
+        "of all",
+        "answers",
+        "gmp-irt, 9 items per task",
+        "of all",
+        "answers (calibration given)",
+    ]
+    asked = f"a search on all {4 * ITEMS:,} items and on a fiftieth of its answers"
+    title = f"Held-out accuracy of {asked} ({BUDGET} candidates)"
     report("headline", table(title, columns, rows), {"rows": data}, options.save)
 
 

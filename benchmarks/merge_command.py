@@ -62,8 +62,11 @@ def main() -> None:
     try:
         parameters = make_models(root)
         for method in options.methods:
-            recipe = {"merge_method": method, "dtype": "bfloat16", "models": [
-                {"model": str(root / f"e{i}"), "parameters": {"weight": 0.4}} for i in range(3)]}  # fmt: skip
+            recipe = {
+                "merge_method": method,
+                "dtype": "bfloat16",
+                "models": [{"model": str(root / f"e{i}"), "parameters": {"weight": 0.4}} for i in range(3)],
+            }
             if method != "linear":
                 recipe["base_model"] = str(root / "base")
             if method in ("ties", "dare_ties"):
@@ -94,8 +97,17 @@ def main() -> None:
             faster = {n: f"**{wall['mergekit'] / w:.1f}x**" for n, w in wall.items()}
             # linear is not among the methods that the adapter takes over
             adapter = ["", ""] if method == "linear" else [f"{wall['adapter']:.1f}", faster["adapter"]]
-            rows.append([method, f"{wall['mergekit']:.1f}", f"{wall['merge3']:.1f}", faster["merge3"], *adapter,
-                         f"{peak['mergekit'] / 1e9:.2f}", f"{peak['merge3'] / 1e9:.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    method,
+                    f"{wall['mergekit']:.1f}",
+                    f"{wall['merge3']:.1f}",
+                    faster["merge3"],
+                    *adapter,
+                    f"{peak['mergekit'] / 1e9:.2f}",
+                    f"{peak['merge3'] / 1e9:.2f}",
+                ]
+            )
     finally:
         shutil.rmtree(root, ignore_errors=True)
     columns = [

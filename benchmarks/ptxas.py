@@ -21,8 +21,9 @@ from measure import report, table
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "120")
 ENTRY = re.compile(
-    r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
-    r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
 
@@ -49,10 +50,18 @@ def main() -> None:
         families[kernel["source"], kernel["kernel"], kernel["arch"]].append(kernel)
     span = lambda values: f"{min(values)} to {max(values)}" if min(values) < max(values) else str(max(values))
     rows = [
-        [source, name, f"sm_{arch}", len(group), span([k["registers"] for k in group]), max(k["shared"] for k in group),
-         max(k["stack"] for k in group), f"**{max(k['spills'] for k in group)}**"]
+        [
+            source,
+            name,
+            f"sm_{arch}",
+            len(group),
+            span([k["registers"] for k in group]),
+            max(k["shared"] for k in group),
+            max(k["stack"] for k in group),
+            f"**{max(k['spills'] for k in group)}**",
+        ]
         for (source, name, arch), group in sorted(families.items())
-    ]  # fmt: skip
+    ]
     columns = [
         "source",
         "kernel",
@@ -76,10 +85,24 @@ def assemble(source: Path, arch: str) -> list[dict]:
     """One row per kernel of a source."""
     with tempfile.TemporaryDirectory() as directory:
         done = subprocess.run(
-            ["nvcc", "-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-ffp-contract=off", "-Xptxas", "-v",
-             f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", f"{directory}/object.o"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                "nvcc",
+                "-std=c++20",
+                "-O3",
+                "--fmad=false",
+                "-Xcompiler",
+                "-fPIC,-ffp-contract=off",
+                "-Xptxas",
+                "-v",
+                f"-gencode=arch=compute_{arch},code=sm_{arch}",
+                "-c",
+                str(source),
+                "-o",
+                f"{directory}/object.o",
+            ],
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         sys.exit(f"{source.name} for sm_{arch}:\n{done.stderr}")
     found = list(ENTRY.finditer(done.stderr))
@@ -91,9 +114,17 @@ def assemble(source: Path, arch: str) -> list[dict]:
         name = name.replace("merge3::", "").replace("(anonymous namespace)::", "").replace("void ", "")
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         rows.append(
-            {"source": source.name, "kernel": name.split("<")[0], "name": name, "arch": arch, "registers": int(match["registers"]),
-             "shared": int(shared[1]) if shared else 0, "stack": int(match["stack"]), "spills": int(match["stores"]) + int(match["loads"])}
-        )  # fmt: skip
+            {
+                "source": source.name,
+                "kernel": name.split("<")[0],
+                "name": name,
+                "arch": arch,
+                "registers": int(match["registers"]),
+                "shared": int(shared[1]) if shared else 0,
+                "stack": int(match["stack"]),
+                "spills": int(match["stores"]) + int(match["loads"]),
+            }
+        )
     return rows
 
 

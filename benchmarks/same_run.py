@@ -1,7 +1,8 @@
 """Is a run still the run it was? An older version of this project and this one search the same five configurations;
-genomes, responses, values, failures, the winner's recipe, result.json and the exported bytes must be equal, bit for bit.
+genomes, responses, values, failures, the winner's recipe, result.json and the exported bytes must be equal, bit for
+bit.
 
-    python benchmarks/same_run.py 716eaa6                       # clones and installs that commit: some five minutes more
+    python benchmarks/same_run.py 716eaa6                       # clones and installs that commit: five minutes more
     python benchmarks/same_run.py 716eaa6 --checkout ../before  # one that is there already, with its own .venv
 
 Ends with 1 where anything differs. For a refactoring, which changes nothing that a user can see.
@@ -24,21 +25,25 @@ from merge3.world.training import make_models
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS = 60  # of each task
 GENOME = {
-    "models": ["./english", "./italian", "./translation"], "base_model": "./base", "merge_method": "ties",
-    "layer_granularity": 2, "allow_negative_weights": True,
-}  # fmt: skip
+    "models": ["./english", "./italian", "./translation"],
+    "base_model": "./base",
+    "merge_method": "ties",
+    "layer_granularity": 2,
+    "allow_negative_weights": True,
+}
 PLAN = {"budget": 24, "population": 6, "seed": 1}
 CONFIGURATIONS = {
     "all items": {},
     "random items, renewed": {"extract": {"method": "random", "size": 8, "renew": 1}},
     "calibrated, checks, race": {
-        "extract": {"method": "irt", "size": 8}, "estimate": {"method": "gmp-irt", "models": 8, "check_every": 1},
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"method": "gmp-irt", "models": 8, "check_every": 1},
         "race": {"share": 0.5},
     },
     # DELLA refuses some densities: candidates fail, and with the same words
     "DELLA, failing": {"genome": {"merge_method": "della", "genes": ["weight", "density"]}},
     "DARE, bfloat16": {"genome": {"merge_method": "dare_ties", "dtype": "bfloat16"}, "optimizer": {"seed": 9}},
-}  # fmt: skip
+}
 TIMES = ("seconds", "swap_share")  # of result.json: differ from run to run
 
 
@@ -91,7 +96,7 @@ def found(run: Path) -> dict[str, object]:
 
 
 def journal(run: Path) -> dict[str, object]:
-    """Columns of the journal, whichever of its two forms it has: values in a candidate's row, or in rows of their own."""
+    """Columns of the journal in either of its two forms: values in a candidate's row, or in rows of their own."""
     with sqlite3.connect(f"file:{run / 'run.db'}?mode=ro", uri=True) as db:
         columns = [row[1] for row in db.execute("PRAGMA table_info(candidates)")]
         order = "ORDER BY generation, position"
@@ -101,9 +106,13 @@ def journal(run: Path) -> dict[str, object]:
         answers = db.execute("SELECT * FROM answers ORDER BY stage, name").fetchall()
     genomes, responses, hashes, errors = zip(*rows)
     return {
-        "genomes": genomes, "responses": responses, "recipe hashes": hashes, "errors": errors, "values": values,
+        "genomes": genomes,
+        "responses": responses,
+        "recipe hashes": hashes,
+        "errors": errors,
+        "values": values,
         "answers outside the search": answers,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

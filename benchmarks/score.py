@@ -34,8 +34,16 @@ def world():
     folder = tempfile.mkdtemp()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=WORDS, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
-                         max_position_embeddings=1024, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for p in model.parameters():
         p.mul_(2.0)  # answers of an initialised model are near ties; these are not
@@ -48,10 +56,17 @@ def make_items(rng) -> tuple[list[Item], list[Item]]:
 
     shots = words(160)  # five worked examples
     choices = [
-        Item(f"c{i}", "choice", "choice", f"{shots} {words(int(rng.integers(12, 28)))}", 0,
-             tuple(words(int(rng.integers(1, 5))) for _ in range(4)), "acc_norm")
+        Item(
+            f"c{i}",
+            "choice",
+            "choice",
+            f"{shots} {words(int(rng.integers(12, 28)))}",
+            0,
+            tuple(words(int(rng.integers(1, 5))) for _ in range(4)),
+            "acc_norm",
+        )
         for i in range(500)
-    ]  # fmt: skip
+    ]
     generated = [
         Item(
             f"g{i}",
@@ -145,12 +160,28 @@ def main() -> None:
     body = parameters - 2 * WORDS * 384
     work = 2 * body * tokens + 2 * WORDS * 384 * head
     rows = [
-        ["500 choice items", f"{t['plain choice']:.2f}", f"{t['ours choice']:.2f}", f"**{t['plain choice'] / t['ours choice']:.1f}x**",
-         f"{100 * same:.1f} % (log-likelihoods within {worst:.0e})"],
-        ["200 generated answers", f"{t['plain generate']:.2f}", f"{t['ours generate']:.2f}",
-         f"**{t['plain generate'] / t['ours generate']:.1f}x**", f"{100 * equal:.1f} %"],
-        ["all 700", f"{t['plain choice'] + t['plain generate']:.2f}", f"{t['ours choice'] + t['ours generate']:.2f}", f"**{both:.1f}x**", ""],
-    ]  # fmt: skip
+        [
+            "500 choice items",
+            f"{t['plain choice']:.2f}",
+            f"{t['ours choice']:.2f}",
+            f"**{t['plain choice'] / t['ours choice']:.1f}x**",
+            f"{100 * same:.1f} % (log-likelihoods within {worst:.0e})",
+        ],
+        [
+            "200 generated answers",
+            f"{t['plain generate']:.2f}",
+            f"{t['ours generate']:.2f}",
+            f"**{t['plain generate'] / t['ours generate']:.1f}x**",
+            f"{100 * equal:.1f} %",
+        ],
+        [
+            "all 700",
+            f"{t['plain choice'] + t['plain generate']:.2f}",
+            f"{t['ours choice'] + t['ours generate']:.2f}",
+            f"**{both:.1f}x**",
+            "",
+        ],
+    ]
     share = work / t["ours choice"] / rate
     text = table(
         f"Scoring on a {parameters / 1e6:.0f} M parameter Llama",

@@ -102,9 +102,11 @@ def measured(programs: Path, arguments: list, out: Path, environment: dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     process = subprocess.Popen(
-        [str(programs / "merge3-client"), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [str(programs / "merge3-client"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-    )  # fmt: skip
+    )
     try:
         errors = process.stderr.read()
     except BaseException:
@@ -164,20 +166,45 @@ def main() -> None:
             )
             ratios = {
                 "alone": wall["alone"] / wall["before"],
-                "wall": wall["beside"] / wall["alone"], "processor": processor["beside"] / processor["alone"],
-            }  # fmt: skip
+                "wall": wall["beside"] / wall["alone"],
+                "processor": processor["beside"] / processor["alone"],
+            }
             if not options.no_collapse:
                 ratios["before_wall"] = wall["before beside"] / wall["before"]
                 ratios["before_processor"] = processor["before beside"] / processor["before"]
             rows.append(
-                [title, f"{wall['before']:.1f}", f"{wall['alone']:.1f}", f"**{ratios['alone']:.2f}**",
-                 f"{wall['beside']:.1f}", f"**{ratios['wall']:.2f}**", f"**{ratios['processor']:.2f}**",
-                 *([] if options.no_collapse else
-                   [f"{wall['before beside']:.1f}", f"{ratios['before_wall']:.2f}", f"{ratios['before_processor']:.2f}"])]
-            )  # fmt: skip
+                [
+                    title,
+                    f"{wall['before']:.1f}",
+                    f"{wall['alone']:.1f}",
+                    f"**{ratios['alone']:.2f}**",
+                    f"{wall['beside']:.1f}",
+                    f"**{ratios['wall']:.2f}**",
+                    f"**{ratios['processor']:.2f}**",
+                    *(
+                        []
+                        if options.no_collapse
+                        else [
+                            f"{wall['before beside']:.1f}",
+                            f"{ratios['before_wall']:.2f}",
+                            f"{ratios['before_processor']:.2f}",
+                        ]
+                    ),
+                ]
+            )
             data[name] = {"wall": wall, "processor": processor, "ratios": ratios, "times": found}
-    columns = ["", "alone, before, s", "alone, s", "ratio", "beside, s", f"times its wall time (limit {WALL:g})",
-               f"times its processor time (limit {PROCESSOR:g})", "before: beside, s", "wall", "processor"]  # fmt: skip
+    columns = [
+        "",
+        "alone, before, s",
+        "alone, s",
+        "ratio",
+        "beside, s",
+        f"times its wall time (limit {WALL:g})",
+        f"times its processor time (limit {PROCESSOR:g})",
+        "before: beside, s",
+        "wall",
+        "processor",
+    ]
     columns = columns[:7] if options.no_collapse else columns
     times = f"medians of {options.repeats}" + ("" if options.no_collapse else "; `before` beside them: once")
     title = f"Whole processes, alone and beside {available()} busy processes ({times})"

@@ -1,4 +1,4 @@
-"""Whether endpoints fit together, tensor by tensor: what is merged, what is kept or left out and why, what is refused."""
+"""Whether endpoints fit together, tensor by tensor: what is merged, kept, left out, refused, and why."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Alignment:
-    """fixed: tensors that no recipe merges, with the reason: buffers, heads that answer other questions. kept: those, and
-    tensors that stay the base's where these endpoints are merged. heads: endpoint -> tensors outside its backbone, which
-    stay with their endpoint. left_out: other endpoints' tensors that no merge can take, with the reason."""
+    """What becomes of every tensor of these endpoints.
+
+    fixed: tensors that no recipe merges, with the reason: buffers, heads that answer other questions.
+    kept: those, and tensors that stay the base's where these endpoints are merged.
+    heads: endpoint -> tensors outside its backbone, which stay with their endpoint.
+    left_out: other endpoints' tensors that no merge can take, with the reason.
+    """
 
     fixed: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)

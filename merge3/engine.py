@@ -39,8 +39,11 @@ Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a r
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One subject's answers. index: of the subject. responses: float64 [items]. objectives: names of values and stderrs,
-    each float64 [objectives], NaN where there are no responses; error: why not."""
+    """One subject's answers.
+
+    index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
+    [objectives], NaN where there are no responses; error: why not.
+    """
 
     index: int
     recipe_hash: str
@@ -71,9 +74,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PoolInfo:
-    """What a driver may know of a pool. endpoints: base first; layout: the base's, what a Space is met with;
-    kept: tensors that are not merged, with the reason; host: `local`, or the address of the daemon asked; warnings: what
-    makes models seem not to belong together."""
+    """What a driver may know of a pool.
+
+    endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
+    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together.
+    """
 
     endpoints: tuple[str, ...]
     content_hashes: dict[str, str]
@@ -106,7 +111,10 @@ class Engine(Protocol):
         """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
-        """Write the merged checkpoint; see export.merge_to_disk. Raises RecipeError, CheckpointError or ResourceError."""
+        """Write the merged checkpoint; see export.merge_to_disk.
+
+        Raises RecipeError, CheckpointError or ResourceError.
+        """
 
     def close(self) -> None:
         """Give up what the engine holds elsewhere."""
@@ -297,7 +305,8 @@ def _enough_memory(device: torch.device):
         free = ""
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free of {torch.cuda.mem_get_info(device)[1] / 2**30:.2f}"
+            unused, total = torch.cuda.mem_get_info(device)
+            free = f", {unused / 2**30:.2f} GiB free of {total / 2**30:.2f}"
         raise ResourceError(
             str(device),
             f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",

@@ -1,4 +1,4 @@
-"""From a subject's responses to its fitness: for every objective an estimated value and that estimate's standard error."""
+"""From a subject's responses to its fitness: for every objective an estimated value and its standard error."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def check_objectives(registration: Registration) -> None:
 
 
 def estimates(registration: Registration, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(values, standard errors) of a registration's objectives, each float64 [objectives]. responses: float64 [items]."""
+    """(values, standard errors) of a registration's objectives, each float64 [objectives].
+
+    responses: float64 [items].
+    """
     found = []
     for name in registration.objectives:
         objective = OBJECTIVES.get(name)

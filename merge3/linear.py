@@ -1,4 +1,4 @@
-"""A linear layer whose weight is a merge that is never written as a whole: for scoring a candidate once, without a slot.
+"""A linear layer whose weight is a merge never written as a whole: for scoring a candidate once, without a slot.
 
 On a GPU, for 16-bit weights, one kernel merges tiles in shared memory and feeds them to the tensor cores. Elsewhere a
 tile of rows is merged into memory the size of a cache and multiplied by PyTorch, tile after tile.

@@ -79,9 +79,11 @@ def plan_memory(
     free = budget - slot - window
     if free < 0:
         raise BadInput(
-            "memory_budget", f"found {_gib(budget)}",
-            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, the largest tensor of all models {_gib(window)}",
-        )  # fmt: skip
+            "memory_budget",
+            f"found {_gib(budget)}",
+            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, "
+            f"the largest tensor of all models {_gib(window)}",
+        )
     away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
     for group, size in zip(groups, sizes):
         tier = DEVICE if size <= free - used[DEVICE] else HOST if size <= host - used[HOST] else FILE

@@ -1,5 +1,5 @@
-"""What an exported checkpoint is beside its merged weights: dtypes and shapes, config.json, tokenizer, code; and whether
-all of it fits together, which is asked before anything is written and again before it gets its final name."""
+"""What an exported checkpoint is beside its merged weights: dtypes and shapes, config.json, tokenizer, code; and
+whether all of it fits together, which is asked before anything is written and again before it gets its final name."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: 
 
 
 def check_written(folder: Path, specs: Specs, config: Mapping[str, Any]) -> None:
-    """Read the headers of what was written: every tensor is there whole, and config.json is the one that was checked."""
+    """Read the headers of what was written: every tensor is there whole, and config.json is the one checked before."""
     written = open_checkpoint(folder)
     found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
     if found != specs or written.config != config:

@@ -118,19 +118,20 @@ class Statistics:
         for request in dict.fromkeys(requests):
             if ("variance", *request) not in self._memo:
                 by_count.setdefault(len(request[1]), []).append(request)
-        groups = (
-            g for alike in by_count.values() for g in self.in_groups(alike, lambda request: (request[0], *request[1]))
+        for alike in by_count.values():
+            for group in self.in_groups(alike, lambda request: (request[0], *request[1])):
+                self._order_variances(group)
+
+    def _order_variances(self, group: list[tuple[Key, tuple[Key, ...], int]]) -> None:
+        found = kernels.order_statistics(
+            [self.get(base) for base, _, _ in group],
+            [self.get(e) for _, experts, _ in group for e in experts],
+            torch.tensor([[rank] for *_, rank in group]),
+            "variance",
         )
-        for group in groups:
-            found = kernels.order_statistics(
-                [self.get(base) for base, _, _ in group],
-                [self.get(e) for _, experts, _ in group for e in experts],
-                torch.tensor([[rank] for *_, rank in group]),
-                "variance",
-            )
-            columns = (found.value, found.greater, found.equal, found.l1_greater, found.total, found.nonzero)
-            for request, *row in zip(group, *(c.flatten().tolist() for c in columns)):
-                self._memo[("variance", *request)] = Order(*row)
+        columns = (found.value, found.greater, found.equal, found.l1_greater, found.total, found.nonzero)
+        for request, *row in zip(group, *(c.flatten().tolist() for c in columns)):
+            self._memo[("variance", *request)] = Order(*row)
 
     def variance_order(self, base: Key, experts: tuple[Key, ...], rank: int) -> Order:
         """The rank-th largest variance across experts."""

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from merge3.errors import BadInput, Busy, Cancelled, Merge3Error
-from merge3.rpc import convert
+from merge3.rpc import statuses
 from merge3_server.metrics import Metrics
 from merge3_server.security import Tokens
 
@@ -117,7 +117,7 @@ class _Call:
         self._ended(error.code, error)
         trailing = [
             ("x-request-id", self.id),
-            (convert.ERROR_KEY, convert.error_to(error, self.id).SerializeToString()),
+            (statuses.ERROR_KEY, statuses.error_to(error, self.id).SerializeToString()),
         ]
         if isinstance(error, Busy) and error.retry_after:
             trailing.append(("retry-after-ms", str(round(1000 * error.retry_after))))

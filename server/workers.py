@@ -97,7 +97,8 @@ class _Actor:
         self._cancelled = max(self._cancelled, number)
 
     def call(self, number: int, name: str, arguments: list) -> tuple[Any, list, int]:
-        """(result, what was emitted, process). Errors travel as values: Ray repeats calls whose process died, not ours."""
+        """(result, what was emitted, process). Errors travel as values: Ray repeats calls whose process died, not
+        ours."""
         emitted: list = []
         try:
             result = getattr(self._host, name)(*arguments, stop=lambda: self._cancelled >= number, emit=emitted.append)

@@ -28,9 +28,14 @@ def python(code, *arguments, environment=None, **options):
     """A process of its own, without the variables of this one."""
     bare = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=bare | (environment or {}), **options,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=bare | (environment or {}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,10 @@ PINNED = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 def test_affinity_bounds_the_cores():
-    asked = "from merge3.threads import available, configure; configure(); import torch; print(available(), torch.get_num_threads())"
+    asked = (
+        "from merge3.threads import available, configure; configure(); "
+        "import torch; print(available(), torch.get_num_threads())"
+    )
     done = python(PINNED + asked)
     assert done.stdout.split() == ["1", "1"], done.stderr
 

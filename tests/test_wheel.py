@@ -24,7 +24,7 @@ def run(*command, cwd):
 
 
 def sources(folder):
-    """What is in version control, and the compiled kernels, which cost minutes and are made anew only where they are stale."""
+    """What is in version control, and the compiled kernels, which cost minutes: made anew only where they are stale."""
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,14 @@ def merge(base: dict, experts: list[dict], weights: list[float], density: float 
     coefficients[..., DENSITY], coefficients[..., RESCALE] = density, 1 / density
     out = {name: torch.empty_like(tensor) for name, tensor in base.items()}
     kernels.merge_(
-        list(out.values()), list(base.values()), [expert[name] for name in names for expert in experts],
-        coefficients, torch.ones(len(names)), Modes("random" if density < 1 else "all", seed=seed),
+        list(out.values()),
+        list(base.values()),
+        [expert[name] for name in names for expert in experts],
+        coefficients,
+        torch.ones(len(names)),
+        Modes("random" if density < 1 else "all", seed=seed),
         torch.tensor([kernels.tensor_id(name) for name in names]),
-    )  # fmt: skip
+    )
     return out
 
 

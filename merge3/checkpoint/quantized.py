@@ -11,8 +11,8 @@ from merge3.errors import CheckpointError
 
 # What quantizers write beside their codes: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors, MXFP4.
 _SIDE_TENSORS = (
-    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_packed",
-    ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".input_scale", "_blocks",
+    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx",
+    ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".input_scale", "_blocks",
 )  # fmt: skip
 _CODES = {torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64}
 _CODES |= {torch.float8_e4m3fn, torch.float8_e5m2}

@@ -151,7 +151,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="Example: merge3-client calibrate evolve.yaml --out calibration    or: --responses leaderboard.csv --out calibration"
+    epilog="Example: merge3-client calibrate evolve.yaml --out calibration    "
+    "or: --responses leaderboard.csv --out calibration"
 )
 def calibrate(
     out: Annotated[Path, typer.Option(help="A new directory for responses, item banks and their pictures.")],
@@ -183,8 +184,8 @@ def calibrate(
         return
     for task, d in result["tasks"].items():
         print(
-            f"{task:<24} {d['items']} items, {d['models']} models, {d['answers']:,} answers; abilities ± {d['ability_sd']:.2f}; "
-            f"{d['misfitting_items']} items fit badly"
+            f"{task:<24} {d['items']} items, {d['models']} models, {d['answers']:,} answers; "
+            f"abilities ± {d['ability_sd']:.2f}; {d['misfitting_items']} items fit badly"
         )
     print(f"{result['answers']:,} answers in all: {out}")
 
@@ -227,9 +228,8 @@ def estimate(
         print(json.dumps(rows))
         return
     for row in rows:
-        print(
-            f"{row['model']:<32} {row['accuracy']:.4f} ± {row['stderr']:.4f}{'' if row['complete'] else '  (not every task answered)'}"
-        )
+        note = "" if row["complete"] else "  (not every task answered)"
+        print(f"{row['model']:<32} {row['accuracy']:.4f} ± {row['stderr']:.4f}{note}")
 
 
 @app.command(epilog="Example: merge3-client report runs/first")

@@ -81,7 +81,10 @@ class Machine(Lines):
     """One JSON object per candidate on standard error."""
 
     def __call__(self, p: Progress) -> None:
-        data = {k: (None if isinstance(v, float) and v != v else v) for k, v in vars(p).items()}
+        data = dict(vars(p))
+        for key, value in data.items():
+            if isinstance(value, float) and value != value:
+                data[key] = None  # JSON has no NaN
         print(json.dumps(data), file=sys.stderr, flush=True)
 
 

@@ -118,9 +118,8 @@ class RemoteEngine:
             )
         info = convert.pool_from(pool, self.target.address)
         if pool.version != __version__ and self._info is None:
-            self.note(
-                f"{self.target.address} runs merge3 {pool.version}, this is {__version__}: its answers may differ from ours"
-            )
+            versions = f"{self.target.address} runs merge3 {pool.version}, this is {__version__}"
+            self.note(f"{versions}: its answers may differ from ours")
         if self._info is not None and info.content_hashes != self._info.content_hashes:
             changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
             raise ResumeMismatch(

@@ -104,10 +104,11 @@ def bars(rows) -> str:
     parts = []
     for i, (name, detail, evolved) in enumerate(rows):
         y, length, error = 6 + 24 * i, detail["accuracy"] * scale, detail["stderr"] * scale
+        end = 204 + length
         parts += [
             f'<text x="196" y="{y + 14}" class="name">{_escape(name)}</text>',
             f'<rect x="204" y="{y}" width="{length:.1f}" height="18" class="{"win" if evolved else "bar"}"/>',
-            f'<line x1="{204 + length - error:.1f}" x2="{204 + length + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
+            f'<line x1="{end - error:.1f}" x2="{end + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
             f'<text x="{212 + length + error:.1f}" y="{y + 14}">{detail["accuracy"]:.3f}</text>',
         ]
     return _svg(parts, WIDTH, height, "Held-out accuracy")
@@ -179,9 +180,10 @@ def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
         parts.append(f'<text x="{left - 8}" y="{y + 19}" class="name">{_escape(name)}</text>')
         for j, value in enumerate(row):
             ink = "#fff" if abs(value) > 0.6 * highest else "#222"
+            middle = left + j * cell + cell / 2 - 1
             parts.append(
                 f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value / highest)}"/>'
-                f'<text x="{left + j * cell + cell / 2 - 1:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
+                f'<text x="{middle:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
             )
     return _svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
 

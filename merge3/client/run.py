@@ -181,7 +181,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
         f"{result['candidates']} candidates in {result['seconds']:.0f} s, "
-        f"{gain:+.3f} over the best baseline ({result['best_baseline']}); merging took {100 * result['swap_share']:.1f} % of the time"
+        f"{gain:+.3f} over the best baseline ({result['best_baseline']}); "
+        f"merging took {100 * result['swap_share']:.1f} % of the time"
     )
     ledger = result["ledger"]
     parts = ", ".join(

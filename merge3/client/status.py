@@ -66,7 +66,8 @@ def _page(s: pb.StatusResponse, address: str):
     facts = Table.grid(padding=(0, 2))
     facts.add_row(
         "state",
-        f"{s.state}, up {s.uptime_seconds / 60:.0f} min, version {s.version}, {s.resident_bytes / 2**30:.2f} GiB resident",
+        f"{s.state}, up {s.uptime_seconds / 60:.0f} min, version {s.version}, "
+        f"{s.resident_bytes / 2**30:.2f} GiB resident",
     )
     facts.add_row("candidates", f"{s.evaluated:,} evaluated, {s.candidates_per_minute:.0f} in the last minute")
     facts.add_row("queue", f"{s.queued} of {s.queue_limit}")

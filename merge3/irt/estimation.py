@@ -258,7 +258,9 @@ def leave_one_out(e: Estimator, responses: Responses, rows: list[int]) -> _LeftO
         variances.append(p * (1 - p) * (1 / known - 1 / N))
     names = ("mean", "mean_variance", "model", "model_variance", "theta")
     names = names[:2] if e.method == "mean" else names
-    joined = {k: np.concatenate([getattr(p, k) for p in parts]) if parts else np.empty(0) for k in names}
+    joined = {k: np.empty(0) for k in names}
+    if parts:
+        joined = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
     return _LeftOut(_Parts(**joined), np.array(truths), np.array(variances))
 
 

@@ -46,8 +46,8 @@ def fit(
     """Fit a bank to a response matrix; scores between 0 and 1 count as that share of a success.
 
     steps: at most; stops when the loss per answer improves by less than `tolerance` in ten. seed: of the start, where
-    there are several dimensions. progress(step, steps, loss per answer) is called every ten. Raises ResponsesError where the matrix
-    cannot identify the model: too few models for the dimensions, or every answer the same.
+    there are several dimensions. progress(step, steps, loss per answer) is called every ten. Raises ResponsesError
+    where the matrix cannot identify the model: too few models for the dimensions, or every answer the same.
     """
     _check(responses, dimensions, kind)
     with few_threads(responses.values.size):
@@ -156,7 +156,8 @@ def _start(responses: Responses, dimensions: int, one: bool, seed: int) -> dict[
 def _bound(q: dict, y, answered, dimensions: int, one: bool):
     """The negative evidence lower bound at the arrays of `_start`; a scalar tensor.
 
-    A logit a · θ − b has mean E[a] · E[θ] − E[b] and variance Σ_d (Var a E[θ]² + E[a²] Var θ) − 2 Cov(a, b) · E[θ] + Var b.
+    A logit a · θ − b has mean E[a] · E[θ] − E[b] and variance
+    Σ_d (Var a E[θ]² + E[a²] Var θ) − 2 Cov(a, b) · E[θ] + Var b.
     """
     import torch
     from pyro import distributions as dist

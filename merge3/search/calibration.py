@@ -74,7 +74,8 @@ def choose(
 ) -> tuple[list[Item], dict[str, Estimator]]:
     """(the items to ask, task -> what makes accuracy of the answers); `size` per task, all of a smaller task.
 
-    method: of irt.extract; estimator: of irt.prepare; anywhere: of each cluster any item, so that in time all are asked.
+    method: of irt.extract; estimator: of irt.prepare; anywhere: of each cluster any item, so that in time all are
+    asked.
     """
     subsets, estimators = subsets_of(calibration, method, size, seed, anywhere), {}
     chosen = []

@@ -36,15 +36,25 @@ def merged(recipe, out):
 
 def recipe(family, method, experts=3, dtype="float32", **parameters):
     return {
-        "merge_method": method, "base_model": str(family / "base"), "dtype": dtype, "parameters": parameters,
-        "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.3 + 0.2 * i, "density": 0.4 + 0.1 * i}} for i in range(experts)],
-    }  # fmt: skip
+        "merge_method": method,
+        "base_model": str(family / "base"),
+        "dtype": dtype,
+        "parameters": parameters,
+        "models": [
+            {"model": str(family / f"e{i}"), "parameters": {"weight": 0.3 + 0.2 * i, "density": 0.4 + 0.1 * i}}
+            for i in range(experts)
+        ],
+    }
 
 
 CASES = [
-    ("task_arithmetic", {}), ("ties", {}), ("ties", {"normalize": False, "lambda": 0.7}), ("ties", {"rescale": True}),
-    ("breadcrumbs", {"gamma": 0.05}), ("breadcrumbs_ties", {"gamma": 0.05, "normalize": True}),
-]  # fmt: skip
+    ("task_arithmetic", {}),
+    ("ties", {}),
+    ("ties", {"normalize": False, "lambda": 0.7}),
+    ("ties", {"rescale": True}),
+    ("breadcrumbs", {"gamma": 0.05}),
+    ("breadcrumbs_ties", {"gamma": 0.05, "normalize": True}),
+]
 
 
 @pytest.mark.parametrize("method,parameters", CASES)

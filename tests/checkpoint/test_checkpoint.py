@@ -218,9 +218,12 @@ def test_pool_keeps_what_cannot_be_merged(family, tmp_path):
     pool = Pool.open(str(family / "base"), [str(tmp_path / "wide")])
     assert set(pool.kept) == {"model.embed_tokens.weight", "lm_head.weight"}
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(family / "base"),
-         "models": [{"model": str(tmp_path / "wide"), "parameters": {"weight": 1.0}}]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(family / "base"),
+            "models": [{"model": str(tmp_path / "wide"), "parameters": {"weight": 1.0}}],
+        }
+    )
     result = merge_to_disk(recipe, tmp_path / "out")
     assert set(result["kept"]) == set(pool.kept)
     merged, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(family / "base" / "model.safetensors")

@@ -26,9 +26,11 @@ COMMANDS = tuple(command.name or command.callback.__name__ for command in app.re
 
 def recipe_file(folder, family, **changes):
     data = {
-        "merge_method": "ties", "base_model": str(family / "base"), "parameters": {"density": 0.5},
+        "merge_method": "ties",
+        "base_model": str(family / "base"),
+        "parameters": {"density": 0.5},
         "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(data | changes))
     return folder / "recipe.yaml"
 
@@ -68,7 +70,8 @@ def test_a_command_leaves_the_process_as_it_was(family, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; import merge3.client.cli; print([m for m in ('torch', 'transformers', 'numpy', 'cma', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "cma", "pydantic")
+    code = f"import sys; import merge3.client.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 
@@ -215,9 +218,18 @@ def test_public_names():
     import merge3
 
     assert set(merge3.__all__) == {
-        "__version__", "Recipe", "Pool", "Slot", "Space", "SpaceDefinition", "LocalEngine", "Item", "read_items",
-        "merge_to_disk", "METHODS",
-    }  # fmt: skip
+        "__version__",
+        "Recipe",
+        "Pool",
+        "Slot",
+        "Space",
+        "SpaceDefinition",
+        "LocalEngine",
+        "Item",
+        "read_items",
+        "merge_to_disk",
+        "METHODS",
+    }
     for name in ("Recipe", "Pool", "Slot", "Space", "LocalEngine", "Item", "merge_to_disk"):
         assert getattr(merge3, name).__name__ == name
     assert "ties" in merge3.METHODS and set(merge3.__all__) <= set(dir(merge3))

@@ -45,12 +45,19 @@ def test_code_and_side_files_travel_with_the_output(workshop):
     base = workshop.edited("plain", "base", config=lambda c: c.update(auto_map=named))
     files = {
         "modeling_own.py": "from .configuration_own import OwnConfig\nfrom .layers_own import Layer\n",
-        "configuration_own.py": "x = 1\n", "layers_own.py": "y = 1\n", "unrelated.py": "z = 1\n", "chat_template.jinja": "{{ messages }}",
-        "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 5]}', "preprocessor_config.json": "{}",
-        "processor_config.json": "{}", "special_tokens_map.json": "{}", "added_tokens.json": "{}", "vocab.json": "{}",
+        "configuration_own.py": "x = 1\n",
+        "layers_own.py": "y = 1\n",
+        "unrelated.py": "z = 1\n",
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 5]}',
+        "preprocessor_config.json": "{}",
+        "processor_config.json": "{}",
+        "special_tokens_map.json": "{}",
+        "added_tokens.json": "{}",
+        "vocab.json": "{}",
         "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", null]}}',
         "tokenization_own.py": "w = 1\n",
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (base / name).write_text(text)
     workshop.merge(["one"], "base")
@@ -93,11 +100,12 @@ def test_chat_templates_by_name_and_by_text(workshop):
     messages = [{"role": "user", "content": "hi"}]
     one = str(workshop.root / "one")
     cases = [
-        ("own", {}, 32, "base: hi"), ("expert", {"tokenizer_source": one}, 17, "one: hi"),
+        ("own", {}, 32, "base: hi"),
+        ("expert", {"tokenizer_source": one}, 17, "one: hi"),
         ("chatml", {"chat_template": "chatml"}, 32, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
         ("text", {"chat_template": "<s> {{ messages[-1]['content'] }}"}, 32, "<s> hi"),
         ("both", {"chat_template": "<s> {{ messages[-1]['content'] }}", "tokenizer_source": one}, 17, "<s> hi"),
-    ]  # fmt: skip
+    ]
     for name, changes, length, expected in cases:
         workshop.merge(["one"], "base", out=name, **changes)
         tokenizer = AutoTokenizer.from_pretrained(workshop.root / name)
@@ -125,7 +133,8 @@ def test_a_recipe_beside_its_models_merges_from_anywhere(workshop, monkeypatch, 
     workshop.model("base")
     workshop.expert("base", "one")
     (workshop.root / "recipe.yaml").write_text(
-        "merge_method: task_arithmetic\nbase_model: {model: base}\nmodels:\n  - model: one\n    parameters: {weight: 0.5}\n"
+        "merge_method: task_arithmetic\nbase_model: {model: base}\n"
+        "models:\n  - model: one\n    parameters: {weight: 0.5}\n"
     )
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     merge_to_disk(Recipe.from_yaml(workshop.root / "recipe.yaml"), workshop.root / "out")

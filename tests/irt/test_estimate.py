@@ -32,9 +32,14 @@ def world():
 def bank_of(a, b, theta):
     n, m = len(b), len(theta)
     return ItemBank(
-        tuple(f"i{i}" for i in range(n)), tuple(f"m{i}" for i in range(m)), np.asarray(a, float), np.asarray(b, float),
-        np.asarray(theta, float), np.tile(0.01 * np.eye(np.shape(a)[1] + 1), (n, 1, 1)), np.tile(0.01 * np.eye(np.shape(a)[1]), (m, 1, 1)),
-    )  # fmt: skip
+        tuple(f"i{i}" for i in range(n)),
+        tuple(f"m{i}" for i in range(m)),
+        np.asarray(a, float),
+        np.asarray(b, float),
+        np.asarray(theta, float),
+        np.tile(0.01 * np.eye(np.shape(a)[1] + 1), (n, 1, 1)),
+        np.tile(0.01 * np.eye(np.shape(a)[1]), (m, 1, 1)),
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,8 +178,15 @@ def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions
 
 def test_endpoints_of_equal_ability_are_no_obstacle(world):
     bank, responses, others, _ = world
-    same = ItemBank(bank.items, bank.models, bank.a, bank.b, np.concatenate([bank.theta[:1]] * 3 + [bank.theta[3:]]),
-                    bank.item_covariance, bank.theta_covariance)  # fmt: skip
+    same = ItemBank(
+        bank.items,
+        bank.models,
+        bank.a,
+        bank.b,
+        np.concatenate([bank.theta[:1]] * 3 + [bank.theta[3:]]),
+        bank.item_covariance,
+        bank.theta_covariance,
+    )
     subset = extract(same, responses, "random", 10)
     found = irt.estimate(irt.prepare(same, responses, subset, "gmp-irt", ENDPOINTS), others[:, subset.index])
     error = lambda value: np.abs(value - others.mean(1)).mean()

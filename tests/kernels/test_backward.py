@@ -61,8 +61,11 @@ def test_gradcheck(elect, normalize):
     """Finite differences. Experts are far apart, so that no elected sign changes within a difference."""
     g = torch.Generator().manual_seed(0)
     base = [torch.randn(6, generator=g), torch.randn(2, 2, generator=g)]
-    experts = [b + (torch.rand(b.shape, generator=g) + 0.5) * s * torch.ones_like(b).cumsum(-1).fmod(2).sub(0.5).sign()
-               for b in base for s in (1.0, 0.7, -0.4)]  # fmt: skip
+    experts = [
+        b + (torch.rand(b.shape, generator=g) + 0.5) * s * torch.ones_like(b).cumsum(-1).fmod(2).sub(0.5).sign()
+        for b in base
+        for s in (1.0, 0.7, -0.4)
+    ]
 
     def merge(weight, rescale, lam):
         c = kernels.coefficients(2, 3)

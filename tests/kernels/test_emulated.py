@@ -41,10 +41,16 @@ def test_kernel_suite_under_the_sanitizers(library):
     # Instruction sets are compared in processes of their own.
     only = {"cuda": ["-k", "not instruction_set"], "cpu": []}
     runs = {
-        device: subprocess.Popen([*command, *only[device]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                                 env=environment(device, library))
+        device: subprocess.Popen(
+            [*command, *only[device]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=environment(device, library),
+        )
         for device in only
-    }  # fmt: skip
+    }
     outputs = {device: run.communicate()[0] for device, run in runs.items()}
     for device, run in runs.items():
         assert run.returncode == 0 and " passed" in outputs[device], f"{device}:\n{outputs[device][-6000:]}"
@@ -52,11 +58,19 @@ def test_kernel_suite_under_the_sanitizers(library):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("code,error,said", [
-    (209, "Unavailable", "CUDA error 209: built for compute capabilities 80 90 120, this GPU has 75: build again with MERGE3_ARCHITECTURES=75"),
-    (35, "Unavailable", "CUDA error 35: the driver serves CUDA 12.4, this build needs 13.0: update the driver"),
-    (2, "ResourceError", "CUDA error 2: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code,error,said",
+    [
+        (
+            209,
+            "Unavailable",
+            "CUDA error 209: built for compute capabilities 80 90 120, this GPU has 75: "
+            "build again with MERGE3_ARCHITECTURES=75",
+        ),
+        (35, "Unavailable", "CUDA error 35: the driver serves CUDA 12.4, this build needs 13.0: update the driver"),
+        (2, "ResourceError", "CUDA error 2: "),
+    ],
+)
 def test_what_a_gpu_refuses_is_said_in_words(library, code, error, said):
     script = """
 import tests.kernels.emulation.library, torch
@@ -66,8 +80,13 @@ try:
 except errors.Merge3Error as error:
     print(type(error).__name__, error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          env=environment("cuda", library) | {"MERGE3_TEST_CUDA_ERROR": str(code)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment("cuda", library) | {"MERGE3_TEST_CUDA_ERROR": str(code)},
+    )
     assert done.stdout.startswith(error) and said in done.stdout, done.stdout + done.stderr
 
 

@@ -103,5 +103,19 @@ def test_what_does_not_fit_is_named():
 
 def fused(base, experts, bias, c, lam, tables, modes, y, x):
     sparsify, elect, seed = kernels.numbers(modes)
-    kernels.call(torch.ops.merge3.merged_linear_, y, x, base, experts, [bias], c, lam, torch.tensor([9]), tables,
-                 sparsify, elect, modes.normalize, seed)  # fmt: skip
+    kernels.call(
+        torch.ops.merge3.merged_linear_,
+        y,
+        x,
+        base,
+        experts,
+        [bias],
+        c,
+        lam,
+        torch.tensor([9]),
+        tables,
+        sparsify,
+        elect,
+        modes.normalize,
+        seed,
+    )

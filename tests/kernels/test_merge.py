@@ -157,9 +157,14 @@ def test_result_does_not_depend_on_threads_or_on_the_company_of_other_tensors():
         torch.set_num_threads(1)
         for t in range(3):
             alone = run(
-                base[t : t + 1], experts[3 * t : 3 * t + 3], c[t : t + 1], lam[t : t + 1], modes, torch.bfloat16,
+                base[t : t + 1],
+                experts[3 * t : 3 * t + 3],
+                c[t : t + 1],
+                lam[t : t + 1],
+                modes,
+                torch.bfloat16,
                 ids[t : t + 1],
-            )  # fmt: skip
+            )
             assert torch.equal(alone[0], together[t])
     finally:
         torch.set_num_threads(threads)
@@ -209,10 +214,17 @@ def test_slices_give_the_bits_of_the_whole(sparsify, dtype):
     cuts = [0, kernels.CHUNK, 3 * kernels.CHUNK, out.numel()]
     pieces = list(itertools.pairwise(cuts))[::-1]
     kernels.merge_(
-        [out[a:b] for a, b in pieces], [base[0].flatten()[a:b] for a, b in pieces],
-        [e.flatten()[a:b] for a, b in pieces for e in experts[:3]], c[:1].repeat(3, 1, 1), lam[:1].repeat(3), modes,
-        ids[:1].repeat(3), tables[:3] * 3, torch.tensor([a for a, _ in pieces]), torch.full((3,), 3001),
-    )  # fmt: skip
+        [out[a:b] for a, b in pieces],
+        [base[0].flatten()[a:b] for a, b in pieces],
+        [e.flatten()[a:b] for a, b in pieces for e in experts[:3]],
+        c[:1].repeat(3, 1, 1),
+        lam[:1].repeat(3),
+        modes,
+        ids[:1].repeat(3),
+        tables[:3] * 3,
+        torch.tensor([a for a, _ in pieces]),
+        torch.full((3,), 3001),
+    )
     assert torch.equal(out, whole[0].flatten())
     with pytest.raises(BadInput, match="slice from element 100: expected a multiple of"):
         kernels.merge_(

@@ -77,23 +77,41 @@ def cases(root):
     yield "ramplus_tl", make("ramplus_tl", epsilon=0.02)
     layers = [
         {"sources": [{"model": str(root / "e0"), "layer_range": [0, 3]}]},
-        {"sources": [{"model": str(root / "e1"), "layer_range": [1, 4],
-                      "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}}]},
-    ]  # fmt: skip
+        {
+            "sources": [
+                {
+                    "model": str(root / "e1"),
+                    "layer_range": [1, 4],
+                    "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]},
+                }
+            ]
+        },
+    ]
     yield "passthrough", {"merge_method": "passthrough", "slices": layers, "dtype": "float32"}
     ranges = [[0, 2], [2, 4]]
-    yield "slices", {
-        "merge_method": "ties", "dtype": "float32", "base_model": str(root / "base"),
-        "parameters": {"normalize": False, "density": 0.7},
-        "slices": [
-            {"sources": [
-                {"model": str(root / "e0"), "layer_range": r, "parameters": {"weight": 0.2 + i}},
-                {"model": str(root / "e1"), "layer_range": r, "parameters": {"weight": [0.9, 0.1], "density": 0.2}},
-                {"model": str(root / "base"), "layer_range": r},
-            ]}
-            for i, r in enumerate(ranges)
-        ],
-    }  # fmt: skip
+    yield (
+        "slices",
+        {
+            "merge_method": "ties",
+            "dtype": "float32",
+            "base_model": str(root / "base"),
+            "parameters": {"normalize": False, "density": 0.7},
+            "slices": [
+                {
+                    "sources": [
+                        {"model": str(root / "e0"), "layer_range": r, "parameters": {"weight": 0.2 + i}},
+                        {
+                            "model": str(root / "e1"),
+                            "layer_range": r,
+                            "parameters": {"weight": [0.9, 0.1], "density": 0.2},
+                        },
+                        {"model": str(root / "base"), "layer_range": r},
+                    ]
+                }
+                for i, r in enumerate(ranges)
+            ],
+        },
+    )
 
 
 # Elements at a threshold: which of several equal magnitudes is kept is undefined in mergekit, and

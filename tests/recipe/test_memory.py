@@ -37,8 +37,10 @@ def test_bad_sizes(text):
 @settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(1, 64 * MIB), min_size=1, max_size=4), min_size=1, max_size=20),
-    st.integers(0, 200 * MIB), st.integers(1, 2000 * MIB), st.integers(0, 500 * MIB),
-)  # fmt: skip
+    st.integers(0, 200 * MIB),
+    st.integers(1, 2000 * MIB),
+    st.integers(0, 500 * MIB),
+)
 def test_a_plan_keeps_to_its_budgets_and_places_every_tensor_once(sizes, slot, budget, host):
     groups = [{(g, i): size for i, size in enumerate(group)} for g, group in enumerate(sizes)]
     try:
@@ -61,10 +63,17 @@ def wide_family():
 
 
 RECIPES = {
-    "linear": {}, "task_arithmetic": {}, "ties": {"density": 0.5}, "dare_ties": {"density": 0.5},
-    "della": {"density": 0.5, "epsilon": 0.1}, "breadcrumbs_ties": {"density": 0.7, "gamma": 0.02}, "sce": {}, "karcher": {},
-    "model_stock": {}, "ramplus_tl": {},
-}  # fmt: skip
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.1},
+    "breadcrumbs_ties": {"density": 0.7, "gamma": 0.02},
+    "sce": {},
+    "karcher": {},
+    "model_stock": {},
+    "ramplus_tl": {},
+}
 
 
 @pytest.mark.parametrize("method", sorted(RECIPES))

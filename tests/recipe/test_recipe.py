@@ -16,10 +16,11 @@ from merge3.recipe import ModelRef, Recipe
 
 def ties(family, **changes):
     data = {
-        "merge_method": "ties", "base_model": str(family / "base"),
+        "merge_method": "ties",
+        "base_model": str(family / "base"),
         "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
         "parameters": {"density": 0.5},
-    }  # fmt: skip
+    }
     return data | changes
 
 
@@ -63,7 +64,10 @@ def test_parameter_values_by_filter_and_layer():
 
 BAD = {
     "unknown method": (dict(merge_method="tiess"), r"merge_method: unknown method 'tiess'.*did you mean 'ties'"),
-    "unknown parameter": (dict(parameters={"densty": 0.5}), r"densty: ties has no such parameter.*did you mean 'density'"),
+    "unknown parameter": (
+        dict(parameters={"densty": 0.5}),
+        r"densty: ties has no such parameter.*did you mean 'density'",
+    ),
     "missing weight": (dict(models=[{"model": "E0"}]), r"E0\.weight: missing for tensor .*, ties needs one"),
     "missing base": (dict(base_model=None), "base_model: missing; ties merges changes from a base"),
     "density above 1": (dict(parameters={"density": 1.5}), r"density: found 1.5; expected a value in \[0, 1\]"),
@@ -80,7 +84,7 @@ BAD = {
     "empty models": (dict(models=[]), "a list with at least one entry"),
     "mixed list": (dict(parameters={"density": [0.5, {"value": 1}]}), "a list that mixes"),
     "union tokenizer": (dict(tokenizer_source="union"), "`union` is not supported yet"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -174,9 +174,12 @@ def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
     groups = keys_by_task(questions.search)
     save(calibration.calibrate(responses, groups, config.models, seed=config.optimizer.seed), tmp_path / "bank")
     assert {p.name for p in (tmp_path / "bank").iterdir()} == {
-        "responses.csv", "calibration.json", "diagnostics-0.png", "diagnostics-1.png",
+        "responses.csv",
+        "calibration.json",
+        "diagnostics-0.png",
+        "diagnostics-1.png",
         *(f"bank-{n}.{e}" for n in (0, 1) for e in ("json", "safetensors")),
-    }  # fmt: skip
+    }
     results = []
     for given in (tmp_path / "bank" / "responses.csv", tmp_path / "bank"):
         free = replace_estimate(config, calibration=str(given))

@@ -196,16 +196,21 @@ optimizer: {budget: 8, population: 4}
 
 
 BAD_CONFIGS = {
-    "lm-eval task": (dict(tasks=["gsm8k_train"]), r"tasks\[0\]: 'gsm8k_train' names an lm-eval task, which merge3 cannot run yet"),
+    "lm-eval task": (
+        dict(tasks=["gsm8k_train"]),
+        r"tasks\[0\]: 'gsm8k_train' names an lm-eval task, which merge3 cannot run yet",
+    ),
     "unknown key": (dict(optimiser={}), "optimiser: unknown key.*did you mean 'optimizer'"),
     "unknown inner key": (dict(optimizer={"buget": 3}), "optimizer.buget: unknown key.*did you mean 'budget'"),
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),
     "no tasks": (dict(tasks=[]), "tasks"),
     "fraction": (dict(heldout={"fraction": 1.5}), "heldout.fraction: found 1.5"),
     "estimator": (dict(estimate={"method": "best"}), "estimate.method: found 'best'; expected 'auto', 'mean'"),
-
-    "bounds": (dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}), "expected low < high"),
-}  # fmt: skip
+    "bounds": (
+        dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}),
+        "expected low < high",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -319,9 +324,13 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
     addresses = [p.data_ptr() for p in slot.model.parameters()]
     for method, extra in (("ties", {"density": 0.4}), ("dare_ties", {"density": 0.4}), ("della", {"density": 0.4})):
         recipe = Recipe.parse(
-            {"merge_method": method, "base_model": str(family / "base"), "parameters": extra,
-             "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": [0.2, 0.9]}} for i in range(3)]}
-        )  # fmt: skip
+            {
+                "merge_method": method,
+                "base_model": str(family / "base"),
+                "parameters": extra,
+                "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": [0.2, 0.9]}} for i in range(3)],
+            }
+        )
         slot.swap(recipe, seed=5)
         merge_to_disk(recipe, tmp_path / method, seed=5)
         for name, tensor in load_file(tmp_path / method / "model.safetensors").items():
@@ -336,15 +345,25 @@ def test_heads_stay_with_their_experts(tmp_path):
 
     for i, labels in enumerate((2, 3, 5)):
         torch.manual_seed(i)
-        config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=labels)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=labels,
+        )
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
     pool = Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1"), str(tmp_path / "m2")])
     slot = Slot(pool)
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
-         "models": [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.5}} for i in (1, 2)]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tmp_path / "m0"),
+            "models": [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.5}} for i in (1, 2)],
+        }
+    )
     slot.swap(recipe)
     ids = torch.tensor([[3, 4, 5]])
     for i, labels in ((0, 2), (1, 3), (2, 5), (0, 2)):
@@ -362,16 +381,26 @@ def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path)
 
     for i in range(2):
         torch.manual_seed(i)
-        config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=3)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=200,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=3,
+        )
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
     make_tokenizer().save_pretrained(tmp_path / "m0")
     items = [Item(f"k{i}", "k", "classify", f"{ENGLISH[i]} {ENGLISH[2 * i]}", i % 3) for i in range(40)]
     engine = LocalEngine(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1")]))
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
-         "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tmp_path / "m0"),
+            "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}],
+        }
+    )
     before = answers(engine, recipe, items)
     endpoint = answers(engine, str(tmp_path / "m1"), items)
     assert np.array_equal(answers(engine, recipe, items), before) and not np.array_equal(endpoint, before)

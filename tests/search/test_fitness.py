@@ -47,9 +47,14 @@ def test_calibrated_estimates_are_taken_task_by_task():
     )
 
 
-@pytest.mark.parametrize("objectives,said", [
-    (("accuracy", "c"), "objectives: found 'c'; expected accuracy, a"), (("a", "a"), "objectives: 'a' twice"), ((), "objectives: none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objectives,said",
+    [
+        (("accuracy", "c"), "objectives: found 'c'; expected accuracy, a"),
+        (("a", "a"), "objectives: 'a' twice"),
+        ((), "objectives: none"),
+    ],
+)
 def test_what_is_no_objective_is_refused(objectives, said):
     with pytest.raises(BadInput, match=said):
         check_objectives(Registration(tuple(items("a", 2)), objectives=objectives))

@@ -49,7 +49,7 @@ SPACES = {
     "sakana6": (dict(preset="sakana6", merge_method="dare_ties"), 3 * 2),
     "evolve": (dict(preset="evolve", merge_method="ties", layer_granularity=2), 2 * 3 * 2),
     "smooth": (dict(smooth=True, merge_method="task_arithmetic", layer_granularity=1, filters=["mlp"]), 4 * 3 * 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -120,8 +120,15 @@ def classifiers(tmp_path):
     torch.manual_seed(0)
     start = None
     for name, labels in (("base", 2), ("a", 3), ("b", 4)):
-        config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=labels)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=200,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=labels,
+        )
         model = LlamaForSequenceClassification(config)
         start = start or {key: value.clone() for key, value in model.model.state_dict().items()}
         model.model.load_state_dict({key: value + 0.2 * torch.randn(value.shape) for key, value in start.items()})
@@ -170,13 +177,20 @@ def test_a_search_beats_every_baseline(solving_world, tmp_path):
     for task in experts:
         (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, make_items(task, 0, 150))))
     genome = {
-        "models": [f"./{name}" for name in experts], "base_model": "./base", "merge_method": "task_arithmetic",
-        "layer_granularity": 2, "allow_negative_weights": True, "bounds": {"weight": [-0.5, 1.5]},
-    }  # fmt: skip
+        "models": [f"./{name}" for name in experts],
+        "base_model": "./base",
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 2,
+        "allow_negative_weights": True,
+        "bounds": {"weight": [-0.5, 1.5]},
+    }
     data = {
-        "genome": genome, "tasks": [{"items": f"./{task}.jsonl"} for task in experts], "heldout": {"fraction": 0.5},
-        "extract": {"method": "random", "size": 20}, "optimizer": {"budget": 120, "population": 12, "sigma": 0.15, "seed": 0},
-    }  # fmt: skip
+        "genome": genome,
+        "tasks": [{"items": f"./{task}.jsonl"} for task in experts],
+        "heldout": {"fraction": 0.5},
+        "extract": {"method": "random", "size": 20},
+        "optimizer": {"budget": 120, "population": 12, "sigma": 0.15, "seed": 0},
+    }
     (folder / "evolve.yaml").write_text(yaml.safe_dump(data))
     result = run.evolve(load_config(folder / "evolve.yaml"), tmp_path / "run", quiet=True, export=False)
     assert result["heldout_items"] == 300

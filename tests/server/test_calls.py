@@ -47,9 +47,13 @@ def refused(call, code, *words, reason=None):
 def recipe(world, method="ties", **parameters):
     models = world.config.models
     return Recipe.parse(
-        {"merge_method": method, "base_model": models[0], "parameters": parameters,
-         "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models[1:]]}
-    )  # fmt: skip
+        {
+            "merge_method": method,
+            "base_model": models[0],
+            "parameters": parameters,
+            "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models[1:]],
+        }
+    )
 
 
 # -- a stock client
@@ -63,8 +67,17 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
     types = descriptor_pool.DescriptorPool(database)
     service = types.FindServiceByName("merge3.v1.Merge3")
     assert {m.name for m in service.methods} == {
-        "OpenPool", "ListPools", "ClosePool", "RegisterItems", "Evaluate", "EvaluateStream", "Export", "Generate", "Status", "Watch"
-    }  # fmt: skip
+        "OpenPool",
+        "ListPools",
+        "ClosePool",
+        "RegisterItems",
+        "Evaluate",
+        "EvaluateStream",
+        "Export",
+        "Generate",
+        "Status",
+        "Watch",
+    }
     method = service.FindMethodByName("Evaluate")
     Request, Response = (message_factory.GetMessageClass(t) for t in (method.input_type, method.output_type))
     call = channel.unary_unary(
@@ -268,17 +281,26 @@ def test_registrations_that_cannot_be(world, by_hand):
     key = hashlib.sha256(b"no message \xff").digest()
     junk = pb.RegisterItemsRequest(blob=pb.Blob(digest=key, data=b"no message \xff", last=True))
     cases = [
-        ([], "an empty stream"), ([entries], "first one header"), ([header, header], "first one header"), ([header], "no items"),
-        ([header, pb.RegisterItemsRequest()], "nothing"), ([header, wrong], "of something else"),
+        ([], "an empty stream"),
+        ([entries], "first one header"),
+        ([header, header], "first one header"),
+        ([header], "no items"),
+        ([header, pb.RegisterItemsRequest()], "nothing"),
+        ([header, wrong], "of something else"),
         ([header, pb.RegisterItemsRequest(entries=pb.Entries(entries=[pb.Entry(digest=b"short")]))], "SHA-256"),
         ([header, pb.RegisterItemsRequest(blob=blob)], "blob: digest"),
-        (with_header(weights={"words": -1.0}), "weights: words"), (with_header(weights={"words": float("nan")}), "weights: words"),
-        (with_header(weights={"words": 0.0}), "weights"), (with_header(heads={"words": "/nowhere"}), "heads: words"),
+        (with_header(weights={"words": -1.0}), "weights: words"),
+        (with_header(weights={"words": float("nan")}), "weights: words"),
+        (with_header(weights={"words": 0.0}), "weights"),
+        (with_header(heads={"words": "/nowhere"}), "heads: words"),
         ([*with_header(estimators={"words": key})[:1], junk, entries], "not a message of that kind"),
-        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "genome: preset"), (with_space(genes=["luck"]), "luck"),
-        (with_space(bounds=pb.Range(low=1, high=0)), "low < high"), (with_space(base=""), "base_model"),
+        (with_space(method="tise"), "did you mean"),
+        (with_space(preset="magic"), "genome: preset"),
+        (with_space(genes=["luck"]), "luck"),
+        (with_space(bounds=pb.Range(low=1, high=0)), "low < high"),
+        (with_space(base=""), "base_model"),
         (with_space(models=[]), "0 models"),
-    ]  # fmt: skip
+    ]
     for parts, words in cases:
         refused(lambda parts=parts: stub.RegisterItems(iter(parts)), "INVALID_ARGUMENT", words)
     unknown = [pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id="none")), entries]
@@ -309,18 +331,25 @@ def test_genomes_recipes_and_endpoints(world):
 def test_candidates_that_cannot_be(world):
     stub, size = world.stub, world.space.size
     bad = [
-        (world.request(np.zeros(size - 1)), f"{size - 1} values; expected {size}"), (world.request(np.zeros(0)), "0 values"),
-        (world.request(np.full(size, np.nan)), "genome[0]: found nan"), (world.request(np.full(size, -np.inf)), "found -inf"),
+        (world.request(np.zeros(size - 1)), f"{size - 1} values; expected {size}"),
+        (world.request(np.zeros(0)), "0 values"),
+        (world.request(np.full(size, np.nan)), "genome[0]: found nan"),
+        (world.request(np.full(size, -np.inf)), "found -inf"),
         (pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id), "subject: none"),
         (world.request(idempotency_key="k" * 201), "idempotency_key"),
-    ]  # fmt: skip
+    ]
     for text, words in (
-        ("", "recipe"), ("merge_method: [", "not YAML"), ("{}", "merge_method"), ("[" * 100_000, "recipe"),
-        ("a: &a [x]\nb: [*a, *a]", "an alias"), (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'"),
+        ("", "recipe"),
+        ("merge_method: [", "not YAML"),
+        ("{}", "merge_method"),
+        ("[" * 100_000, "recipe"),
+        ("a: &a [x]\nb: [*a, *a]", "an alias"),
+        (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'"),
         (recipe(world, density=7).to_yaml(), "density"),
         (recipe(world).to_yaml().replace(world.config.models[1], "/etc"), "'/etc' is not in the pool"),
-        ("\x00", "recipe"), (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
-    ):  # fmt: skip
+        ("\x00", "recipe"),
+        (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
+    ):
         bad.append((pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, recipe=text), words))
     bad.append(
         (
@@ -431,8 +460,12 @@ def test_generate_continues_a_prompt_like_the_scorer(world, by_hand):
     from merge3.tasks.items import Item
 
     prompt, endpoint = "english one plus two equals", world.config.models[1]
-    pieces = [r.text for r in world.stub.Generate(
-        pb.GenerateRequest(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt, max_tokens=3))]  # fmt: skip
+    pieces = [
+        r.text
+        for r in world.stub.Generate(
+            pb.GenerateRequest(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt, max_tokens=3)
+        )
+    ]
     text = "".join(pieces)
     assert text and len(pieces) <= 3
     item = Item("g", "g", "generate", prompt, (text.strip(),), metric="exact", max_tokens=3)
@@ -447,8 +480,12 @@ def test_generate_continues_a_prompt_like_the_scorer(world, by_hand):
         pb.GenerateRequest(pool_id=world.pool.pool_id, recipe=recipe(world).to_yaml(), prompt=prompt)
     )
     assert "".join(r.text for r in merged)
-    for fields, words in ((dict(max_tokens=2000), "max_tokens"), (dict(max_tokens=900), "tokens"),
-                          (dict(endpoint=""), "endpoint"), (dict(chat=True), "chat template")):  # fmt: skip
+    for fields, words in (
+        (dict(max_tokens=2000), "max_tokens"),
+        (dict(max_tokens=900), "tokens"),
+        (dict(endpoint=""), "endpoint"),
+        (dict(chat=True), "chat template"),
+    ):
         request = pb.GenerateRequest(**dict(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt) | fields)
         refused(lambda r=request: world.stub.Generate(r), "INVALID_ARGUMENT", words)
 

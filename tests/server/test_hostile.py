@@ -141,7 +141,7 @@ def test_a_stalled_reader_is_left(monkeypatch):
     from merge3_server.interceptors import Around
     from merge3_server.metrics import Metrics
     from merge3_server.security import Tokens
-    from merge3_server.service import _lively
+    from merge3_server.streams import lively
 
     class Reader:
         async def write(self, response):
@@ -161,7 +161,7 @@ def test_a_stalled_reader_is_left(monkeypatch):
         with pytest.raises(Cancelled, match="not read for 0.05 s"):
             await Around(Tokens(None), Metrics(), 0.05)._write(Reader(), "response")
         with pytest.raises(Cancelled, match="nothing for 0.05 s"):
-            async for _ in _lively(Silent(), 0.05):
+            async for _ in lively(Silent(), 0.05):
                 pass
 
     asyncio.run(body())
@@ -248,16 +248,23 @@ def seeds(world, by_hand):
         "ListPools": [pb.ListPoolsRequest()],
         "ClosePool": [pb.ClosePoolRequest(**at)],
         "RegisterItems": [
-            *registering(world.pool.pool_id, some_items(4), world.config.genome.definition(), estimators={"words": b"0" * 32}),
+            *registering(
+                world.pool.pool_id, some_items(4), world.config.genome.definition(), estimators={"words": b"0" * 32}
+            ),
             pb.RegisterItemsRequest(blob=pb.Blob(digest=convert.digest(estimator), data=blob, last=True)),
-            pb.RegisterItemsRequest(blob=pb.Blob(digest=convert.digest(bank), data=bank.SerializeToString(), last=True)),
+            pb.RegisterItemsRequest(
+                blob=pb.Blob(digest=convert.digest(bank), data=bank.SerializeToString(), last=True)
+            ),
         ],
-        "Evaluate": [world.request(idempotency_key="fuzz"), pb.EvaluateRequest(**at, items_id=world.items_id, recipe=recipe)],
+        "Evaluate": [
+            world.request(idempotency_key="fuzz"),
+            pb.EvaluateRequest(**at, items_id=world.items_id, recipe=recipe),
+        ],
         "EvaluateStream": [world.request(index=3)],
         "Export": [pb.ExportRequest(**at, recipe=recipe, directory="fuzz")],
         "Generate": [pb.GenerateRequest(**at, endpoint=models[0], prompt="english one plus", max_tokens=1)],
         "Status": [pb.StatusRequest()],
-    }  # fmt: skip
+    }
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

@@ -43,15 +43,25 @@ def variant(tiny_world, name, **changes):
 
 VARIANTS = {
     "all-items": {},
-    "random-renewed": {"extract": {"method": "random", "size": 8}, "optimizer": {"budget": 18, "population": 6, "seed": 1}},
+    "random-renewed": {
+        "extract": {"method": "random", "size": 8},
+        "optimizer": {"budget": 18, "population": 6, "seed": 1},
+    },
     "calibrated": {
-        "extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1},
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"models": 8, "check_every": 1},
         "optimizer": {"budget": 18, "population": 6, "seed": 1},
     },
     # DELLA refuses some densities: failed candidates fail with the same words
-    "failing": {"genome": {"merge_method": "della", "genes": ["weight", "density"]}, "optimizer": {"budget": 12, "population": 6, "seed": 2}},
-    "random-keeps": {"genome": {"merge_method": "dare_ties", "dtype": "bfloat16"}, "optimizer": {"budget": 6, "population": 6, "seed": 9}},
-}  # fmt: skip
+    "failing": {
+        "genome": {"merge_method": "della", "genes": ["weight", "density"]},
+        "optimizer": {"budget": 12, "population": 6, "seed": 2},
+    },
+    "random-keeps": {
+        "genome": {"merge_method": "dare_ties", "dtype": "bfloat16"},
+        "optimizer": {"budget": 6, "population": 6, "seed": 9},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +265,13 @@ def test_objectives_and_failures_cross_as_they_are(daemon, tiny_world):
     items = tuple(load_questions(config).subset)
     asked = Registration(items, config.genome.definition(), objectives=("translation", "accuracy"))
     start = engines[0].space(asked.space).initial()
-    bad = Recipe.parse({"merge_method": "ties", "base_model": config.models[0],
-                        "models": [{"model": config.models[1], "parameters": {"weight": 1.0, "density": 7}}]})  # fmt: skip
+    bad = Recipe.parse(
+        {
+            "merge_method": "ties",
+            "base_model": config.models[0],
+            "models": [{"model": config.models[1], "parameters": {"weight": 1.0, "density": 7}}],
+        }
+    )
     found = [
         sorted(engine.evaluate(asked, [start, bad, config.models[1]]), key=lambda e: e.index) for engine in engines
     ]

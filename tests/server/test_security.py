@@ -47,8 +47,18 @@ def test_paths_stay_below_the_roots(roots):
     inside = str(roots / "allowed" / "model")
     for name in ("model", inside, "./model", "model/../model", f"{roots}/allowed/../allowed/model"):
         assert allowed.directory(name) == inside
-    for name in ("../secret", f"{roots}/secret", "model/../../secret", "/etc", "..", "../allowed-too", f"{roots}/allowed-too", "/", "//etc",
-                 f"{roots}/no-such-thing"):  # fmt: skip
+    for name in (
+        "../secret",
+        f"{roots}/secret",
+        "model/../../secret",
+        "/etc",
+        "..",
+        "../allowed-too",
+        f"{roots}/allowed-too",
+        "/",
+        "//etc",
+        f"{roots}/no-such-thing",
+    ):
         with pytest.raises(Denied, match="outside the daemon's roots"):
             allowed.directory(name)
     (roots / "allowed" / "link").symlink_to(roots / "secret")
@@ -116,9 +126,8 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
 def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start, monkeypatch):
     hour = timedelta(hours=1)
     tokens = tmp_path / "tokens"
-    tokens.write_text(
-        f"# drivers\ngood\nold {(datetime.now(UTC) - hour).isoformat()}\nyoung {(datetime.now(UTC) + hour).isoformat()}\n"
-    )
+    now = datetime.now(UTC)
+    tokens.write_text(f"# drivers\ngood\nold {(now - hour).isoformat()}\nyoung {(now + hour).isoformat()}\n")
     daemon = start(tiny_world, tokens=tokens)
     stub = daemon.stub()
 
@@ -129,8 +138,13 @@ def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start,
         "UNAUTHENTICATED",
         "authorization: no token; expected Bearer TOKEN",
     )
-    for token, words in (("Bearer bad", "an unknown token"), ("good", "not a bearer token"), ("Bearer old", "has expired"),
-                         ("Bearer ", "not a bearer token"), ("Bearer good good", "not a bearer token")):  # fmt: skip
+    for token, words in (
+        ("Bearer bad", "an unknown token"),
+        ("good", "not a bearer token"),
+        ("Bearer old", "has expired"),
+        ("Bearer ", "not a bearer token"),
+        ("Bearer good good", "not a bearer token"),
+    ):
         code, said = code_of(with_token(token))
         assert code == "UNAUTHENTICATED" and words in said
     for call in (
@@ -203,12 +217,40 @@ def certificates(tmp_path_factory):
             f"/CN={name}",
         )
         (folder / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial",
-                "-days", days, "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            f"{authority}.pem",
+            "-CAkey",
+            f"{authority}.key",
+            "-CAcreateserial",
+            "-days",
+            days,
+            "-extfile",
+            "ext",
+            "-out",
+            f"{name}.pem",
+        )
 
     for authority in ("ca", "other-ca"):
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{authority}.key", "-out", f"{authority}.pem", "-days", 30,
-                "-subj", f"/CN={authority}")  # fmt: skip
+        openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{authority}.key",
+            "-out",
+            f"{authority}.pem",
+            "-days",
+            30,
+            "-subj",
+            f"/CN={authority}",
+        )
     signed("server", "ca")
     signed("client", "ca")
     signed("stranger", "other-ca")
@@ -230,9 +272,10 @@ def test_tls_and_mutual_tls(tiny_world, certificates, start):
     ca = str(c / "ca.pem")
     assert status(Target(mutual.address, ca, c / "client.pem", c / "client.key")).state == "serving"
     unreachable += [
-        Target(mutual.address, ca), Target(mutual.address, ca, c / "stranger.pem", c / "stranger.key"),
+        Target(mutual.address, ca),
+        Target(mutual.address, ca, c / "stranger.pem", c / "stranger.key"),
         Target(mutual.address, ca, c / "expired.pem", c / "expired.key"),
-    ]  # fmt: skip
+    ]
     time.sleep(1.1)  # "days 0" ends the second it begins
     for target in unreachable:
         with pytest.raises(Exception) as caught:
@@ -242,8 +285,18 @@ def test_tls_and_mutual_tls(tiny_world, certificates, start):
 
 
 def test_beyond_this_machine_only_with_tls_or_on_purpose(tiny_world, tmp_path):
-    for address, local in (("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("unix:/x", True), ("127.8.8.8:1", True),
-                           ("0.0.0.0:1", False), ("[::]:1", False), ("10.0.0.1:1", False), ("example.org:1", False), (":1", False)):  # fmt: skip
+    for address, local in (
+        ("127.0.0.1:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("unix:/x", True),
+        ("127.8.8.8:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("example.org:1", False),
+        (":1", False),
+    ):
         assert is_local(address) is local, address
     with pytest.raises(ConfigError, match="--insecure"):
         Settings(("0.0.0.0:0",), (tiny_world,))

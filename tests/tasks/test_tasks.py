@@ -29,10 +29,17 @@ def choice_items(prefix_words, count=17):
     rng = np.random.default_rng(prefix_words)
     prefix = words(rng, prefix_words)
     return [
-        Item(f"c{i}", "c", "choice", f"{prefix} {words(rng, 1 + i % 5)}".strip(), int(rng.integers(3)),
-             tuple(words(rng, 1 + (i + j) % 3) for j in range(3)), "acc_norm" if i % 2 else "acc")
+        Item(
+            f"c{i}",
+            "c",
+            "choice",
+            f"{prefix} {words(rng, 1 + i % 5)}".strip(),
+            int(rng.integers(3)),
+            tuple(words(rng, 1 + (i + j) % 3) for j in range(3)),
+            "acc_norm" if i % 2 else "acc",
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -122,8 +129,17 @@ def test_text_classification(world, tmp_path):
 
     folder, tokenizer, _ = world
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         pad_token_id=0, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=62,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
+        label2id={"a": 0, "b": 1, "c": 2},
+    )
     model = LlamaForSequenceClassification(config).eval()
     rng = np.random.default_rng(0)
     items = [Item(f"k{i}", "k", "classify", words(rng, 1 + i % 7), ("a", 1, "c")[i % 3]) for i in range(20)]

@@ -23,7 +23,7 @@ class Optimizer(Protocol):
         """The next generation: float64 [d] each."""
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
-        """Their fitness (NaN: failed) and its standard errors, in the same order; the last generation may be shorter."""
+        """Their fitness (NaN: failed) and its standard errors, in one order; the last generation may be shorter."""
 
     def favorite(self) -> np.ndarray | None:
         """The genome it believes in most; None where it believes in none."""
