@@ -67,11 +67,23 @@ def compile_kernels(cuda: bool) -> list[str]:
     flags = [*FLAGS, "-fPIC", *(["-DMERGE3_WITH_CUDA"] if cuda else [])]
     # Each with PTX, which GPUs between and beyond them (sm_100, say) compile when they load the kernels.
     gencode = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in ARCHITECTURES]
-    nvcc = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "--threads", "0", "-Xcompiler", "-fPIC,-ffp-contract=off", *gencode,
-            f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"']  # fmt: skip
+    nvcc = [
+        "nvcc",
+        "-std=c++20",
+        "-O3",
+        "--fmad=false",
+        "--threads",
+        "0",
+        "-Xcompiler",
+        "-fPIC,-ffp-contract=off",
+        *gencode,
+        f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"',
+    ]
     compilers = {".cpp": [os.environ.get("CXX", "c++"), *flags], ".cu": nvcc}
     sources = [Path("csrc/api.cpp"), *Path("csrc/cpu").glob("*.cpp"), *(Path("csrc/cuda").glob("*.cu") if cuda else [])]
-    changed = max(f.stat().st_mtime for f in [Path("setup.py"), *Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])
+    changed = max(
+        f.stat().st_mtime for f in [Path("setup.py"), *Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")]
+    )
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.name}.o"
@@ -105,10 +117,24 @@ def extensions(cuda: bool) -> list[Extension]:
         headers = include_paths()  # torch carries a copy of pybind11's headers
     depends = glob.glob("csrc/**/*.h", recursive=True)
     return [
-        CppExtension("merge3._C", ["csrc/torch/library.cpp"], define_macros=macros, extra_compile_args=FLAGS,
-                     libraries=libraries, py_limited_api=True, depends=depends),
-        Extension("merge3.arrays", ["csrc/python/arrays.cpp"], include_dirs=headers, extra_compile_args=FLAGS, language="c++", depends=depends),
-    ]  # fmt: skip
+        CppExtension(
+            "merge3._C",
+            ["csrc/torch/library.cpp"],
+            define_macros=macros,
+            extra_compile_args=FLAGS,
+            libraries=libraries,
+            py_limited_api=True,
+            depends=depends,
+        ),
+        Extension(
+            "merge3.arrays",
+            ["csrc/python/arrays.cpp"],
+            include_dirs=headers,
+            extra_compile_args=FLAGS,
+            language="c++",
+            depends=depends,
+        ),
+    ]
 
 
 class BuildKernels(BuildExtension):
@@ -126,8 +152,14 @@ class BuildStubs(build_py):
         if proto.exists():
             from grpc_tools import protoc
 
-            arguments = ["protoc", "-Imerge3/rpc=proto/merge3/v1", "--python_out=.", "--pyi_out=.",
-                         "--grpc_python_out=.", "merge3/rpc/merge3.proto"]
+            arguments = [
+                "protoc",
+                "-Imerge3/rpc=proto/merge3/v1",
+                "--python_out=.",
+                "--pyi_out=.",
+                "--grpc_python_out=.",
+                "merge3/rpc/merge3.proto",
+            ]
             if protoc.main(arguments):
                 raise SystemExit("protoc failed")
         super().run()

@@ -42,7 +42,17 @@ class Daemon:
     """A merge3-server process for the length of a `with`."""
 
     def __init__(self, root: Path, *options: str):
-        command = [sys.executable, "-m", "merge3_server", "serve", "--root", str(root), "--listen", "127.0.0.1:0", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "merge3_server",
+            "serve",
+            "--root",
+            str(root),
+            "--listen",
+            "127.0.0.1:0",
+            *options,
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.address = self.process.stdout.readline().split(" on ")[1].strip()
 
@@ -89,15 +99,23 @@ def overhead(root: Path, repeats: int = 200) -> tuple[list, dict]:
                     list(engine.evaluate(question, candidates[start : start + at_once]))
                     times[name].append((time.perf_counter() - began) / at_once)
             embedded, through = median(times["embedded"]), median(times["remote"])
-            rows.append([len(asked), at_once, f"{1000 * embedded:.1f}", f"{1000 * through:.1f}", f"{1000 * (through - embedded):+.1f}",
-                         f"{100 * (through / embedded - 1):+.1f} %"])  # fmt: skip
+            rows.append(
+                [
+                    len(asked),
+                    at_once,
+                    f"{1000 * embedded:.1f}",
+                    f"{1000 * through:.1f}",
+                    f"{1000 * (through - embedded):+.1f}",
+                    f"{100 * (through / embedded - 1):+.1f} %",
+                ]
+            )
             data[f"{len(asked)} items, {at_once} at once"] = {"embedded_s": embedded, "remote_s": through}
         remote.close()
     return rows, data
 
 
 def load(root: Path, drivers: int = 64, calls: int = 10_000) -> tuple[list, dict]:
-    """Unary calls from many drivers, each with a key of its own; every answer checked against the first to its genome."""
+    """Unary calls from many drivers, each with its own key; every answer checked against the first to its genome."""
     items = [item for task in EXPERTS for item in read_items(root / f"{task}.jsonl")[:2]]
     with Daemon(root) as daemon:
         engine = RemoteEngine(daemon.address, models(root))
@@ -114,7 +132,9 @@ def load(root: Path, drivers: int = 64, calls: int = 10_000) -> tuple[list, dict
             channel = grpc.insecure_channel(daemon.address, options=(("grpc.use_local_subchannel_pool", 1),))
             own, metadata = merge3_pb2_grpc.Merge3Stub(channel), (("merge3-driver", f"driver-{driver}"),)
             for key in keys:
-                request = pb.EvaluateRequest(pool_id=engine._pool_id, items_id=items_id, idempotency_key=f"load-{key}", index=key)
+                request = pb.EvaluateRequest(
+                    pool_id=engine._pool_id, items_id=items_id, idempotency_key=f"load-{key}", index=key
+                )
                 request.genome.values.extend(asked[key % len(asked)])
                 found = own.Evaluate(request, metadata=metadata)
                 with lock:
@@ -141,13 +161,34 @@ def load(root: Path, drivers: int = 64, calls: int = 10_000) -> tuple[list, dict
         engine.close()
     warm = next(size for count, size in memory if count >= calls // 10)
     data = {
-        "drivers": drivers, "calls": calls, "answered": sum(answers.values()), "lost": calls - len(answers),
-        "twice": sum(n > 1 for n in answers.values()), "evaluated": after.evaluated - before.evaluated, "wrong": len(wrong),
-        "seconds": seconds, "p50_queue_s": float(np.percentile(queued, 50)), "p99_queue_s": float(np.percentile(queued, 99)),
-        "memory_warm": warm, "memory_end": after.resident_bytes, "memory_growth": after.resident_bytes / warm - 1,
-    }  # fmt: skip
-    rows = [[drivers, calls, data["lost"], data["twice"], data["evaluated"], data["wrong"], f"{calls / seconds:.0f}",
-             f"{1000 * data['p50_queue_s']:.0f}", f"{1000 * data['p99_queue_s']:.0f}", f"{100 * data['memory_growth']:+.1f} %"]]  # fmt: skip
+        "drivers": drivers,
+        "calls": calls,
+        "answered": sum(answers.values()),
+        "lost": calls - len(answers),
+        "twice": sum(n > 1 for n in answers.values()),
+        "evaluated": after.evaluated - before.evaluated,
+        "wrong": len(wrong),
+        "seconds": seconds,
+        "p50_queue_s": float(np.percentile(queued, 50)),
+        "p99_queue_s": float(np.percentile(queued, 99)),
+        "memory_warm": warm,
+        "memory_end": after.resident_bytes,
+        "memory_growth": after.resident_bytes / warm - 1,
+    }
+    rows = [
+        [
+            drivers,
+            calls,
+            data["lost"],
+            data["twice"],
+            data["evaluated"],
+            data["wrong"],
+            f"{calls / seconds:.0f}",
+            f"{1000 * data['p50_queue_s']:.0f}",
+            f"{1000 * data['p99_queue_s']:.0f}",
+            f"{100 * data['memory_growth']:+.1f} %",
+        ]
+    ]
     return rows, data
 
 
@@ -178,11 +219,29 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     parts = {
-        "overhead": ("A candidate, median of 200", ("items", "at once", "embedded ms", "through the daemon ms", "more", ""), overhead),
-        "load": ("Many drivers at once, 8 items per candidate", ("drivers", "calls", "lost", "answered twice", "evaluated", "wrong",
-                 "calls per s", "queue p50 ms", "queue p99 ms", "memory after warm-up"), load),
+        "overhead": (
+            "A candidate, median of 200",
+            ("items", "at once", "embedded ms", "through the daemon ms", "more", ""),
+            overhead,
+        ),
+        "load": (
+            "Many drivers at once, 8 items per candidate",
+            (
+                "drivers",
+                "calls",
+                "lost",
+                "answered twice",
+                "evaluated",
+                "wrong",
+                "calls per s",
+                "queue p50 ms",
+                "queue p99 ms",
+                "memory after warm-up",
+            ),
+            load,
+        ),
         "workers": ("Ray workers of one thread, candidates per minute", ("one", "two", ""), workers),
-    }  # fmt: skip
+    }
     root = (arguments.models or made(WORLDS, make_models, seed=0, base_steps=60, expert_steps=10)).resolve()
     texts, data = [], {}
     for name in arguments.only or parts:

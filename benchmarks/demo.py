@@ -32,7 +32,12 @@ def main() -> None:
     rows = []
     for name in names:
         values = [r["heldout"] if name == "evolved" else r["baselines"][name] for r in results]
-        rows.append([f"**{name}**" if name == "evolved" else name, *(f"**{v:.3f}**" if name == "evolved" else f"{v:.3f}" for v in values)])
+        rows.append(
+            [
+                f"**{name}**" if name == "evolved" else name,
+                *(f"**{v:.3f}**" if name == "evolved" else f"{v:.3f}" for v in values),
+            ]
+        )
     gains = [r["heldout"] - max(r["baselines"].values()) for r in results]
     rows.append(["gain over the best", *(f"{g:+.3f}" for g in gains)])
     rows.append(["search, s (600 candidates)", *(f"{r['seconds']:.0f}" for r in results)])

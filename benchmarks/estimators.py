@@ -66,21 +66,50 @@ def main() -> None:
                 per_merge = less.mean(0)
                 half = 1.96 * per_merge.std(ddof=1) / len(per_merge) ** 0.5
                 data.append(
-                    {"n": size, "extract": extractor, "estimate": method, "error": error.mean(), "below_mean": per_merge.mean(),
-                     "interval": half, "covered": float((error < 2 * stderr).mean()),
-                     "tau": float(np.mean([kendalltau(v, truth).statistic for v in value]))}
-                )  # fmt: skip
+                    {
+                        "n": size,
+                        "extract": extractor,
+                        "estimate": method,
+                        "error": error.mean(),
+                        "below_mean": per_merge.mean(),
+                        "interval": half,
+                        "covered": float((error < 2 * stderr).mean()),
+                        "tau": float(np.mean([kendalltau(v, truth).statistic for v in value])),
+                    }
+                )
                 # The paper's stability: estimates within ε of the truth choose a merge within 2 ε of the best.
-                data[-1] |= {"epsilon": float(error.max(1).mean()), "gap": float(np.mean([truth.max() - truth[v.argmax()] for v in value]))}
+                data[-1] |= {
+                    "epsilon": float(error.max(1).mean()),
+                    "gap": float(np.mean([truth.max() - truth[v.argmax()] for v in value])),
+                }
                 share = 100 * per_merge.mean() / np.abs(plain[0] - truth).mean()
-                cells.append(f"{error.mean():.4f} ({share:+.0f} %)" if method != "mean" or extractor != "random" else f"{error.mean():.4f}")
+                cells.append(
+                    f"{error.mean():.4f} ({share:+.0f} %)"
+                    if method != "mean" or extractor != "random"
+                    else f"{error.mean():.4f}"
+                )
             default = next(d for d in reversed(data) if d["estimate"] == "gmp-irt")
-            row = [size, extractor, *cells, f"{100 * default['covered']:.1f} %", f"{default['tau']:.2f}",
-                   f"{default['epsilon']:.3f}", f"{default['gap']:.3f}"]  # fmt: skip
+            row = [
+                size,
+                extractor,
+                *cells,
+                f"{100 * default['covered']:.1f} %",
+                f"{default['tau']:.2f}",
+                f"{default['epsilon']:.3f}",
+                f"{default['gap']:.3f}",
+            ]
             print(row, flush=True)
             if extractor in ("random", "irt") or size == 20:
                 rows.append(row)
-    columns = ["n per task", "items", *irt.METHODS, "within 2 se", "Kendall τ", "largest error ε", "best merge minus chosen"]
+    columns = [
+        "n per task",
+        "items",
+        *irt.METHODS,
+        "within 2 se",
+        "Kendall τ",
+        "largest error ε",
+        "best merge minus chosen",
+    ]
     title = (
         f"Mean |estimate - accuracy| of {len(others.models)} merges not used in calibration, {SEEDS} subsets each; "
         f"in brackets: less than `mean` on random items; the last four columns are of gmp-irt"
@@ -108,7 +137,9 @@ def draw(data: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def estimates(known, others: Responses, groups, extractor: str, size: int, method: str) -> tuple[np.ndarray, np.ndarray]:
+def estimates(
+    known, others: Responses, groups, extractor: str, size: int, method: str
+) -> tuple[np.ndarray, np.ndarray]:
     """(value, stderr), each [seeds, merges]: means over tasks."""
     values, errors = [], []
     for seed in range(SEEDS):

@@ -188,10 +188,18 @@ def swaps(shape: str, count: int, device: torch.device):
             prepared = prepare(out, base, experts, sparsify, tables)
             t = timed(lambda p=prepared, m=mode: p.launch(m), device)
             yield {
-                "shape": shape, "layers": layers, "of_layers": SHAPES[shape][2], "experts": count, "sparsify": sparsify,
-                "elect": mode.elect, "normalize": mode.normalize, "ms": 1e3 * t, "bandwidth": moved / t,
-                "copy_bandwidth": copy, "of_copy": moved / t / copy,
-            }  # fmt: skip
+                "shape": shape,
+                "layers": layers,
+                "of_layers": SHAPES[shape][2],
+                "experts": count,
+                "sparsify": sparsify,
+                "elect": mode.elect,
+                "normalize": mode.normalize,
+                "ms": 1e3 * t,
+                "bandwidth": moved / t,
+                "copy_bandwidth": copy,
+                "of_copy": moved / t / copy,
+            }
 
 
 def shapes_of(shape: str, count: int, device: torch.device) -> tuple[list[tuple[int, ...]], int]:
@@ -250,9 +258,12 @@ def default_dtype(dtype: torch.dtype):
 def config_of(shape: str):
     hidden, inner, layers, heads, words = SHAPES[shape]
     return LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         vocab_size=words,
-    )  # fmt: skip
+    )
 
 
 def timed(act, device: torch.device, repeats: int = 9, host: bool = False) -> float:

@@ -47,14 +47,25 @@ def sections(machine: dict, steps: dict) -> list[str]:
     rows_of = lambda step: steps.get(step, {}).get("rows", [])
     if rows := rows_of("bandwidth"):
         shown = [
-            [r["shape"] + ("" if r["layers"] == r["of_layers"] else f", {r['layers']} layers"), r["experts"],
-             r["sparsify"], r["elect"] + (", normalized" if r["normalize"] else ""),
-             f"{r['ms']:.2f}", f"{r['bandwidth'] / 1e12:.2f}", f"**{r['of_copy']:.2f}**"]
+            [
+                r["shape"] + ("" if r["layers"] == r["of_layers"] else f", {r['layers']} layers"),
+                r["experts"],
+                r["sparsify"],
+                r["elect"] + (", normalized" if r["normalize"] else ""),
+                f"{r['ms']:.2f}",
+                f"{r['bandwidth'] / 1e12:.2f}",
+                f"**{r['of_copy']:.2f}**",
+            ]
             for r in rows
-        ]  # fmt: skip
+        ]
         fastest = max(r["copy_bandwidth"] for r in rows)
-        lines.append(table(f"Swap in one launch, bfloat16; a copy moves {fastest / 1e12:.2f} TB/s",
-                           ["model", "experts", "sparsify", "elect", "ms", "TB/s", "of copy"], shown))  # fmt: skip
+        lines.append(
+            table(
+                f"Swap in one launch, bfloat16; a copy moves {fastest / 1e12:.2f} TB/s",
+                ["model", "experts", "sparsify", "elect", "ms", "TB/s", "of copy"],
+                shown,
+            )
+        )
     if rows := rows_of("eager"):
         shown = [[r["mode"], f"{r['ms']:.3f}", f"{r['eager_ms']:.2f}", f"**{r['times']:.0f}x**"] for r in rows]
         title = "Against eager torch on the same GPU, 16.8 M parameters, 3 experts"

@@ -25,7 +25,11 @@ from merge3.world.training import make_models
 ITEMS, BUDGET = 500, 1000  # search items per task, candidates
 SEARCHES = {
     "full": {"extract": {"method": "all"}, "estimate": {"method": "mean"}},
-    "mean": {"extract": {"method": "random", "size": 9}, "estimate": {"method": "mean"}, "optimizer": {"population": 10}},
+    "mean": {
+        "extract": {"method": "random", "size": 9},
+        "estimate": {"method": "mean"},
+        "optimizer": {"population": 10},
+    },
     "gmp-irt": {
         "extract": {"method": "random", "size": 9},
         "estimate": {"method": "gmp-irt", "models": 24, "share": 0.2},
@@ -54,9 +58,12 @@ def main() -> None:
             found, ledger = results[name], results[name]["ledger"]
             given = ledger["full"] / (ledger["total"] - ledger["calibration"])
             row[name] = {
-                "heldout": found["heldout"], "share": found["heldout"] / row["full"], "ledger": ledger,
-                "ratio": ledger["full"] / ledger["total"], "ratio, calibration given": given,
-            }  # fmt: skip
+                "heldout": found["heldout"],
+                "share": found["heldout"] / row["full"],
+                "ledger": ledger,
+                "ratio": ledger["full"] / ledger["total"],
+                "ratio, calibration given": given,
+            }
             ratio = f"1/{row[name]['ratio']:.0f}" + (f" (1/{given:.0f})" if ledger["calibration"] else "")
             cells += [f"{found['heldout']:.3f}", f"**{row[name]['share']:.3f}**", ratio]
         data.append(row)
@@ -65,9 +72,19 @@ def main() -> None:
         return
     average = lambda name: f"**{np.mean([row[name]['share'] for row in data]):.3f}**"
     rows.append(["mean", "", "", "", average("mean"), "", "", average("gmp-irt"), ""])
-    columns = ["seed", "best baseline", "all items", "mean, 9 items per task", "of all", "answers",
-               "gmp-irt, 9 items per task", "of all", "answers (calibration given)"]  # fmt: skip
-    title = f"Held-out accuracy of a search on all {4 * ITEMS:,} items and on a fiftieth of its answers ({BUDGET} candidates)"
+    columns = [
+        "seed",
+        "best baseline",
+        "all items",
+        "mean, 9 items per task",
+        "of all",
+        "answers",
+        "gmp-irt, 9 items per task",
+        "of all",
+        "answers (calibration given)",
+    ]
+    asked = f"a search on all {4 * ITEMS:,} items and on a fiftieth of its answers"
+    title = f"Held-out accuracy of {asked} ({BUDGET} candidates)"
     report("headline", table(title, columns, rows), {"rows": data}, options.save)
 
 
@@ -86,7 +103,14 @@ def searches(seed: int, folder: Path, only: str | None) -> dict[str, dict]:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
             run.evolve(load_config(folder / f"{name}.yaml"), folder / name, quiet=True, export=False)
         results[name] = read_result(folder / name)
-        print(seed, name, results[name]["heldout"], results[name]["ledger"], f"{results[name]['seconds']:.0f} s", flush=True)
+        print(
+            seed,
+            name,
+            results[name]["heldout"],
+            results[name]["ledger"],
+            f"{results[name]['seconds']:.0f} s",
+            flush=True,
+        )
     return results
 
 

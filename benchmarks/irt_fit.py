@@ -33,14 +33,30 @@ def main() -> None:
         mean = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
         data.append({"models": models, "items": items, "dimensions": dimensions} | mean)
         rows.append(
-            [models, items, dimensions, f"{mean['ability']:.3f}", f"{mean['difficulty']:.3f}",
-             f"{mean['discrimination']:.2f}" if dimensions == 1 else "",
-             f"{100 * mean['ability_inside']:.0f} %" if dimensions == 1 else "", f"{100 * mean['difficulty_inside']:.0f} %",
-             f"{mean['seconds']:.1f}"]
-        )  # fmt: skip
+            [
+                models,
+                items,
+                dimensions,
+                f"{mean['ability']:.3f}",
+                f"{mean['difficulty']:.3f}",
+                f"{mean['discrimination']:.2f}" if dimensions == 1 else "",
+                f"{100 * mean['ability_inside']:.0f} %" if dimensions == 1 else "",
+                f"{100 * mean['difficulty_inside']:.0f} %",
+                f"{mean['seconds']:.1f}",
+            ]
+        )
         print(rows[-1], flush=True)
-    columns = ["models", "items", "D", "ability", "difficulty", "log discrimination", "abilities in 90 % interval",
-               "difficulties in 90 % interval", "fit, s"]  # fmt: skip
+    columns = [
+        "models",
+        "items",
+        "D",
+        "ability",
+        "difficulty",
+        "log discrimination",
+        "abilities in 90 % interval",
+        "difficulties in 90 % interval",
+        "fit, s",
+    ]
     title = (
         f"Correlations of fitted and true parameters (2PL, means of up to {REPEATS} simulated matrices; "
         "for D = 2 abilities are the smaller canonical correlation)"
@@ -69,7 +85,11 @@ def recovery(models: int, items: int, dimensions: int, seed: int) -> dict:
     seconds = time.perf_counter() - start
     correlation = lambda x, y: float(np.corrcoef(np.ravel(x), np.ravel(y))[0, 1])
     inside = lambda found, sd, true: float((np.abs(found - true) < 1.645 * sd).mean())
-    common = {"difficulty": correlation(bank.b, b), "difficulty_inside": inside(bank.b, bank.b_sd, b), "seconds": seconds}
+    common = {
+        "difficulty": correlation(bank.b, b),
+        "difficulty_inside": inside(bank.b, bank.b_sd, b),
+        "seconds": seconds,
+    }
     if dimensions == 1:
         own = {"ability": correlation(bank.theta, theta), "ability_inside": inside(bank.theta, bank.theta_sd, theta)}
         return common | own | {"discrimination": correlation(np.log(bank.a), np.log(a)), "fit": (bank, theta, b)}

@@ -22,7 +22,9 @@ def make_models(root: Path) -> int:
     """A base and three experts that differ by small noise, a third of it exactly zero. Returns parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=16000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12)
+    config = LlamaConfig(
+        vocab_size=16000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(root / "base")
@@ -39,7 +41,9 @@ def make_models(root: Path) -> int:
 def measured(command: list[str]) -> tuple[float, int]:
     """(wall seconds, peak resident bytes) of one process."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -58,8 +62,11 @@ def main() -> None:
     try:
         parameters = make_models(root)
         for method in options.methods:
-            recipe = {"merge_method": method, "dtype": "bfloat16", "models": [
-                {"model": str(root / f"e{i}"), "parameters": {"weight": 0.4}} for i in range(3)]}  # fmt: skip
+            recipe = {
+                "merge_method": method,
+                "dtype": "bfloat16",
+                "models": [{"model": str(root / f"e{i}"), "parameters": {"weight": 0.4}} for i in range(3)],
+            }
             if method != "linear":
                 recipe["base_model"] = str(root / "base")
             if method in ("ties", "dare_ties"):
@@ -69,7 +76,17 @@ def main() -> None:
             for _ in range(options.repeats):
                 for name, command in (
                     ("merge3", [programs / "merge3-client", "merge", root / "recipe.yaml", root / "out", "--quiet"]),
-                    ("adapter", [sys.executable, "-m", "merge3.adapters.mergekit", root / "recipe.yaml", root / "out", "--quiet"]),
+                    (
+                        "adapter",
+                        [
+                            sys.executable,
+                            "-m",
+                            "merge3.adapters.mergekit",
+                            root / "recipe.yaml",
+                            root / "out",
+                            "--quiet",
+                        ],
+                    ),
                     ("mergekit", [programs / "mergekit-yaml", root / "recipe.yaml", root / "out", "--quiet"]),
                 ):
                     shutil.rmtree(root / "out", ignore_errors=True)
@@ -80,11 +97,29 @@ def main() -> None:
             faster = {n: f"**{wall['mergekit'] / w:.1f}x**" for n, w in wall.items()}
             # linear is not among the methods that the adapter takes over
             adapter = ["", ""] if method == "linear" else [f"{wall['adapter']:.1f}", faster["adapter"]]
-            rows.append([method, f"{wall['mergekit']:.1f}", f"{wall['merge3']:.1f}", faster["merge3"], *adapter,
-                         f"{peak['mergekit'] / 1e9:.2f}", f"{peak['merge3'] / 1e9:.2f}"])  # fmt: skip
+            rows.append(
+                [
+                    method,
+                    f"{wall['mergekit']:.1f}",
+                    f"{wall['merge3']:.1f}",
+                    faster["merge3"],
+                    *adapter,
+                    f"{peak['mergekit'] / 1e9:.2f}",
+                    f"{peak['merge3'] / 1e9:.2f}",
+                ]
+            )
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    columns = ["method", "mergekit s", "merge3 s", "faster", "mergekit on our kernels s", "faster", "mergekit peak GB", "merge3 peak GB"]
+    columns = [
+        "method",
+        "mergekit s",
+        "merge3 s",
+        "faster",
+        "mergekit on our kernels s",
+        "faster",
+        "mergekit peak GB",
+        "merge3 peak GB",
+    ]
     title = f"Merging three {parameters / 1e6:.0f} M parameter experts, bfloat16, whole process"
     report("merge_command", table(title, columns, rows), data, options.save)
 

@@ -64,7 +64,8 @@ def main() -> None:
             rows.append([name, f"{stored / rate / threads:.2f}", f"**{rate / 1e9:.2f}**"])
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    title = f"Statistics of a pool of {stored / 1e9:.2f} GB (bfloat16, 3 experts); opening read {read:.2f} of its bytes from disk"
+    opened = f"a pool of {stored / 1e9:.2f} GB (bfloat16, 3 experts)"
+    title = f"Statistics of {opened}; opening read {read:.2f} of its bytes from disk"
     report("open_pool", table(title, ["", "s", "GB/s per core"], rows), data, options.save)
 
 

@@ -1,7 +1,8 @@
 """Is a run still the run it was? An older version of this project and this one search the same five configurations;
-genomes, responses, values, failures, the winner's recipe, result.json and the exported bytes must be equal, bit for bit.
+genomes, responses, values, failures, the winner's recipe, result.json and the exported bytes must be equal, bit for
+bit.
 
-    python benchmarks/same_run.py 716eaa6                       # clones and installs that commit: some five minutes more
+    python benchmarks/same_run.py 716eaa6                       # clones and installs that commit: five minutes more
     python benchmarks/same_run.py 716eaa6 --checkout ../before  # one that is there already, with its own .venv
 
 Ends with 1 where anything differs. For a refactoring, which changes nothing that a user can see.
@@ -24,21 +25,25 @@ from merge3.world.training import make_models
 ROOT = Path(__file__).resolve().parent.parent
 ITEMS = 60  # of each task
 GENOME = {
-    "models": ["./english", "./italian", "./translation"], "base_model": "./base", "merge_method": "ties",
-    "layer_granularity": 2, "allow_negative_weights": True,
-}  # fmt: skip
+    "models": ["./english", "./italian", "./translation"],
+    "base_model": "./base",
+    "merge_method": "ties",
+    "layer_granularity": 2,
+    "allow_negative_weights": True,
+}
 PLAN = {"budget": 24, "population": 6, "seed": 1}
 CONFIGURATIONS = {
     "all items": {},
     "random items, renewed": {"extract": {"method": "random", "size": 8, "renew": 1}},
     "calibrated, checks, race": {
-        "extract": {"method": "irt", "size": 8}, "estimate": {"method": "gmp-irt", "models": 8, "check_every": 1},
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"method": "gmp-irt", "models": 8, "check_every": 1},
         "race": {"share": 0.5},
     },
     # DELLA refuses some densities: candidates fail, and with the same words
     "DELLA, failing": {"genome": {"merge_method": "della", "genes": ["weight", "density"]}},
     "DARE, bfloat16": {"genome": {"merge_method": "dare_ties", "dtype": "bfloat16"}, "optimizer": {"seed": 9}},
-}  # fmt: skip
+}
 TIMES = ("seconds", "swap_share")  # of result.json: differ from run to run
 
 
@@ -61,7 +66,11 @@ def make_configurations(folder: Path) -> dict[str, Path]:
             (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
     files = {}
     for number, (name, changes) in enumerate(CONFIGURATIONS.items()):
-        data = {"genome": GENOME, "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")], "optimizer": PLAN}
+        data = {
+            "genome": GENOME,
+            "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")],
+            "optimizer": PLAN,
+        }
         data |= {key: data.get(key, {}) | value for key, value in changes.items()}
         files[name] = folder / f"evolve-{number}.yaml"
         files[name].write_text(yaml.safe_dump(data))
@@ -98,7 +107,7 @@ def found(run: Path) -> dict[str, object]:
 
 
 def journal(run: Path) -> dict[str, object]:
-    """Columns of the journal, whichever of its two forms it has: values in a candidate's row, or in rows of their own."""
+    """Columns of the journal in either of its two forms: values in a candidate's row, or in rows of their own."""
     with sqlite3.connect(f"file:{run / 'run.db'}?mode=ro", uri=True) as db:
         columns = [row[1] for row in db.execute("PRAGMA table_info(candidates)")]
         order = "ORDER BY generation, position"
@@ -108,9 +117,13 @@ def journal(run: Path) -> dict[str, object]:
         answers = db.execute("SELECT * FROM answers ORDER BY stage, name").fetchall()
     genomes, responses, hashes, errors = zip(*rows)
     return {
-        "genomes": genomes, "responses": responses, "recipe hashes": hashes, "errors": errors, "values": values,
+        "genomes": genomes,
+        "responses": responses,
+        "recipe hashes": hashes,
+        "errors": errors,
+        "values": values,
         "answers outside the search": answers,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -137,7 +150,14 @@ def main() -> None:
             verdict = "equal" if not different else ", ".join(different)
             rows.append([name, candidates, failed, len(new["answers outside the search"]), size, verdict])
             print(*rows[-1], sep=" | ", flush=True)
-    columns = ["configuration", "candidates", "failed", "answers outside the search", "bytes exported", "against the version before"]
+    columns = [
+        "configuration",
+        "candidates",
+        "failed",
+        "answers outside the search",
+        "bytes exported",
+        "against the version before",
+    ]
     report("same_run", table(f"The same runs as at {options.commit}", columns, rows), {"rows": rows}, options.save)
     sys.exit(1 if differing else 0)
 

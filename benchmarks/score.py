@@ -24,14 +24,26 @@ WORDS = 8000
 
 def world():
     """A 20 M parameter Llama, its tokenizer and its folder."""
-    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(WORDS - 2))])}, unk_token="<pad>"))
+    raw = Tokenizer(
+        WordLevel(
+            {w: i for i, w in enumerate(["<pad>", "</s>", *(f"w{i}" for i in range(WORDS - 2))])}, unk_token="<pad>"
+        )
+    )
     raw.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<pad>")
     folder = tempfile.mkdtemp()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=WORDS, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
-                         max_position_embeddings=1024, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        max_position_embeddings=1024,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for p in model.parameters():
         p.mul_(2.0)  # answers of an initialised model are near ties; these are not
@@ -44,12 +56,27 @@ def make_items(rng) -> tuple[list[Item], list[Item]]:
 
     shots = words(160)  # five worked examples
     choices = [
-        Item(f"c{i}", "choice", "choice", f"{shots} {words(int(rng.integers(12, 28)))}", 0,
-             tuple(words(int(rng.integers(1, 5))) for _ in range(4)), "acc_norm")
+        Item(
+            f"c{i}",
+            "choice",
+            "choice",
+            f"{shots} {words(int(rng.integers(12, 28)))}",
+            0,
+            tuple(words(int(rng.integers(1, 5))) for _ in range(4)),
+            "acc_norm",
+        )
         for i in range(500)
-    ]  # fmt: skip
+    ]
     generated = [
-        Item(f"g{i}", "generate", "generate", f"{shots} {words(int(rng.integers(12, 28)))}", ("x",), metric="exact", max_tokens=16)
+        Item(
+            f"g{i}",
+            "generate",
+            "generate",
+            f"{shots} {words(int(rng.integers(12, 28)))}",
+            ("x",),
+            metric="exact",
+            max_tokens=16,
+        )
         for i in range(200)
     ]
     return choices, generated
@@ -61,7 +88,9 @@ def plain_choices(model, tokenizer, items, rows=32) -> np.ndarray:
     work = []
     for i, item in enumerate(items):
         prompt = tokenizer(item.prompt)["input_ids"]
-        work += [(i, j, prompt, tokenizer(item.prompt + " " + choice)["input_ids"]) for j, choice in enumerate(item.choices)]
+        work += [
+            (i, j, prompt, tokenizer(item.prompt + " " + choice)["input_ids"]) for j, choice in enumerate(item.choices)
+        ]
     work.sort(key=lambda w: len(w[3]))
     scores = np.zeros((len(items), 4))
     for start in range(0, len(work), rows):
@@ -82,7 +111,9 @@ def plain_generate(model, tokenizer, items, rows=32) -> list[str]:
     texts = [""] * len(items)
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
-        inputs = tokenizer([items[i].prompt for i in batch], return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = tokenizer(
+            [items[i].prompt for i in batch], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
         out = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=0)
         for i, row in zip(batch, out[:, inputs["input_ids"].shape[1] :]):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True)
@@ -129,16 +160,43 @@ def main() -> None:
     body = parameters - 2 * WORDS * 384
     work = 2 * body * tokens + 2 * WORDS * 384 * head
     rows = [
-        ["500 choice items", f"{t['plain choice']:.2f}", f"{t['ours choice']:.2f}", f"**{t['plain choice'] / t['ours choice']:.1f}x**",
-         f"{100 * same:.1f} % (log-likelihoods within {worst:.0e})"],
-        ["200 generated answers", f"{t['plain generate']:.2f}", f"{t['ours generate']:.2f}",
-         f"**{t['plain generate'] / t['ours generate']:.1f}x**", f"{100 * equal:.1f} %"],
-        ["all 700", f"{t['plain choice'] + t['plain generate']:.2f}", f"{t['ours choice'] + t['ours generate']:.2f}", f"**{both:.1f}x**", ""],
-    ]  # fmt: skip
+        [
+            "500 choice items",
+            f"{t['plain choice']:.2f}",
+            f"{t['ours choice']:.2f}",
+            f"**{t['plain choice'] / t['ours choice']:.1f}x**",
+            f"{100 * same:.1f} % (log-likelihoods within {worst:.0e})",
+        ],
+        [
+            "200 generated answers",
+            f"{t['plain generate']:.2f}",
+            f"{t['ours generate']:.2f}",
+            f"**{t['plain generate'] / t['ours generate']:.1f}x**",
+            f"{100 * equal:.1f} %",
+        ],
+        [
+            "all 700",
+            f"{t['plain choice'] + t['plain generate']:.2f}",
+            f"{t['ours choice'] + t['ours generate']:.2f}",
+            f"**{both:.1f}x**",
+            "",
+        ],
+    ]
     share = work / t["ours choice"] / rate
-    text = table(f"Scoring on a {parameters / 1e6:.0f} M parameter Llama", ["", "plain loop s", "merge3 s", "faster", "same answers"], rows)
-    text += f"\n\nChoice scoring runs at {100 * share:.0f} % of a large matrix product's rate ({rate / 1e9:.0f} GFLOP/s)."
-    report("score", text, {"seconds": t, "ratio": both, "share_of_matrix_rate": share, "same_choice": same, "same_text": equal}, options.save)
+    text = table(
+        f"Scoring on a {parameters / 1e6:.0f} M parameter Llama",
+        ["", "plain loop s", "merge3 s", "faster", "same answers"],
+        rows,
+    )
+    text += (
+        f"\n\nChoice scoring runs at {100 * share:.0f} % of a large matrix product's rate ({rate / 1e9:.0f} GFLOP/s)."
+    )
+    report(
+        "score",
+        text,
+        {"seconds": t, "ratio": both, "share_of_matrix_rate": share, "same_choice": same, "same_text": equal},
+        options.save,
+    )
 
 
 if __name__ == "__main__":

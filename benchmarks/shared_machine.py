@@ -82,7 +82,9 @@ def merge(folder: Path) -> list:
             with torch.no_grad():
                 for p in model.parameters():
                     p.add_(torch.randn_like(p) * 0.002)
-        experts = [{"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.5}} for name in ("e0", "e1")]
+        experts = [
+            {"model": str(folder / name), "parameters": {"weight": 0.5, "density": 0.5}} for name in ("e0", "e1")
+        ]
         data = {"merge_method": "ties", "dtype": "bfloat16", "base_model": str(folder / "base"), "models": experts}
         recipe.write_text(yaml.safe_dump(data))
     return ["merge", recipe, folder / "out", "--json", "--quiet"]
@@ -100,9 +102,11 @@ def measured(programs: Path, arguments: list, out: Path, environment: dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     process = subprocess.Popen(
-        [str(programs / "merge3-client"), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [str(programs / "merge3-client"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-    )  # fmt: skip
+    )
     try:
         errors = process.stderr.read()
     except BaseException:
@@ -114,13 +118,17 @@ def measured(programs: Path, arguments: list, out: Path, environment: dict[str, 
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def measure(job, folder: Path, before: Path | None, repeats: int, collapse: bool) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    job, folder: Path, before: Path | None, repeats: int, collapse: bool
+) -> dict[str, list[tuple[float, float]]]:
     """Before and now alone, now beside others, in turn; before beside others once: it takes long."""
     arguments, out = job(folder), folder / "out"
     older = HERE if before is None else before / ".venv" / "bin"
     # What libgomp and OpenBLAS do when nothing is set.
     cores = str(os.cpu_count())
-    spinning = {"OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": cores, "GOMP_SPINCOUNT": "300000"} if before is None else {}
+    spinning = (
+        {"OMP_NUM_THREADS": cores, "OPENBLAS_NUM_THREADS": cores, "GOMP_SPINCOUNT": "300000"} if before is None else {}
+    )
     found: dict[str, list[tuple[float, float]]] = {"before": [], "alone": [], "beside": [], "before beside": []}
     measured(HERE, arguments, out, {})  # files in the page cache, bytecode compiled
     for turn in range(repeats):
@@ -141,7 +149,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-collapse", action="store_true", help="leave out the older version beside others: it takes long")
+    parser.add_argument(
+        "--no-collapse", action="store_true", help="leave out the older version beside others: it takes long"
+    )
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     rows, data = [], {}
@@ -151,23 +161,50 @@ def main() -> None:
         for name in options.jobs:
             job, title = JOBS[name]
             found = measure(job, folder, options.before, options.repeats, not options.no_collapse)
-            wall, processor = ({n: median([t[i] for t in times]) for n, times in found.items() if times} for i in (0, 1))
+            wall, processor = (
+                {n: median([t[i] for t in times]) for n, times in found.items() if times} for i in (0, 1)
+            )
             ratios = {
                 "alone": wall["alone"] / wall["before"],
-                "wall": wall["beside"] / wall["alone"], "processor": processor["beside"] / processor["alone"],
-            }  # fmt: skip
+                "wall": wall["beside"] / wall["alone"],
+                "processor": processor["beside"] / processor["alone"],
+            }
             if not options.no_collapse:
                 ratios["before_wall"] = wall["before beside"] / wall["before"]
                 ratios["before_processor"] = processor["before beside"] / processor["before"]
             rows.append(
-                [title, f"{wall['before']:.1f}", f"{wall['alone']:.1f}", f"**{ratios['alone']:.2f}**",
-                 f"{wall['beside']:.1f}", f"**{ratios['wall']:.2f}**", f"**{ratios['processor']:.2f}**",
-                 *([] if options.no_collapse else
-                   [f"{wall['before beside']:.1f}", f"{ratios['before_wall']:.2f}", f"{ratios['before_processor']:.2f}"])]
-            )  # fmt: skip
+                [
+                    title,
+                    f"{wall['before']:.1f}",
+                    f"{wall['alone']:.1f}",
+                    f"**{ratios['alone']:.2f}**",
+                    f"{wall['beside']:.1f}",
+                    f"**{ratios['wall']:.2f}**",
+                    f"**{ratios['processor']:.2f}**",
+                    *(
+                        []
+                        if options.no_collapse
+                        else [
+                            f"{wall['before beside']:.1f}",
+                            f"{ratios['before_wall']:.2f}",
+                            f"{ratios['before_processor']:.2f}",
+                        ]
+                    ),
+                ]
+            )
             data[name] = {"wall": wall, "processor": processor, "ratios": ratios, "times": found}
-    columns = ["", "alone, before, s", "alone, s", "ratio", "beside, s", f"times its wall time (limit {WALL:g})",
-               f"times its processor time (limit {PROCESSOR:g})", "before: beside, s", "wall", "processor"]  # fmt: skip
+    columns = [
+        "",
+        "alone, before, s",
+        "alone, s",
+        "ratio",
+        "beside, s",
+        f"times its wall time (limit {WALL:g})",
+        f"times its processor time (limit {PROCESSOR:g})",
+        "before: beside, s",
+        "wall",
+        "processor",
+    ]
     columns = columns[:7] if options.no_collapse else columns
     times = f"medians of {options.repeats}" + ("" if options.no_collapse else "; `before` beside them: once")
     title = f"Whole processes, alone and beside {available()} busy processes ({times})"

@@ -34,9 +34,17 @@ def main() -> None:
             for row in measure(options.parameters, count, dtype, options.repeats):
                 data.append(row)
                 rows.append(
-                    [row["dtype"], count, row["mode"], f"{1e3 * row['swap']:.1f}", f"{row['bandwidth'] / 1e9:.1f}",
-                     f"{row['copy_bandwidth'] / 1e9:.1f}", f"**{row['of_copy']:.2f}**", f"{row['of_eager']:.0f}x" if row["of_eager"] else ""]
-                )  # fmt: skip
+                    [
+                        row["dtype"],
+                        count,
+                        row["mode"],
+                        f"{1e3 * row['swap']:.1f}",
+                        f"{row['bandwidth'] / 1e9:.1f}",
+                        f"{row['copy_bandwidth'] / 1e9:.1f}",
+                        f"**{row['of_copy']:.2f}**",
+                        f"{row['of_eager']:.0f}x" if row["of_eager"] else "",
+                    ]
+                )
                 print(rows[-1], flush=True)
     columns = ["dtype", "experts", "mode", "swap ms", "GB/s", "copy GB/s", "of copy", "faster than eager"]
     title = f"Swap of {options.parameters / 1e6:.0f} M parameters against a copy in the same run"
@@ -64,9 +72,17 @@ def measure(parameters: int, count: int, dtype: torch.dtype, repeats: int) -> li
         bandwidth = (count + 2) * size / swap
         eager = eager_seconds(base, experts, c, modes, parameters) if name in MEASURED else None
         rows.append(
-            {"dtype": str(dtype).removeprefix("torch."), "experts": count, "mode": name, "swap": swap, "bandwidth": bandwidth,
-             "copy_bandwidth": copy, "of_copy": bandwidth / copy, "of_eager": eager / swap if eager else None}
-        )  # fmt: skip
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "experts": count,
+                "mode": name,
+                "swap": swap,
+                "bandwidth": bandwidth,
+                "copy_bandwidth": copy,
+                "of_copy": bandwidth / copy,
+                "of_eager": eager / swap if eager else None,
+            }
+        )
     return rows
 
 
@@ -74,7 +90,9 @@ def eager_seconds(base, experts, c, modes, parameters: int) -> float:
     """The reference in float32, on a tenth of the parameters (it needs a dozen temporaries), scaled up."""
     part = max(1, parameters // 10)
     slices = [e[:part] for e in experts]
-    times = alternating({"eager": lambda: merge_ref([base[:part]], slices, c, torch.ones(1), modes, dtype=torch.float32)}, 3)
+    times = alternating(
+        {"eager": lambda: merge_ref([base[:part]], slices, c, torch.ones(1), modes, dtype=torch.float32)}, 3
+    )
     return median(times["eager"]) * parameters / part
 
 

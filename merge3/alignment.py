@@ -1,4 +1,4 @@
-"""Whether endpoints fit together, tensor by tensor: what is merged, what is kept or left out and why, what is refused."""
+"""Whether endpoints fit together, tensor by tensor: what is merged, kept, left out, refused, and why."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Alignment:
-    """fixed: tensors that no recipe merges, with the reason: buffers, heads that answer other questions. kept: those, and
-    tensors that stay the base's where these endpoints are merged. heads: endpoint -> tensors outside its backbone, which
-    stay with their endpoint. left_out: other endpoints' tensors that no merge can take, with the reason."""
+    """What becomes of every tensor of these endpoints.
+
+    fixed: tensors that no recipe merges, with the reason: buffers, heads that answer other questions.
+    kept: those, and tensors that stay the base's where these endpoints are merged.
+    heads: endpoint -> tensors outside its backbone, which stay with their endpoint.
+    left_out: other endpoints' tensors that no merge can take, with the reason.
+    """
 
     fixed: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -28,8 +32,11 @@ class Alignment:
 
 
 def align(
-    endpoints: dict[str, Checkpoint], has: Callable[[Ref], bool], shape: Callable[[Ref], Shape], drop: Iterable[str] = (),
-) -> Alignment:  # fmt: skip
+    endpoints: dict[str, Checkpoint],
+    has: Callable[[Ref], bool],
+    shape: Callable[[Ref], Shape],
+    drop: Iterable[str] = (),
+) -> Alignment:
     """Compare every endpoint with the base. endpoints: base first, under the base's tensor names. has, shape: of a
     tensor, stored or tied. drop: patterns of tensors that may be left out.
 
@@ -115,9 +122,11 @@ def _find_extra(model, checkpoint, base_name, base, own, has, drop: tuple[str, .
                 reason = f"no parameter of {model}'s own architecture"
         if reason is None:
             raise CheckpointError(
-                model, f"tensor {name!r} is not in the base {base_name}, a merge would lose it", "only tensors that the base has",
+                model,
+                f"tensor {name!r} is not in the base {base_name}, a merge would lose it",
+                "only tensors that the base has",
                 "another base, or --drop with its name to merge without it",
-            )  # fmt: skip
+            )
         found.left_out[Ref(model, name)] = reason
 
 

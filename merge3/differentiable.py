@@ -35,23 +35,58 @@ def merged(
             if tensor.requires_grad:
                 raise BadInput(f"{name}[{i}]", "requires a gradient", "only coefficients and lambda_ to be learned")
     if coefficients.dim() != 3 or len(experts) != lambda_.numel() * coefficients.shape[1]:
-        raise BadInput("coefficients", f"shape {list(coefficients.shape)} for {lambda_.numel()} tensors and {len(experts)} experts",
-                       "[tensors, experts of each, 8]")  # fmt: skip
+        raise BadInput(
+            "coefficients",
+            f"shape {list(coefficients.shape)} for {lambda_.numel()} tensors and {len(experts)} experts",
+            "[tensors, experts of each, 8]",
+        )
     ids = torch.arange(len(experts) // coefficients.shape[1]) if ids is None else ids
     numbers = kernels.numbers(modes)
     return kernels.call(
-        _merged, list(base), list(experts), coefficients, lambda_, ids, list(rank_tables), numbers[0], numbers[1], modes.normalize, numbers[2]
+        _merged,
+        list(base),
+        list(experts),
+        coefficients,
+        lambda_,
+        ids,
+        list(rank_tables),
+        numbers[0],
+        numbers[1],
+        modes.normalize,
+        numbers[2],
     )
 
 
 @torch.library.custom_op("merge3::merged", mutates_args=())
 def _merged(
-    base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], coefficients: torch.Tensor, lambda_: torch.Tensor, ids: torch.Tensor,
-    rank_tables: Sequence[torch.Tensor], sparsify: int, elect: int, normalize: bool, seed: int,
-) -> list[torch.Tensor]:  # fmt: skip
+    base: Sequence[torch.Tensor],
+    experts: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    lambda_: torch.Tensor,
+    ids: torch.Tensor,
+    rank_tables: Sequence[torch.Tensor],
+    sparsify: int,
+    elect: int,
+    normalize: bool,
+    seed: int,
+) -> list[torch.Tensor]:
     out = [torch.empty_like(expert) for expert in experts[:: coefficients.shape[1]]]
-    kernels.call(torch.ops.merge3.merge_, out, base, experts, coefficients.detach(), lambda_.detach(), ids, kernels.NONE, kernels.NONE,
-                 rank_tables, sparsify, elect, normalize, seed)  # fmt: skip
+    kernels.call(
+        torch.ops.merge3.merge_,
+        out,
+        base,
+        experts,
+        coefficients.detach(),
+        lambda_.detach(),
+        ids,
+        kernels.NONE,
+        kernels.NONE,
+        rank_tables,
+        sparsify,
+        elect,
+        normalize,
+        seed,
+    )
     return out
 
 
@@ -62,16 +97,38 @@ def _(base, experts, coefficients, lambda_, *_):
 
 @torch.library.custom_op("merge3::merged_backward", mutates_args=())
 def _backward(
-    gradients: Sequence[torch.Tensor], base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], coefficients: torch.Tensor,
-    lambda_: torch.Tensor, ids: torch.Tensor, rank_tables: Sequence[torch.Tensor], sparsify: int, elect: int, normalize: bool, seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    gradients: Sequence[torch.Tensor],
+    base: Sequence[torch.Tensor],
+    experts: Sequence[torch.Tensor],
+    coefficients: torch.Tensor,
+    lambda_: torch.Tensor,
+    ids: torch.Tensor,
+    rank_tables: Sequence[torch.Tensor],
+    sparsify: int,
+    elect: int,
+    normalize: bool,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     tensors, count, _ = coefficients.shape
     weight, rescale = (torch.zeros(tensors, count, dtype=torch.float64) for _ in range(2))
     lambda_gradient = torch.zeros(tensors, dtype=torch.float64)
     kernels.call(
-        torch.ops.merge3.merge_backward_, weight, rescale, lambda_gradient, [g.contiguous() for g in gradients], base, experts,
-        coefficients.detach(), lambda_.detach(), ids, rank_tables, sparsify, elect, normalize, seed,
-    )  # fmt: skip
+        torch.ops.merge3.merge_backward_,
+        weight,
+        rescale,
+        lambda_gradient,
+        [g.contiguous() for g in gradients],
+        base,
+        experts,
+        coefficients.detach(),
+        lambda_.detach(),
+        ids,
+        rank_tables,
+        sparsify,
+        elect,
+        normalize,
+        seed,
+    )
     result = torch.zeros_like(coefficients)
     result[..., WEIGHT], result[..., RESCALE] = weight, rescale
     return result, lambda_gradient.to(lambda_.dtype)

@@ -39,8 +39,11 @@ Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a r
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One subject's answers. index: of the subject. responses: float64 [items]. objectives: names of values and stderrs,
-    each float64 [objectives], NaN where there are no responses; error: why not."""
+    """One subject's answers.
+
+    index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
+    [objectives], NaN where there are no responses; error: why not.
+    """
 
     index: int
     recipe_hash: str
@@ -71,9 +74,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PoolInfo:
-    """What a driver may know of a pool. endpoints: base first; layout: the base's, what a Space is met with;
-    kept: tensors that are not merged, with the reason; host: `local`, or the address of the daemon asked; warnings: what
-    makes models seem not to belong together."""
+    """What a driver may know of a pool.
+
+    endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
+    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together.
+    """
 
     endpoints: tuple[str, ...]
     content_hashes: dict[str, str]
@@ -106,7 +111,10 @@ class Engine(Protocol):
         """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
-        """Write the merged checkpoint; see export.merge_to_disk. Raises RecipeError, CheckpointError or ResourceError."""
+        """Write the merged checkpoint; see export.merge_to_disk.
+
+        Raises RecipeError, CheckpointError or ResourceError.
+        """
 
     def close(self) -> None:
         """Give up what the engine holds elsewhere."""
@@ -141,9 +149,14 @@ class LocalEngine:
         """See Engine."""
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
-            tuple(self.pool.endpoints), self.pool.content_hashes(), parameters, dict(self.pool.kept), str(self.pool.device),
-            self.pool.layouts[self.pool.base], warnings=tuple(self.pool.warnings),
-        )  # fmt: skip
+            tuple(self.pool.endpoints),
+            self.pool.content_hashes(),
+            parameters,
+            dict(self.pool.kept),
+            str(self.pool.device),
+            self.pool.layouts[self.pool.base],
+            warnings=tuple(self.pool.warnings),
+        )
 
     def prepare(self, registration: Registration) -> None:
         """See Engine."""
@@ -208,7 +221,9 @@ class LocalEngine:
             self._check_endpoint("endpoint", subject)
             return None
         if asked.space is None:
-            raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+            raise BadInput(
+                "genome", "these items were registered without a space", "a recipe, or a registration with a space"
+            )
         return self.space(asked.space).recipe(subject)
 
     def check(self, recipe: Recipe) -> None:
@@ -264,7 +279,9 @@ class LocalEngine:
         for model in space.definition.models:
             found = self.pool.layouts[model].layers if model in self.pool.layouts else depth
             if found != depth:
-                raise ConfigError("genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth")
+                raise ConfigError(
+                    "genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth"
+                )
 
     def _prefetch(self, space: Space) -> None:
         """What every value that a search can name needs, for all tensors in one pass over the weights."""
@@ -288,7 +305,10 @@ def _enough_memory(device: torch.device):
         free = ""
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            free = f", {torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free of {torch.cuda.mem_get_info(device)[1] / 2**30:.2f}"
+            unused, total = torch.cuda.mem_get_info(device)
+            free = f", {unused / 2**30:.2f} GiB free of {total / 2**30:.2f}"
         raise ResourceError(
-            str(device), f"out of memory: {wanted[1] if wanted else 'more'} needed{free}", "fewer experts, or shorter items"
+            str(device),
+            f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",
+            "fewer experts, or shorter items",
         ) from None

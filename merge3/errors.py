@@ -1,20 +1,20 @@
 """The error tree. Every error says where, what was found, what was expected, and may give a hint.
 
-    Merge3Error
-    ├── BadInput             the caller can fix it: exit code 2
-    │   ├── RecipeError      a recipe or its parameters
-    │   ├── CheckpointError  a checkpoint, its tensors or its files
-    │   ├── ItemsError       an items file; LogitsError (tasks/forward.py): a model without usable logits
-    │   ├── ResponsesError   a response matrix or an item bank (irt/responses.py)
-    │   ├── ConfigError      an evolve configuration
-    │   ├── ResumeMismatch   a run directory that this configuration did not make
-    │   ├── NotFound         a pool, items or a model that the daemon does not have
-    │   ├── Denied           a path outside the daemon's roots
-    │   └── Unauthenticated  no token, a wrong one, or one that has expired
-    ├── ResourceError        memory, disk or permission ran out
-    │   └── Busy             a queue or a limit is full; come back after `retry_after` seconds
-    ├── Cancelled            whoever asked has left
-    └── Unavailable          a build, device or service that is not there
+Merge3Error
+├── BadInput             the caller can fix it: exit code 2
+│   ├── RecipeError      a recipe or its parameters
+│   ├── CheckpointError  a checkpoint, its tensors or its files
+│   ├── ItemsError       an items file; LogitsError (tasks/forward.py): a model without usable logits
+│   ├── ResponsesError   a response matrix or an item bank (irt/responses.py)
+│   ├── ConfigError      an evolve configuration
+│   ├── ResumeMismatch   a run directory that this configuration did not make
+│   ├── NotFound         a pool, items or a model that the daemon does not have
+│   ├── Denied           a path outside the daemon's roots
+│   └── Unauthenticated  no token, a wrong one, or one that has expired
+├── ResourceError        memory, disk or permission ran out
+│   └── Busy             a queue or a limit is full; come back after `retry_after` seconds
+├── Cancelled            whoever asked has left
+└── Unavailable          a build, device or service that is not there
 """
 
 from __future__ import annotations

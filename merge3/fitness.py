@@ -1,4 +1,4 @@
-"""From a subject's responses to its fitness: for every objective an estimated value and that estimate's standard error."""
+"""From a subject's responses to its fitness: for every objective an estimated value and its standard error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Estimate(NamedTuple):
     stderr: float
 
 
-def mean_over_tasks(responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None) -> Estimate:
+def mean_over_tasks(
+    responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None
+) -> Estimate:
     """The mean over tasks of their mean response. responses: float64 [items]; weights: of tasks, default equal."""
     values, variances, total = 0.0, 0.0, 0.0
     for task in dict.fromkeys(item.task for item in items):
@@ -35,7 +37,10 @@ def mean_over_tasks(responses: np.ndarray, items: Sequence[Item], weights: Mappi
 
 
 def estimated_over_tasks(
-    responses: np.ndarray, items: Sequence[Item], estimators: Mapping[str, Estimator], weights: Mapping[str, float] | None = None
+    responses: np.ndarray,
+    items: Sequence[Item],
+    estimators: Mapping[str, Estimator],
+    weights: Mapping[str, float] | None = None,
 ) -> Estimate:
     """The mean over tasks of their estimated accuracies, from answers to a subset of every task's items. Tasks' errors
     are independent: they share no item."""
@@ -82,7 +87,10 @@ def check_objectives(registration: Registration) -> None:
 
 
 def estimates(registration: Registration, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(values, standard errors) of a registration's objectives, each float64 [objectives]. responses: float64 [items]."""
+    """(values, standard errors) of a registration's objectives, each float64 [objectives].
+
+    responses: float64 [items].
+    """
     found = []
     for name in registration.objectives:
         objective = OBJECTIVES.get(name)

@@ -61,7 +61,7 @@ class OrderStatistics:
 
 
 def build_info() -> dict:
-    """What was built and what can run: {"devices": [..], "cpu": instruction set, "torch": version, "cuda_available": bool}."""
+    """What was built and what can run: devices, the CPU's instruction set, torch's version, whether CUDA is there."""
     return {
         "devices": _C.build.split(),
         "cpu": _C.cpu,
@@ -115,11 +115,10 @@ def merge_(
     if ids is None:
         ids = torch.arange(len(out))
     sparsify, elect, seed = numbers(modes)
-    call(
-        torch.ops.merge3.merge_, list(out), list(base), list(experts), coefficients, lambda_, ids,
-        NONE if offsets is None else offsets, NONE if columns is None else columns,
-        list(rank_tables), sparsify, elect, modes.normalize, seed,
-    )  # fmt: skip
+    tensors = list(out), list(base), list(experts)
+    slices = NONE if offsets is None else offsets, NONE if columns is None else columns
+    how = list(rank_tables), sparsify, elect, modes.normalize, seed
+    call(torch.ops.merge3.merge_, *tensors, coefficients, lambda_, ids, *slices, *how)
 
 
 class Prepared:
@@ -138,8 +137,9 @@ class Prepared:
         head = 8 * (self._count + 1)
         table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
         ids = torch.arange(self._count) if ids is None else ids
-        call(torch.ops.merge3.prepare_, table, list(out), list(base), list(experts), ids, list(rank_tables),
-              _mode(sparsify, SPARSIFY + PACKED, "sparsify"))  # fmt: skip
+        tensors = list(out), list(base), list(experts)
+        mode = _mode(sparsify, SPARSIFY + PACKED, "sparsify")
+        call(torch.ops.merge3.prepare_, table, *tensors, ids, list(rank_tables), mode)
         self._chunks = int(table[head - 8 : head].view(torch.int64))
         device = out[0].device
         self._table = table.to(device)
@@ -149,8 +149,11 @@ class Prepared:
     def upload(self, coefficients: torch.Tensor, lambda_: torch.Tensor) -> None:
         """float32 [T, K, FIELDS] and [T]. Ordered on the current stream."""
         if coefficients.shape != self._coefficients.shape or lambda_.shape != self._lambda.shape:
-            raise BadInput("coefficients, lambda_", f"shapes {list(coefficients.shape)} and {list(lambda_.shape)}",
-                           f"{list(self._coefficients.shape)} and {list(self._lambda.shape)}")  # fmt: skip
+            raise BadInput(
+                "coefficients, lambda_",
+                f"shapes {list(coefficients.shape)} and {list(lambda_.shape)}",
+                f"{list(self._coefficients.shape)} and {list(self._lambda.shape)}",
+            )
         self._coefficients.copy_(coefficients, non_blocking=True)
         self._lambda.copy_(lambda_, non_blocking=True)
 
@@ -159,8 +162,8 @@ class Prepared:
         if modes.sparsify != self._sparsify:
             raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
         sparsify, elect, seed = numbers(modes)
-        call(torch.ops.merge3.merge_prepared_, self._table, self._coefficients, self._lambda, self._count, self._chunks,
-              self._experts, sparsify, elect, modes.normalize, seed)  # fmt: skip
+        prepared = self._table, self._coefficients, self._lambda, self._count, self._chunks, self._experts
+        call(torch.ops.merge3.merge_prepared_, *prepared, sparsify, elect, modes.normalize, seed)
 
 
 def elementwise_(
@@ -179,11 +182,8 @@ def elementwise_(
     """
     if per_expert is None:
         per_expert = torch.ones(len(out), len(experts) // max(1, len(out)))
-    rule_index = _mode(rule, RULES, "rule")
-    call(
-        torch.ops.merge3.elementwise_, list(out), list(base), list(experts), scalars, per_expert, list(rows),
-        rule_index,
-    )  # fmt: skip
+    tensors = list(out), list(base), list(experts)
+    call(torch.ops.merge3.elementwise_, *tensors, scalars, per_expert, list(rows), _mode(rule, RULES, "rule"))
 
 
 def gram(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int) -> torch.Tensor:
@@ -210,14 +210,14 @@ def order_statistics(
     t, r = ranks.shape
     k = 1 if statistic == "variance" else len(experts) // max(1, t)
     result = OrderStatistics(
-        torch.empty(t, k, r), *(torch.empty(t, k, r, dtype=d) for d in (torch.int64, torch.int64, torch.float64)),
-        torch.empty(t, k, dtype=torch.float64), torch.empty(t, k, dtype=torch.int64),
-    )  # fmt: skip
-    call(
-        torch.ops.merge3.order_statistics_, result.value, result.greater, result.equal, result.l1_greater,
-        result.total, result.nonzero, list(base), list(experts), ranks.contiguous(),
-        _mode(statistic, STATISTICS, "statistic"),
-    )  # fmt: skip
+        torch.empty(t, k, r),
+        *(torch.empty(t, k, r, dtype=d) for d in (torch.int64, torch.int64, torch.float64)),
+        torch.empty(t, k, dtype=torch.float64),
+        torch.empty(t, k, dtype=torch.int64),
+    )
+    written = result.value, result.greater, result.equal, result.l1_greater, result.total, result.nonzero
+    asked = ranks.contiguous(), _mode(statistic, STATISTICS, "statistic")
+    call(torch.ops.merge3.order_statistics_, *written, list(base), list(experts), *asked)
     return result
 
 
@@ -269,7 +269,10 @@ def call(op, *arguments):
         return op(*arguments)
     except NotImplementedError as error:  # torch has no kernel of ours for the tensors' device
         raise Unavailable(
-            "kernels", str(error).split("\n")[0][:160], f"tensors on one of: {_C.build}", "build with MERGE3_CUDA=1 where nvcc is installed"
+            "kernels",
+            str(error).split("\n")[0][:160],
+            f"tensors on one of: {_C.build}",
+            "build with MERGE3_CUDA=1 where nvcc is installed",
         ) from None
     except RuntimeError as error:
         message = str(error).split("\n")[0]
@@ -282,8 +285,16 @@ def call(op, *arguments):
 
 
 for _name in (
-    "merge_", "prepare_", "merge_prepared_", "merge_backward_", "merged_linear_", "elementwise_", "gram_", "order_statistics_",
-    "pack_", "rank_tables_",
-):  # fmt: skip
+    "merge_",
+    "prepare_",
+    "merge_prepared_",
+    "merge_backward_",
+    "merged_linear_",
+    "elementwise_",
+    "gram_",
+    "order_statistics_",
+    "pack_",
+    "rank_tables_",
+):
     # Every op writes into tensors the caller made, so there is no shape to infer.
     torch.library.register_fake(f"merge3::{_name}", lambda *arguments: None)

@@ -14,32 +14,40 @@ from merge3.checkpoint.layout import layout
 
 # Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
 _HARMLESS = {
-    "_name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "use_cache",
-    "vocab_size", "tie_word_embeddings", "num_hidden_layers", "n_layer", "num_layers", "layer_types", "id2label", "label2id",
-    "num_labels", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class", "initializer_range",
-    "initializer_factor", "output_attentions", "output_hidden_states", "return_dict", "torchscript", "pretraining_tp",
-    "gradient_checkpointing", "chunk_size_feed_forward", "is_decoder", "add_cross_attention", "cross_attention_hidden_size",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "use_flash_attn", "router_aux_loss_coef",
-    "output_router_logits", "prefix", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "classifier_dropout", "unsloth_version", "unsloth_fixed", "model_name",
+    "_name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype",
+    "use_cache", "vocab_size", "tie_word_embeddings", "num_hidden_layers", "n_layer", "num_layers", "layer_types",
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class",
+    "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
+    "torchscript", "pretraining_tp", "gradient_checkpointing", "chunk_size_feed_forward", "is_decoder",
+    "add_cross_attention", "cross_attention_hidden_size", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "use_flash_attn", "router_aux_loss_coef", "output_router_logits", "prefix",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "classifier_dropout", "unsloth_version", "unsloth_fixed", "model_name",
 }  # fmt: skip
 _SAMPLES, _ELEMENTS = 3, 1 << 20
 _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and the cosine of θ and its own weights near 1
 
 
 def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint) -> list[str]:
-    """One line for each thing that sets an endpoint apart from the base, with both values. Reads a few MB of weights."""
+    """One line for each thing that sets an endpoint apart from the base, with both values.
+
+    Reads a few MB of weights.
+    """
     lines = []
     own, theirs = dict(_flat(base.config)), dict(_flat(other.config))
     if own != theirs:  # with defaults filled in they may be equal yet
         own, theirs = _settings(base.config), _settings(other.config)
     for key in sorted(set(own) & set(theirs) if own and theirs else ()):
         if own[key] != theirs[key]:
-            lines.append(f"{model}: {key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}; the merge computes with the base's")
+            found = f"{key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}"
+            lines.append(f"{model}: {found}; the merge computes with the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
     if _other_words(base, other):
-        lines.append(f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match")
+        lines.append(
+            f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: "
+            "rows of embeddings do not match"
+        )
     return lines
 
 
@@ -65,11 +73,12 @@ def _stranger(base: Checkpoint, other: Checkpoint) -> str:
     Measured on up to a million elements each of three matrices of the stack; nothing for models without any.
     """
     found = layout(base.tensors)
-    names = [
-        name for name, info in base.tensors.items()
-        if found.layer_of(name) is not None and len(info.shape) >= 2 and min(info.shape) > 1 and info.dtype.is_floating_point
-        and name in other.tensors and other.tensors[name].shape == info.shape
-    ]  # fmt: skip
+    names = []
+    for name, info in base.tensors.items():
+        matrix = len(info.shape) >= 2 and min(info.shape) > 1 and info.dtype.is_floating_point
+        shared = name in other.tensors and other.tensors[name].shape == info.shape
+        if found.layer_of(name) is not None and matrix and shared:
+            names.append(name)
     if not names:
         return ""
     names = sorted(names)[:: max(1, len(names) // _SAMPLES)][:_SAMPLES]

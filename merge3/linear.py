@@ -1,4 +1,4 @@
-"""A linear layer whose weight is a merge that is never written as a whole: for scoring a candidate once, without a slot.
+"""A linear layer whose weight is a merge never written as a whole: for scoring a candidate once, without a slot.
 
 On a GPU, for 16-bit weights, one kernel merges tiles in shared memory and feeds them to the tensor cores. Elsewhere a
 tile of rows is merged into memory the size of a cache and multiplied by PyTorch, tile after tile.
@@ -35,19 +35,40 @@ def merged_linear(
     the GPU, PyTorch's own choice elsewhere. rank_tables: K, for `ranked`.
     """
     if not experts or experts[0].dim() != 2:
-        raise BadInput("experts", "none" if not experts else f"experts[0] of shape {list(experts[0].shape)}", "1 to 8 of shape [out, in]")
+        raise BadInput(
+            "experts",
+            "none" if not experts else f"experts[0] of shape {list(experts[0].shape)}",
+            "1 to 8 of shape [out, in]",
+        )
     weight = experts[0]
     if x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype or x.device != weight.device:
-        raise BadInput("x", f"[.., {x.shape[-1] if x.dim() else ''}] {x.dtype} on {x.device}",
-                       f"[.., {weight.shape[1]}] {weight.dtype} on {weight.device}, as the weights")  # fmt: skip
+        raise BadInput(
+            "x",
+            f"[.., {x.shape[-1] if x.dim() else ''}] {x.dtype} on {x.device}",
+            f"[.., {weight.shape[1]}] {weight.dtype} on {weight.device}, as the weights",
+        )
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty(flat.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
     c, lam, ids = coefficients[None].contiguous(), torch.tensor([lambda_]), torch.tensor([tensor_id])
     bases = [] if base is None else [base]
     if weight.is_cuda and weight.dtype != torch.float32 and modes.sparsify not in PACKED:
         sparsify, elect, seed = kernels.numbers(modes)
-        kernels.call(torch.ops.merge3.merged_linear_, y, flat, bases, list(experts), [] if bias is None else [bias], c, lam, ids,
-                     list(rank_tables), sparsify, elect, modes.normalize, seed)  # fmt: skip
+        kernels.call(
+            torch.ops.merge3.merged_linear_,
+            y,
+            flat,
+            bases,
+            list(experts),
+            [] if bias is None else [bias],
+            c,
+            lam,
+            ids,
+            list(rank_tables),
+            sparsify,
+            elect,
+            modes.normalize,
+            seed,
+        )
     else:
         rows, columns = weight.shape
         # Slices of a tensor start at whole chunks.
@@ -57,8 +78,18 @@ def merged_linear(
         for first in range(0, rows, step):
             here = slice(first, min(first + step, rows))
             out = tile[: here.stop - first]
-            kernels.merge_([out], [b[here] for b in bases], [e[here] for e in experts], c, lam, modes, ids, rank_tables,
-                           torch.tensor([first * columns]), torch.tensor([columns]))  # fmt: skip
+            kernels.merge_(
+                [out],
+                [b[here] for b in bases],
+                [e[here] for e in experts],
+                c,
+                lam,
+                modes,
+                ids,
+                rank_tables,
+                torch.tensor([first * columns]),
+                torch.tensor([columns]),
+            )
             torch.mm(flat, out.T, out=y[:, here])
         if bias is not None:
             y += bias

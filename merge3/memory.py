@@ -50,7 +50,9 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line: what lies where."""
-        parts = [f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"]
+        parts = [
+            f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"
+        ]
         if self.away:
             parts[0] += f", window {_gib(self.window)}"
         parts += [f"streamed from pinned memory {_gib(self.host)}"] if self.host else []
@@ -59,7 +61,9 @@ class MemoryPlan:
         return "memory: " + "; ".join(parts)
 
 
-def plan_memory(groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0) -> MemoryPlan:
+def plan_memory(
+    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
+) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so
@@ -75,9 +79,11 @@ def plan_memory(groups: Iterable[Mapping[Hashable, int]], slot: int, device: str
     free = budget - slot - window
     if free < 0:
         raise BadInput(
-            "memory_budget", f"found {_gib(budget)}",
-            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, the largest tensor of all models {_gib(window)}",
-        )  # fmt: skip
+            "memory_budget",
+            f"found {_gib(budget)}",
+            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, "
+            f"the largest tensor of all models {_gib(window)}",
+        )
     away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
     for group, size in zip(groups, sizes):
         tier = DEVICE if size <= free - used[DEVICE] else HOST if size <= host - used[HOST] else FILE

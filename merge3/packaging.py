@@ -1,5 +1,5 @@
-"""What an exported checkpoint is beside its merged weights: dtypes and shapes, config.json, tokenizer, code; and whether
-all of it fits together, which is asked before anything is written and again before it gets its final name."""
+"""What an exported checkpoint is beside its merged weights: dtypes and shapes, config.json, tokenizer, code; and
+whether all of it fits together, which is asked before anything is written and again before it gets its final name."""
 
 from __future__ import annotations
 
@@ -22,11 +22,24 @@ from merge3.recipe import Recipe
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "spiece.model",
-    "sentencepiece*", "*.tiktoken", "*.model",
-)  # fmt: skip
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "spiece.model",
+    "sentencepiece*",
+    "*.tiktoken",
+    "*.model",
+)
 # Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
-MODEL_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "image_processor*")
+MODEL_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor*",
+)
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_configs", "attention_layers")
 _CHATML = (
@@ -102,12 +115,20 @@ def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: 
     if said is None:
         if len(pool.layouts[lead(recipe)].layer_names) and set(shapes) != set(base.tensors) and recipe.whole:
             odd = sorted(set(shapes) ^ set(base.tensors))[0]
-            raise CheckpointError(where, f"tensor {odd!r} is in one of output and {lead(recipe)} only", "the tensors of an unknown architecture")
+            raise CheckpointError(
+                where,
+                f"tensor {odd!r} is in one of output and {lead(recipe)} only",
+                "the tensors of an unknown architecture",
+            )
         return
     if said.missing:
         name = said.missing[0]
         also = f", and {lead(recipe)} lacks it too: its checkpoint is not whole" if name not in base.tensors else ""
-        raise CheckpointError(where, f"the output would lack {name!r}{_more(said.missing)}{also}", f"every parameter of {said.architecture}")
+        raise CheckpointError(
+            where,
+            f"the output would lack {name!r}{_more(said.missing)}{also}",
+            f"every parameter of {said.architecture}",
+        )
     if said.mismatched:
         name, stored, own = said.mismatched[0]
         raise CheckpointError(
@@ -115,15 +136,19 @@ def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: 
         )
     extra = [name for name in said.unexpected if name not in base.tensors]
     if extra:
-        raise CheckpointError(where, f"tensor {extra[0]!r}{_more(extra)} is no parameter of {said.architecture}", "none too many")
+        raise CheckpointError(
+            where, f"tensor {extra[0]!r}{_more(extra)} is no parameter of {said.architecture}", "none too many"
+        )
 
 
 def check_written(folder: Path, specs: Specs, config: Mapping[str, Any]) -> None:
-    """Read the headers of what was written: every tensor is there whole, and config.json is the one that was checked."""
+    """Read the headers of what was written: every tensor is there whole, and config.json is the one checked before."""
     written = open_checkpoint(folder)
     found = {name: (info.dtype, info.shape) for name, info in written.tensors.items()}
     if found != specs or written.config != config:
-        raise CheckpointError(folder, "what was written differs from what was planned", "the planned tensors", "is the disk sound?")
+        raise CheckpointError(
+            folder, "what was written differs from what was planned", "the planned tensors", "is the disk sound?"
+        )
 
 
 def _more(names) -> str:
@@ -145,7 +170,9 @@ def tokenizer_donor(recipe: Recipe, pool: Pool, where: str) -> Path:
             theirs = vocabulary(checkpoint.path)
             if reference and theirs and theirs != reference:
                 raise RecipeError(
-                    key, f"the tokenizer of {other} differs from that of {name}", "one vocabulary (rows are not remapped yet)"
+                    key,
+                    f"the tokenizer of {other} differs from that of {name}",
+                    "one vocabulary (rows are not remapped yet)",
                 )
     return donor
 
@@ -175,7 +202,9 @@ def _code(config_file: Path) -> list[Path]:
         if file in found or not file.is_file():
             continue
         found.append(file)
-        imported = re.findall(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", file.read_text(errors="replace"), re.MULTILINE)
+        imported = re.findall(
+            r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", file.read_text(errors="replace"), re.MULTILINE
+        )
         waiting += [file.parent / f"{name}.py" for pair in imported for name in pair if name]
     return found
 

@@ -22,8 +22,13 @@ class Signs:
     masks: list[torch.Tensor]
     scales: torch.Tensor
 
-    def merge_(self, out, base, weights: torch.Tensor, lambda_: torch.Tensor | None = None, modes: Modes = Modes("signs")) -> None:
-        """Write base + λ · elected sum of weight_k · τ_k into `out`. weights: [T, K] or [K]; nothing but base and bits is read."""
+    def merge_(
+        self, out, base, weights: torch.Tensor, lambda_: torch.Tensor | None = None, modes: Modes = Modes("signs")
+    ) -> None:
+        """Write base + λ · elected sum of weight_k · τ_k into `out`; nothing but base and bits is read.
+
+        weights: [T, K] or [K].
+        """
         _merge(out, base, [], weights, self.scales, lambda_, modes, self.masks)
 
 
@@ -39,7 +44,9 @@ class Unified:
     def swap_(self, out, base, expert: int) -> None:
         """Write base + rescale_k · mask_k · τ_unified into `out`: the model for expert k's task."""
         masks = self.masks[expert :: self.rescales.shape[1]]
-        _merge(out, base, self.unified, torch.ones(1), self.rescales[:, expert : expert + 1], None, Modes("mask"), masks)
+        _merge(
+            out, base, self.unified, torch.ones(1), self.rescales[:, expert : expert + 1], None, Modes("mask"), masks
+        )
 
 
 def pack_signs(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor]) -> Signs:
@@ -51,7 +58,10 @@ def pack_signs(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor]) ->
 
 def unify(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor]) -> Unified:
     """Elect, mask and rescale: σ = sign(Σ τ_k), τ_unified = σ · max |τ_k| among those with that sign,
-    mask_k = [τ_k · τ_unified > 0], rescale_k = Σ|τ_k| / Σ|mask_k · τ_unified|. The unified model has the base's dtype, which rounds it."""
+    mask_k = [τ_k · τ_unified > 0], rescale_k = Σ|τ_k| / Σ|mask_k · τ_unified|.
+
+    The unified model has the base's dtype, which rounds it.
+    """
     unified = [torch.empty_like(b) for b in base]
     kernels.elementwise_(unified, base, experts, "unify", torch.zeros(len(base)))
     masks, sums = kernels.pack(base, experts, len(base), unified)

@@ -57,7 +57,13 @@ def merge_ref(
 
 
 def merged_backward_ref(
-    gradients: Sequence[torch.Tensor], base, experts, coefficients: torch.Tensor, lambda_: torch.Tensor, modes: Modes = Modes(), ids=None
+    gradients: Sequence[torch.Tensor],
+    base,
+    experts,
+    coefficients: torch.Tensor,
+    lambda_: torch.Tensor,
+    modes: Modes = Modes(),
+    ids=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of Σ <gradient, merged> with respect to coefficients (weight and rescale) and λ, by autograd."""
     weight, rescale, lam = (

@@ -34,7 +34,9 @@ class Statistics:
     """Caches over a function that gives the tensor of a key. in_groups(requests, keys_of): the requests in groups
     whose tensors may be in memory together."""
 
-    def __init__(self, get: Callable[[Key], torch.Tensor], in_groups: InGroups = lambda requests, keys_of: [list(requests)]):
+    def __init__(
+        self, get: Callable[[Key], torch.Tensor], in_groups: InGroups = lambda requests, keys_of: [list(requests)]
+    ):
         self.get, self.in_groups = get, in_groups
         self._gram: dict[tuple, np.ndarray] = {}
         self._order: dict[tuple, dict[int, Order]] = {}
@@ -116,15 +118,20 @@ class Statistics:
         for request in dict.fromkeys(requests):
             if ("variance", *request) not in self._memo:
                 by_count.setdefault(len(request[1]), []).append(request)
-        groups = (g for alike in by_count.values() for g in self.in_groups(alike, lambda request: (request[0], *request[1])))
-        for group in groups:
-            found = kernels.order_statistics(
-                [self.get(base) for base, _, _ in group], [self.get(e) for _, experts, _ in group for e in experts],
-                torch.tensor([[rank] for *_, rank in group]), "variance",
-            )  # fmt: skip
-            columns = (found.value, found.greater, found.equal, found.l1_greater, found.total, found.nonzero)
-            for request, *row in zip(group, *(c.flatten().tolist() for c in columns)):
-                self._memo[("variance", *request)] = Order(*row)
+        for alike in by_count.values():
+            for group in self.in_groups(alike, lambda request: (request[0], *request[1])):
+                self._order_variances(group)
+
+    def _order_variances(self, group: list[tuple[Key, tuple[Key, ...], int]]) -> None:
+        found = kernels.order_statistics(
+            [self.get(base) for base, _, _ in group],
+            [self.get(e) for _, experts, _ in group for e in experts],
+            torch.tensor([[rank] for *_, rank in group]),
+            "variance",
+        )
+        columns = (found.value, found.greater, found.equal, found.l1_greater, found.total, found.nonzero)
+        for request, *row in zip(group, *(c.flatten().tolist() for c in columns)):
+            self._memo[("variance", *request)] = Order(*row)
 
     def variance_order(self, base: Key, experts: tuple[Key, ...], rank: int) -> Order:
         """The rank-th largest variance across experts."""

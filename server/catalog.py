@@ -97,7 +97,9 @@ class Gathering:
     def add(self, request: pb.RegisterItemsRequest) -> None:
         part = request.WhichOneof("part")
         if part is None or (part == "header") != (self.header is None):
-            raise BadInput("RegisterItems", f"a message of {part or 'nothing'}", "first one header, then entries and blobs")
+            raise BadInput(
+                "RegisterItems", f"a message of {part or 'nothing'}", "first one header, then entries and blobs"
+            )
         if part == "header":
             self.header = request.header
         elif part == "entries":
@@ -124,12 +126,21 @@ class Gathering:
         if response.missing_entries or response.missing_blobs:
             return None, response
         self._check(items, estimators)
-        whole = hashlib.sha256(self.header.SerializeToString(deterministic=True) + b"".join(self.digests)).hexdigest()[:32]
+        whole = hashlib.sha256(self.header.SerializeToString(deterministic=True) + b"".join(self.digests)).hexdigest()[
+            :32
+        ]
         h = self.header
         space = convert.space_from(h.space) if h.HasField("space") else None
         response.items_id, response.items = whole, len(items)
         asked = Registration(
-            tuple(items), space, dict(h.heads), dict(h.weights), estimators, tuple(h.objectives) or (ACCURACY,), h.seed, h.chat
+            tuple(items),
+            space,
+            dict(h.heads),
+            dict(h.weights),
+            estimators,
+            tuple(h.objectives) or (ACCURACY,),
+            h.seed,
+            h.chat,
         )
         return Registered(whole, h.pool_id, asked), response
 
@@ -154,7 +165,11 @@ class Gathering:
         data += blob.data
         self._bytes += len(blob.data)
         if self._bytes > self.catalog.limits.store // 4:
-            raise Busy("RegisterItems", f"more than {self._bytes} bytes of item banks", f"at most {self.catalog.limits.store // 4}")
+            raise Busy(
+                "RegisterItems",
+                f"more than {self._bytes} bytes of item banks",
+                f"at most {self.catalog.limits.store // 4}",
+            )
         if blob.last:
             del self._blobs[blob.digest]
             if hashlib.sha256(data).digest() != blob.digest:
@@ -187,7 +202,11 @@ class Gathering:
             raise BadInput("weights", "none above zero", "a positive sum")
         for task, estimator in estimators.items():
             if len(estimator.subset.index) != tasks.get(task):
-                raise BadInput(f"estimators: {task}", f"a subset of {len(estimator.subset.index)} items", f"the task's {tasks.get(task, 0)}")
+                raise BadInput(
+                    f"estimators: {task}",
+                    f"a subset of {len(estimator.subset.index)} items",
+                    f"the task's {tasks.get(task, 0)}",
+                )
         if estimators and set(estimators) != set(tasks):
             raise BadInput("estimators", f"for {sorted(estimators)}", f"one for each task: {sorted(tasks)}")
 

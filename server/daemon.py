@@ -46,9 +46,10 @@ def on_signals(stop: Callable[[], None]) -> None:
 
 
 async def serve(
-    settings: Settings, ready: Callable[[list[str]], None] = lambda addresses: None,
+    settings: Settings,
+    ready: Callable[[list[str]], None] = lambda addresses: None,
     watch: Callable[[Callable[[], None]], None] = on_signals,
-) -> None:  # fmt: skip
+) -> None:
     """Run until asked to stop. ready(addresses): called when calls are accepted, ports filled in.
 
     watch(stop): told once how to ask. stop(), in this loop, lets calls under way finish; a second stop() does not.
@@ -65,7 +66,7 @@ async def serve(
 
 async def _serve(
     settings: Settings, workers: list[Worker], tokens: Tokens, secrets, metrics: Metrics, ready, watch
-) -> None:  # fmt: skip
+) -> None:
     for worker in workers:
         if isinstance(worker, RayWorker):
             await worker.start()
@@ -75,7 +76,9 @@ async def _serve(
     server = grpc.aio.server(interceptors=[Around(tokens, metrics, settings.limits.stalled)], options=OPTIONS)
     merge3_pb2_grpc.add_Merge3Servicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection((SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(
+        (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), server
+    )
     addresses = [_listen(server, address, secrets) for address in settings.listen]
     for name in ("", SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)  # until the operator's pools are open

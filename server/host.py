@@ -99,7 +99,15 @@ class Host:
         self._engine(spec).check(recipe)
 
     def generate(
-        self, spec: PoolSpec, what: Recipe | str, seed: int, prompt: str, max_tokens: int, chat: bool, stop=None, emit=None
+        self,
+        spec: PoolSpec,
+        what: Recipe | str,
+        seed: int,
+        prompt: str,
+        max_tokens: int,
+        chat: bool,
+        stop=None,
+        emit=None,
     ) -> None:
         """Continue a prompt greedily; every piece of text is emitted."""
         from merge3_server.generate import continuation
@@ -121,7 +129,9 @@ class Host:
             raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
             where = lambda path: spec.places.get(path, path)
-            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, memory_budget=spec.memory_budget, locate=where)
+            pool = Pool.open(
+                spec.models[0], spec.models[1:], spec.device, memory_budget=spec.memory_budget, locate=where
+            )
             log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))
             engine = LocalEngine(pool, getattr(torch, spec.dtype) if spec.dtype else None)
@@ -150,4 +160,3 @@ class Host:
     def _between_batches(self, module, inputs) -> None:
         if self._stop():
             raise Cancelled("candidate", "whoever asked has left, or the deadline has passed")
-

@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from merge3.errors import BadInput, Busy, Cancelled, Merge3Error
-from merge3.rpc import convert
+from merge3.rpc import statuses
 from merge3_server.metrics import Metrics
 from merge3_server.security import Tokens
 
@@ -64,8 +64,9 @@ class Around(grpc.aio.ServerInterceptor):
 
         return getattr(grpc, f"{kind}_rpc_method_handler")(
             stream if kind.endswith("stream") else unary,
-            request_deserializer=None, response_serializer=handler.response_serializer,
-        )  # fmt: skip
+            request_deserializer=None,
+            response_serializer=handler.response_serializer,
+        )
 
     async def _write(self, context, response) -> None:
         """Flow control makes this wait for a reader; one that has stopped reading holds nothing for long."""
@@ -114,7 +115,10 @@ class _Call:
 
     async def _fail(self, error: Merge3Error) -> None:
         self._ended(error.code, error)
-        trailing = [("x-request-id", self.id), (convert.ERROR_KEY, convert.error_to(error, self.id).SerializeToString())]
+        trailing = [
+            ("x-request-id", self.id),
+            (statuses.ERROR_KEY, statuses.error_to(error, self.id).SerializeToString()),
+        ]
         if isinstance(error, Busy) and error.retry_after:
             trailing.append(("retry-after-ms", str(round(1000 * error.retry_after))))
         await self.context.abort(grpc.StatusCode[error.code], _printable(error.line()), tuple(trailing))
@@ -123,7 +127,13 @@ class _Call:
         seconds = time.perf_counter() - self.began
         self.around.metrics.call(self.method, code, seconds)
         level = logging.DEBUG if code == "OK" or isinstance(error, Cancelled) else logging.INFO
-        log.log(level, "%s %s", self.method, code, extra={"seconds": round(seconds, 4), "error": error.line() if error else None})
+        log.log(
+            level,
+            "%s %s",
+            self.method,
+            code,
+            extra={"seconds": round(seconds, 4), "error": error.line() if error else None},
+        )
 
 
 def _printable(text: str) -> str:

@@ -24,11 +24,18 @@ class Formatter(logging.Formatter):
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         trace = self.formatException(record.exc_info) if record.exc_info else None
         if self.as_json:
-            line = {"time": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+            line = {
+                "time": at,
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "message": record.getMessage(),
+            }
             line |= {"request_id": request_id.get()} | fields | ({"trace": trace} if trace else {})
             return json.dumps(line, default=str)
         extra = "".join(f" {k}={v}" for k, v in fields.items())
-        return f"{at} {record.levelname.lower()} [{request_id.get()}] {record.getMessage()}{extra}" + (f"\n{trace}" if trace else "")
+        return f"{at} {record.levelname.lower()} [{request_id.get()}] {record.getMessage()}{extra}" + (
+            f"\n{trace}" if trace else ""
+        )
 
 
 def set_up(as_json: bool, verbose: bool) -> None:

@@ -22,7 +22,9 @@ class Metrics:
         self._call_seconds = Histogram("merge3_call_seconds", "Length of calls", ["method"], buckets=_SECONDS, **of)
         self._candidates = Counter("merge3_candidates_total", "Candidates evaluated", ["outcome"], **of)
         self._answers = Counter("merge3_item_answers_total", "Items answered", **of)
-        self._candidate_seconds = Histogram("merge3_candidate_seconds", "Merging, asking and estimating one", buckets=_SECONDS, **of)
+        self._candidate_seconds = Histogram(
+            "merge3_candidate_seconds", "Merging, asking and estimating one", buckets=_SECONDS, **of
+        )
         self._swap_seconds = Histogram("merge3_swap_seconds", "Merging one", buckets=_SECONDS, **of)
         self._queue_seconds = Histogram("merge3_queue_seconds", "Waiting for a turn", buckets=_SECONDS, **of)
 
@@ -30,7 +32,9 @@ class Metrics:
         """Gauges read when they are asked for."""
         Gauge("merge3_queued", "Requests waiting", registry=self.registry).set_function(queued)
         Gauge("merge3_pools", "Pools open", registry=self.registry).set_function(pools)
-        Gauge("merge3_resident_bytes", "Memory of the daemon's process", registry=self.registry).set_function(resident_bytes)
+        Gauge("merge3_resident_bytes", "Memory of the daemon's process", registry=self.registry).set_function(
+            resident_bytes
+        )
 
     def call(self, method: str, code: str, seconds: float) -> None:
         self._calls.labels(method, code).inc()

@@ -36,9 +36,13 @@ class Open:
 
     def message(self) -> pb.Pool:
         return convert.pool_to(
-            self.info, pool_id=self.spec.pool_id, dtype=self.spec.dtype, holders=len(self.holders),
-            resident_bytes=self.resident, version=__version__,
-        )  # fmt: skip
+            self.info,
+            pool_id=self.spec.pool_id,
+            dtype=self.spec.dtype,
+            holders=len(self.holders),
+            resident_bytes=self.resident,
+            version=__version__,
+        )
 
 
 class Pools:
@@ -99,7 +103,12 @@ class Pools:
         while len(self._open) >= limits.pools:
             idle = [e for e in self.list() if OPERATOR not in e.holders and e.used < time.monotonic() - limits.idle]
             if not idle:
-                raise Busy("pools", f"{len(self._open)} are open", f"at most {limits.pools}", "close one, or start with --max-pools")
+                raise Busy(
+                    "pools",
+                    f"{len(self._open)} are open",
+                    f"at most {limits.pools}",
+                    "close one, or start with --max-pools",
+                )
             await self._free(min(idle, key=lambda e: e.used))
 
     def _spec(self, models: tuple[str, ...], dtype: str) -> PoolSpec:

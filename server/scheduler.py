@@ -79,17 +79,23 @@ class Scheduler:
         self.refuse_if_stopping()
         state = self.drivers.setdefault(driver, DriverState())
         state.last_seen = time.monotonic()
-        for found, limit, whose in ((self.queued, self.limits.queue, "the daemon's"),
-                                    (len(state.jobs), self.limits.driver_queue, "this driver's")):  # fmt: skip
+        for found, limit, whose in (
+            (self.queued, self.limits.queue, "the daemon's"),
+            (len(state.jobs), self.limits.driver_queue, "this driver's"),
+        ):
             if found >= limit:
                 wait = max(0.05, self._seconds * found / len(self.workers) / 2)
-                raise Busy(f"{whose} queue", f"{found} requests wait", f"fewer than {limit}", retry_after=min(wait, 60.0))
+                raise Busy(
+                    f"{whose} queue", f"{found} requests wait", f"fewer than {limit}", retry_after=min(wait, 60.0)
+                )
         job = self._job(driver, call, arguments, emit)
         self.queued += 1
         state.jobs.append(job)
         return await self._finish(job)
 
-    async def broadcast(self, driver: str, call: str, *arguments: Any, emit: Callable[[Any], None] | None = None) -> list[Done]:
+    async def broadcast(
+        self, driver: str, call: str, *arguments: Any, emit: Callable[[Any], None] | None = None
+    ) -> list[Done]:
         """Run on every worker, before anything that waits."""
         jobs = []
         for worker in self.workers:
@@ -120,10 +126,16 @@ class Scheduler:
     def abandon(self) -> None:
         """Stop what runs between two batches; what waits is answered as unavailable."""
         self.ending.set()
-        for job in [*self.busy.values(), *(j for s in self.drivers.values() for j in s.jobs), *itertools.chain(*self._pinned.values())]:
+        for job in [
+            *self.busy.values(),
+            *(j for s in self.drivers.values() for j in s.jobs),
+            *itertools.chain(*self._pinned.values()),
+        ]:
             job.stop.set()
             if not job.future.done():
-                job.future.set_exception(Unavailable("daemon", "stopped before this was done", "another try when it is back"))
+                job.future.set_exception(
+                    Unavailable("daemon", "stopped before this was done", "another try when it is back")
+                )
         for worker in self.workers:
             if worker.name in self.busy:
                 worker.cancel(self.busy[worker.name])

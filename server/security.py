@@ -32,7 +32,9 @@ class Roots:
             raise NotFound(f"model {name!r}", "no such directory below the daemon's roots", "a checkpoint directory")
         for entry in path.iterdir():
             if entry.is_symlink() and not self._holds(entry.resolve()):
-                raise Denied(f"model {name!r}", f"{entry.name} is a link to outside the daemon's roots", "files inside them")
+                raise Denied(
+                    f"model {name!r}", f"{entry.name} is a link to outside the daemon's roots", "files inside them"
+                )
         return str(path)
 
     def file(self, name: str, where: str) -> str:
@@ -44,7 +46,9 @@ class Roots:
 
     def _inside(self, name: str) -> Path:
         if not name or "\0" in name or len(name) > 4096:
-            raise BadInput("path", f"{len(name)} characters" if name else "empty", "a path below one of the daemon's roots")
+            raise BadInput(
+                "path", f"{len(name)} characters" if name else "empty", "a path below one of the daemon's roots"
+            )
         # An absolute name replaces the root that it is joined to. Absent or forbidden, outside looks the same.
         try:
             places = [(root / name).resolve() for root in self.roots]
@@ -93,7 +97,9 @@ class Tokens:
         self._refresh()
         given = re.fullmatch(r"[Bb]earer +(\S+)", authorization or "")
         if given is None:
-            raise Unauthenticated("authorization", "no token" if not authorization else "not a bearer token", "Bearer TOKEN")
+            raise Unauthenticated(
+                "authorization", "no token" if not authorization else "not a bearer token", "Bearer TOKEN"
+            )
         found = None
         for known, expires in self._known.items():
             if hmac.compare_digest(known, _hashed(given[1])):
@@ -109,8 +115,11 @@ class Tokens:
         try:
             state = (self.file.stat().st_mtime_ns, self.file.stat().st_size)
             if state != self._read:
-                self._known = dict(_token_line(self.file, n, line) for n, line in enumerate(self.file.read_text().splitlines(), 1)
-                                   if line.strip() and not line.startswith("#"))  # fmt: skip
+                self._known = dict(
+                    _token_line(self.file, n, line)
+                    for n, line in enumerate(self.file.read_text().splitlines(), 1)
+                    if line.strip() and not line.startswith("#")
+                )
                 self._read = state
         except OSError as error:
             if self._read is None:
@@ -145,5 +154,7 @@ def credentials(settings: Settings) -> grpc.ServerCredentials | None:
         except OSError as error:
             raise ConfigError(file, error.strerror or str(error), "a PEM file") from None
     return grpc.ssl_server_credentials(
-        [(read["key"], read["certificate"])], root_certificates=read["client_ca"], require_client_auth=settings.client_ca is not None
+        [(read["key"], read["certificate"])],
+        root_certificates=read["client_ca"],
+        require_client_auth=settings.client_ca is not None,
     )

@@ -17,11 +17,12 @@ import numpy as np
 
 from merge3 import __version__
 from merge3.engine import Subject
-from merge3.errors import BadInput, Busy, Cancelled, RecipeError
+from merge3.errors import BadInput, Busy, RecipeError
 from merge3.files import resource_error
 from merge3.recipe import Recipe
 from merge3.rpc import convert, merge3_pb2_grpc
 from merge3.rpc import merge3_pb2 as pb
+from merge3_server import streams
 from merge3_server.answers import Answers
 from merge3_server.catalog import Accepted, Catalog, Gathering
 from merge3_server.export import sent_files
@@ -61,7 +62,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
 
     async def RegisterItems(self, requests, context):
         gathering = Gathering(self.catalog)
-        async for request in _lively(requests, self.limits.stalled):
+        async for request in streams.lively(requests, self.limits.stalled):
             gathering.add(request)
             if gathering.header is not None and not gathering.digests:
                 self.pools.get(gathering.header.pool_id)  # before anything large is sent
@@ -80,43 +81,11 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         return await self._evaluate(request, _driver(context))
 
     async def EvaluateStream(self, requests, context):
-        driver, room, outstanding = _driver(context), asyncio.Semaphore(IN_FLIGHT), 0
-        ready: asyncio.Queue = asyncio.Queue()
-        tasks: set[asyncio.Task] = set()
-        ended = object()
-
-        async def one(request):
-            try:
-                ready.put_nowait(await self._evaluate(request, driver, patient=True))
-            except Exception as error:  # told to whoever reads `ready`, where it ends the stream
-                ready.put_nowait(error)
-            finally:
-                room.release()
-
-        async def read():
-            nonlocal outstanding
-            async for request in requests:
-                await room.acquire()
-                outstanding += 1
-                task = asyncio.create_task(one(request))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-
-        reader = asyncio.create_task(read())
-        reader.add_done_callback(lambda _: ready.put_nowait(ended))
-        try:
-            while not reader.done() or outstanding:
-                found = await ready.get()
-                if found is ended:
-                    reader.result()  # what it raised
-                    continue
-                outstanding -= 1
-                if isinstance(found, Exception):
-                    raise found
-                yield found
-        finally:
-            for task in (reader, *tasks):
-                task.cancel()
+        driver = _driver(context)
+        answered = streams.answered(requests, lambda request: self._evaluate(request, driver, patient=True), IN_FLIGHT)
+        async with contextlib.aclosing(answered) as evaluations:
+            async for evaluation in evaluations:
+                yield evaluation
 
     async def _evaluate(self, request: pb.EvaluateRequest, driver: str, patient: bool = False) -> pb.Evaluation:
         """patient: where the queue is full wait, as a stream's next request does, rather than refuse."""
@@ -129,7 +98,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         body = pb.EvaluateRequest()
         body.CopyFrom(request)
         body.index = 0  # the same question may come back at another place
-        act = (lambda: _patiently(run)) if patient else run
+        act = (lambda: streams.patiently(run)) if patient else run
         done = await self.answers.once(request.idempotency_key, convert.digest(body), lambda: self._logged(act, driver))
         return convert.evaluation_to(done.result, request.index, done.queue_seconds, done.worker)
 
@@ -138,11 +107,20 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         found = done.result
         answers = 0 if found.responses is None else len(found.responses)
         self.metrics.candidate(found.seconds, found.swap_seconds, done.queue_seconds, answers, found.error is not None)
-        log.info("candidate", extra={
-            "driver": driver, "recipe": found.recipe_hash or None, "value": _number(found.value), "stderr": _number(found.stderr),
-            "answers": answers, "seconds": round(found.seconds, 4), "queued": round(done.queue_seconds, 4), "worker": done.worker,
-            "failed": str(found.error) if found.error else None,
-        })  # fmt: skip
+        log.info(
+            "candidate",
+            extra={
+                "driver": driver,
+                "recipe": found.recipe_hash or None,
+                "value": _number(found.value),
+                "stderr": _number(found.stderr),
+                "answers": answers,
+                "seconds": round(found.seconds, 4),
+                "queued": round(done.queue_seconds, 4),
+                "worker": done.worker,
+                "failed": str(found.error) if found.error else None,
+            },
+        )
         return done
 
     async def _subject(self, request: pb.EvaluateRequest, accepted: Accepted, models: tuple[str, ...]) -> Subject:
@@ -193,7 +171,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                     if kind == "emitted":
                         yield pb.ExportResponse(progress=pb.ExportProgress(done=value[0], total=value[1]))
                     else:
-                        result = pb.ExportResult(tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"])
+                        result = pb.ExportResult(
+                            tensors=value["tensors"], parameters=value["parameters"], kept=value["kept"]
+                        )
             if temporary is None:
                 result.path = str(directory)
             else:
@@ -211,7 +191,9 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             raise BadInput("candidate", "none", "a recipe or an endpoint")
         what = await self._recipe_or_endpoint(request, which, entry.spec.models)
         if not 0 <= request.max_tokens <= self.limits.tokens:
-            raise BadInput("max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}")
+            raise BadInput(
+                "max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}"
+            )
         arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
         async with contextlib.aclosing(self._emitting(_driver(context), "generate", *arguments)) as emitted:
             async for kind, value in emitted:
@@ -249,20 +231,35 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     def _status(self) -> pb.StatusResponse:
         s, now = self.scheduler, time.monotonic()
         return pb.StatusResponse(
-            version=__version__, state="stopping" if s.stopping else "serving", uptime_seconds=now - self.began,
-            pools=[entry.message() for entry in self.pools.list()], queued=s.queued, queue_limit=self.limits.queue,
-            workers=[pb.Worker(name=w.name, device=w.device, pid=w.pid, busy_with=_doing(s.busy.get(w.name))) for w in s.workers],
-            drivers=[pb.Driver(name=name, queued=len(state.jobs), evaluated=state.evaluated, idle_seconds=now - state.last_seen)
-                     for name, state in list(s.drivers.items())[-100:]],
-            evaluated=s.evaluated, candidates_per_minute=s.rate(), retention_seconds=self.limits.retention,
+            version=__version__,
+            state="stopping" if s.stopping else "serving",
+            uptime_seconds=now - self.began,
+            pools=[entry.message() for entry in self.pools.list()],
+            queued=s.queued,
+            queue_limit=self.limits.queue,
+            workers=[
+                pb.Worker(name=w.name, device=w.device, pid=w.pid, busy_with=_doing(s.busy.get(w.name)))
+                for w in s.workers
+            ],
+            drivers=[
+                pb.Driver(
+                    name=name, queued=len(state.jobs), evaluated=state.evaluated, idle_seconds=now - state.last_seen
+                )
+                for name, state in list(s.drivers.items())[-100:]
+            ],
+            evaluated=s.evaluated,
+            candidates_per_minute=s.rate(),
+            retention_seconds=self.limits.retention,
             resident_bytes=resident_bytes(),
-        )  # fmt: skip
+        )
 
 
 def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
     genome = np.array(values)
     if size is None:
-        raise BadInput("genome", "these items were registered without a space", "a recipe, or a registration with a space")
+        raise BadInput(
+            "genome", "these items were registered without a space", "a recipe, or a registration with a space"
+        )
     if len(genome) != size:
         raise BadInput("genome", f"{len(genome)} values", f"{size}, the space's")
     if not np.isfinite(genome).all():
@@ -285,24 +282,3 @@ def _doing(job) -> str:
 
 def _number(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
-
-
-async def _patiently(run: Callable[[], Awaitable[Done]]) -> Done:
-    while True:
-        try:
-            return await run()
-        except Busy as error:
-            if not error.retry_after:
-                raise
-            await asyncio.sleep(error.retry_after)
-
-
-async def _lively(requests: AsyncIterator, seconds: float) -> AsyncIterator:
-    """The stream's messages; an error where the next does not come in time."""
-    while True:
-        try:
-            yield await asyncio.wait_for(anext(requests), seconds)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise Cancelled("stream", f"nothing for {seconds:g} s", "the next message") from None

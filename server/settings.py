@@ -68,9 +68,11 @@ class Settings:
         for address in self.listen:
             if not self.certificate and not self.insecure and not is_local(address):
                 raise ConfigError(
-                    f"--listen {address}", "anybody who reaches it could use it, and read along",
-                    "--tls-cert and --tls-key", "or --insecure, if something else protects it",
-                )  # fmt: skip
+                    f"--listen {address}",
+                    "anybody who reaches it could use it, and read along",
+                    "--tls-cert and --tls-key",
+                    "or --insecure, if something else protects it",
+                )
 
 
 def is_local(address: str) -> bool:

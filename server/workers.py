@@ -97,7 +97,8 @@ class _Actor:
         self._cancelled = max(self._cancelled, number)
 
     def call(self, number: int, name: str, arguments: list) -> tuple[Any, list, int]:
-        """(result, what was emitted, process). Errors travel as values: Ray repeats calls whose process died, not ours."""
+        """(result, what was emitted, process). Errors travel as values: Ray repeats calls whose process died, not
+        ours."""
         emitted: list = []
         try:
             result = getattr(self._host, name)(*arguments, stop=lambda: self._cancelled >= number, emit=emitted.append)
@@ -123,7 +124,9 @@ class RayWorker:
         try:
             result, emitted, self.pid = await self._actor.call.remote(job.number, job.call, arguments)
         except (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError) as error:
-            raise Unavailable(f"worker {self.name}", f"died {RETRIES + 1} times at this ({type(error).__name__})") from None
+            raise Unavailable(
+                f"worker {self.name}", f"died {RETRIES + 1} times at this ({type(error).__name__})"
+            ) from None
         for what in emitted:
             job.emit and job.emit(what)
         if isinstance(result, Merge3Error):

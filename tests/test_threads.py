@@ -14,16 +14,28 @@ from tests.commands import client, server
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPUTING = ("merge", "evolve", "evaluate", "calibrate", "extract", "estimate", "report", "demo")
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "OPENBLAS_NUM_THREADS",
+)
 
 
 def python(code, *arguments, environment=None, **options):
     """A process of its own, without the variables of this one."""
     bare = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT,
-        env=bare | (environment or {}), **options,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=bare | (environment or {}),
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +47,11 @@ def python(code, *arguments, environment=None, **options):
         ("0::/", {"cpu.max": "400000 100000"}, 4),  # a container with a namespace of its own
         ("0::/../../other", {"cpu.max": "400000 100000"}, 4),  # a path out of the namespace
         ("0::/a", {"unified/a/cpu.max": "200000 100000"}, 2),  # both versions mounted
-        ("5:cpuset:/x\n4:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3),
+        (
+            "5:cpuset:/x\n4:cpu,cpuacct:/docker/1",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            3,
+        ),
         ("1:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 64),
         ("2:cpuset:/x", {"cpuset/x/cpu.max": "100000 100000"}, 64),  # another controller's
         ("0::/a", {"a/cpu.max": "many\n"}, 64),
@@ -58,7 +74,10 @@ PINNED = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
 def test_affinity_bounds_the_cores():
-    asked = "from merge3.threads import available, configure; configure(); import torch; print(available(), torch.get_num_threads())"
+    asked = (
+        "from merge3.threads import available, configure; configure(); "
+        "import torch; print(available(), torch.get_num_threads())"
+    )
     done = python(PINNED + asked)
     assert done.stdout.split() == ["1", "1"], done.stderr
 
@@ -99,7 +118,9 @@ main()
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_option_limits_torch_and_the_kernels(family, tmp_path, count):
     models = [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5, "density": 0.5}} for i in range(2)]
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "ties", "base_model": str(family / "base"), "models": models}))
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"merge_method": "ties", "base_model": str(family / "base"), "models": models})
+    )
     done = python(COUNTED, "merge", tmp_path / "recipe.yaml", tmp_path / "out", "--threads", count, "--quiet")
     assert done.returncode == 0, done.stderr
     wanted, running = map(int, done.stderr.split("\n")[-2].split())

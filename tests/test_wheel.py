@@ -24,7 +24,7 @@ def run(*command, cwd):
 
 
 def sources(folder):
-    """What is in version control, and the compiled kernels, which cost minutes and are made anew only where they are stale."""
+    """What is in version control, and the compiled kernels, which cost minutes: made anew only where they are stale."""
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,12 @@ def test_it_is_built_without_a_complaint_about_packages(installed):
 
 def test_it_merges_from_another_directory(installed, family, tmp_path):
     commands, _ = installed
-    where = run(commands / "python", "-c", "import merge3.kernels, merge3_server; print(merge3.__file__, merge3_server.__file__)", cwd=tmp_path)
+    where = run(
+        commands / "python",
+        "-c",
+        "import merge3.kernels, merge3_server; print(merge3.__file__, merge3_server.__file__)",
+        cwd=tmp_path,
+    )
     assert all(Path(file).is_relative_to(commands.parent) for file in where.split())
     assert "merge3-client" in run(commands / "merge3-client", "--version", cwd=tmp_path)
     models = [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5, "density": 0.5}} for i in range(2)]
@@ -76,7 +81,9 @@ def test_its_daemon_serves_its_client(installed, family, tmp_path):
     command = [commands / "merge3-server", "serve", "--root", family, "--listen", f"unix:{tmp_path}/d.sock"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as daemon:
         assert daemon.stdout.readline().startswith("merge3-server listens on unix:")
-        status = run(commands / "merge3-client", "status", "--server", f"unix:{tmp_path}/d.sock", "--json", cwd=tmp_path)
+        status = run(
+            commands / "merge3-client", "status", "--server", f"unix:{tmp_path}/d.sock", "--json", cwd=tmp_path
+        )
         daemon.terminate()
         assert daemon.wait(60) == 0
     assert json.loads(status)["state"] == "serving"

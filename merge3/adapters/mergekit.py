@@ -41,10 +41,13 @@ def merge_group(self: GeneralizedTaskArithmeticMerge, group: Any, /, **parameter
     tensors[_BASE] = base.contiguous()
     own = [name for name in ("weight", "density", "gamma", "epsilon") if name in parameters]
     job = Job(
-        group.metadata.name or "tensor", _BASE, tuple(range(len(entries))),
+        group.metadata.name or "tensor",
+        _BASE,
+        tuple(range(len(entries))),
         {name: parameters[name] for name in ("lambda", "normalize", "rescale", "int8_mask")},
-        tuple({name: parameters[name][entry.id] for name in own} for entry in entries), tuple(base.shape),
-    )  # fmt: skip
+        tuple({name: parameters[name][entry.id] for name in own} for entry in entries),
+        tuple(base.shape),
+    )
     out = torch.empty_like(tensors[_BASE])
     program = Program(METHODS[self.method_name], (job,), shapes={job.name: job.shape})
     steps = program.steps(program.shapes, Statistics(tensors.__getitem__))
@@ -52,7 +55,9 @@ def merge_group(self: GeneralizedTaskArithmeticMerge, group: Any, /, **parameter
     return out
 
 
-def _problem(method: GeneralizedTaskArithmeticMerge, base: torch.Tensor, entries: Any, parameters: dict[str, Any]) -> str:
+def _problem(
+    method: GeneralizedTaskArithmeticMerge, base: torch.Tensor, entries: Any, parameters: dict[str, Any]
+) -> str:
     """What the kernels do not take; empty where they do."""
     if method.method_name not in METHODS:
         return f"{method.method_name} is not one of its methods"

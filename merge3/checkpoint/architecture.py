@@ -1,7 +1,7 @@
 """What transformers itself says of a configuration: its settings with every default, and which parameters it needs.
 
-Nothing is read for it: models are built, and tensors loaded, on the `meta` device, by transformers' own loading code, so
-that renamed, fused, tied and ignored tensors count as they do when somebody loads the checkpoint.
+Nothing is read for it: models are built, and tensors loaded, on the `meta` device, by transformers' own loading code,
+so that renamed, fused, tied and ignored tensors count as they do when somebody loads the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Loading:
 def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
     """Load tensors of these names and shapes into the architecture of a config.json, on the meta device.
 
-    None where this transformers has no such architecture (custom code, or none named), or cannot build it. Importing transformers takes
-    longer than a small merge, and the answer depends on nothing but what is asked: it is remembered in the user's
-    cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
+    None where this transformers has no such architecture (custom code, or none named), or cannot build it.
+    Importing transformers takes longer than a small merge, and the answer depends on nothing but what is asked: it is
+    remembered in the user's cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
     """
     versions = [__version__, metadata.version("transformers"), torch.__version__]
     question = [config, sorted(shapes.items()), versions]
@@ -74,15 +74,23 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
     try:
         with _silence():
             _, found = kind.from_pretrained(
-                None, config=settings, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
+                None,
+                config=settings,
+                state_dict=tensors,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None  # one that this transformers names and cannot build, such as for want of a package
     mismatched = tuple(sorted((name, tuple(stored), tuple(own)) for name, stored, own in found["mismatched_keys"]))
     wrong = {name for name, *_ in mismatched}
     return Loading(
-        architecture, tuple(sorted(set(found["missing_keys"]) - wrong)), tuple(sorted(found["unexpected_keys"])), mismatched
+        architecture,
+        tuple(sorted(set(found["missing_keys"]) - wrong)),
+        tuple(sorted(found["unexpected_keys"])),
+        mismatched,
     )
 
 

@@ -34,7 +34,10 @@ def renamed(names: Collection[str], base: Collection[str] | None = None) -> dict
         return result
     if theirs.endswith(f".{own}"):
         prefix = theirs.removesuffix(own)
-        return {name: new if new in base or is_head(new) else prefix + new for name, new in result.items()}
+        for name, new in result.items():
+            if new not in base and not is_head(new):
+                result[name] = prefix + new
+        return result
     if own.endswith(f".{theirs}"):
         prefix = own.removesuffix(theirs)
         return {name: new.removeprefix(prefix) for name, new in result.items()}

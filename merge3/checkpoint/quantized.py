@@ -11,8 +11,8 @@ from merge3.errors import CheckpointError
 
 # What quantizers write beside their codes: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors, MXFP4.
 _SIDE_TENSORS = (
-    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_packed",
-    ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".input_scale", "_blocks",
+    ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".qweight", ".qzeros", ".g_idx",
+    ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".input_scale", "_blocks",
 )  # fmt: skip
 _CODES = {torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64}
 _CODES |= {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -48,7 +48,9 @@ def integer_buffer(name: str, shape: Iterable[int]) -> bool:
 
 
 def _sections(config: Mapping) -> list[tuple[str, Mapping]]:
-    nested = [(f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    nested = [
+        (f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)
+    ]
     return [("", config), *[n for n in nested if n[0] not in ("quantization_config.", "compression_config.")]]
 
 

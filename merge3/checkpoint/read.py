@@ -87,7 +87,9 @@ class Checkpoint:
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint with other names for its tensors: old -> new, one to one."""
-        return replace(self, tensors={names[name]: replace(info, name=names[name]) for name, info in self.tensors.items()})
+        return replace(
+            self, tensors={names[name]: replace(info, name=names[name]) for name, info in self.tensors.items()}
+        )
 
     def content_hash(self) -> str:
         """One hash of all tensors, whatever their files and order. Reads every byte once."""
@@ -177,9 +179,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             count *= n
         if min(shape, default=0) < 0 or begin < 0 or end - begin != count * dtype.itemsize:
             raise CheckpointError(
-                file, f"tensor {name!r} of shape {list(shape)} in {end - begin} bytes",
+                file,
+                f"tensor {name!r} of shape {list(shape)} in {end - begin} bytes",
                 f"{count * dtype.itemsize} bytes",
-            )  # fmt: skip
+            )
         if start + end > size:
             raise CheckpointError(
                 file, f"truncated: tensor {name!r} ends at byte {start + end} of {size}", "a whole file"
@@ -229,9 +232,11 @@ def _nothing_to_read(directory: Path) -> CheckpointError:
     pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt*"))
     if pickles:
         return CheckpointError(
-            directory / pickles[0], "a pickle checkpoint, which can run code when read", SINGLE,
+            directory / pickles[0],
+            "a pickle checkpoint, which can run code when read",
+            SINGLE,
             "load it once with transformers and save_pretrained it again",
-        )  # fmt: skip
+        )
     if (directory / "adapter_config.json").exists():
         return CheckpointError(directory, "a LoRA adapter", "a full checkpoint", "write it as model+adapter")
     others = sorted(p.name for p in directory.glob("*.safetensors"))

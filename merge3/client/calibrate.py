@@ -24,9 +24,16 @@ from merge3.tasks import keys_by_task
 
 
 def calibrate(
-    out: Path, config_file: Path | None, responses_file: Path | None, endpoints: tuple[str, ...], dimensions: int,
-    seed: int, device: str, quiet: bool, skip_too_long: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    out: Path,
+    config_file: Path | None,
+    responses_file: Path | None,
+    endpoints: tuple[str, ...],
+    dimensions: int,
+    seed: int,
+    device: str,
+    quiet: bool,
+    skip_too_long: bool = False,
+) -> dict[str, Any]:
     """Fit banks to a response file, or to the answers of a configuration's endpoints and random merges."""
     if (out / "calibration.json").exists():
         raise BadInput(out, "a calibration is there already", "a new directory")
@@ -46,16 +53,23 @@ def calibrate(
     if unknown and config_file is None:
         raise ResponsesError(responses_file, f"no rows of endpoint {unknown[0]!r}", "one of its models")
     show = lambda task, step, steps: quiet or bar(f"fitting {task}", step, steps)
-    found = calibrations.calibrate(responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show)
+    found = calibrations.calibrate(
+        responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show
+    )
     save(found, out)
     tasks = {task: _described(found, task) for task in found.banks}
     return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": skipped}
 
 
 def _configured(
-    config_file: Path, responses_file: Path | None, out: Path, device: str, quiet: bool, dimensions: int,
+    config_file: Path,
+    responses_file: Path | None,
+    out: Path,
+    device: str,
+    quiet: bool,
+    dimensions: int,
     skip_too_long: bool,
-):  # fmt: skip
+):
     from merge3.client.run import open_engine
     from merge3.search.config import load_config
     from merge3.search.context import Search
@@ -87,9 +101,13 @@ def _described(found: calibrations.Calibration, task: str) -> dict[str, Any]:
     bank = found.banks[task]
     outfit = fit_statistics(bank, found.responses[task]).item_outfit
     return {
-        "items": len(bank.items), "models": len(bank.models), "answers": bank.meta["answers"], "steps": bank.meta["steps"],
-        "ability_sd": float(bank.theta_sd.mean()), "misfitting_items": int((outfit > 1.5).sum()),
-    }  # fmt: skip
+        "items": len(bank.items),
+        "models": len(bank.models),
+        "answers": bank.meta["answers"],
+        "steps": bank.meta["steps"],
+        "ability_sd": float(bank.theta_sd.mean()),
+        "misfitting_items": int((outfit > 1.5).sum()),
+    }
 
 
 def extract(directory: Path, method: str, size: int, seed: int, out: Path | None) -> dict[str, Any]:
@@ -99,7 +117,8 @@ def extract(directory: Path, method: str, size: int, seed: int, out: Path | None
     result = {
         "method": method,
         "tasks": {
-            task: {"items": [found.banks[task].items[i] for i in s.index], "weights": s.weights.tolist()} for task, s in subsets.items()
+            task: {"items": [found.banks[task].items[i] for i in s.index], "weights": s.weights.tolist()}
+            for task, s in subsets.items()
         },
     }
     if out is not None:
@@ -122,7 +141,11 @@ def estimate(directory: Path, subset_file: Path, responses_file: Path, method: s
             raise ResponsesError(subset_file, f"item {missing[0]!r} is not in the calibration", f"items of {directory}")
         index = np.array([position[item] for item in chosen["items"]])
         estimator = irt.prepare(
-            bank, found.responses[task], Subset(index, np.array(chosen["weights"]), subset["method"]), method, found.endpoints
+            bank,
+            found.responses[task],
+            Subset(index, np.array(chosen["weights"]), subset["method"]),
+            method,
+            found.endpoints,
         )
         if estimator.note:
             print(f"{task}: {estimator.note}", file=sys.stderr)
@@ -134,9 +157,14 @@ def estimate(directory: Path, subset_file: Path, responses_file: Path, method: s
     for name, tasks in per_model.items():
         values, errors = np.array(list(tasks.values())).T
         rows.append(
-            {"model": name, "accuracy": float(values.mean()), "stderr": float((errors**2).sum() ** 0.5 / len(errors)),
-             "tasks": {t: {"accuracy": v, "stderr": e} for t, (v, e) in tasks.items()}, "complete": len(tasks) == len(subset["tasks"])}
-        )  # fmt: skip
+            {
+                "model": name,
+                "accuracy": float(values.mean()),
+                "stderr": float((errors**2).sum() ** 0.5 / len(errors)),
+                "tasks": {t: {"accuracy": v, "stderr": e} for t, (v, e) in tasks.items()},
+                "complete": len(tasks) == len(subset["tasks"]),
+            }
+        )
     return sorted(rows, key=lambda row: -row["accuracy"])
 
 
@@ -148,4 +176,6 @@ def _read_subset(path: Path) -> dict[str, Any]:
                 raise ValueError("as many weights as items")
         return {"method": subset["method"], "tasks": subset["tasks"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ResponsesError(path, f"{type(error).__name__}: {error}"[:200], "what `merge3-client extract --out` wrote") from None
+        raise ResponsesError(
+            path, f"{type(error).__name__}: {error}"[:200], "what `merge3-client extract --out` wrote"
+        ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from merge3.errors import ConfigError, Unavailable
-from merge3.rpc import convert
+from merge3.rpc import statuses
 
 TOKEN_VARIABLE = "MERGE3_TOKEN"
 _OPTIONS = (
@@ -58,9 +58,11 @@ def translated(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         trailing = dict(error.trailing_metadata() or ())
-        if error.code() is grpc.StatusCode.UNAVAILABLE and convert.ERROR_KEY not in trailing:
-            raise Unavailable(f"daemon {address}", "does not answer", "merge3-server serve", error.details() or "") from None
-        raise convert.error_from(error.code().name, error.details() or "", trailing) from None
+        if error.code() is grpc.StatusCode.UNAVAILABLE and statuses.ERROR_KEY not in trailing:
+            raise Unavailable(
+                f"daemon {address}", "does not answer", "merge3-server serve", error.details() or ""
+            ) from None
+        raise statuses.error_from(error.code().name, error.details() or "", trailing) from None
 
 
 def _read(file: Path) -> bytes:

@@ -15,10 +15,13 @@ import typer
 from merge3.threads import configure, threads_option
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Merge fine-tuned language models, and search for better merges.",
     epilog="Example: merge3-client demo        Docs: README.md",
-)  # fmt: skip
+)
 
 BAD_INPUT = 2  # exit code; see merge3/errors.py
 THREADS_HELP = "CPU threads (default: as many as cores that this process may use)."
@@ -29,7 +32,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
 MemoryBudget = Annotated[
-    str | None, typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed.")
+    str | None,
+    typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed."),
 ]
 SkipTooLong = Annotated[
     bool, typer.Option("--skip-too-long", help="Leave out items longer than the model's positions, and say so.")
@@ -43,7 +47,9 @@ Server = Annotated[str, typer.Option(help="The daemon: host:port or unix:/path."
 
 @app.callback()
 def version(
-    show: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Print the version.")] = False,
+    show: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on), help="Print the version.")
+    ] = False,
 ):
     """Merge fine-tuned language models, and search for better merges."""
 
@@ -55,7 +61,8 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     shard_size: Annotated[int, typer.Option(help="Largest file, in bytes.")] = 5_000_000_000,
     drop: Annotated[
-        list[str] | None, typer.Option(help="Tensors that a model has and the base lacks, to merge without: a name or pattern; repeat.")
+        list[str] | None,
+        typer.Option(help="Tensors that a model has and the base lacks, to merge without: a name or pattern; repeat."),
     ] = None,
     strict: Strict = False,
     threads: Threads = None,
@@ -69,7 +76,13 @@ def merge(
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
     result = merge_to_disk(
-        Recipe.from_yaml(recipe), out, seed=seed, shard_size=shard_size, progress=show, where=str(recipe), drop=drop or ()
+        Recipe.from_yaml(recipe),
+        out,
+        seed=seed,
+        shard_size=shard_size,
+        progress=show,
+        where=str(recipe),
+        drop=drop or (),
     )
     if as_json:
         print(json.dumps(result))
@@ -137,12 +150,21 @@ def evaluate(
     print(f"{'mean over tasks':<24} {result['accuracy']:.4f} ± {result['stderr']:.4f}  in {result['seconds']:.1f} s")
 
 
-@app.command(epilog="Example: merge3-client calibrate evolve.yaml --out calibration    or: --responses leaderboard.csv --out calibration")
+@app.command(
+    epilog="Example: merge3-client calibrate evolve.yaml --out calibration    "
+    "or: --responses leaderboard.csv --out calibration"
+)
 def calibrate(
     out: Annotated[Path, typer.Option(help="A new directory for responses, item banks and their pictures.")],
-    config: Annotated[Path | None, typer.Argument(help="An evolve configuration: its endpoints and random merges answer.")] = None,
-    responses: Annotated[Path | None, typer.Option(help="Use these answers (model, item, score; CSV, Parquet, JSONL).")] = None,
-    endpoint: Annotated[list[str] | None, typer.Option(help="Name of an endpoint among a response file's models; repeat.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="An evolve configuration: its endpoints and random merges answer.")
+    ] = None,
+    responses: Annotated[
+        Path | None, typer.Option(help="Use these answers (model, item, score; CSV, Parquet, JSONL).")
+    ] = None,
+    endpoint: Annotated[
+        list[str] | None, typer.Option(help="Name of an endpoint among a response file's models; repeat.")
+    ] = None,
     dimensions: Annotated[int, typer.Option(min=1, help="Ability dimensions; each needs five models.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the fit; a configuration's own seed goes first.")] = 0,
     skip_too_long: SkipTooLong = False,
@@ -162,8 +184,8 @@ def calibrate(
         return
     for task, d in result["tasks"].items():
         print(
-            f"{task:<24} {d['items']} items, {d['models']} models, {d['answers']:,} answers; abilities ± {d['ability_sd']:.2f}; "
-            f"{d['misfitting_items']} items fit badly"
+            f"{task:<24} {d['items']} items, {d['models']} models, {d['answers']:,} answers; "
+            f"abilities ± {d['ability_sd']:.2f}; {d['misfitting_items']} items fit badly"
         )
     print(f"{result['answers']:,} answers in all: {out}")
 
@@ -206,7 +228,8 @@ def estimate(
         print(json.dumps(rows))
         return
     for row in rows:
-        print(f"{row['model']:<32} {row['accuracy']:.4f} ± {row['stderr']:.4f}{'' if row['complete'] else '  (not every task answered)'}")
+        note = "" if row["complete"] else "  (not every task answered)"
+        print(f"{row['model']:<32} {row['accuracy']:.4f} ± {row['stderr']:.4f}{note}")
 
 
 @app.command(epilog="Example: merge3-client report runs/first")

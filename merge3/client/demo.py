@@ -24,20 +24,29 @@ def configuration(seed: int, budget: int = BUDGET) -> dict:
     experts = list(TASKS)
     return {
         "genome": {
-            "models": [f"./{task}" for task in experts], "base_model": "./base", "merge_method": "task_arithmetic",
-            "layer_granularity": 1, "allow_negative_weights": True, "bounds": {"weight": [-0.5, 1.5]},
+            "models": [f"./{task}" for task in experts],
+            "base_model": "./base",
+            "merge_method": "task_arithmetic",
+            "layer_granularity": 1,
+            "allow_negative_weights": True,
+            "bounds": {"weight": [-0.5, 1.5]},
         },
         "tasks": [{"items": f"./{task}.jsonl"} for task in experts],
         "extract": {"method": "random", "size": 150},
         "heldout": {"fraction": 0.3},
         "optimizer": {"name": "cma", "budget": budget, "population": 20, "sigma": 0.1, "seed": seed},
-    }  # fmt: skip
+    }
 
 
 def demo(
-    seed: int, directory: Path, as_json: bool, quiet: bool, budget: int = BUDGET,
-    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS), items: int = ITEMS_PER_TASK,
-) -> dict[str, Any]:  # fmt: skip
+    seed: int,
+    directory: Path,
+    as_json: bool,
+    quiet: bool,
+    budget: int = BUDGET,
+    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS),
+    items: int = ITEMS_PER_TASK,
+) -> dict[str, Any]:
     """Run it all in a new directory; returns result.json's content with the training's seconds.
 
     steps: of training, of the base and of each expert. items: of every task.
@@ -51,7 +60,9 @@ def demo(
 
     def progress(what: str, step: int, steps: int) -> None:
         if not quiet and (step % 20 == 0 or step == steps):
-            print(f"\rtraining {what:<12} {step}/{steps} ", end="" if step < steps else "\n", file=sys.stderr, flush=True)
+            print(
+                f"\rtraining {what:<12} {step}/{steps} ", end="" if step < steps else "\n", file=sys.stderr, flush=True
+            )
 
     make_models(partial, seed, *steps, items, progress)
     (partial / "evolve.yaml").write_text(yaml.safe_dump(configuration(seed, budget), sort_keys=False))

@@ -23,9 +23,14 @@ from merge3.tasks.items import place
 
 
 def evaluate_files(
-    what: Path, files: list[Path], seed: int = 0, device: str = "cpu", responses_file: Path | None = None,
-    memory_budget: str | None = None, skip_too_long: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    what: Path,
+    files: list[Path],
+    seed: int = 0,
+    device: str = "cpu",
+    responses_file: Path | None = None,
+    memory_budget: str | None = None,
+    skip_too_long: bool = False,
+) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}.
 
     skip_too_long: leave out what the model has no positions for, say so, and count it in `skipped`.

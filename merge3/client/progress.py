@@ -36,7 +36,9 @@ class Live(AbstractContextManager):
         rate = _rate(p)
         table = Table.grid(padding=(0, 2))
         table.add_row("stage", STAGES.get(p.stage, p.stage))
-        table.add_row("candidates", f"{p.done} of {p.budget}" + (f" ({p.replayed} from the journal)" if p.replayed else ""))
+        table.add_row(
+            "candidates", f"{p.done} of {p.budget}" + (f" ({p.replayed} from the journal)" if p.replayed else "")
+        )
         table.add_row("", ProgressBar(total=p.budget or 1, completed=p.done, width=40))
         table.add_row("best", f"{p.best:.4f} ± {p.best_stderr:.4f}   mean of last generation {p.mean:.4f}")
         table.add_row("rate", f"{rate * 60:.0f} candidates per minute, {_left(p, rate)} left")
@@ -67,8 +69,9 @@ class Lines(AbstractContextManager):
         print(
             f"generation {p.generation}  {p.done}/{p.budget}  best {p.best:.4f} ± {p.best_stderr:.4f}  "
             f"{rate * 60:.0f}/min  {_left(p, rate)} left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
 
     def __exit__(self, *exc):
         return None
@@ -78,7 +81,10 @@ class Machine(Lines):
     """One JSON object per candidate on standard error."""
 
     def __call__(self, p: Progress) -> None:
-        data = {k: (None if isinstance(v, float) and v != v else v) for k, v in vars(p).items()}
+        data = dict(vars(p))
+        for key, value in data.items():
+            if isinstance(value, float) and value != value:
+                data[key] = None  # JSON has no NaN
         print(json.dumps(data), file=sys.stderr, flush=True)
 
 

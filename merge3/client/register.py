@@ -32,9 +32,14 @@ class Registrar:
         """
         asked = registration
         header = pb.RegisterHeader(
-            pool_id=pool_id, seed=asked.seed, chat=asked.chat, heads=asked.heads, weights=asked.weights, objectives=asked.objectives,
+            pool_id=pool_id,
+            seed=asked.seed,
+            chat=asked.chat,
+            heads=asked.heads,
+            weights=asked.weights,
+            objectives=asked.objectives,
             space=None if asked.space is None else convert.space_to(asked.space),
-        )  # fmt: skip
+        )
         blobs: dict[bytes, bytes] = {}
         for task, estimator in asked.estimators.items():
             bank, content = self._bank(estimator.bank)
@@ -53,7 +58,9 @@ class Registrar:
                 self._sent |= {d for d, _ in entries} | set(blobs)
                 return response.items_id
             wanted = {entries[i][0] for i in response.missing_entries} | set(response.missing_blobs)
-        raise ItemsError("items", f"the daemon forgets them while they are sent ({len(items)})", "a daemon with a larger store")
+        raise ItemsError(
+            "items", f"the daemon forgets them while they are sent ({len(items)})", "a daemon with a larger store"
+        )
 
     def _requests(self, header, entries, blobs, wanted: set[bytes]) -> Iterator[pb.RegisterItemsRequest]:
         yield pb.RegisterItemsRequest(header=header)
@@ -61,7 +68,9 @@ class Registrar:
             if digest in wanted:
                 for start in range(0, len(content), _CHUNK):
                     part = content[start : start + _CHUNK]
-                    yield pb.RegisterItemsRequest(blob=pb.Blob(digest=digest, data=part, last=start + _CHUNK >= len(content)))
+                    yield pb.RegisterItemsRequest(
+                        blob=pb.Blob(digest=digest, data=part, last=start + _CHUNK >= len(content))
+                    )
         chunk, size = pb.Entries(), 0
         for digest, message in entries:
             chunk.entries.add(digest=digest, item=message if digest in wanted else None)

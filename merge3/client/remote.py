@@ -47,9 +47,13 @@ class RemoteEngine:
     """
 
     def __init__(
-        self, target: Target | str, models: Sequence[str], dtype: str | None = None, patience: float = PATIENCE,
+        self,
+        target: Target | str,
+        models: Sequence[str],
+        dtype: str | None = None,
+        patience: float = PATIENCE,
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-    ):  # fmt: skip
+    ):
         self.target = Target(target) if isinstance(target, str) else target
         self.models, self.dtype = tuple(models), dtype
         self.patience, self.note = patience, note
@@ -109,13 +113,18 @@ class RemoteEngine:
 
     def _open(self) -> None:
         with self._translated():
-            pool = self._stub.OpenPool(pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata)
+            pool = self._stub.OpenPool(
+                pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata
+            )
         info = convert.pool_from(pool, self.target.address)
         if pool.version != __version__ and self._info is None:
-            self.note(f"{self.target.address} runs merge3 {pool.version}, this is {__version__}: its answers may differ from ours")
+            versions = f"{self.target.address} runs merge3 {pool.version}, this is {__version__}"
+            self.note(f"{versions}: its answers may differ from ours")
         if self._info is not None and info.content_hashes != self._info.content_hashes:
             changed = next(m for m in info.endpoints if info.content_hashes[m] != self._info.content_hashes.get(m))
-            raise ResumeMismatch(self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with")
+            raise ResumeMismatch(
+                self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with"
+            )
         self._info, self._pool_id, self._registered = info, pool.pool_id, (None, "")
 
     def _register(self, registration: Registration) -> str:
@@ -176,7 +185,12 @@ class RemoteEngine:
             raise resource_error(directory, error) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return {"path": str(directory), "tensors": result.tensors, "parameters": result.parameters, "kept": dict(result.kept)}
+        return {
+            "path": str(directory),
+            "tensors": result.tensors,
+            "parameters": result.parameters,
+            "kept": dict(result.kept),
+        }
 
     def _dry_run(self, recipe: Recipe) -> None:
         request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), dry_run=True)
@@ -243,7 +257,9 @@ def _received(stream, directory: Path) -> pb.ExportResult:
             if Path(chunk.file).name != chunk.file or chunk.file in ("", ".", ".."):
                 raise ResourceError("export", f"the daemon sent a file named {chunk.file!r}", "a plain name")
             if chunk.offset != offsets.get(chunk.file, 0):
-                raise ResourceError("export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}")
+                raise ResourceError(
+                    "export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}"
+                )
             with open(directory / chunk.file, "ab") as handle:
                 handle.write(chunk.data)
             offsets[chunk.file] = chunk.offset + len(chunk.data)

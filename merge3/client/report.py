@@ -32,10 +32,16 @@ def write_report(directory: str | Path) -> Path:
     rows = [("evolved", result["heldout_detail"], True)]
     rows += sorted(((n, b, False) for n, b in result["baselines_detail"].items()), key=lambda r: -r[1]["accuracy"])
     page = jinja2.Template(template, autoescape=True).render(
-        result=result, rows=rows, tasks=list(result["heldout_detail"]["tasks"]), curve=fitness_curve(candidates),
-        maps=heat_maps(recipe), bars=bars(rows), checks=spot_checks(result["checks"]["made"]), recipe=recipe.to_yaml(),
+        result=result,
+        rows=rows,
+        tasks=list(result["heldout_detail"]["tasks"]),
+        curve=fitness_curve(candidates),
+        maps=heat_maps(recipe),
+        bars=bars(rows),
+        checks=spot_checks(result["checks"]["made"]),
+        recipe=recipe.to_yaml(),
         config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()), sort_keys=False),
-    )  # fmt: skip
+    )
     write_atomically(directory / "report.html", page)
     return directory / "report.html"
 
@@ -50,7 +56,10 @@ def fitness_curve(candidates: list[Candidate]) -> str:
     low, high = low - 0.05 * span, high + 0.05 * span
     x = lambda i: PAD + (WIDTH - PAD - 12) * i / max(1, len(candidates) - 1)
     y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
-    parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>']
+    parts = [
+        _axis(low, high, y),
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>',
+    ]
     parts += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="1.8" class="dot"/>' for i, v in known]
     best, line = -math.inf, []
     for i, v in known:
@@ -78,7 +87,10 @@ def spot_checks(made: list) -> str:
     x = lambda i: PAD + (WIDTH - PAD - 12) * (i + 0.5) / len(made)
     y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
     parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">generation</text>']
-    parts += [f'<text x="{x(i):.1f}" y="{HEIGHT - 20}" class="label">{generation}</text>' for i, (generation, *_) in enumerate(made)]
+    parts += [
+        f'<text x="{x(i):.1f}" y="{HEIGHT - 20}" class="label">{generation}</text>'
+        for i, (generation, *_) in enumerate(made)
+    ]
     for name, i, v, e in marks:
         parts.append(f'<line class="{name}" x1="{x(i):.1f}" x2="{x(i):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}"/>')
         parts.append(f'<circle class="{name}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.5"/>')
@@ -92,10 +104,11 @@ def bars(rows) -> str:
     parts = []
     for i, (name, detail, evolved) in enumerate(rows):
         y, length, error = 6 + 24 * i, detail["accuracy"] * scale, detail["stderr"] * scale
+        end = 204 + length
         parts += [
             f'<text x="196" y="{y + 14}" class="name">{_escape(name)}</text>',
             f'<rect x="204" y="{y}" width="{length:.1f}" height="18" class="{"win" if evolved else "bar"}"/>',
-            f'<line x1="{204 + length - error:.1f}" x2="{204 + length + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
+            f'<line x1="{end - error:.1f}" x2="{end + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
             f'<text x="{212 + length + error:.1f}" y="{y + 14}">{detail["accuracy"]:.3f}</text>',
         ]
     return _svg(parts, WIDTH, height, "Held-out accuracy")
@@ -159,15 +172,18 @@ def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
     parts = []
     for j, column in enumerate(columns):
         x = left + j * cell + cell / 2
-        parts.append(f'<text transform="translate({x:.0f},{top - 8}) rotate(-45)" class="tick">{_escape(column)}</text>')
+        parts.append(
+            f'<text transform="translate({x:.0f},{top - 8}) rotate(-45)" class="tick">{_escape(column)}</text>'
+        )
     for i, (name, row) in enumerate(rows.items()):
         y = top + i * 28
         parts.append(f'<text x="{left - 8}" y="{y + 19}" class="name">{_escape(name)}</text>')
         for j, value in enumerate(row):
             ink = "#fff" if abs(value) > 0.6 * highest else "#222"
+            middle = left + j * cell + cell / 2 - 1
             parts.append(
                 f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value / highest)}"/>'
-                f'<text x="{left + j * cell + cell / 2 - 1:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
+                f'<text x="{middle:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
             )
     return _svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
 
@@ -188,7 +204,9 @@ def _axis(low: float, high: float, y) -> str:
 
 
 def _svg(parts: list[str], width: float, height: float, title: str) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
+    )
 
 
 def _escape(text: str) -> str:

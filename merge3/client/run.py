@@ -33,8 +33,15 @@ if TYPE_CHECKING:
 
 
 def evolve(
-    config: EvolveConfig, directory: Path, resume: bool = False, as_json: bool = False, quiet: bool = False,
-    device: str = "cpu", export: bool = True, target: Target | None = None, memory_budget: str | None = None,
+    config: EvolveConfig,
+    directory: Path,
+    resume: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+    device: str = "cpu",
+    export: bool = True,
+    target: Target | None = None,
+    memory_budget: str | None = None,
 ) -> dict[str, Any] | None:
     """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C.
 
@@ -52,7 +59,9 @@ def evolve(
         with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
             outcome = run(config, questions, engine, journal, resume, report, stopping)
         if outcome is None:
-            print(f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr)
+            print(
+                f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr
+            )
             return None
         if export and not (directory / "model").exists():
             engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
@@ -63,7 +72,11 @@ def evolve(
 
 
 def open_pool(
-    models: Sequence[str], device: str = "cpu", quiet: bool = False, memory_budget: str | None = None, derived: Path | None = None
+    models: Sequence[str],
+    device: str = "cpu",
+    quiet: bool = False,
+    memory_budget: str | None = None,
+    derived: Path | None = None,
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 
@@ -79,15 +92,23 @@ def open_pool(
 
 
 def open_engine(
-    config: EvolveConfig, device: str = "cpu", quiet: bool = False, target: Target | None = None, memory_budget: str | None = None,
+    config: EvolveConfig,
+    device: str = "cpu",
+    quiet: bool = False,
+    target: Target | None = None,
+    memory_budget: str | None = None,
     derived: Path | None = None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
         return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived), dtype)
     if memory_budget is not None:
-        raise BadInput("--memory-budget", "given with --server", "one of them: the daemon has its own (merge3-server serve --memory-budget)")
+        raise BadInput(
+            "--memory-budget",
+            "given with --server",
+            "one of them: the daemon has its own (merge3-server serve --memory-budget)",
+        )
     from merge3.client.remote import RemoteEngine
 
     engine = RemoteEngine(target, config.models, config.genome.dtype)
@@ -102,9 +123,11 @@ def _check_fitting(config: EvolveConfig) -> None:
     asked = next((task.too_long for task in config.tasks if task.too_long != "error"), None)
     if asked is not None and not Path(base).is_dir():
         raise ConfigError(
-            f"too_long: {asked}", f"no directory {base} here, only on the daemon",
-            "the base's config.json and tokenizer files at this path on the driver's side too", "or items that all fit",
-        )  # fmt: skip
+            f"too_long: {asked}",
+            f"no directory {base} here, only on the daemon",
+            "the base's config.json and tokenizer files at this path on the driver's side too",
+            "or items that all fit",
+        )
 
 
 def _warn(lines: Iterable[str]) -> None:
@@ -168,10 +191,13 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
         f"{result['candidates']} candidates in {result['seconds']:.0f} s, "
-        f"{gain:+.3f} over the best baseline ({result['best_baseline']}); merging took {100 * result['swap_share']:.1f} % of the time"
+        f"{gain:+.3f} over the best baseline ({result['best_baseline']}); "
+        f"merging took {100 * result['swap_share']:.1f} % of the time"
     )
     ledger = result["ledger"]
-    parts = ", ".join(f"{name} {ledger[name]:,}" for name in ("calibration", "search", "checks", "race") if ledger[name])
+    parts = ", ".join(
+        f"{name} {ledger[name]:,}" for name in ("calibration", "search", "checks", "race") if ledger[name]
+    )
     console.print(
         f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
         f"{ledger['full'] / max(1, ledger['total']):.1f} times as many"

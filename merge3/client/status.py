@@ -48,7 +48,9 @@ def watch(target: Target, interval: float, as_json: bool) -> None:
 
 
 def _json(status: pb.StatusResponse) -> str:
-    return json.dumps(MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+    return json.dumps(
+        MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    )
 
 
 def _line(s: pb.StatusResponse) -> str:
@@ -62,18 +64,31 @@ def _page(s: pb.StatusResponse, address: str):
     from rich.table import Table
 
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("state", f"{s.state}, up {s.uptime_seconds / 60:.0f} min, version {s.version}, {s.resident_bytes / 2**30:.2f} GiB resident")
+    facts.add_row(
+        "state",
+        f"{s.state}, up {s.uptime_seconds / 60:.0f} min, version {s.version}, "
+        f"{s.resident_bytes / 2**30:.2f} GiB resident",
+    )
     facts.add_row("candidates", f"{s.evaluated:,} evaluated, {s.candidates_per_minute:.0f} in the last minute")
     facts.add_row("queue", f"{s.queued} of {s.queue_limit}")
     for w in s.workers:
         facts.add_row(f"worker {w.name}", f"{w.device}, process {w.pid}: {w.busy_with or 'idle'}")
     pools = Table("pool", "models", "parameters", "resident", "held by", title="pools", title_justify="left")
     for p in s.pools:
-        pools.add_row(p.pool_id[:8], "\n".join(p.models), f"{p.parameters:,}", f"{p.resident_bytes / 2**30:.2f} GiB", str(p.holders))
+        pools.add_row(
+            p.pool_id[:8],
+            "\n".join(p.models),
+            f"{p.parameters:,}",
+            f"{p.resident_bytes / 2**30:.2f} GiB",
+            str(p.holders),
+        )
     drivers = Table("driver", "queued", "evaluated", "idle", title="drivers", title_justify="left")
     for d in s.drivers:
         drivers.add_row(d.name, str(d.queued), str(d.evaluated), f"{d.idle_seconds:.0f} s")
-    return Panel(Group(facts, *([pools] if s.pools else []), *([drivers] if s.drivers else [])), title=f"merge3-server at {address}")
+    return Panel(
+        Group(facts, *([pools] if s.pools else []), *([drivers] if s.drivers else [])),
+        title=f"merge3-server at {address}",
+    )
 
 
 def _nothing():

@@ -61,7 +61,9 @@ class ItemBank:
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / f"{name}.safetensors", save({k: np.ascontiguousarray(v) for k, v in self._arrays().items()}))
+        write_atomically(
+            directory / f"{name}.safetensors", save({k: np.ascontiguousarray(v) for k, v in self._arrays().items()})
+        )
         described = {"format": _FORMAT, "items": self.items, "models": self.models, "meta": self.meta}
         write_atomically(directory / f"{name}.json", json.dumps(described, indent=1))
 
@@ -84,9 +86,12 @@ class ItemBank:
             raise ResponsesError(path, f"{type(error).__name__}: {error}"[:200], "an item bank") from None
         n, d = len(bank.items), bank.a.shape[-1]
         expected = {
-            "a": (n, d), "b": (n,), "theta": (len(bank.models), d),
-            "item_covariance": (n, d + 1, d + 1), "theta_covariance": (len(bank.models), d, d),
-        }  # fmt: skip
+            "a": (n, d),
+            "b": (n,),
+            "theta": (len(bank.models), d),
+            "item_covariance": (n, d + 1, d + 1),
+            "theta_covariance": (len(bank.models), d, d),
+        }
         for key, shape in expected.items():
             if arrays[key].shape != shape:
                 raise ResponsesError(path, f"{key} of shape {arrays[key].shape}", f"{shape}")

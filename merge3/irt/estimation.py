@@ -57,9 +57,13 @@ class Estimates:
 
 
 def prepare(
-    bank: ItemBank, responses: Responses, subset: Subset, method: str = "gmp-irt", endpoints: tuple[str, ...] = (),
+    bank: ItemBank,
+    responses: Responses,
+    subset: Subset,
+    method: str = "gmp-irt",
+    endpoints: tuple[str, ...] = (),
     share: float | None = None,
-) -> Estimator:  # fmt: skip
+) -> Estimator:
     """Learn priors, the mean's share and the size of errors from the calibration.
 
     responses: the matrix the bank was fitted to. endpoints: names among its models (for mp-irt; without
@@ -90,8 +94,11 @@ def estimate(estimator: Estimator, answers: np.ndarray) -> Estimates:
     answered = ~np.isnan(y)
     if (bad := (y < 0) | (y > 1)).any():
         c, i = np.argwhere(bad)[0]
-        raise ResponsesError(f"answers: candidate {c}, item {estimator.bank.items[estimator.subset.index[i]]!r}",
-                             f"score {y[c, i]}", "a score in [0, 1]")  # fmt: skip
+        raise ResponsesError(
+            f"answers: candidate {c}, item {estimator.bank.items[estimator.subset.index[i]]!r}",
+            f"score {y[c, i]}",
+            "a score in [0, 1]",
+        )
     if not answered.any(1).all():
         raise ResponsesError(f"answers: candidate {int((~answered.any(1)).argmax())}", "none", "at least one")
     parts = _parts(estimator, y, answered)
@@ -251,7 +258,9 @@ def leave_one_out(e: Estimator, responses: Responses, rows: list[int]) -> _LeftO
         variances.append(p * (1 - p) * (1 / known - 1 / N))
     names = ("mean", "mean_variance", "model", "model_variance", "theta")
     names = names[:2] if e.method == "mean" else names
-    joined = {k: np.concatenate([getattr(p, k) for p in parts]) if parts else np.empty(0) for k in names}
+    joined = {k: np.empty(0) for k in names}
+    if parts:
+        joined = {k: np.concatenate([getattr(p, k) for p in parts]) for k in names}
     return _LeftOut(_Parts(**joined), np.array(truths), np.array(variances))
 
 

@@ -30,7 +30,13 @@ class Subset:
 
 
 def extract(
-    bank: ItemBank, responses: Responses, method: str, size: int, seed: int = 0, endpoints: tuple[str, ...] = (), anywhere: bool = False
+    bank: ItemBank,
+    responses: Responses,
+    method: str,
+    size: int,
+    seed: int = 0,
+    endpoints: tuple[str, ...] = (),
+    anywhere: bool = False,
 ) -> Subset:
     """Choose `size` items of the bank. responses: of the calibration, columns as the bank's items.
 
@@ -122,5 +128,9 @@ def _clusters(points: np.ndarray, size: int, rng: np.random.Generator, anywhere:
 
 
 METHODS: dict[str, Callable] = {
-    "random": _random, "irt": _irt, "correctness": _correctness, "entropy": _entropy, "information": _information,
-}  # fmt: skip
+    "random": _random,
+    "irt": _irt,
+    "correctness": _correctness,
+    "entropy": _entropy,
+    "information": _information,
+}

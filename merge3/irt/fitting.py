@@ -46,8 +46,8 @@ def fit(
     """Fit a bank to a response matrix; scores between 0 and 1 count as that share of a success.
 
     steps: at most; stops when the loss per answer improves by less than `tolerance` in ten. seed: of the start, where
-    there are several dimensions. progress(step, steps, loss per answer) is called every ten. Raises ResponsesError where the matrix
-    cannot identify the model: too few models for the dimensions, or every answer the same.
+    there are several dimensions. progress(step, steps, loss per answer) is called every ten. Raises ResponsesError
+    where the matrix cannot identify the model: too few models for the dimensions, or every answer the same.
     """
     _check(responses, dimensions, kind)
     with few_threads(responses.values.size):
@@ -59,9 +59,15 @@ def fit(
         found = covariances(responses.answered, theta, a, b, np.diag(spread**2), means["s_b"])
     theta_covariance, item_covariance = found
     meta = {
-        "kind": kind, "dimensions": dimensions, "steps": means["steps"], "seed": seed, "loss": means["loss"],
-        "answers": int(responses.answered.sum()), "s_a": means["s_a"].tolist(), "s_b": float(means["s_b"]),
-    }  # fmt: skip
+        "kind": kind,
+        "dimensions": dimensions,
+        "steps": means["steps"],
+        "seed": seed,
+        "loss": means["loss"],
+        "answers": int(responses.answered.sum()),
+        "s_a": means["s_a"].tolist(),
+        "s_b": float(means["s_b"]),
+    }
     return ItemBank(responses.items, responses.models, a, b, theta, item_covariance, theta_covariance, meta)
 
 
@@ -74,15 +80,21 @@ def _check(responses: Responses, dimensions: int, kind: str) -> None:
     needed = 3 if dimensions == 1 else 5 * dimensions
     if models < needed:
         raise ResponsesError(
-            "calibration", f"{models} models for {dimensions} dimension(s)", f"at least {needed}",
-            "calibrate with more random merges" if dimensions == 1 else "use fewer dimensions, or more calibration merges",
-        )  # fmt: skip
+            "calibration",
+            f"{models} models for {dimensions} dimension(s)",
+            f"at least {needed}",
+            "calibrate with more random merges"
+            if dimensions == 1
+            else "use fewer dimensions, or more calibration merges",
+        )
     for m, name in enumerate(responses.models):
         if not answered[m].any():
             raise ResponsesError(f"model {name!r}", "no answers", "at least one")
     known = responses.values[answered]
     if known.min() == known.max():
-        raise ResponsesError("calibration", f"every answer is {known[0]:g}", "items that some models solve and others do not")
+        raise ResponsesError(
+            "calibration", f"every answer is {known[0]:g}", "items that some models solve and others do not"
+        )
 
 
 def _joint(y, answered, dimensions: int, one: bool):
@@ -144,7 +156,8 @@ def _start(responses: Responses, dimensions: int, one: bool, seed: int) -> dict[
 def _bound(q: dict, y, answered, dimensions: int, one: bool):
     """The negative evidence lower bound at the arrays of `_start`; a scalar tensor.
 
-    A logit a · θ − b has mean E[a] · E[θ] − E[b] and variance Σ_d (Var a E[θ]² + E[a²] Var θ) − 2 Cov(a, b) · E[θ] + Var b.
+    A logit a · θ − b has mean E[a] · E[θ] − E[b] and variance
+    Σ_d (Var a E[θ]² + E[a²] Var θ) − 2 Cov(a, b) · E[θ] + Var b.
     """
     import torch
     from pyro import distributions as dist
@@ -152,7 +165,14 @@ def _bound(q: dict, y, answered, dimensions: int, one: bool):
     from torch.distributions import kl_divergence
 
     (N, _), D = y.shape, dimensions
-    point = {"s_a": q["s_a"].exp(), "s_b": q["s_b"].exp(), "mu_a": q["mu_a"], "mu_b": q["mu_b"], "theta": q["theta"], "b": q["b"]}
+    point = {
+        "s_a": q["s_a"].exp(),
+        "s_b": q["s_b"].exp(),
+        "mu_a": q["mu_a"],
+        "mu_b": q["mu_b"],
+        "theta": q["theta"],
+        "b": q["b"],
+    }
     variance_theta, variance_b = (2 * q["theta_s"]).exp(), (2 * q["b_s"]).exp()
     guides = {"theta": dist.Normal(q["theta"], q["theta_s"].exp()).to_event(1)}
     loss, left, right = 0.0, [], []
@@ -169,7 +189,10 @@ def _bound(q: dict, y, answered, dimensions: int, one: bool):
         loss = 0.5 * (variance_b / alone).log().sum()  # what z tells of b, which its marginal does not
         left, right = [-2 * q["beta"] * variance_z * (a if D == 1 else 1.0)], [q["theta"]]
     guides["b"] = dist.Normal(q["b"], variance_b.sqrt())
-    left, right = torch.cat([variance_a, a**2, *left], 1), torch.cat([q["theta"] ** 2 + variance_theta, variance_theta, *right], 1)
+    left, right = (
+        torch.cat([variance_a, a**2, *left], 1),
+        torch.cat([q["theta"] ** 2 + variance_theta, variance_theta, *right], 1),
+    )
     sites = poutine.trace(poutine.condition(_joint, data=point)).get_trace(y, answered, D, one).nodes
     loss = loss - _expected()(sites["logits"]["value"], torch.addmm(variance_b[:, None], left, right.T), y, answered)
     for name, guide in guides.items():
@@ -245,9 +268,15 @@ def _variational(responses, dimensions, kind, steps, seed, tolerance, progress) 
     q = {name: part.numpy() for name, part in named(base + unit * torch.from_numpy(found.x)).items()}
     z = np.broadcast_to(q["mu_a"], (y.shape[0], dimensions)) if one else q["z"]
     return {
-        "theta": q["theta"], "theta_scale": np.exp(q["theta_s"]), "a": np.exp(z) if dimensions == 1 else np.array(z), "b": q["b"],
-        "s_a": np.exp(q["s_a"]), "s_b": 3.0 * float(np.exp(q["s_b"][0])), "steps": len(losses), "loss": found.fun / total,
-    }  # fmt: skip
+        "theta": q["theta"],
+        "theta_scale": np.exp(q["theta_s"]),
+        "a": np.exp(z) if dimensions == 1 else np.array(z),
+        "b": q["b"],
+        "s_a": np.exp(q["s_a"]),
+        "s_b": 3.0 * float(np.exp(q["s_b"][0])),
+        "steps": len(losses),
+        "loss": found.fun / total,
+    }
 
 
 def _standardised(theta, scale, a, b) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -38,7 +38,9 @@ class Responses:
     def __post_init__(self):
         if self.values.shape != (len(self.models), len(self.items)):
             raise ResponsesError(
-                "responses", f"a matrix of shape {self.values.shape}", f"{len(self.models)} models x {len(self.items)} items"
+                "responses",
+                f"a matrix of shape {self.values.shape}",
+                f"{len(self.models)} models x {len(self.items)} items",
             )
         outside = (self.values < 0) | (self.values > 1) | np.isinf(self.values)
         if outside.any():
@@ -62,9 +64,12 @@ class Responses:
         known = [(i, column[item]) for i, item in enumerate(items) if item in column]
         if not known:
             raise ResponsesError(
-                where, f"none of its {len(self.items)} items (first: {self.items[0]!r}) is asked" if self.items else "no items",
+                where,
+                f"none of its {len(self.items)} items (first: {self.items[0]!r}) is asked"
+                if self.items
+                else "no items",
                 f"items of the tasks (first: {items[0]!r})" if items else "items",
-            )  # fmt: skip
+            )
         to, at = map(list, zip(*known))
         values[:, to] = self.values[:, at]
         keep = ~np.isnan(values).all(1)

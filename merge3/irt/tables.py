@@ -86,5 +86,7 @@ def _parquet(what: str | Path):
 
 READERS: dict[str, Callable[[Path], Rows]] = {".csv": read_csv, ".parquet": read_parquet, ".jsonl": read_jsonl}
 WRITERS: dict[str, Callable[[Sequence[str], Sequence[Sequence[Any]]], bytes]] = {
-    ".csv": csv_bytes, ".parquet": parquet_bytes, ".jsonl": jsonl_bytes,
-}  # fmt: skip
+    ".csv": csv_bytes,
+    ".parquet": parquet_bytes,
+    ".jsonl": jsonl_bytes,
+}

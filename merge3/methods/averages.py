@@ -30,37 +30,58 @@ def methods() -> list[Method]:
     """linear, model_stock, sce and passthrough."""
     return [
         Method(
-            "linear", "weighted average of the models themselves", "https://arxiv.org/abs/2203.05482",
+            "linear",
+            "weighted average of the models themselves",
+            "https://arxiv.org/abs/2203.05482",
             {
                 "weight": Parameter(float, "source", help="a model's share", gene=WEIGHT_OF_MODEL),
                 "normalize": Parameter(bool, "shared", True, help="divide by the sum of weights"),
             },
-            _linear, base="source", searched=("weight",), evolve_normalizes=True,
+            _linear,
+            base="source",
+            searched=("weight",),
+            evolve_normalizes=True,
             by_hand={"uniform_linear": ByHand({"weight": 1.0})},
         ),
         Method(
-            "model_stock", "towards the experts' mean, as far as their angles allow",
+            "model_stock",
+            "towards the experts' mean, as far as their angles allow",
             "https://arxiv.org/abs/2403.19522",
             {"filter_wise": Parameter(bool, "shared", False, help="one angle per row instead of per tensor")},
-            _model_stock, experts=(2, 8), prefetch=_prefetch_gram,
+            _model_stock,
+            experts=(2, 8),
+            prefetch=_prefetch_gram,
         ),
         Method(
-            "sce", "select by variance, weight by energy, erase minority signs", "https://arxiv.org/abs/2408.07990",
+            "sce",
+            "select by variance, weight by energy, erase minority signs",
+            "https://arxiv.org/abs/2408.07990",
             {
                 "select_topk": Parameter(
-                    float, "shared", 1.0, 0.0, 1.0, help="share of elements, by variance, merged",
+                    float,
+                    "shared",
+                    1.0,
+                    0.0,
+                    1.0,
+                    help="share of elements, by variance, merged",
                     gene=Gene(0.05, 1.0, start=1.0, steps=256),
                 ),
                 "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
             },
-            _sce, prefetch=_prefetch_sce, searched=("select_topk",),
+            _sce,
+            prefetch=_prefetch_sce,
+            searched=("select_topk",),
         ),
         Method(
-            "passthrough", "one model's tensors, optionally scaled", "",
+            "passthrough",
+            "one model's tensors, optionally scaled",
+            "",
             {"scale": Parameter(float, "source", None, help="factor", gene=Gene(0.0, 2.0, start=1.0))},
-            _passthrough, base="source", experts=(1, 1),
+            _passthrough,
+            base="source",
+            experts=(1, 1),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _linear(job: Job, statistics: Statistics) -> Fused:
@@ -112,9 +133,7 @@ def _sce(job: Job, statistics: Statistics) -> Step:
         nonzero = statistics.variance_order(job.base, job.sources, 1).nonzero
         k = int(nonzero * topk)
         threshold = statistics.variance_order(job.base, job.sources, k).value if k else float("inf")
-    energy = statistics.memo(
-        ("sce", job.base, job.sources, threshold), lambda: _energy(job, statistics, threshold)
-    )
+    energy = statistics.memo(("sce", job.base, job.sources, threshold), lambda: _energy(job, statistics, threshold))
     total = sum(energy)
     weights = [e / total for e in energy] if total >= 1e-6 else [1 / len(energy)] * len(energy)
     return Elementwise("sce", job.base, job.sources, threshold, np.array(weights))

@@ -211,8 +211,9 @@ class Method:
         for name in names:
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
-                raise RecipeError(f"{where}.{name}", f"{self.name} has no such parameter", known,
-                                  nearest(name, self.parameters))  # fmt: skip
+                raise RecipeError(
+                    f"{where}.{name}", f"{self.name} has no such parameter", known, nearest(name, self.parameters)
+                )
 
     def validate(self, name: str, value: Any, where: str) -> Any:
         """The value in the parameter's type, within its bounds."""

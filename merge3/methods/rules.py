@@ -19,23 +19,34 @@ def methods() -> list[Method]:
     )
     return [
         Method(
-            "nearswap", "take the other model's value where it is near",
+            "nearswap",
+            "take the other model's value where it is near",
             "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
             {
                 "t": Parameter(
-                    float, "shared", help="distance within which a value is swapped whole",
+                    float,
+                    "shared",
+                    help="distance within which a value is swapped whole",
                     gene=Gene(0.0, 1.0, start=1e-3, weighs=True),
                 )
             },
-            _nearswap, experts=(1, 1), searched=("t",),
+            _nearswap,
+            experts=(1, 1),
+            searched=("t",),
         ),
         Method(
-            "arcee_fusion", "take the expert's value where its importance is an outlier", "https://arcee.ai",
-            {}, _arcee_fusion, experts=(1, 1),
+            "arcee_fusion",
+            "take the expert's value where its importance is an outlier",
+            "https://arcee.ai",
+            {},
+            _arcee_fusion,
+            experts=(1, 1),
         ),
         Method("ram", "average shared changes, keep unique ones whole", _RAM, {"epsilon": epsilon}, _ram),
         Method(
-            "ramplus_tl", "ram, with unique changes of entangled experts amplified", _RAM,
+            "ramplus_tl",
+            "ram, with unique changes of entangled experts amplified",
+            _RAM,
             {
                 "epsilon": epsilon,
                 "r": Parameter(float, "shared", 0.1, help="strength of the amplification"),
@@ -43,7 +54,7 @@ def methods() -> list[Method]:
             },
             _ramplus,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _nearswap(job: Job, statistics: Statistics) -> Elementwise:
@@ -51,9 +62,7 @@ def _nearswap(job: Job, statistics: Statistics) -> Elementwise:
 
 
 def _arcee_fusion(job: Job, statistics: Statistics) -> Elementwise:
-    rows, threshold = statistics.memo(
-        ("arcee_fusion", job.base, job.sources), lambda: _importance(job, statistics)
-    )
+    rows, threshold = statistics.memo(("arcee_fusion", job.base, job.sources), lambda: _importance(job, statistics))
     return Elementwise("arcee_fusion", job.base, job.sources, threshold, rows=rows)
 
 

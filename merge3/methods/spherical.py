@@ -22,42 +22,58 @@ def methods() -> list[Method]:
     """slerp, nuslerp, multislerp and karcher."""
     return [
         Method(
-            "slerp", "along the arc from the base to the other model", _SLERP,
+            "slerp",
+            "along the arc from the base to the other model",
+            _SLERP,
             {
                 "t": Parameter(
                     float, "shared", help="0: the base, 1: the other model", gene=Gene(0.0, 1.0, start=0.5, weighs=True)
                 )
             },
-            _slerp, experts=(1, 1), prefetch=_prefetch_with_base, searched=("t",),
+            _slerp,
+            experts=(1, 1),
+            prefetch=_prefetch_with_base,
+            searched=("t",),
         ),
         Method(
-            "nuslerp", "along the arc between two models or task vectors", _SLERP,
+            "nuslerp",
+            "along the arc between two models or task vectors",
+            _SLERP,
             {
                 "weight": Parameter(float, "expert", help="t is the second weight's share", gene=WEIGHT_OF_MODEL),
                 "nuslerp_flatten": Parameter(bool, "shared", True, help="one angle per tensor instead of per row"),
                 "nuslerp_row_wise": Parameter(bool, "shared", False, help="angles along the first dimension"),
             },
-            _nuslerp, base="optional", experts=(2, 2), searched=("weight",),
+            _nuslerp,
+            base="optional",
+            experts=(2, 2),
+            searched=("weight",),
         ),
         Method(
-            "multislerp", "weighted mean on the sphere, projected from the tangent space",
+            "multislerp",
+            "weighted mean on the sphere, projected from the tangent space",
             "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
             {
                 "weight": Parameter(float, "expert", help="a model's share", gene=WEIGHT_OF_MODEL),
                 "normalize_weights": Parameter(bool, "shared", True, help="make the weights sum to 1"),
                 "eps": Parameter(float, "shared", 1e-8, 0.0, help="guards divisions"),
             },
-            _multislerp, base="optional", searched=("weight",),
+            _multislerp,
+            base="optional",
+            searched=("weight",),
         ),
         Method(
-            "karcher", "mean on the sphere that minimises squared angles", "https://arxiv.org/abs/2603.04972",
+            "karcher",
+            "mean on the sphere that minimises squared angles",
+            "https://arxiv.org/abs/2603.04972",
             {
                 "max_iter": Parameter(int, "shared", 10, 1, help="most iterations"),
                 "tol": Parameter(float, "shared", 1e-5, 0.0, help="stop below this step"),
             },
-            _karcher, base="source",
+            _karcher,
+            base="source",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _prefetch_with_base(jobs: list[Job], statistics: Statistics) -> None:

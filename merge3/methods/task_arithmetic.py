@@ -22,7 +22,7 @@ from merge3.kernels import (
     RANK_BINS,
     RESCALE,
     Modes,
-)  # fmt: skip
+)
 from merge3.methods.base import WEIGHT_OF_MODEL, ByHand, Fused, Gene, Job, Method, Parameter, equal_share, neutral
 from merge3.statistics import Statistics
 
@@ -85,12 +85,18 @@ def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool
         parameters["epsilon"] = Parameter(float, "expert", 0.15, 0.0, 1.0, help=spread, gene=_EPSILON)
     summary = _SUMMARY[sparsify] + ("" if elect == "none" else ", elect signs")
     return Method(
-        name, summary, reference, parameters, partial(_step, sparsify=sparsify, elect=elect),
-        prefetch=partial(_prefetch, sparsify=sparsify), stochastic=sparsify in ("random", "ranked"),
+        name,
+        summary,
+        reference,
+        parameters,
+        partial(_step, sparsify=sparsify, elect=elect),
+        prefetch=partial(_prefetch, sparsify=sparsify),
+        stochastic=sparsify in ("random", "ranked"),
         searched=("weight",) if sparsify == "all" else ("weight", "density"),
         prefetch_search={"density": _prefetch_densities} if sparsify == "magnitude" else {},
-        by_hand=_BY_HAND.get(name, {}), evolve_normalizes=name in _EVOLVE_NORMALIZES,
-    )  # fmt: skip
+        by_hand=_BY_HAND.get(name, {}),
+        evolve_normalizes=name in _EVOLVE_NORMALIZES,
+    )
 
 
 def _ranks(job: Job, own: dict, sparsify: str) -> tuple[int, ...]:
@@ -106,17 +112,17 @@ def _ranks(job: Job, own: dict, sparsify: str) -> tuple[int, ...]:
 
 
 def _prefetch(jobs: list[Job], statistics: Statistics, sparsify: str) -> None:
+    ranked, cut = [], []
+    for job in jobs:
+        for source, own in zip(job.sources, job.per_source):
+            if sparsify == "ranked" and own["density"] < 1:
+                ranked.append((job.base, source))
+            elif ranks := _ranks(job, own, sparsify):
+                cut.append((job.base, source, ranks))
     if sparsify == "ranked":
-        statistics.prefetch_ranks(
-            (job.base, s) for job in jobs for s, own in zip(job.sources, job.per_source) if own["density"] < 1
-        )
+        statistics.prefetch_ranks(ranked)
     else:
-        statistics.prefetch_order(
-            (job.base, s, ranks)
-            for job in jobs
-            for s, own in zip(job.sources, job.per_source)
-            if (ranks := _ranks(job, own, sparsify))
-        )
+        statistics.prefetch_order(cut)
 
 
 def _prefetch_densities(jobs: list[Job], statistics: Statistics) -> None:

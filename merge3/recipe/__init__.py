@@ -9,6 +9,14 @@ from merge3.recipe.text import load_yaml, nearest
 from merge3.recipe.values import ModelRef, Parameters, Recipe, Slice, Source
 
 __all__ = [
-    "CHAT_TEMPLATES", "DTYPES", "TOP_KEYS", "ModelRef", "Parameters", "Recipe", "Slice", "Source", "load_yaml",
+    "CHAT_TEMPLATES",
+    "DTYPES",
+    "TOP_KEYS",
+    "ModelRef",
+    "Parameters",
+    "Recipe",
+    "Slice",
+    "Source",
+    "load_yaml",
     "nearest",
-]  # fmt: skip
+]

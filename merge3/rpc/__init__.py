@@ -1,1 +1,1 @@
-"""The wire: messages and stubs generated from proto/merge3/v1 at build time, and convert.py between them and our objects."""
+"""The wire: messages and stubs generated from proto/merge3/v1 at build time; convert.py and statuses.py translate."""

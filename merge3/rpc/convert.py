@@ -1,4 +1,4 @@
-"""Messages <-> our objects, and statuses <-> our errors: the same error class is raised on both sides.
+"""Messages <-> our objects; errors are in statuses.py.
 
 Numbers cross as float64, so what a driver sees is what an engine in its own process would have given it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from merge3.irt.estimation import Estimator
 from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
+from merge3.rpc.statuses import error_of, error_to
 from merge3.space import SpaceDefinition
 from merge3.tasks.items import Item
 from merge3.tasks.reading import make_item
 
-ERROR_KEY = "merge3-error-bin"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MAX_DEPTH = 64
 
@@ -41,9 +40,16 @@ def digest(message: Any) -> bytes:
 
 def item_to(item: Item) -> pb.Item:
     message = pb.Item(
-        id=item.id, task=item.task, kind=item.kind, prompt=item.prompt, choices=item.choices, metric=item.metric,
-        image=item.image or "", max_tokens=item.max_tokens, stop=item.stop,
-    )  # fmt: skip
+        id=item.id,
+        task=item.task,
+        kind=item.kind,
+        prompt=item.prompt,
+        choices=item.choices,
+        metric=item.metric,
+        image=item.image or "",
+        max_tokens=item.max_tokens,
+        stop=item.stop,
+    )
     if isinstance(item.answer, int):
         message.index = item.answer
     elif isinstance(item.answer, str):
@@ -81,7 +87,9 @@ def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
     """
     for gene, r in m.bounds.items():
         if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
-            raise errors.ConfigError(f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high")
+            raise errors.ConfigError(
+                f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high"
+            )
     values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
     for field in m.DESCRIPTOR.fields:
         value = getattr(m, field.name)
@@ -103,34 +111,52 @@ def array_from(message: pb.Array, where: str, *shape: int) -> np.ndarray:
     found = tuple(message.shape)
     values = np.array(message.values)
     if found != shape or len(values) != int(np.prod(shape)) or not np.isfinite(values).all():
-        raise errors.BadInput(where, f"{len(values)} values, shape {list(found)}", f"finite numbers of shape {list(shape)}")
+        raise errors.BadInput(
+            where, f"{len(values)} values, shape {list(found)}", f"finite numbers of shape {list(shape)}"
+        )
     return values.reshape(shape)
 
 
 def bank_to(bank: ItemBank) -> pb.ItemBank:
     return pb.ItemBank(
-        items=bank.items, models=bank.models, a=array_to(bank.a), b=array_to(bank.b), theta=array_to(bank.theta),
-        item_covariance=array_to(bank.item_covariance), theta_covariance=array_to(bank.theta_covariance),
-    )  # fmt: skip
+        items=bank.items,
+        models=bank.models,
+        a=array_to(bank.a),
+        b=array_to(bank.b),
+        theta=array_to(bank.theta),
+        item_covariance=array_to(bank.item_covariance),
+        theta_covariance=array_to(bank.theta_covariance),
+    )
 
 
 def bank_from(m: pb.ItemBank, where: str = "item bank") -> ItemBank:
     n, models, d = len(m.items), len(m.models), m.a.shape[1] if len(m.a.shape) == 2 else 0
     return ItemBank(
-        tuple(m.items), tuple(m.models), array_from(m.a, f"{where}: a", n, d), array_from(m.b, f"{where}: b", n),
+        tuple(m.items),
+        tuple(m.models),
+        array_from(m.a, f"{where}: a", n, d),
+        array_from(m.b, f"{where}: b", n),
         array_from(m.theta, f"{where}: theta", models, d),
         array_from(m.item_covariance, f"{where}: item_covariance", n, d + 1, d + 1),
         array_from(m.theta_covariance, f"{where}: theta_covariance", models, d, d),
-    )  # fmt: skip
+    )
 
 
 def estimator_to(e: Estimator, bank: bytes) -> pb.Estimator:
     """bank: the digest of its bank's message."""
     return pb.Estimator(
-        method=e.method, bank=bank, subset=e.subset.index.tolist(), weights=array_to(e.subset.weights),
-        subset_method=e.subset.method, basis=array_to(e.basis), centre=array_to(e.centre), precision=array_to(e.precision),
-        share=e.share, scale=e.scale, note=e.note,
-    )  # fmt: skip
+        method=e.method,
+        bank=bank,
+        subset=e.subset.index.tolist(),
+        weights=array_to(e.subset.weights),
+        subset_method=e.subset.method,
+        basis=array_to(e.basis),
+        centre=array_to(e.centre),
+        precision=array_to(e.precision),
+        share=e.share,
+        scale=e.scale,
+        note=e.note,
+    )
 
 
 def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") -> Estimator:
@@ -138,12 +164,21 @@ def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") ->
         raise errors.BadInput(f"{where}: method", f"found {m.method!r}", ", ".join(ESTIMATORS))
     index, q = np.array(m.subset, dtype=int), len(m.centre.values)
     if len(index) == 0 or index.max() >= len(bank.items) or len(set(index)) < len(index):
-        raise errors.BadInput(f"{where}: subset", f"{len(index)} positions", f"different positions below {len(bank.items)}")
+        raise errors.BadInput(
+            f"{where}: subset", f"{len(index)} positions", f"different positions below {len(bank.items)}"
+        )
     subset = Subset(index, array_from(m.weights, f"{where}: weights", len(index)), m.subset_method)
     return Estimator(
-        m.method, bank, subset, array_from(m.basis, f"{where}: basis", bank.dimensions, q),
-        array_from(m.centre, f"{where}: centre", q), array_from(m.precision, f"{where}: precision", q, q), m.share, m.scale, m.note,
-    )  # fmt: skip
+        m.method,
+        bank,
+        subset,
+        array_from(m.basis, f"{where}: basis", bank.dimensions, q),
+        array_from(m.centre, f"{where}: centre", q),
+        array_from(m.precision, f"{where}: precision", q, q),
+        m.share,
+        m.scale,
+        m.note,
+    )
 
 
 # -- pools and candidates
@@ -152,24 +187,36 @@ def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") ->
 def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
     at = info.layout
     return pb.Pool(
-        models=info.endpoints, content_hashes=info.content_hashes, parameters=info.parameters, kept=info.kept, device=info.device,
+        models=info.endpoints,
+        content_hashes=info.content_hashes,
+        parameters=info.parameters,
+        kept=info.kept,
+        device=info.device,
         warnings=info.warnings,
-        layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post), **extra,
-    )  # fmt: skip
+        layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
+        **extra,
+    )
 
 
 def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
-    return PoolInfo(tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings))
+    return PoolInfo(
+        tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings)
+    )
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:
     """index: the request's, which is given back."""
     message = pb.Evaluation(
-        index=index, recipe_hash=e.recipe_hash, responses=() if e.responses is None else e.responses,
-        seconds=e.seconds, swap_seconds=e.swap_seconds, queue_seconds=queue_seconds, worker=worker,
-    )  # fmt: skip
+        index=index,
+        recipe_hash=e.recipe_hash,
+        responses=() if e.responses is None else e.responses,
+        seconds=e.seconds,
+        swap_seconds=e.swap_seconds,
+        queue_seconds=queue_seconds,
+        worker=worker,
+    )
     for name, value, stderr in zip(e.objectives, e.values, e.stderrs):
         message.estimates.add(objective=name, value=value, stderr=stderr)
     if e.error is not None:
@@ -181,9 +228,16 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
     """What `evaluation_to` sent, bit for bit."""
     error = error_of(m.error) if m.HasField("error") else None
     return Evaluation(
-        m.index, m.recipe_hash, np.array(m.responses) if error is None else None, tuple(e.objective for e in m.estimates),
-        np.array([e.value for e in m.estimates]), np.array([e.stderr for e in m.estimates]), m.seconds, m.swap_seconds, error,
-    )  # fmt: skip
+        m.index,
+        m.recipe_hash,
+        np.array(m.responses) if error is None else None,
+        tuple(e.objective for e in m.estimates),
+        np.array([e.value for e in m.estimates]),
+        np.array([e.stderr for e in m.estimates]),
+        m.seconds,
+        m.swap_seconds,
+        error,
+    )
 
 
 def recipe_to(recipe: Recipe) -> str:
@@ -208,45 +262,10 @@ def recipe_from(text: str, where: str = "recipe") -> Recipe:
         except errors.RecipeError:
             raise
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise errors.RecipeError(where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON") from None
+            raise errors.RecipeError(
+                where, f"not YAML ({str(error).splitlines()[0]})"[:200], "a recipe in YAML or JSON"
+            ) from None
     try:
         return Recipe.parse(data, where)
     except RecursionError:
         raise errors.RecipeError(where, "nested too deeply", "a recipe") from None
-
-
-# -- errors
-
-_BY_REASON: dict[str, type[errors.Merge3Error]] = {}
-
-
-def _register(kind: type[errors.Merge3Error]) -> None:
-    _BY_REASON[kind.reason] = kind
-    for child in kind.__subclasses__():
-        _register(child)
-
-
-def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
-    return pb.Error(
-        reason=error.reason, where=error.where, found=error.found, expected=error.expected, hint=error.hint,
-        retry_after_ms=round(1000 * getattr(error, "retry_after", 0)), request_id=request_id,
-    )  # fmt: skip
-
-
-def error_of(message: pb.Error) -> errors.Merge3Error:
-    """The error behind a message, of the class it had on the other side."""
-    _register(errors.Merge3Error)
-    kind = _BY_REASON.get(message.reason, errors.Merge3Error)
-    error = kind(message.where, message.found, message.expected, message.hint)
-    if isinstance(error, errors.Busy):
-        error.retry_after = message.retry_after_ms / 1000
-    return error
-
-
-def error_from(code: str, details: str, metadata: Mapping[str, Any]) -> errors.Merge3Error:
-    """The error behind a status. code: its name; metadata: trailing."""
-    if ERROR_KEY in metadata:
-        return error_of(pb.Error.FromString(metadata[ERROR_KEY]))
-    _register(errors.Merge3Error)
-    kind = next((k for k in _BY_REASON.values() if k.code == code and k is not errors.ResumeMismatch), errors.Merge3Error)
-    return kind(details or code)

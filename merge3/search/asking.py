@@ -135,7 +135,9 @@ def _further(asking: Asking, rng: np.random.Generator) -> list[int]:
     return positions
 
 
-def _chosen(search: Search, calibration: Calibration, draws: int, anywhere: bool) -> tuple[list[Item], dict[str, Estimator]]:
+def _chosen(
+    search: Search, calibration: Calibration, draws: int, anywhere: bool
+) -> tuple[list[Item], dict[str, Estimator]]:
     policy, items, size = search.questions.policy, search.questions.search, search.config.extract.size
     seed = search.seed("subset", draws)
     return choose(calibration, items, policy.extract, size, policy.estimate, seed, anywhere)

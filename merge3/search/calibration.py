@@ -30,9 +30,14 @@ class Calibration:
 
 
 def calibrate(
-    responses: Responses, groups: dict[str, list[str]], endpoints: Sequence[str], dimensions: int = 1, seed: int = 0,
-    cost: int | None = None, report: Callable[[str, int, int], None] = lambda task, step, steps: None,
-) -> Calibration:  # fmt: skip
+    responses: Responses,
+    groups: dict[str, list[str]],
+    endpoints: Sequence[str],
+    dimensions: int = 1,
+    seed: int = 0,
+    cost: int | None = None,
+    report: Callable[[str, int, int], None] = lambda task, step, steps: None,
+) -> Calibration:
     """Fit a bank per task. groups: task -> keys of its items. cost: answers, default all that are there.
 
     Raises ResponsesError where the responses do not reach a task's items.
@@ -59,11 +64,18 @@ def key_groups(responses: Responses) -> dict[str, list[str]]:
 
 
 def choose(
-    calibration: Calibration, items: Sequence[Item], method: str, size: int, estimator: str, seed: int, anywhere: bool = False
+    calibration: Calibration,
+    items: Sequence[Item],
+    method: str,
+    size: int,
+    estimator: str,
+    seed: int,
+    anywhere: bool = False,
 ) -> tuple[list[Item], dict[str, Estimator]]:
     """(the items to ask, task -> what makes accuracy of the answers); `size` per task, all of a smaller task.
 
-    method: of irt.extract; estimator: of irt.prepare; anywhere: of each cluster any item, so that in time all are asked.
+    method: of irt.extract; estimator: of irt.prepare; anywhere: of each cluster any item, so that in time all are
+    asked.
     """
     subsets, estimators = subsets_of(calibration, method, size, seed, anywhere), {}
     chosen = []
@@ -74,10 +86,14 @@ def choose(
     return chosen, estimators
 
 
-def subsets_of(calibration: Calibration, method: str, size: int, seed: int, anywhere: bool = False) -> dict[str, Subset]:
+def subsets_of(
+    calibration: Calibration, method: str, size: int, seed: int, anywhere: bool = False
+) -> dict[str, Subset]:
     """`size` items of every task, all of a smaller one."""
     subsets = {}
     for number, (task, bank) in enumerate(calibration.banks.items()):
         responses, own = calibration.responses[task], seed_of("subset of a task", seed, number)
-        subsets[task] = extract(bank, responses, method, min(size, len(bank.items)), own, calibration.endpoints, anywhere)
+        subsets[task] = extract(
+            bank, responses, method, min(size, len(bank.items)), own, calibration.endpoints, anywhere
+        )
     return subsets

@@ -49,7 +49,9 @@ def load(directory: str | Path) -> Calibration:
         described = json.loads(path.read_text())
         tasks, endpoints, answers = (described[k] for k in ("tasks", "endpoints", "answers"))
     except (OSError, ValueError, KeyError) as error:
-        raise ResponsesError(path, f"{type(error).__name__}: {error}"[:200], "a folder made by `merge3-client calibrate`") from None
+        raise ResponsesError(
+            path, f"{type(error).__name__}: {error}"[:200], "a folder made by `merge3-client calibrate`"
+        ) from None
     banks = {task: ItemBank.load(directory, f"bank-{number}") for number, task in enumerate(tasks)}
     responses = read_responses(Path(directory) / "responses.csv")
     own = {task: responses.only(bank.items).rows(bank.models) for task, bank in banks.items()}

@@ -167,7 +167,9 @@ class EvolveConfig(_Section):
     def _no_fewshot(self):
         for key in ("num_fewshot", "fewshot_as_multiturn"):
             if getattr(self, key):
-                raise ValueError(f"{key}: {getattr(self, key)}: items bring their worked examples in the prompt; leave it out")
+                raise ValueError(
+                    f"{key}: {getattr(self, key)}: items bring their worked examples in the prompt; leave it out"
+                )
         return self
 
     def hash(self) -> str:
@@ -175,7 +177,10 @@ class EvolveConfig(_Section):
         files by their content, elsewhere too."""
         data = self.model_dump(mode="json")
         place = {model: f"model {i}" for i, model in enumerate(self.models)}
-        data["genome"] |= {"models": [place[m] for m in self.genome.models], "base_model": place.get(self.genome.base_model)}
+        data["genome"] |= {
+            "models": [place[m] for m in self.genome.models],
+            "base_model": place.get(self.genome.base_model),
+        }
         if self.genome.space == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["genome"]["space"]
         data["genome"]["tokenizer_source"] = place.get(self.genome.tokenizer_source, self.genome.tokenizer_source)
@@ -230,9 +235,10 @@ def _resolved(config: EvolveConfig, folder: Path, path: Path, skip_too_long: boo
     for i, task in enumerate(data["tasks"]):
         if task["items"] is None:
             raise ConfigError(
-                f"{path}: tasks[{i}]", f"{task['name']!r} names an lm-eval task, which merge3 cannot run yet",
+                f"{path}: tasks[{i}]",
+                f"{task['name']!r} names an lm-eval task, which merge3 cannot run yet",
                 "items: file.jsonl",
-            )  # fmt: skip
+            )
         task["items"] = str((folder / task["items"]).resolve())
         if task["head"]:
             task["head"] = _model_path(task["head"], folder)

@@ -61,9 +61,15 @@ class Search:
         """The run's question with these items. estimators: none for the plain mean."""
         asked = self.questions
         return Registration(
-            tuple(items), self.space.definition, asked.heads, asked.weights, estimators or {},
-            (self.config.objective,), self.config.optimizer.seed, self.config.apply_chat_template,
-        )  # fmt: skip
+            tuple(items),
+            self.space.definition,
+            asked.heads,
+            asked.weights,
+            estimators or {},
+            (self.config.objective,),
+            self.config.optimizer.seed,
+            self.config.apply_chat_template,
+        )
 
     def answers(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
         """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""

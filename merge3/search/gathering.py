@@ -40,7 +40,9 @@ def gather(search: Search, report: Callable[[int, int], None]) -> Responses | No
     """
     settings, items = search.config.estimate, search.questions.search
     models = search.config.models
-    genomes = random_genomes(search.space, settings.models, search.seed("calibration merges"), search.config.optimizer.sigma)
+    genomes = random_genomes(
+        search.space, settings.models, search.seed("calibration merges"), search.config.optimizer.sigma
+    )
     subjects = [*((name, name) for name in models), *((f"random-{i}", genome) for i, genome in enumerate(genomes))]
     names, rows = [], []
     rng = np.random.default_rng(search.seed("calibration items"))

@@ -18,12 +18,16 @@ def identity(search: Search) -> dict[str, str]:
     """Name -> what it is for this run. By place, not by path: a folder that was moved is the same run."""
     config, questions, info = search.config, search.questions, search.engine.info()
     found = {
-        "merge3": __version__, "cma": metadata.version("cma"), "numpy": np.__version__, "scipy": metadata.version("scipy"),
+        "merge3": __version__,
+        "cma": metadata.version("cma"),
+        "numpy": np.__version__,
+        "scipy": metadata.version("scipy"),
         "genome": _placeless(search.space.definition, config).hash(),
         "optimizer": config.optimizer.model_dump_json(),
-        "search items": items_hash(questions.search), "held-out items": items_hash(questions.heldout),
+        "search items": items_hash(questions.search),
+        "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
-    }  # fmt: skip
+    }
     for place, name in enumerate(info.endpoints):
         found[f"checkpoint {place}"] = info.content_hashes[name]
     return found
@@ -34,4 +38,6 @@ def _placeless(definition: SpaceDefinition, config: EvolveConfig) -> SpaceDefini
     places = {model: f"model {i}" for i, model in enumerate(config.models)}
     of = lambda model: places.get(model, model)
     models = tuple(map(of, definition.models))
-    return replace(definition, models=models, base=of(definition.base), tokenizer_source=of(definition.tokenizer_source))
+    return replace(
+        definition, models=models, base=of(definition.base), tokenizer_source=of(definition.tokenizer_source)
+    )

@@ -103,17 +103,27 @@ class Journal:
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise ResumeMismatch(
-                    self.directory, f"{key} is {_short(value)}, was {_short(stored.get(key))} when the run began",
-                    "the same", "start another run directory",
-                )  # fmt: skip
+                    self.directory,
+                    f"{key} is {_short(value)}, was {_short(stored.get(key))} when the run began",
+                    "the same",
+                    "start another run directory",
+                )
         return self.count() > 0
 
     def append(self, c: Candidate) -> None:
         """Commit one candidate."""
         responses = None if c.responses is None else c.responses.tobytes()
         row = (
-            c.generation, c.position, c.genome.tobytes(), c.recipe_hash, responses, c.seconds, c.swap_seconds, c.engine, c.error,
-        )  # fmt: skip
+            c.generation,
+            c.position,
+            c.genome.tobytes(),
+            c.recipe_hash,
+            responses,
+            c.seconds,
+            c.swap_seconds,
+            c.engine,
+            c.error,
+        )
         estimates = [
             (c.generation, c.position, place, name, _null(value), _null(stderr))
             for place, (name, value, stderr) in enumerate(zip(c.objectives, c.values, c.stderrs))
@@ -123,7 +133,9 @@ class Journal:
                 self._db.execute("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 self._db.executemany("INSERT INTO estimates VALUES (?, ?, ?, ?, ?, ?)", estimates)
         except sqlite3.Error as error:
-            raise ResourceError(self.directory / "run.db", f"cannot be written ({error})", "space for the journal") from None
+            raise ResourceError(
+                self.directory / "run.db", f"cannot be written ({error})", "space for the journal"
+            ) from None
 
     def remember(self, stage: str, name: str, items: Sequence[int], ask: Callable[[], np.ndarray]) -> np.ndarray:
         """Answers given outside the search (calibration, checks, race): the journal's, else asked and committed.
@@ -131,22 +143,32 @@ class Journal:
         items: positions asked. Raises ResumeMismatch if the journal's answers are to other items.
         """
         positions = np.asarray(items, np.int64)
-        row = self._db.execute("SELECT items, responses FROM answers WHERE stage = ? AND name = ?", (stage, name)).fetchone()
+        row = self._db.execute(
+            "SELECT items, responses FROM answers WHERE stage = ? AND name = ?", (stage, name)
+        ).fetchone()
         if row is not None:
             if row[0] != positions.tobytes():
-                raise ResumeMismatch(self.directory, f"{stage} {name} was asked other items", "the items the run began with")
+                raise ResumeMismatch(
+                    self.directory, f"{stage} {name} was asked other items", "the items the run began with"
+                )
             return np.frombuffer(row[1])
         responses = np.asarray(ask(), np.float64)
         try:
             with self._db:
-                self._db.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (stage, name, positions.tobytes(), responses.tobytes()))
+                self._db.execute(
+                    "INSERT INTO answers VALUES (?, ?, ?, ?)", (stage, name, positions.tobytes(), responses.tobytes())
+                )
         except sqlite3.Error as error:
-            raise ResourceError(self.directory / "run.db", f"cannot be written ({error})", "space for the journal") from None
+            raise ResourceError(
+                self.directory / "run.db", f"cannot be written ({error})", "space for the journal"
+            ) from None
         return responses
 
     def answers(self, stage: str) -> int:
         """How many answers a stage has cost."""
-        return sum(len(row[0]) // 8 for row in self._db.execute("SELECT responses FROM answers WHERE stage = ?", (stage,)))
+        return sum(
+            len(row[0]) // 8 for row in self._db.execute("SELECT responses FROM answers WHERE stage = ?", (stage,))
+        )
 
     def generation(self, number: int) -> dict[int, Candidate]:
         """Answered candidates of one generation, by position."""
@@ -169,9 +191,16 @@ class Journal:
         for generation, position, genome, recipe_hash, responses, *rest in self._db.execute(query, values):
             names, means, errors = zip(*estimates[generation, position])
             yield Candidate(
-                generation, position, np.frombuffer(genome), recipe_hash,
-                None if responses is None else np.frombuffer(responses), names, np.array(means), np.array(errors), *rest,
-            )  # fmt: skip
+                generation,
+                position,
+                np.frombuffer(genome),
+                recipe_hash,
+                None if responses is None else np.frombuffer(responses),
+                names,
+                np.array(means),
+                np.array(errors),
+                *rest,
+            )
 
 
 def read_result(directory: str | Path) -> dict:

@@ -79,9 +79,19 @@ def _asked(optimizer: optimizers.Optimizer, left: int) -> list[np.ndarray]:
 
 def _candidate(generation: int, position: int, genome: np.ndarray, found: Evaluation, search: Search) -> Candidate:
     return Candidate(
-        generation, position, genome, found.recipe_hash, found.responses, found.objectives, found.values, found.stderrs,
-        found.seconds, found.swap_seconds, search.engine.info().host, str(found.error) if found.error else None,
-    )  # fmt: skip
+        generation,
+        position,
+        genome,
+        found.recipe_hash,
+        found.responses,
+        found.objectives,
+        found.values,
+        found.stderrs,
+        found.seconds,
+        found.swap_seconds,
+        search.engine.info().host,
+        str(found.error) if found.error else None,
+    )
 
 
 def _fitness(generation: int, answered: dict[int, Candidate], count: int) -> list[float]:
@@ -93,13 +103,16 @@ def _fitness(generation: int, answered: dict[int, Candidate], count: int) -> lis
     return fitness
 
 
-def _check_replay(journal: Journal, answered: dict[int, Candidate], genomes: Sequence[np.ndarray], generation: int) -> None:
+def _check_replay(
+    journal: Journal, answered: dict[int, Candidate], genomes: Sequence[np.ndarray], generation: int
+) -> None:
     for position, candidate in answered.items():
         if position >= len(genomes) or not np.array_equal(candidate.genome, genomes[position]):
             raise ResumeMismatch(
-                journal.directory, f"candidate {position} of generation {generation} is not what the optimizer asks now",
+                journal.directory,
+                f"candidate {position} of generation {generation} is not what the optimizer asks now",
                 "the libraries (cma, numpy) the run began with",
-            )  # fmt: skip
+            )
 
 
 class _Told:

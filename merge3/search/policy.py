@@ -55,7 +55,9 @@ def _extract(estimate: str, worth: bool) -> str:
 def _why(config: EvolveConfig, how: str, what: str, worth: bool) -> str:
     size = config.extract.size
     if what != "mean":
-        source = "random merges and the endpoints" if config.estimate.calibration == "auto" else config.estimate.calibration
+        source = (
+            "random merges and the endpoints" if config.estimate.calibration == "auto" else config.estimate.calibration
+        )
         return f"candidates answer {size} items per task chosen by `{how}`; fitness is `{what}`, calibrated on {source}"
     why = f"candidates answer {'all items' if how == 'all' else f'{size} random items per task'}; fitness is their mean"
     if how == "all" and not worth and config.extract.method == "auto":

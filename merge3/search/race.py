@@ -88,9 +88,15 @@ def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: boo
 
 
 def race(
-    contenders: Sequence[Contender], items: Sequence[Item], ask: Callable[[int, list[int]], np.ndarray], size: int, budget: int,
-    weights: Mapping[str, float] | None = None, seed: int = 0, halt: Callable[[], bool] = lambda: False,
-) -> Race:  # fmt: skip
+    contenders: Sequence[Contender],
+    items: Sequence[Item],
+    ask: Callable[[int, list[int]], np.ndarray],
+    size: int,
+    budget: int,
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+    halt: Callable[[], bool] = lambda: False,
+) -> Race:
     """Race them. items: what the search's last subset leaves out (earlier ones may overlap: then a few
     answers count twice); ask(contender, positions) -> responses.
 
@@ -123,7 +129,9 @@ def race(
     return Race(winner, spent, tuple(rounds), len(running) == 1, *final[winner])
 
 
-def _still_running(contenders, running: list[int], answers: dict[int, np.ndarray], items: list[Item], weights) -> list[int]:
+def _still_running(
+    contenders, running: list[int], answers: dict[int, np.ndarray], items: list[Item], weights
+) -> list[int]:
     """Those that are not two standard errors of the paired difference behind the leader."""
     score = {c: _together(contenders[c], answers[c], items, weights).value for c in running}
     leader = max(running, key=lambda c: (score[c], -c))

@@ -107,11 +107,20 @@ def run(
     measured = questions.heldout or questions.search
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
-        best, recipe, len(candidates), sum(c.error is not None for c in candidates), seconds,
+        best,
+        recipe,
+        len(candidates),
+        sum(c.error is not None for c in candidates),
+        seconds,
         sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
-        questions.policy, _ledger(asking, answers), settled[1] if settled else None, asking.checks, asking.drifted,
-        measure(search, recipe, measured), measure_all(search, baselines, measured),
-    )  # fmt: skip
+        questions.policy,
+        _ledger(asking, answers),
+        settled[1] if settled else None,
+        asking.checks,
+        asking.drifted,
+        measure(search, recipe, measured),
+        measure_all(search, baselines, measured),
+    )
 
 
 def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:

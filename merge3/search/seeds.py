@@ -29,5 +29,5 @@ STREAMS: dict[str, Callable[..., Seed]] = {
 
 
 def seed_of(stream: str, seed: int, *at: int) -> Seed:
-    """What numpy's generator of a stream is made from. at: the stream's own arguments (which draw, task, generation)."""
+    """What numpy's generator of a stream is made from. at: the stream's own arguments (draw, task, generation)."""
     return STREAMS[stream](seed, *at)

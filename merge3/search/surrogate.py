@@ -74,7 +74,9 @@ class Surrogate:
         W = np.outer(self._weights, self._weights) - self._inverse
         A = W * near
         by_length = (A.sum(1) @ x**2 - ((A @ x) * x).sum(0)) / lengths**2
-        gradient = np.append(by_length, 0.5 * np.array([A.sum(), of_g * (W * same).sum(), kappa * (np.diag(W) * noise).sum()]))
+        gradient = np.append(
+            by_length, 0.5 * np.array([A.sum(), of_g * (W * same).sum(), kappa * (np.diag(W) * noise).sum()])
+        )
         z = (at - self._prior) / self._prior_sd
         loss = 0.5 * (y - self._mean) @ self._weights + np.log(np.diag(factor[0])).sum() + 0.5 * z @ z
         return loss, z / self._prior_sd - gradient

@@ -80,9 +80,13 @@ class ParameterSpace:
             parameters["normalize"] = normalize
         base = ModelRef.parse(self.definition.base) if self.definition.base else None
         return Recipe(
-            self.method.name, slices, base, parameters, self.definition.dtype,
+            self.method.name,
+            slices,
+            base,
+            parameters,
+            self.definition.dtype,
             tokenizer_source=self.definition.tokenizer_source,
-        )  # fmt: skip
+        )
 
     def genome(self, recipe: Recipe) -> np.ndarray:
         """The genome of a recipe this space made: the inverse of `recipe`, exact to the last bit."""

@@ -7,5 +7,15 @@ from merge3.tasks.items import Item, items_hash, split_heldout
 from merge3.tasks.reading import read_items
 from merge3.tasks.score import Scorer
 
-__all__ = ["Item", "LogitsError", "Scorer", "by_task", "fit_to_model", "item_key", "items_hash", "keys_by_task", "read_items",
-           "split_heldout"]  # fmt: skip
+__all__ = [
+    "Item",
+    "LogitsError",
+    "Scorer",
+    "by_task",
+    "fit_to_model",
+    "item_key",
+    "items_hash",
+    "keys_by_task",
+    "read_items",
+    "split_heldout",
+]

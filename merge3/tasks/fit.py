@@ -92,9 +92,11 @@ def _cut(item: Item, reader: Reader, limit: int) -> Item:
             return shorter
         shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, reader.tokenizer))
     raise ItemsError(
-        place(item), f"{what}, and nothing would be left of its prompt", f"at most {limit}, the model's positions",
+        place(item),
+        f"{what}, and nothing would be left of its prompt",
+        f"at most {limit}, the model's positions",
         "`too_long: skip` leaves it out",
-    )  # fmt: skip
+    )
 
 
 def _without(text: str, count: int, tokenizer) -> str:

@@ -65,9 +65,11 @@ def split_heldout(items: Sequence[Item], fraction: float, seed: int) -> tuple[li
         count = round(len(own) * fraction)
         if fraction > 0 and not 0 < count < len(own):
             raise ItemsError(
-                f"task {task!r}", f"{len(own)} items, of which a held-out fraction of {fraction:g} takes {count}",
-                "items on both sides", "add items or change heldout.fraction",
-            )  # fmt: skip
+                f"task {task!r}",
+                f"{len(own)} items, of which a held-out fraction of {fraction:g} takes {count}",
+                "items on both sides",
+                "add items or change heldout.fraction",
+            )
         order = sorted(own, key=lambda item: hashlib.sha256(f"{seed}:{item.id}".encode()).digest())
         chosen = {item.id for item in order[:count]}
         heldout += [item for item in own if item.id in chosen]

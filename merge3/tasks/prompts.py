@@ -15,9 +15,16 @@ from merge3.tasks.items import Item, place, shown
 
 # Families whose position ids start after the padding token's id: so many of their positions are never used.
 _OFFSET = {
-    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
-    "xlm-roberta-xl", "xmod",
-}  # fmt: skip
+    "camembert",
+    "data2vec-text",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
 
 
 @dataclass

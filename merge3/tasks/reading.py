@@ -18,9 +18,11 @@ _KEYS = ("id", "task", "kind", "prompt", "image", "choices", "answer", "metric",
 NEWLINE = b"\n"
 # UTF-32's little-endian mark begins with UTF-16's.
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 def read_items(path: str | Path, task: str | None = None) -> list[Item]:

@@ -95,9 +95,11 @@ def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config
         longest, what = request.length()
         if limit is not None and longest > limit:
             raise ItemsError(
-                place(item), what, f"at most {limit}, the model's positions",
+                place(item),
+                what,
+                f"at most {limit}, the model's positions",
                 "--skip-too-long leaves such items out; in a configuration `too_long: skip` or `truncate_left`",
-            )  # fmt: skip
+            )
         requests.append(request)
     return Asked(kind, own, resolved, getattr(lm, kind.asks)(requests))
 

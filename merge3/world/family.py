@@ -10,9 +10,14 @@ SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_
 
 
 def make_family(
-    folder: Path, experts: int = 3, dtype: torch.dtype = torch.float32, scale: float = 0.02, layers: int = 4,
-    tied: bool = False, **sizes: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    experts: int = 3,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.02,
+    layers: int = 4,
+    tied: bool = False,
+    **sizes: int,
+) -> None:
     """Save folder/base and folder/e0, e1, ..: the base plus noise of `scale`. sizes: of LlamaConfig, beside SIZES."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -16,10 +16,13 @@ def make_searched(folder: Path, base_steps: int, expert_steps: int) -> None:
     make_models(folder, seed=0, base_steps=base_steps, expert_steps=expert_steps, items=ITEMS)
     config = {
         "genome": {
-            "models": ["./english", "./italian", "./translation"], "base_model": "./base", "merge_method": "ties",
-            "layer_granularity": 2, "allow_negative_weights": True,
+            "models": ["./english", "./italian", "./translation"],
+            "base_model": "./base",
+            "merge_method": "ties",
+            "layer_granularity": 2,
+            "allow_negative_weights": True,
         },
         "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")],
         "optimizer": {"budget": 24, "population": 6, "seed": 3},
-    }  # fmt: skip
+    }
     (folder / "evolve.yaml").write_text(yaml.safe_dump(config))

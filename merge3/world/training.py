@@ -27,10 +27,13 @@ RATES = {"english": 2e-4, "italian": 3e-4, "translation": 3e-4, "sorting": 1.5e-
 
 
 def make_models(
-    folder: Path, seed: int = 0, base_steps: int = BASE_STEPS, expert_steps: int = EXPERT_STEPS,
+    folder: Path,
+    seed: int = 0,
+    base_steps: int = BASE_STEPS,
+    expert_steps: int = EXPERT_STEPS,
     items: int = ITEMS_PER_TASK,
     progress: Callable[[str, int, int], None] = lambda what, step, steps: None,
-) -> None:  # fmt: skip
+) -> None:
     """Train a base and one expert per task; save ordinary checkpoints folder/base and folder/<task>, and `items`
     questions of every task, folder/<task>.jsonl. progress(what, step, steps)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,9 +42,17 @@ def make_models(
     rng = random.Random(seed)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     mix = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
     _train(model, tokenizer, rng, mix, base_steps, 2e-3, lambda s: progress("base", s, base_steps))

@@ -26,21 +26,35 @@ def merged(recipe, out):
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True, random_seed=3, copy_tokenizer=False))
+    run_merge(
+        MergeConfiguration.model_validate(recipe),
+        str(out),
+        MergeOptions(quiet=True, random_seed=3, copy_tokenizer=False),
+    )
     return load_file(out / "model.safetensors")
 
 
 def recipe(family, method, experts=3, dtype="float32", **parameters):
     return {
-        "merge_method": method, "base_model": str(family / "base"), "dtype": dtype, "parameters": parameters,
-        "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.3 + 0.2 * i, "density": 0.4 + 0.1 * i}} for i in range(experts)],
-    }  # fmt: skip
+        "merge_method": method,
+        "base_model": str(family / "base"),
+        "dtype": dtype,
+        "parameters": parameters,
+        "models": [
+            {"model": str(family / f"e{i}"), "parameters": {"weight": 0.3 + 0.2 * i, "density": 0.4 + 0.1 * i}}
+            for i in range(experts)
+        ],
+    }
 
 
 CASES = [
-    ("task_arithmetic", {}), ("ties", {}), ("ties", {"normalize": False, "lambda": 0.7}), ("ties", {"rescale": True}),
-    ("breadcrumbs", {"gamma": 0.05}), ("breadcrumbs_ties", {"gamma": 0.05, "normalize": True}),
-]  # fmt: skip
+    ("task_arithmetic", {}),
+    ("ties", {}),
+    ("ties", {"normalize": False, "lambda": 0.7}),
+    ("ties", {"rescale": True}),
+    ("breadcrumbs", {"gamma": 0.05}),
+    ("breadcrumbs_ties", {"gamma": 0.05, "normalize": True}),
+]
 
 
 @pytest.mark.parametrize("method,parameters", CASES)
@@ -97,7 +111,14 @@ def test_what_the_kernels_do_not_take_is_said_and_left_to_mergekit(family, tmp_p
 def test_as_a_command(family, tmp_path, adapter):
     """`python -m` installs the kernels by itself: the bits are those of this process, where they are installed."""
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(family, "ties")))
-    command = [sys.executable, "-m", "merge3.adapters.mergekit", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--no-copy-tokenizer"]
+    command = [
+        sys.executable,
+        "-m",
+        "merge3.adapters.mergekit",
+        str(tmp_path / "recipe.yaml"),
+        str(tmp_path / "out"),
+        "--no-copy-tokenizer",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     expected = merged(recipe(family, "ties"), tmp_path / "here")

@@ -187,7 +187,10 @@ def test_a_disk_that_fills_leaves_no_partial_model(tmp_path, monkeypatch, family
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             monkeypatch.setattr(os, "fsync", full)
-        recipe = {"merge_method": "linear", "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 1}} for i in range(2)]}
+        recipe = {
+            "merge_method": "linear",
+            "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 1}} for i in range(2)],
+        }
         with pytest.raises(ResourceError, match="disk is full"):
             merge_to_disk(Recipe.parse(recipe), small / "out")
         assert list(small.iterdir()) == []
@@ -215,9 +218,12 @@ def test_pool_keeps_what_cannot_be_merged(family, tmp_path):
     pool = Pool.open(str(family / "base"), [str(tmp_path / "wide")])
     assert set(pool.kept) == {"model.embed_tokens.weight", "lm_head.weight"}
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(family / "base"),
-         "models": [{"model": str(tmp_path / "wide"), "parameters": {"weight": 1.0}}]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(family / "base"),
+            "models": [{"model": str(tmp_path / "wide"), "parameters": {"weight": 1.0}}],
+        }
+    )
     result = merge_to_disk(recipe, tmp_path / "out")
     assert set(result["kept"]) == set(pool.kept)
     merged, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(family / "base" / "model.safetensors")
@@ -253,7 +259,10 @@ def test_pool_and_merge_name_a_tensor_that_is_not_finite(family, tmp_path, value
     bad = damaged_expert(family, tmp_path, lambda t: t[LAYER].__setitem__((3, 5), value))
     with pytest.raises(CheckpointError, match=rf"bad: NaN or infinity in tensor '{LAYER}'"):
         Pool.open(str(family / "base"), [str(family / "e1"), bad]).read_all()
-    recipe = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (str(family / "e1"), bad)]}
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in (str(family / "e1"), bad)],
+    }
     with pytest.raises(CheckpointError, match=rf"bad: NaN or infinity in tensor '{LAYER}'"):
         merge_to_disk(Recipe.parse(recipe), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -267,7 +276,10 @@ def test_pool_reads_mixed_dtypes(family, bf16_family):
 
 
 def test_tied_heads_are_written_once(tied_family, tmp_path):
-    recipe = {"merge_method": "linear", "models": [{"model": str(tied_family / f"e{i}"), "parameters": {"weight": 1}} for i in range(2)]}
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tied_family / f"e{i}"), "parameters": {"weight": 1}} for i in range(2)],
+    }
     merge_to_disk(Recipe.parse(recipe), tmp_path / "out")
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "out").tensors
     from transformers import AutoModelForCausalLM

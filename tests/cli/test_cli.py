@@ -26,9 +26,11 @@ COMMANDS = tuple(command.name or command.callback.__name__ for command in app.re
 
 def recipe_file(folder, family, **changes):
     data = {
-        "merge_method": "ties", "base_model": str(family / "base"), "parameters": {"density": 0.5},
+        "merge_method": "ties",
+        "base_model": str(family / "base"),
+        "parameters": {"density": 0.5},
         "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(data | changes))
     return folder / "recipe.yaml"
 
@@ -68,7 +70,8 @@ def test_a_command_leaves_the_process_as_it_was(family, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; import merge3.client.cli; print([m for m in ('torch', 'transformers', 'numpy', 'cma', 'pydantic') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numpy", "cma", "pydantic")
+    code = f"import sys; import merge3.client.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
 
 
@@ -80,7 +83,14 @@ def test_merge_evaluate_and_report(family, tiny_world, tmp_path):
     assert "merge_method: ties" in card and str(family / "e1") in card
     again = client("merge", tmp_path / "recipe.yaml", tmp_path / "out")
     assert again.returncode == 2 and "exists and is not empty" in again.stderr
-    done = client("evaluate", tiny_world / "english", tiny_world / "translation.jsonl", "--json", "--responses", tmp_path / "r.jsonl")
+    done = client(
+        "evaluate",
+        tiny_world / "english",
+        tiny_world / "translation.jsonl",
+        "--json",
+        "--responses",
+        tmp_path / "r.jsonl",
+    )
     result = json.loads(done.stdout)
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and result["accuracy"] == pytest.approx(sum(r["score"] for r in rows) / 40)
@@ -200,7 +210,7 @@ def test_layers():
 def test_only_the_torch_binding_includes_torch():
     for file in (ROOT / "csrc").rglob("*"):
         if file.suffix in (".h", ".cpp", ".cu", ".cuh") and "torch" not in file.parent.name:
-            assert not re.search(r'#include.*(torch|ATen|c10)', file.read_text()), file
+            assert not re.search(r"#include.*(torch|ATen|c10)", file.read_text()), file
 
 
 def test_public_names():
@@ -208,9 +218,18 @@ def test_public_names():
     import merge3
 
     assert set(merge3.__all__) == {
-        "__version__", "Recipe", "Pool", "Slot", "Space", "SpaceDefinition", "LocalEngine", "Item", "read_items",
-        "merge_to_disk", "METHODS",
-    }  # fmt: skip
+        "__version__",
+        "Recipe",
+        "Pool",
+        "Slot",
+        "Space",
+        "SpaceDefinition",
+        "LocalEngine",
+        "Item",
+        "read_items",
+        "merge_to_disk",
+        "METHODS",
+    }
     for name in ("Recipe", "Pool", "Slot", "Space", "LocalEngine", "Item", "merge_to_disk"):
         assert getattr(merge3, name).__name__ == name
     assert "ties" in merge3.METHODS and set(merge3.__all__) <= set(dir(merge3))
@@ -238,7 +257,10 @@ def test_nothing_names_this_machine():
 def test_a_bad_memory_budget_is_one_line(family, tmp_path):
     items = tmp_path / "items.jsonl"
     items.write_text('{"id": "a", "kind": "choice", "prompt": "x", "choices": ["y", "z"], "answer": 0}\n')
-    for budget, message in (("plenty", "memory_budget: found 'plenty'"), ("1KiB", "memory_budget: found 0.0 MiB; expected at least")):
+    for budget, message in (
+        ("plenty", "memory_budget: found 'plenty'"),
+        ("1KiB", "memory_budget: found 0.0 MiB; expected at least"),
+    ):
         done = client("evaluate", str(family / "base"), str(items), "--memory-budget", budget)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

@@ -26,6 +26,12 @@ def test_the_demo_from_training_to_the_report(tmp_path, monkeypatch):
     assert all(len((folder / "models" / f"{task}.jsonl").read_text().splitlines()) == 20 for task in TASKS)
     recipe = Recipe.from_yaml(folder / "run" / "best.yaml")
     assert recipe.hash() == result["recipe_hash"] and recipe.method == "task_arithmetic"
-    assert {p.name for p in (folder / "run").iterdir()} >= {"report.html", "result.json", "run.db", "model", "best.yaml"}
+    assert {p.name for p in (folder / "run").iterdir()} >= {
+        "report.html",
+        "result.json",
+        "run.db",
+        "model",
+        "best.yaml",
+    }
     again = client("demo", *QUICK, "--run-dir", folder)
     assert again.returncode == 2 and "exists and is not empty" in again.stderr

@@ -10,7 +10,16 @@ from tests.commands import client
 
 def asked(what, folder, name, *options):
     """(what it prints as JSON, responses by item)"""
-    done = client("evaluate", what, folder / "english.jsonl", folder / "sorting.jsonl", "--json", "--responses", folder / name, *options)
+    done = client(
+        "evaluate",
+        what,
+        folder / "english.jsonl",
+        folder / "sorting.jsonl",
+        "--json",
+        "--responses",
+        folder / name,
+        *options,
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return json.loads(done.stdout), {(row["task"], row["item"]): row["score"] for row in rows}
@@ -20,9 +29,12 @@ def asked(what, folder, name, *options):
 def test_a_recipe_answers_as_its_merge_on_disk(own_world, method):
     """Also where elements are dropped at random: the seed says which."""
     recipe = {
-        "merge_method": method, "base_model": "./base", "parameters": {"density": 0.6}, "dtype": "bfloat16",
+        "merge_method": method,
+        "base_model": "./base",
+        "parameters": {"density": 0.6},
+        "dtype": "bfloat16",
         "models": [{"model": f"./{name}", "parameters": {"weight": 0.5}} for name in ("english", "sorting")],
-    }  # fmt: skip
+    }
     (own_world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     result, responses = asked(own_world / "recipe.yaml", own_world, "in-memory.jsonl", "--seed", 7)
     assert client("merge", own_world / "recipe.yaml", own_world / "merged", "--seed", 7, "--quiet").returncode == 0

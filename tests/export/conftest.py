@@ -14,9 +14,18 @@ from merge3.export import merge_to_disk
 from merge3.recipe import Recipe
 
 SIZES = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
 
 
 class Workshop:
@@ -55,7 +64,11 @@ class Workshop:
         shutil.copytree(self.root / source, self.root / name)
         stored = load_file(self.root / name / "model.safetensors")
         tensors(stored)
-        save_file({k: v.contiguous() for k, v in stored.items()}, self.root / name / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in stored.items()},
+            self.root / name / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         file = self.root / name / "config.json"
         settings = json.loads(file.read_text())
         config(settings)

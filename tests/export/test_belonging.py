@@ -12,11 +12,17 @@ from merge3.pool import Pool
 from tests.commands import client
 
 SETTINGS = {
-    "rope": (dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), r"rope_theta is 1000000\.0, 10000\.0 in the base"),
+    "rope": (
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        r"rope_theta is 1000000\.0, 10000\.0 in the base",
+    ),
     "activation": (dict(hidden_act="gelu"), "hidden_act is 'gelu', 'silu' in the base"),
     "epsilon": (dict(rms_norm_eps=1e-3), r"rms_norm_eps is 0\.001, 1e-06 in the base"),
     "window": (dict(max_position_embeddings=128), "max_position_embeddings is 128, 64 in the base"),
-    "type": (dict(model_type="mistral", architectures=["MistralForCausalLM"]), "model_type is 'mistral', 'llama' in the base"),
+    "type": (
+        dict(model_type="mistral", architectures=["MistralForCausalLM"]),
+        "model_type is 'mistral', 'llama' in the base",
+    ),
 }
 
 
@@ -84,10 +90,16 @@ def test_strict_makes_warnings_errors_on_the_command_line(workshop):
     file = workshop.root / "recipe.yaml"
     file.write_text(workshop.recipe(["other"], "base").to_yaml())
     strict = client("merge", file, workshop.root / "out", "--strict")
-    assert strict.returncode == 2 and "hidden_act is 'gelu', 'silu' in the base" in strict.stderr and "(--strict)" in strict.stderr
+    assert (
+        strict.returncode == 2
+        and "hidden_act is 'gelu', 'silu' in the base" in strict.stderr
+        and "(--strict)" in strict.stderr
+    )
     assert strict.stderr.count("\n") == 1 and not (workshop.root / "out").exists()
     lenient = client("merge", file, workshop.root / "out")
-    assert lenient.returncode == 0 and "warning: " in lenient.stderr and (workshop.root / "out" / "config.json").exists()
+    assert (
+        lenient.returncode == 0 and "warning: " in lenient.stderr and (workshop.root / "out" / "config.json").exists()
+    )
 
 
 # -- quantized checkpoints
@@ -105,8 +117,14 @@ def bitsandbytes(t):
 
 def gptq(t):
     stem, shape = W.removesuffix("weight"), t.pop(W).shape
-    t |= {f"{stem}qweight": torch.zeros(shape[1] // 8, shape[0], dtype=torch.int32), f"{stem}qzeros": torch.zeros(1, 4, dtype=torch.int32)}
-    t |= {f"{stem}scales": torch.ones(1, shape[0], dtype=torch.float16), f"{stem}g_idx": torch.zeros(shape[1], dtype=torch.int32)}
+    t |= {
+        f"{stem}qweight": torch.zeros(shape[1] // 8, shape[0], dtype=torch.int32),
+        f"{stem}qzeros": torch.zeros(1, 4, dtype=torch.int32),
+    }
+    t |= {
+        f"{stem}scales": torch.ones(1, shape[0], dtype=torch.float16),
+        f"{stem}g_idx": torch.zeros(shape[1], dtype=torch.int32),
+    }
 
 
 def fp8(t):
@@ -138,7 +156,9 @@ def test_quantized_checkpoints_are_refused_as_such_on_either_side(workshop, case
     workshop.edited("one", "codes", change, config)
     workshop.edited("base", "codes_base", change, config)
     for models, base in ((["codes"], "base"), (["one"], "codes_base"), (["codes"], "codes_base")):
-        with pytest.raises(CheckpointError, match=rf"quantized \(.*({message}).*expected weights in float32.*dequantize"):
+        with pytest.raises(
+            CheckpointError, match=rf"quantized \(.*({message}).*expected weights in float32.*dequantize"
+        ):
             workshop.merge(models, base)
     assert not (workshop.root / "out").exists()
 
@@ -153,7 +173,9 @@ def test_integer_masks_and_positions_are_no_codes(workshop):
 
 def test_evaluate_refuses_a_quantized_model_too(workshop, tmp_path):
     workshop.model("base")
-    workshop.edited("base", "codes", bitsandbytes, lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}))
+    workshop.edited(
+        "base", "codes", bitsandbytes, lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"})
+    )
     items = tmp_path / "items.jsonl"
     items.write_text(json.dumps({"kind": "choice", "prompt": "a", "choices": ["b", "c"], "answer": 0}) + "\n")
     done = client("evaluate", workshop.root / "codes", items)

@@ -63,7 +63,9 @@ def test_tensors_that_the_base_lacks_are_never_lost_in_silence(workshop):
     workshop.model("base")
     workshop.expert("base", "plain")
     bias = "model.layers.0.self_attn.q_proj.bias"
-    workshop.edited("plain", "biased", lambda t: t.update({bias: torch.ones(32)}), lambda c: c.update(attention_bias=True))
+    workshop.edited(
+        "plain", "biased", lambda t: t.update({bias: torch.ones(32)}), lambda c: c.update(attention_bias=True)
+    )
     message = rf"biased: tensor '{bias}' is not in the base .*base, a merge would lose it.*--drop"
     for models in (["biased", "plain"], ["plain", "biased"]):
         with pytest.raises(CheckpointError, match=message):
@@ -104,7 +106,9 @@ def test_an_expert_with_more_tokens_keeps_the_base_embedding_and_says_so(worksho
     assert set(result["kept"]) == set(other["kept"]) == {EMBED, HEAD} and "[66, 32] in" in result["kept"][HEAD]
     assert torch.equal(found[EMBED], workshop.tensors("base")[EMBED])
     for models in (["big", "small"], ["small", "big"]):  # without a base nothing says whose to keep
-        with pytest.raises(RecipeError, match=r"tensor 'model\.embed_tokens\.weight': shape .*base_model to keep it from"):
+        with pytest.raises(
+            RecipeError, match=r"tensor 'model\.embed_tokens\.weight': shape .*base_model to keep it from"
+        ):
             workshop.merge(models, method="linear", out="never")
 
 
@@ -129,7 +133,9 @@ def head_of(workshop, name):
     return found.get(HEAD, found[EMBED])
 
 
-@pytest.mark.parametrize("base,models", [("untied", ["untied", "one"]), ("base", ["untied", "two"]), ("base", ["stored", "contradiction"])])
+@pytest.mark.parametrize(
+    "base,models", [("untied", ["untied", "one"]), ("base", ["untied", "two"]), ("base", ["stored", "contradiction"])]
+)
 def test_the_head_is_the_base_head_and_the_weighted_changes(tied, base, models):
     results = []
     for number, order in enumerate(itertools.permutations(models)):
@@ -150,7 +156,9 @@ def test_linear_merges_of_tied_and_untied_models_do_not_depend_on_the_order(tied
     assert HEAD in one and not tied.config("a")["tie_word_embeddings"] and not tied.config("b")["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("base,models", [("base", ["one", "two"]), ("base", ["stored", "one"]), ("stored", ["one", "two"])])
+@pytest.mark.parametrize(
+    "base,models", [("base", ["one", "two"]), ("base", ["stored", "one"]), ("stored", ["one", "two"])]
+)
 def test_models_that_all_tie_their_head_make_one_that_does(tied, base, models):
     _, found = tied.merge(models, base)
     assert HEAD not in found and tied.config("out")["tie_word_embeddings"] is True
@@ -161,7 +169,9 @@ def test_models_that_all_tie_their_head_make_one_that_does(tied, base, models):
 def test_a_live_model_holds_the_head_that_is_exported(tied, method, models):
     pool = Pool.open(str(tied.root / "base"), [str(tied.root / m) for m in ("one", "two", "untied")])
     slot = Slot(pool)
-    recipe = tied.recipe(models, "base", method=method, parameters={} if method == "task_arithmetic" else {"density": 0.6})
+    recipe = tied.recipe(
+        models, "base", method=method, parameters={} if method == "task_arithmetic" else {"density": 0.6}
+    )
     slot.swap(tied.recipe(["untied", "one"], "base", weight=1.0))  # what was there before must not matter
     slot.swap(recipe, seed=3)
     from merge3.export import merge_to_disk
@@ -200,7 +210,9 @@ def test_gpt2_with_and_without_its_prefix_and_old_masks(workshop):
         assert not said["missing_keys"]
     slot = Slot(Pool.open(str(workshop.root / "hub"), [str(workshop.root / "tuned")]))
     slot.swap(workshop.recipe(["tuned"], "hub"))
-    equal(dict(AutoModelForCausalLM.from_pretrained(workshop.root / "plain").state_dict()), dict(slot.model.state_dict()))
+    equal(
+        dict(AutoModelForCausalLM.from_pretrained(workshop.root / "plain").state_dict()), dict(slot.model.state_dict())
+    )
 
 
 def test_bert_with_and_without_prefix_pooler_and_old_norms(workshop):
@@ -209,7 +221,10 @@ def test_bert_with_and_without_prefix_pooler_and_old_norms(workshop):
 
     def prefixed(t):
         for name in list(t):
-            t["bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = t.pop(name)
+            t[
+                "bert."
+                + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            ] = t.pop(name)
 
     workshop.edited("tuned", "prefixed", prefixed)
     _, expected = workshop.merge(["tuned"], "base", out="plain")
@@ -217,7 +232,9 @@ def test_bert_with_and_without_prefix_pooler_and_old_norms(workshop):
     equal(found, expected)
     unpooled = lambda t: [t.pop(n) for n in list(t) if "pooler" in n]
     workshop.edited("tuned", "headless", unpooled, lambda c: c.update(architectures=["BertForMaskedLM"]))
-    with pytest.raises(BadInput):  # a masked language model without its head is not whole: nothing says what may be missing
+    with pytest.raises(
+        BadInput
+    ):  # a masked language model without its head is not whole: nothing says what may be missing
         workshop.merge(["headless"], "base", out="b")
 
 
@@ -228,7 +245,10 @@ def test_settings_with_one_entry_a_layer_follow_their_layers(workshop):
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     base = workshop.model("base", "qwen2", layer_types=kinds, sliding_window=8, use_sliding_window=True)
     ranges = [[1, 3], [0, 2]]
-    recipe = {"merge_method": "passthrough", "slices": [{"sources": [{"model": str(base), "layer_range": r}]} for r in ranges]}
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": str(base), "layer_range": r}]} for r in ranges],
+    }
     from merge3.export import merge_to_disk
     from merge3.recipe import Recipe
 
@@ -248,7 +268,9 @@ def test_a_checkpoint_that_its_own_config_does_not_describe_is_not_written(works
     with pytest.raises(CheckpointError, match=rf"the output would lack '{HEAD}', and .*headless lacks it too"):
         workshop.merge(["one_headless"], "headless")
     workshop.edited("base", "wide", config=lambda c: c.update(intermediate_size=64))
-    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight' of shape .*as config\.json says of LlamaForCausalLM"):
+    with pytest.raises(
+        CheckpointError, match=r"mlp\.\w+_proj\.weight' of shape .*as config\.json says of LlamaForCausalLM"
+    ):
         workshop.merge(["one"], "wide")
     assert not (workshop.root / "out").exists() and not list(workshop.root.glob(".out*"))
 

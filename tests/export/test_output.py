@@ -45,12 +45,19 @@ def test_code_and_side_files_travel_with_the_output(workshop):
     base = workshop.edited("plain", "base", config=lambda c: c.update(auto_map=named))
     files = {
         "modeling_own.py": "from .configuration_own import OwnConfig\nfrom .layers_own import Layer\n",
-        "configuration_own.py": "x = 1\n", "layers_own.py": "y = 1\n", "unrelated.py": "z = 1\n", "chat_template.jinja": "{{ messages }}",
-        "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 5]}', "preprocessor_config.json": "{}",
-        "processor_config.json": "{}", "special_tokens_map.json": "{}", "added_tokens.json": "{}", "vocab.json": "{}",
+        "configuration_own.py": "x = 1\n",
+        "layers_own.py": "y = 1\n",
+        "unrelated.py": "z = 1\n",
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"temperature": 0.6, "eos_token_id": [2, 5]}',
+        "preprocessor_config.json": "{}",
+        "processor_config.json": "{}",
+        "special_tokens_map.json": "{}",
+        "added_tokens.json": "{}",
+        "vocab.json": "{}",
         "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", null]}}',
         "tokenization_own.py": "w = 1\n",
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (base / name).write_text(text)
     workshop.merge(["one"], "base")
@@ -66,7 +73,12 @@ def test_padded_embeddings_keep_their_rows_for_every_spelling_of_the_tokenizer(w
     workshop.expert("base", "one")
     for name in ("base", "one"):
         make_tokenizer().save_pretrained(workshop.root / name)
-    spelled = [{}, {"tokenizer_source": "base"}, {"tokenizer": {"source": "base"}}, {"tokenizer": {"source": str(workshop.root / "one")}}]
+    spelled = [
+        {},
+        {"tokenizer_source": "base"},
+        {"tokenizer": {"source": "base"}},
+        {"tokenizer": {"source": str(workshop.root / "one")}},
+    ]
     for number, changes in enumerate(spelled):
         _, found = workshop.merge(["one"], "base", out=f"out{number}", **changes)
         assert found[EMBED].shape == (320, 32)
@@ -88,17 +100,21 @@ def test_chat_templates_by_name_and_by_text(workshop):
     messages = [{"role": "user", "content": "hi"}]
     one = str(workshop.root / "one")
     cases = [
-        ("own", {}, 32, "base: hi"), ("expert", {"tokenizer_source": one}, 17, "one: hi"),
+        ("own", {}, 32, "base: hi"),
+        ("expert", {"tokenizer_source": one}, 17, "one: hi"),
         ("chatml", {"chat_template": "chatml"}, 32, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
         ("text", {"chat_template": "<s> {{ messages[-1]['content'] }}"}, 32, "<s> hi"),
         ("both", {"chat_template": "<s> {{ messages[-1]['content'] }}", "tokenizer_source": one}, 17, "<s> hi"),
-    ]  # fmt: skip
+    ]
     for name, changes, length, expected in cases:
         workshop.merge(["one"], "base", out=name, **changes)
         tokenizer = AutoTokenizer.from_pretrained(workshop.root / name)
         assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
         assert tokenizer.model_max_length == length
-    for bad, message in (("chatlm", "expected auto, chatml, or a Jinja template"), ("{% if %}", "not a Jinja template")):
+    for bad, message in (
+        ("chatlm", "expected auto, chatml, or a Jinja template"),
+        ("{% if %}", "not a Jinja template"),
+    ):
         with pytest.raises(RecipeError, match=f"chat_template: .*{message}"):
             workshop.merge(["one"], "base", out="bad", chat_template=bad)
 
@@ -117,7 +133,8 @@ def test_a_recipe_beside_its_models_merges_from_anywhere(workshop, monkeypatch, 
     workshop.model("base")
     workshop.expert("base", "one")
     (workshop.root / "recipe.yaml").write_text(
-        "merge_method: task_arithmetic\nbase_model: {model: base}\nmodels:\n  - model: one\n    parameters: {weight: 0.5}\n"
+        "merge_method: task_arithmetic\nbase_model: {model: base}\n"
+        "models:\n  - model: one\n    parameters: {weight: 0.5}\n"
     )
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     merge_to_disk(Recipe.from_yaml(workshop.root / "recipe.yaml"), workshop.root / "out")
@@ -147,12 +164,24 @@ def test_a_damaged_write_never_gets_its_final_name(workshop, monkeypatch):
 
 
 RECIPES = {
-    "top-level normalize": (dict(normalize=True), r"normalize: stands at the top level; expected `normalize` under `parameters`"),
-    "dtype among parameters": (dict(parameters={"dtype": "bfloat16"}), r"parameters\.dtype: stands under `parameters`; expected .* top level"),
-    "misspelt parameter": (dict(parameters={"lamda": 0.5}), "lamda: task_arithmetic has no such parameter.*did you mean 'lambda'"),
+    "top-level normalize": (
+        dict(normalize=True),
+        r"normalize: stands at the top level; expected `normalize` under `parameters`",
+    ),
+    "dtype among parameters": (
+        dict(parameters={"dtype": "bfloat16"}),
+        r"parameters\.dtype: stands under `parameters`; expected .* top level",
+    ),
+    "misspelt parameter": (
+        dict(parameters={"lamda": 0.5}),
+        "lamda: task_arithmetic has no such parameter.*did you mean 'lambda'",
+    ),
     "misspelt key": (dict(dtpye="float32"), "unknown key 'dtpye'.*did you mean 'dtype'"),
     "mergekit-moe": (dict(experts=[], gate_mode="hidden"), "a mergekit-moe configuration; expected a merge recipe"),
-    "bad dtype": (dict(dtype="bfloat"), "dtype: found 'bfloat'; expected float32, float16, bfloat16 .did you mean 'bfloat16'"),
+    "bad dtype": (
+        dict(dtype="bfloat"),
+        "dtype: found 'bfloat'; expected float32, float16, bfloat16 .did you mean 'bfloat16'",
+    ),
 }
 
 
@@ -174,7 +203,9 @@ def test_recipes_that_mergekit_merges_merge_here(workshop):
     workshop.model("base")
     workshop.expert("base", "one")
     with pytest.warns(Merge3Warning, match=r"parameters\.random_seed: ignored, task_arithmetic has no such parameter"):
-        recipe = workshop.recipe(["one"], "base", parameters={"random_seed": 145}, dtype="torch.float16", anchors={"a": 1})
+        recipe = workshop.recipe(
+            ["one"], "base", parameters={"random_seed": 145}, dtype="torch.float16", anchors={"a": 1}
+        )
         merge_to_disk(recipe, workshop.root / "ignored")
     assert workshop.tensors("ignored")[EMBED].dtype == torch.float16
     # nothing is kept where a density is 0: there the base stays
@@ -188,7 +219,11 @@ def test_recipes_that_mergekit_merges_merge_here(workshop):
 
 
 def test_several_documents_and_fences_are_named(tmp_path):
-    files = {"a: 1\n---\nb: 2\n": "several documents", "```yaml\na: 1\n```\n": "begin with ```", "a:\n\tb: 1\n": "spaces, not tabs"}
+    files = {
+        "a: 1\n---\nb: 2\n": "several documents",
+        "```yaml\na: 1\n```\n": "begin with ```",
+        "a:\n\tb: 1\n": "spaces, not tabs",
+    }
     for text, message in files.items():
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(RecipeError, match=message):
@@ -201,12 +236,16 @@ def test_moved_checkpoints_of_shards_are_whole(workshop):
 
     workshop.model("base")
     workshop.expert("base", "one")
-    AutoModelForCausalLM.from_pretrained(workshop.root / "one").save_pretrained(workshop.root / "sharded", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(workshop.root / "one").save_pretrained(
+        workshop.root / "sharded", max_shard_size="20KB"
+    )
     index = workshop.root / "sharded" / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     del data["weight_map"]["model.norm.weight"]
     index.write_text(json.dumps(data))
-    shutil.copy(workshop.root / "base" / "model.safetensors", workshop.root / "sharded" / "model.safetensors")  # a stray one
+    shutil.copy(
+        workshop.root / "base" / "model.safetensors", workshop.root / "sharded" / "model.safetensors"
+    )  # a stray one
     _, expected = workshop.merge(["one"], "base", out="a")
     _, found = workshop.merge(["sharded"], "base", out="b")
     assert all(torch.equal(found[n], t) for n, t in expected.items())
@@ -228,6 +267,10 @@ def test_what_an_architecture_needs_is_remembered_and_asked_anew_when_anything_d
     fewer = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
     assert architecture.loading(checkpoint.config, fewer).missing == ("lm_head.weight",)
     wide = architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes)
-    assert wide.mismatched and architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes) == wide and len(asked) == 3
+    assert (
+        wide.mismatched
+        and architecture.loading(checkpoint.config | {"intermediate_size": 64}, shapes) == wide
+        and len(asked) == 3
+    )
     next((tmp_path / "cache").rglob("*.json")).write_text("{")  # damaged: asked again
     architecture.loading(checkpoint.config, shapes), architecture.loading(checkpoint.config, fewer)

@@ -32,9 +32,14 @@ def world():
 def bank_of(a, b, theta):
     n, m = len(b), len(theta)
     return ItemBank(
-        tuple(f"i{i}" for i in range(n)), tuple(f"m{i}" for i in range(m)), np.asarray(a, float), np.asarray(b, float),
-        np.asarray(theta, float), np.tile(0.01 * np.eye(np.shape(a)[1] + 1), (n, 1, 1)), np.tile(0.01 * np.eye(np.shape(a)[1]), (m, 1, 1)),
-    )  # fmt: skip
+        tuple(f"i{i}" for i in range(n)),
+        tuple(f"m{i}" for i in range(m)),
+        np.asarray(a, float),
+        np.asarray(b, float),
+        np.asarray(theta, float),
+        np.tile(0.01 * np.eye(np.shape(a)[1] + 1), (n, 1, 1)),
+        np.tile(0.01 * np.eye(np.shape(a)[1]), (m, 1, 1)),
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,7 +138,10 @@ def test_an_ability_is_where_the_posterior_peaks(world):
 
     def loss(x):
         p = sigmoid(a * x[0] - b)
-        return -(y * np.log(p) + (1 - y) * np.log1p(-p)).sum() + 0.5 * estimator.precision[0, 0] * (x[0] - estimator.centre[0]) ** 2
+        return (
+            -(y * np.log(p) + (1 - y) * np.log1p(-p)).sum()
+            + 0.5 * estimator.precision[0, 0] * (x[0] - estimator.centre[0]) ** 2
+        )
 
     assert abs(minimize(loss, [0.0]).x[0] - irt.estimate(estimator, y).theta[0, 0]) < 1e-4
 
@@ -144,7 +152,9 @@ def test_one_endpoint_makes_mp_irt_p_irt_and_says_so(world):
     one = irt.prepare(bank, responses, subset, "mp-irt", ("m0",))
     assert "mp-irt is p-irt" in one.note
     plain = irt.prepare(bank, responses, subset, "p-irt")
-    assert np.allclose(irt.estimate(one, others[:5, subset.index]).value, irt.estimate(plain, others[:5, subset.index]).value)
+    assert np.allclose(
+        irt.estimate(one, others[:5, subset.index]).value, irt.estimate(plain, others[:5, subset.index]).value
+    )
 
 
 def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions():
@@ -160,14 +170,23 @@ def test_mixtures_stay_between_the_endpoints_where_abilities_have_two_dimensions
     # Mixtures of two endpoints lie near their line, whose sum of coordinates is 1: nearer than abilities
     # estimated without knowing the endpoints' line.
     away = lambda theta: np.abs(theta.sum(1) - 1)
-    free = irt.estimate(replace(estimator, basis=np.eye(2), centre=np.array([0.5, 0.5]), precision=np.eye(2)), y[:, subset.index])
+    free = irt.estimate(
+        replace(estimator, basis=np.eye(2), centre=np.array([0.5, 0.5]), precision=np.eye(2)), y[:, subset.index]
+    )
     assert away(found.theta).max() < 0.7 and away(found.theta).mean() < 0.7 * away(free.theta).mean()
 
 
 def test_endpoints_of_equal_ability_are_no_obstacle(world):
     bank, responses, others, _ = world
-    same = ItemBank(bank.items, bank.models, bank.a, bank.b, np.concatenate([bank.theta[:1]] * 3 + [bank.theta[3:]]),
-                    bank.item_covariance, bank.theta_covariance)  # fmt: skip
+    same = ItemBank(
+        bank.items,
+        bank.models,
+        bank.a,
+        bank.b,
+        np.concatenate([bank.theta[:1]] * 3 + [bank.theta[3:]]),
+        bank.item_covariance,
+        bank.theta_covariance,
+    )
     subset = extract(same, responses, "random", 10)
     found = irt.estimate(irt.prepare(same, responses, subset, "gmp-irt", ENDPOINTS), others[:, subset.index])
     error = lambda value: np.abs(value - others.mean(1)).mean()
@@ -178,7 +197,9 @@ def test_the_papers_share_can_be_fixed(world):
     bank, responses, others, _ = world
     subset = extract(bank, responses, "random", 10)
     half = irt.prepare(bank, responses, subset, "gp-irt", share=0.5)
-    parts = [irt.estimate(irt.prepare(bank, responses, subset, m), others[:, subset.index]).value for m in ("mean", "p-irt")]
+    parts = [
+        irt.estimate(irt.prepare(bank, responses, subset, m), others[:, subset.index]).value for m in ("mean", "p-irt")
+    ]
     assert np.allclose(irt.estimate(half, others[:, subset.index]).value, (parts[0] + parts[1]) / 2)
 
 

@@ -23,7 +23,9 @@ def simulate(models, items, dimensions=1, seed=0, missing=0.0):
 
 
 def named(y):
-    return Responses(tuple(f"m{i}" for i in range(y.shape[0])), tuple(f"t/i{i}" for i in range(y.shape[1])), np.asarray(y, float))
+    return Responses(
+        tuple(f"m{i}" for i in range(y.shape[0])), tuple(f"t/i{i}" for i in range(y.shape[1])), np.asarray(y, float)
+    )
 
 
 def correlation(x, y):
@@ -114,7 +116,11 @@ BAD = {
     "constant": (np.ones((5, 4)), {}, "every answer is 1"),
     "few models": (np.eye(2), {}, "2 models for 1 dimension"),
     "dimensions": (np.eye(9), {"dimensions": 2}, "9 models for 2 dimension.*expected at least 10"),
-    "silent model": (np.where(np.eye(4) == 1, np.nan, np.tri(4)) * [[1], [1], [np.nan], [1]], {}, "model 'm2': no answers"),
+    "silent model": (
+        np.where(np.eye(4) == 1, np.nan, np.tri(4)) * [[1], [1], [np.nan], [1]],
+        {},
+        "model 'm2': no answers",
+    ),
     "kind": (np.eye(4), {"kind": "3pl"}, "kind: '3pl'; expected 2pl or 1pl"),
 }
 

@@ -93,9 +93,12 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"model": "m", "item": "a", "score": 1}\n{not json\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     messages = {
-        "r.parquet": "parquet table", "r.jsonl": "line 2: .*jsonl table", "list.jsonl": "line 1: list",
-        "r.pkl": "ending '.pkl'", "no.csv": "No such file",
-    }  # fmt: skip
+        "r.parquet": "parquet table",
+        "r.jsonl": "line 2: .*jsonl table",
+        "list.jsonl": "line 1: list",
+        "r.pkl": "ending '.pkl'",
+        "no.csv": "No such file",
+    }
     for name, message in messages.items():
         with pytest.raises(ResponsesError, match=message):
             read_responses(tmp_path / name)

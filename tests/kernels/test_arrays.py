@@ -23,8 +23,12 @@ def test_numpy_and_dlpack_arrays_give_the_bits_of_torch(dtype, sparsify):
     base, experts = make_case([(30, 70), 100_003], 3, dtype)
     c, lam = random_coefficients(2, 3)
     expected = [torch.empty_like(b) for b in base]
-    kernels.merge_(expected, base, experts, c, lam, Modes(sparsify, "sum", True, 2**63 + 5), torch.tensor([4, 2**32 - 1]))
-    options = dict(sparsify=sparsify, elect="sum", normalize=True, seed=2**63 + 5, ids=np.array([4, 2**32 - 1], dtype=np.uint32))
+    kernels.merge_(
+        expected, base, experts, c, lam, Modes(sparsify, "sum", True, 2**63 + 5), torch.tensor([4, 2**32 - 1])
+    )
+    options = dict(
+        sparsify=sparsify, elect="sum", normalize=True, seed=2**63 + 5, ids=np.array([4, 2**32 - 1], dtype=np.uint32)
+    )
     for convert in (as_numpy, list):  # torch tensors speak DLPack
         out = [torch.empty_like(b) for b in base]
         arrays.merge(convert(out), convert(base), convert(experts), c.numpy(), lam.numpy(), **options)
@@ -35,7 +39,10 @@ def test_statistics():
     base, experts = make_case([(30, 70), 1003], 2, torch.float32)
     assert np.array_equal(arrays.gram(as_numpy(base), as_numpy(experts), 2), kernels.gram(base, experts, 2).numpy())
     ranks = torch.tensor([[1, 500], [3, 1003]])
-    found, expected = arrays.order_statistics(as_numpy(base), as_numpy(experts), ranks.numpy()), kernels.order_statistics(base, experts, ranks)
+    found, expected = (
+        arrays.order_statistics(as_numpy(base), as_numpy(experts), ranks.numpy()),
+        kernels.order_statistics(base, experts, ranks),
+    )
     for name, value in found.items():
         assert np.array_equal(value, getattr(expected, name).numpy()), name
     assert np.array_equal(arrays.coefficients(2, 3), kernels.coefficients(2, 3).numpy())
@@ -72,7 +79,10 @@ def test_bad_arrays_are_named():
         (dict(experts=[good(), np.zeros(9, np.float32)]), "experts\\[1\\]: 9 elements; expected 8"),
         (dict(experts=[]), "experts: 0 arrays for 1 tensors"),
         (dict(experts=[good()] * 9), "experts: 9 per tensor; expected 1 to 8"),
-        (dict(experts=[good(), [0.0] * 8]), "experts\\[1\\]: <class 'list'>; expected a NumPy array or one with __dlpack__"),
+        (
+            dict(experts=[good(), [0.0] * 8]),
+            "experts\\[1\\]: <class 'list'>; expected a NumPy array or one with __dlpack__",
+        ),
         (dict(experts=[good(), torch.zeros(16)[::2]]), "experts\\[1\\]: not contiguous"),
         (dict(coefficients=arrays.coefficients(1, 3)), "coefficients: 24 numbers; expected 16"),
         (dict(sparsify="most"), "sparsify: unknown 'most'; expected all, magnitude"),

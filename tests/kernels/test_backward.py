@@ -32,7 +32,10 @@ def test_gradients_match_autograd_through_the_reference(sparsify, elect, dtype):
         c[..., WEIGHT] = c[..., WEIGHT].abs() + 0.1  # where weights cancel, a divisor can be anything
         g = [torch.randn(b.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for b in base]
         modes, ids = Modes(sparsify, elect, normalize, 5), torch.arange(len(SIZES)) + 100
-        found, expected = gradients_of(base, experts, c, lam, modes, ids, g), merged_backward_ref(g, base, experts, c, lam, modes, ids)
+        found, expected = (
+            gradients_of(base, experts, c, lam, modes, ids, g),
+            merged_backward_ref(g, base, experts, c, lam, modes, ids),
+        )
         for f, e in zip(found, expected):
             torch.testing.assert_close(f.double(), e, rtol=2e-4, atol=2e-6)
 
@@ -58,8 +61,11 @@ def test_gradcheck(elect, normalize):
     """Finite differences. Experts are far apart, so that no elected sign changes within a difference."""
     g = torch.Generator().manual_seed(0)
     base = [torch.randn(6, generator=g), torch.randn(2, 2, generator=g)]
-    experts = [b + (torch.rand(b.shape, generator=g) + 0.5) * s * torch.ones_like(b).cumsum(-1).fmod(2).sub(0.5).sign()
-               for b in base for s in (1.0, 0.7, -0.4)]  # fmt: skip
+    experts = [
+        b + (torch.rand(b.shape, generator=g) + 0.5) * s * torch.ones_like(b).cumsum(-1).fmod(2).sub(0.5).sign()
+        for b in base
+        for s in (1.0, 0.7, -0.4)
+    ]
 
     def merge(weight, rescale, lam):
         c = kernels.coefficients(2, 3)
@@ -67,7 +73,9 @@ def test_gradcheck(elect, normalize):
         columns[WEIGHT], columns[RESCALE] = weight, rescale
         return tuple(merged(base, experts, torch.stack(columns, -1), lam, Modes("all", elect, normalize)))
 
-    inputs = [(torch.rand(2, 3, generator=g) * 0.3 + 0.6).requires_grad_() for _ in range(2)] + [torch.rand(2, generator=g).requires_grad_()]
+    inputs = [(torch.rand(2, 3, generator=g) * 0.3 + 0.6).requires_grad_() for _ in range(2)] + [
+        torch.rand(2, generator=g).requires_grad_()
+    ]
     assert torch.autograd.gradcheck(merge, inputs, eps=1e-2, atol=5e-3, rtol=5e-3)
 
 
@@ -77,7 +85,18 @@ def test_opcheck(sparsify):
     c, lam = random_coefficients(1, 2)
     c[..., WEIGHT] = 0.5
     tables = kernels.rank_tables(base, experts, 1)[0] if sparsify == "ranked" else []
-    arguments = (base, experts, c.requires_grad_(), lam.requires_grad_(), torch.arange(1), tables, kernels.SPARSIFY.index(sparsify), 1, True, 3)
+    arguments = (
+        base,
+        experts,
+        c.requires_grad_(),
+        lam.requires_grad_(),
+        torch.arange(1),
+        tables,
+        kernels.SPARSIFY.index(sparsify),
+        1,
+        True,
+        3,
+    )
     torch.library.opcheck(_merged, arguments)
 
 

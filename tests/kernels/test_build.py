@@ -40,13 +40,19 @@ def setup():
     return module
 
 
-@pytest.mark.parametrize("printed,folders", [
-    (WRAPPED, [f"{TARGET}/lib/stubs", f"{TARGET}/lib", f"{CUDA}/lib64", f"{CUDA}/lib"]),
-    ('#$ TOP=/my tools/cuda/bin/..\n#$ LIBRARIES= "-L/my tools/cuda/lib64" -lextra \n',
-     ["/my tools/cuda/lib64", "/my tools/cuda/bin/../lib64", "/my tools/cuda/bin/../lib"]),
-    ("#$ TOP=/opt/cuda\n#$ LIBRARIES=\n", ["/opt/cuda/lib64", "/opt/cuda/lib"]),
-    ("nvcc fatal: no host compiler\n", []),
-], ids=["wrapper", "spaces", "no libraries", "failed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "printed,folders",
+    [
+        (WRAPPED, [f"{TARGET}/lib/stubs", f"{TARGET}/lib", f"{CUDA}/lib64", f"{CUDA}/lib"]),
+        (
+            '#$ TOP=/my tools/cuda/bin/..\n#$ LIBRARIES= "-L/my tools/cuda/lib64" -lextra \n',
+            ["/my tools/cuda/lib64", "/my tools/cuda/bin/../lib64", "/my tools/cuda/bin/../lib"],
+        ),
+        ("#$ TOP=/opt/cuda\n#$ LIBRARIES=\n", ["/opt/cuda/lib64", "/opt/cuda/lib"]),
+        ("nvcc fatal: no host compiler\n", []),
+    ],
+    ids=["wrapper", "spaces", "no libraries", "failed"],
+)
 def test_the_toolkits_folders(setup, printed, folders):
     assert [str(folder) for folder in setup.toolkit_libraries(printed)] == folders
 
@@ -114,8 +120,20 @@ def test_a_cuda_build_needs_libtorch_cuda_and_can_be_imported(setup, parts):
         folders = [f"-L{path}" for path in [folder, *extension.library_dirs]]
         arguments = setup.kernel_link_arguments(True) if shutil.which("nvcc") else []
         # --as-needed, as Ubuntu's compilers have it: what no symbol asks for is dropped.
-        run(["g++", "-shared", "-Wl,--as-needed", folder / "library.o", folder / "kernels.o", *folders,
-             *(f"-l{library}" for library in libraries), *arguments, "-o", folder / name])  # fmt: skip
+        run(
+            [
+                "g++",
+                "-shared",
+                "-Wl,--as-needed",
+                folder / "library.o",
+                folder / "kernels.o",
+                *folders,
+                *(f"-l{library}" for library in libraries),
+                *arguments,
+                "-o",
+                folder / name,
+            ]
+        )
         return folder / name
 
     def load(library):

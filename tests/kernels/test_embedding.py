@@ -21,8 +21,14 @@ def test_install_find_package_and_the_cpp_example(tmp_path):
     cmake("-S", ROOT, "-B", tmp_path / "build", "-DMERGE3_CUDA=0")
     cmake("--build", tmp_path / "build", "-j", 2)
     cmake("--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
-    assert {p.name for p in (tmp_path / "prefix").rglob("*") if p.is_file()} >= {"libmerge3.a", "libmerge3.so", "merge.h"}
-    cmake("-S", ROOT / "examples" / "embed_cpp", "-B", tmp_path / "example", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}")
+    assert {p.name for p in (tmp_path / "prefix").rglob("*") if p.is_file()} >= {
+        "libmerge3.a",
+        "libmerge3.so",
+        "merge.h",
+    }
+    cmake(
+        "-S", ROOT / "examples" / "embed_cpp", "-B", tmp_path / "example", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}"
+    )
     cmake("--build", tmp_path / "example")
     done = subprocess.run([tmp_path / "example" / "embed"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +42,10 @@ def test_the_c_api_refuses_with_code_and_message(tmp_path):
         pytest.skip("the kernels were not built in this directory")
     program = tmp_path / "c_api"
     source = Path(__file__).with_name("c_api.cpp")
-    subprocess.run(["g++", "-std=c++20", f"-I{ROOT / 'csrc' / 'include'}", source, *objects, "-o", program, "-lpthread"], check=True)
+    subprocess.run(
+        ["g++", "-std=c++20", f"-I{ROOT / 'csrc' / 'include'}", source, *objects, "-o", program, "-lpthread"],
+        check=True,
+    )
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
     # The header is C.
@@ -46,7 +55,9 @@ def test_the_c_api_refuses_with_code_and_message(tmp_path):
 
 
 def test_the_state_dict_example():
-    done = subprocess.run([sys.executable, ROOT / "examples" / "state_dict" / "merge.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "state_dict" / "merge.py"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     difference, whole, sparse = (float(line.split(":")[1]) for line in done.stdout.splitlines())
     assert difference < 1e-6 and abs(whole - sparse) < 1e-4

@@ -26,14 +26,31 @@ def library():
 def test_kernel_suite_under_the_sanitizers(library):
     """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has. Both at the same time."""
     files = [str(Path(__file__).with_name(name)) for name in SUITES]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.kernels.emulation.library", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "tests.kernels.emulation.library",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     # Instruction sets are compared in processes of their own.
     only = {"cuda": ["-k", "not instruction_set"], "cpu": []}
     runs = {
-        device: subprocess.Popen([*command, *only[device]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                                 env=environment(device, library))
+        device: subprocess.Popen(
+            [*command, *only[device]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=environment(device, library),
+        )
         for device in only
-    }  # fmt: skip
+    }
     outputs = {device: run.communicate()[0] for device, run in runs.items()}
     for device, run in runs.items():
         assert run.returncode == 0 and " passed" in outputs[device], f"{device}:\n{outputs[device][-6000:]}"
@@ -41,11 +58,19 @@ def test_kernel_suite_under_the_sanitizers(library):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("code,error,said", [
-    (209, "Unavailable", "CUDA error 209: built for compute capabilities 80 90 120, this GPU has 75: build again with MERGE3_ARCHITECTURES=75"),
-    (35, "Unavailable", "CUDA error 35: the driver serves CUDA 12.4, this build needs 13.0: update the driver"),
-    (2, "ResourceError", "CUDA error 2: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code,error,said",
+    [
+        (
+            209,
+            "Unavailable",
+            "CUDA error 209: built for compute capabilities 80 90 120, this GPU has 75: "
+            "build again with MERGE3_ARCHITECTURES=75",
+        ),
+        (35, "Unavailable", "CUDA error 35: the driver serves CUDA 12.4, this build needs 13.0: update the driver"),
+        (2, "ResourceError", "CUDA error 2: "),
+    ],
+)
 def test_what_a_gpu_refuses_is_said_in_words(library, code, error, said):
     script = """
 import tests.kernels.emulation.library, torch
@@ -55,8 +80,13 @@ try:
 except errors.Merge3Error as error:
     print(type(error).__name__, error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          env=environment("cuda", library) | {"MERGE3_TEST_CUDA_ERROR": str(code)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment("cuda", library) | {"MERGE3_TEST_CUDA_ERROR": str(code)},
+    )
     assert done.stdout.startswith(error) and said in done.stdout, done.stdout + done.stderr
 
 
@@ -110,7 +140,9 @@ int main(int, char** argv) {
   }
 }
 """)
-    subprocess.run(["g++", "-std=c++20", "-O1", *SANITIZE, f"-I{HERE}", "bad.cpp", "-o", "bad"], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", *SANITIZE, f"-I{HERE}", "bad.cpp", "-o", "bad"], cwd=tmp_path, check=True
+    )
     run = lambda what: subprocess.run([tmp_path / "bad", what], capture_output=True, text=True)
     assert run("sum").returncode == 0 and run("racing").returncode == 0
     divergent, overrun = run("divergent"), run("overrun")
@@ -120,7 +152,17 @@ int main(int, char** argv) {
 
 def test_tensors_beyond_2_to_the_31(tmp_path):
     objects = [HERE / "large.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED", f"-I{HERE}", "-x", "c++"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-DMERGE3_WITH_CUDA",
+        "-DMERGE3_EMULATED",
+        f"-I{HERE}",
+        "-x",
+        "c++",
+    ]
     subprocess.run([*command, *map(str, objects), "-o", str(tmp_path / "large")], check=True)
     done = subprocess.run([tmp_path / "large"], capture_output=True, text=True, timeout=300)
     if done.returncode == 77:

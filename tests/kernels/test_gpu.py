@@ -12,7 +12,8 @@ from merge3.linear import merged_linear
 from tests.kernels.test_merge import SIZES, make_case, random_coefficients, run
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in kernels.build_info()["devices"], reason="needs a GPU and a CUDA build"
+    not torch.cuda.is_available() or "cuda" not in kernels.build_info()["devices"],
+    reason="needs a GPU and a CUDA build",
 )
 
 
@@ -90,7 +91,9 @@ def test_a_mix_of_devices_is_refused():
     with pytest.raises(BadInput, match=r"base\[0\]: on cpu, expected cuda:0, where experts\[0\] is"):
         kernels.merge_([torch.empty(64).cuda()], base, on_gpu(experts), kernels.coefficients(1, 2), torch.ones(1))
     with pytest.raises(BadInput, match=r"coefficients: expected a contiguous CPU tensor .* found 6 on cuda:0"):
-        kernels.merge_(on_gpu([torch.empty(64)]), on_gpu(base), on_gpu(experts), kernels.coefficients(1, 2).cuda(), torch.ones(1))
+        kernels.merge_(
+            on_gpu([torch.empty(64)]), on_gpu(base), on_gpu(experts), kernels.coefficients(1, 2).cuda(), torch.ones(1)
+        )
 
 
 def test_a_merge_that_a_graph_could_not_repeat_is_refused_while_it_is_captured():
@@ -150,8 +153,12 @@ def test_merged_linear_on_tensor_cores(dtype):
     for rows in (1, 70, 300):
         x = torch.randn(rows, 777, generator=torch.Generator().manual_seed(rows)).to(dtype)
         weight = run(base, experts, c, lam, Modes("magnitude", "sum", True), dtype)[0]
-        found = merged_linear(x.cuda(), base[0].cuda(), on_gpu(experts), c[0], float(lam), Modes("magnitude", "sum", True))
-        torch.testing.assert_close(found.cpu().float(), x.float() @ weight.float().T, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+        found = merged_linear(
+            x.cuda(), base[0].cuda(), on_gpu(experts), c[0], float(lam), Modes("magnitude", "sum", True)
+        )
+        torch.testing.assert_close(
+            found.cpu().float(), x.float() @ weight.float().T, rtol=2 * torch.finfo(dtype).eps, atol=1e-3
+        )
 
 
 @pytest.fixture(scope="module")

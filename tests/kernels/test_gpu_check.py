@@ -92,10 +92,17 @@ def test_what_is_worth_most_comes_first():
     assert set(gpu_check.steps_of(gpu_check.STAGES)) == set(gpu_check.STEPS)
 
 
-@pytest.mark.parametrize("free,measured,left_out", [
-    (78, ["1B", "7B"], []), (60, ["1B", "3B"], ["7B"]), (39, ["1B", "3B"], ["7B"]), (23.5, ["1B"], ["3B", "7B"]),
-    (7.5, ["0.4B"], ["1B", "3B", "7B"]), (3, [], ["0.4B", "1B", "3B", "7B"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "free,measured,left_out",
+    [
+        (78, ["1B", "7B"], []),
+        (60, ["1B", "3B"], ["7B"]),
+        (39, ["1B", "3B"], ["7B"]),
+        (23.5, ["1B"], ["3B", "7B"]),
+        (7.5, ["0.4B"], ["1B", "3B", "7B"]),
+        (3, [], ["0.4B", "1B", "3B", "7B"]),
+    ],
+)
 def test_the_largest_candidate_that_fits(free, measured, left_out):
     from gpu_measures import candidate_sizes
 
@@ -129,8 +136,19 @@ def test_the_report_is_made_of_the_measures(tmp_path):
     """The files' form; the numbers here are no measurement."""
     import gpu_report
 
-    row = {"shape": "7B", "layers": 20, "of_layers": 32, "experts": 3, "sparsify": "all", "elect": "sum",
-           "normalize": True, "ms": 1.0, "bandwidth": 1e12, "copy_bandwidth": 2e12, "of_copy": 0.5}  # fmt: skip
+    row = {
+        "shape": "7B",
+        "layers": 20,
+        "of_layers": 32,
+        "experts": 3,
+        "sparsify": "all",
+        "elect": "sum",
+        "normalize": True,
+        "ms": 1.0,
+        "bandwidth": 1e12,
+        "copy_bandwidth": 2e12,
+        "of_copy": 0.5,
+    }
     steps = {
         "bandwidth": {"rows": [row], "cut": True},
         "tests": {"rows": [{"check": "gpu only", "result": "9 passed"}], "error": "one | failed"},
@@ -138,7 +156,7 @@ def test_the_report_is_made_of_the_measures(tmp_path):
         "eager": {"rows": [{"mode": "plain", "ms": 1.0, "eager_ms": 30.0, "times": 30.0}]},
         "candidate": {"rows": [{"shape": "1B", "swap_ms": 1.0, "answers_ms": 2.0}], "notes": ["7B left out"]},
         "linear": {"rows": [{"rows": 1, "merged_linear_ms": 1.0, "swap_and_linear_ms": 2.0}]},
-    }  # fmt: skip
+    }
     machine = {"torch": "2", "gpu": "Some GPU 80GB"}
     gpu_report.write({"machine": machine, "steps": steps}, tmp_path / "new")
     text = (tmp_path / "new" / "gpu-some-gpu-80gb.md").read_text()

@@ -13,7 +13,13 @@ from merge3.reference import merged_linear_ref
 from tests.kernels.test_merge import make_case, random_coefficients
 
 SHAPES = [(1, 1, 1), (5, 33, 70), (130, 70, 40), (3, 140, 97)]  # rows of x, out, in
-CASES = [("all", "none", False), ("magnitude", "sum", True), ("band", "count", False), ("random", "sum", True), ("ranked", "none", False)]
+CASES = [
+    ("all", "none", False),
+    ("magnitude", "sum", True),
+    ("band", "count", False),
+    ("random", "sum", True),
+    ("ranked", "none", False),
+]
 
 
 def case(shape, count, dtype):
@@ -74,7 +80,9 @@ def test_the_fused_kernel(count, dtype):
         except BadInput as error:
             assert "merged_linear needs a GPU" in str(error)
             pytest.skip("these tensors are the CPU's")
-        expected = torch.nn.functional.linear(x.float(), swapped(base, experts, c, lam, modes, tables).float(), bias.float())
+        expected = torch.nn.functional.linear(
+            x.float(), swapped(base, experts, c, lam, modes, tables).float(), bias.float()
+        )
         torch.testing.assert_close(y.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
         with pytest.raises(BadInput, match="x: expected"):
             run(y, x.float())
@@ -95,5 +103,19 @@ def test_what_does_not_fit_is_named():
 
 def fused(base, experts, bias, c, lam, tables, modes, y, x):
     sparsify, elect, seed = kernels.numbers(modes)
-    kernels.call(torch.ops.merge3.merged_linear_, y, x, base, experts, [bias], c, lam, torch.tensor([9]), tables,
-                 sparsify, elect, modes.normalize, seed)  # fmt: skip
+    kernels.call(
+        torch.ops.merge3.merged_linear_,
+        y,
+        x,
+        base,
+        experts,
+        [bias],
+        c,
+        lam,
+        torch.tensor([9]),
+        tables,
+        sparsify,
+        elect,
+        modes.normalize,
+        seed,
+    )

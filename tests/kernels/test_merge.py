@@ -157,9 +157,14 @@ def test_result_does_not_depend_on_threads_or_on_the_company_of_other_tensors():
         torch.set_num_threads(1)
         for t in range(3):
             alone = run(
-                base[t : t + 1], experts[3 * t : 3 * t + 3], c[t : t + 1], lam[t : t + 1], modes, torch.bfloat16,
+                base[t : t + 1],
+                experts[3 * t : 3 * t + 3],
+                c[t : t + 1],
+                lam[t : t + 1],
+                modes,
+                torch.bfloat16,
                 ids[t : t + 1],
-            )  # fmt: skip
+            )
             assert torch.equal(alone[0], together[t])
     finally:
         torch.set_num_threads(threads)
@@ -172,7 +177,9 @@ def test_output_may_be_the_base_but_not_an_expert():
     inplace = [base[0].clone()]
     kernels.merge_(inplace, inplace, experts, c, lam, Modes("magnitude", "sum"))
     assert torch.equal(inplace[0], expected[0])
-    with pytest.raises(BadInput, match=r"expert 1 of tensor 0 overlaps out of tensor 0|out of tensor 0 overlaps expert 1 of tensor 0"):
+    with pytest.raises(
+        BadInput, match=r"expert 1 of tensor 0 overlaps out of tensor 0|out of tensor 0 overlaps expert 1 of tensor 0"
+    ):
         kernels.merge_([experts[1]], base, experts, c, lam)
 
 
@@ -207,13 +214,31 @@ def test_slices_give_the_bits_of_the_whole(sparsify, dtype):
     cuts = [0, kernels.CHUNK, 3 * kernels.CHUNK, out.numel()]
     pieces = list(itertools.pairwise(cuts))[::-1]
     kernels.merge_(
-        [out[a:b] for a, b in pieces], [base[0].flatten()[a:b] for a, b in pieces],
-        [e.flatten()[a:b] for a, b in pieces for e in experts[:3]], c[:1].repeat(3, 1, 1), lam[:1].repeat(3), modes,
-        ids[:1].repeat(3), tables[:3] * 3, torch.tensor([a for a, _ in pieces]), torch.full((3,), 3001),
-    )  # fmt: skip
+        [out[a:b] for a, b in pieces],
+        [base[0].flatten()[a:b] for a, b in pieces],
+        [e.flatten()[a:b] for a, b in pieces for e in experts[:3]],
+        c[:1].repeat(3, 1, 1),
+        lam[:1].repeat(3),
+        modes,
+        ids[:1].repeat(3),
+        tables[:3] * 3,
+        torch.tensor([a for a, _ in pieces]),
+        torch.full((3,), 3001),
+    )
     assert torch.equal(out, whole[0].flatten())
     with pytest.raises(BadInput, match="slice from element 100: expected a multiple of"):
-        kernels.merge_([out], base[:1], experts[:3], c[:1], lam[:1], Modes(), ids[:1], [], torch.tensor([100]), torch.tensor([3001]))
+        kernels.merge_(
+            [out],
+            base[:1],
+            experts[:3],
+            c[:1],
+            lam[:1],
+            Modes(),
+            ids[:1],
+            [],
+            torch.tensor([100]),
+            torch.tensor([3001]),
+        )
 
 
 @pytest.mark.parametrize("sparsify", kernels.SPARSIFY)
@@ -287,7 +312,9 @@ def test_bad_arguments_name_the_tensor():
 
 def test_a_device_without_kernels_names_the_build_step():
     with pytest.raises(Unavailable, match=r"kernels: .*expected tensors on one of: .*\(build with MERGE3_CUDA=1"):
-        kernels.merge_([torch.empty(8).to_mkldnn()], [], [torch.empty(8).to_mkldnn()], kernels.coefficients(1, 1), torch.ones(1))
+        kernels.merge_(
+            [torch.empty(8).to_mkldnn()], [], [torch.empty(8).to_mkldnn()], kernels.coefficients(1, 1), torch.ones(1)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +350,10 @@ torch.save(results, sys.argv[1])
 """
     environment = dict(os.environ, MERGE3_CPU=cpu)
     child = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "other.pt", Path(__file__).parent], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, tmp_path / "other.pt", Path(__file__).parent],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if child.returncode and "one this processor has" in child.stderr:
         pytest.skip(f"this processor has no {cpu}")
@@ -345,11 +375,22 @@ def test_operators_pass_opcheck():
     out = [torch.empty(16)]
     torch.library.opcheck(
         torch.ops.merge3.merge_.default,
-        (out, base, experts, c, torch.ones(1), torch.arange(1), *[torch.empty(0, dtype=torch.int64)] * 2, [], 1, 1, True, 0),
+        (
+            out,
+            base,
+            experts,
+            c,
+            torch.ones(1),
+            torch.arange(1),
+            *[torch.empty(0, dtype=torch.int64)] * 2,
+            [],
+            1,
+            1,
+            True,
+            0,
+        ),
     )
-    torch.library.opcheck(
-        torch.ops.merge3.gram_.default, (torch.empty(1, 3, 3, dtype=torch.float64), base, experts)
-    )
+    torch.library.opcheck(torch.ops.merge3.gram_.default, (torch.empty(1, 3, 3, dtype=torch.float64), base, experts))
 
 
 def test_ties_of_zero_never_agree():

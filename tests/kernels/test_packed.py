@@ -25,7 +25,9 @@ def test_bits_and_sums_are_the_references(dtype, count):
     base, experts = make_case(SIZES, count, dtype)
     unified = [torch.empty_like(b) for b in base]
     kernels.elementwise_(unified, base, experts, "unify", torch.zeros(len(base)))
-    for f, e in zip(unified, elementwise_ref(base, experts, "unify", torch.zeros(len(base)), torch.ones(len(base), count))):
+    for f, e in zip(
+        unified, elementwise_ref(base, experts, "unify", torch.zeros(len(base)), torch.ones(len(base), count))
+    ):
         assert_close(f, e, dtype, 0.05)
     for extra in ((), unified):
         masks, sums = kernels.pack(base, experts, len(base), extra)
@@ -91,8 +93,18 @@ def test_the_packed_modes_slice_and_prepare_like_the_others():
     kernels.merge_([whole], base, [], c, torch.ones(1), Modes("signs", "sum"), None, signs.masks)
     cuts = [0, kernels.CHUNK, base[0].numel()]
     for a, b in itertools.pairwise(cuts):
-        kernels.merge_([sliced.view(-1)[a:b]], [base[0].view(-1)[a:b]], [], c, torch.ones(1), Modes("signs", "sum"), None, signs.masks,
-                       torch.tensor([a]), torch.tensor([3001]))  # fmt: skip
+        kernels.merge_(
+            [sliced.view(-1)[a:b]],
+            [base[0].view(-1)[a:b]],
+            [],
+            c,
+            torch.ones(1),
+            Modes("signs", "sum"),
+            None,
+            signs.masks,
+            torch.tensor([a]),
+            torch.tensor([3001]),
+        )
     ready = kernels.Prepared([prepared], base, [], None, signs.masks, "signs")
     ready.upload(c, torch.ones(1))
     ready.launch(Modes("signs", "sum"))

@@ -16,9 +16,14 @@ def world(tmp_path):
     for i, labels in enumerate((3, 3, 5)):
         torch.manual_seed(i)
         config = LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            pad_token_id=0, num_labels=labels,
-        )  # fmt: skip
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=labels,
+        )
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
     return tmp_path, Slot(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1"), str(tmp_path / "m2")]))
 

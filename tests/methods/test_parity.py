@@ -37,6 +37,7 @@ def recipe(root, method, experts=3, base=True, weights=None, dtype="float32", **
 
 def cases(root):
     """name -> recipe, for every deterministic method and the ways parameters can be given."""
+
     def make(method, **kw):
         return recipe(root, method, **kw)
 
@@ -76,23 +77,41 @@ def cases(root):
     yield "ramplus_tl", make("ramplus_tl", epsilon=0.02)
     layers = [
         {"sources": [{"model": str(root / "e0"), "layer_range": [0, 3]}]},
-        {"sources": [{"model": str(root / "e1"), "layer_range": [1, 4],
-                      "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}}]},
-    ]  # fmt: skip
+        {
+            "sources": [
+                {
+                    "model": str(root / "e1"),
+                    "layer_range": [1, 4],
+                    "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]},
+                }
+            ]
+        },
+    ]
     yield "passthrough", {"merge_method": "passthrough", "slices": layers, "dtype": "float32"}
     ranges = [[0, 2], [2, 4]]
-    yield "slices", {
-        "merge_method": "ties", "dtype": "float32", "base_model": str(root / "base"),
-        "parameters": {"normalize": False, "density": 0.7},
-        "slices": [
-            {"sources": [
-                {"model": str(root / "e0"), "layer_range": r, "parameters": {"weight": 0.2 + i}},
-                {"model": str(root / "e1"), "layer_range": r, "parameters": {"weight": [0.9, 0.1], "density": 0.2}},
-                {"model": str(root / "base"), "layer_range": r},
-            ]}
-            for i, r in enumerate(ranges)
-        ],
-    }  # fmt: skip
+    yield (
+        "slices",
+        {
+            "merge_method": "ties",
+            "dtype": "float32",
+            "base_model": str(root / "base"),
+            "parameters": {"normalize": False, "density": 0.7},
+            "slices": [
+                {
+                    "sources": [
+                        {"model": str(root / "e0"), "layer_range": r, "parameters": {"weight": 0.2 + i}},
+                        {
+                            "model": str(root / "e1"),
+                            "layer_range": r,
+                            "parameters": {"weight": [0.9, 0.1], "density": 0.2},
+                        },
+                        {"model": str(root / "base"), "layer_range": r},
+                    ]
+                }
+                for i, r in enumerate(ranges)
+            ],
+        },
+    )
 
 
 # Elements at a threshold: which of several equal magnitudes is kept is undefined in mergekit, and
@@ -108,7 +127,9 @@ def merged(family, bf16_family, tmp_path_factory):
     recipes = dict(cases(family))
     bf16 = recipe(bf16_family, "ties", weights=[0.5, 0.3, 0.4], density=0.5) | {"out_dtype": "bfloat16"}
     recipes["bf16_ties"] = bf16
-    recipes["bf16_linear"] = recipe(bf16_family, "linear", base=False, weights=[0.5, 0.3, 0.4]) | {"out_dtype": "bfloat16"}
+    recipes["bf16_linear"] = recipe(bf16_family, "linear", base=False, weights=[0.5, 0.3, 0.4]) | {
+        "out_dtype": "bfloat16"
+    }
     for method in RANDOM:
         recipes[method] = recipe(family, method, experts=1, weights=[1.0], density=0.5, normalize=False)
     for method in ("ties", "linear"):  # what a search writes as best.yaml

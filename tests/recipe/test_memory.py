@@ -21,7 +21,9 @@ from tests.worlds import shared
 MIB = 2**20
 
 
-@pytest.mark.parametrize("text,size", [(7, 7), ("20GiB", 20 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("100", 100)])
+@pytest.mark.parametrize(
+    "text,size", [(7, 7), ("20GiB", 20 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("100", 100)]
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 
@@ -35,8 +37,10 @@ def test_bad_sizes(text):
 @settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(1, 64 * MIB), min_size=1, max_size=4), min_size=1, max_size=20),
-    st.integers(0, 200 * MIB), st.integers(1, 2000 * MIB), st.integers(0, 500 * MIB),
-)  # fmt: skip
+    st.integers(0, 200 * MIB),
+    st.integers(1, 2000 * MIB),
+    st.integers(0, 500 * MIB),
+)
 def test_a_plan_keeps_to_its_budgets_and_places_every_tensor_once(sizes, slot, budget, host):
     groups = [{(g, i): size for i, size in enumerate(group)} for g, group in enumerate(sizes)]
     try:
@@ -59,10 +63,17 @@ def wide_family():
 
 
 RECIPES = {
-    "linear": {}, "task_arithmetic": {}, "ties": {"density": 0.5}, "dare_ties": {"density": 0.5},
-    "della": {"density": 0.5, "epsilon": 0.1}, "breadcrumbs_ties": {"density": 0.7, "gamma": 0.02}, "sce": {}, "karcher": {},
-    "model_stock": {}, "ramplus_tl": {},
-}  # fmt: skip
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.5},
+    "dare_ties": {"density": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.1},
+    "breadcrumbs_ties": {"density": 0.7, "gamma": 0.02},
+    "sce": {},
+    "karcher": {},
+    "model_stock": {},
+    "ramplus_tl": {},
+}
 
 
 @pytest.mark.parametrize("method", sorted(RECIPES))
@@ -143,7 +154,9 @@ def test_endpoints_of_other_dtypes_are_converted_in_parts(wide_family, tmp_path)
 
 
 def test_a_budget_too_small_says_what_is_needed(wide_family):
-    with pytest.raises(BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"):
+    with pytest.raises(
+        BadInput, match=r"memory_budget: found 14.0 MiB; expected at least \d+.\d MiB: the live model takes 1\d.\d MiB"
+    ):
         Pool.open(str(wide_family / "base"), [str(wide_family / "e0")], memory_budget="14MiB")
 
 
@@ -177,7 +190,9 @@ def test_the_budget_bounds_resident_memory(family, tmp_path):
     models = json.dumps([str(tmp_path / n) for n in ("base", "e0", "e1", "e2")])
     taken = {}
     for budget in ("", "480MiB"):
-        done = subprocess.run([sys.executable, "-c", CHILD, models, budget, str(family / "base")], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, models, budget, str(family / "base")], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         taken[budget] = json.loads(done.stdout.splitlines()[-1])
     for found in taken.values():

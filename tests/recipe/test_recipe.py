@@ -16,10 +16,11 @@ from merge3.recipe import ModelRef, Recipe
 
 def ties(family, **changes):
     data = {
-        "merge_method": "ties", "base_model": str(family / "base"),
+        "merge_method": "ties",
+        "base_model": str(family / "base"),
         "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": 0.5}} for i in range(2)],
         "parameters": {"density": 0.5},
-    }  # fmt: skip
+    }
     return data | changes
 
 
@@ -27,7 +28,9 @@ scalars = st.one_of(st.floats(-2, 2, allow_nan=False), st.integers(-3, 3), st.bo
 settings = st.one_of(
     scalars,
     st.lists(st.floats(-2, 2), min_size=1, max_size=4),
-    st.lists(st.fixed_dictionaries({"filter": st.sampled_from(["mlp", "attn"]), "value": scalars}), min_size=1, max_size=3),
+    st.lists(
+        st.fixed_dictionaries({"filter": st.sampled_from(["mlp", "attn"]), "value": scalars}), min_size=1, max_size=3
+    ),
 )
 
 
@@ -61,7 +64,10 @@ def test_parameter_values_by_filter_and_layer():
 
 BAD = {
     "unknown method": (dict(merge_method="tiess"), r"merge_method: unknown method 'tiess'.*did you mean 'ties'"),
-    "unknown parameter": (dict(parameters={"densty": 0.5}), r"densty: ties has no such parameter.*did you mean 'density'"),
+    "unknown parameter": (
+        dict(parameters={"densty": 0.5}),
+        r"densty: ties has no such parameter.*did you mean 'density'",
+    ),
     "missing weight": (dict(models=[{"model": "E0"}]), r"E0\.weight: missing for tensor .*, ties needs one"),
     "missing base": (dict(base_model=None), "base_model: missing; ties merges changes from a base"),
     "density above 1": (dict(parameters={"density": 1.5}), r"density: found 1.5; expected a value in \[0, 1\]"),
@@ -78,7 +84,7 @@ BAD = {
     "empty models": (dict(models=[]), "a list with at least one entry"),
     "mixed list": (dict(parameters={"density": [0.5, {"value": 1}]}), "a list that mixes"),
     "union tokenizer": (dict(tokenizer_source="union"), "`union` is not supported yet"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -97,7 +103,10 @@ def test_bad_recipes_are_one_clear_line(family, tmp_path, case):
 def test_layer_ranges_are_checked(family):
     def slices(*ranges, method="passthrough"):
         return Recipe.parse(
-            {"merge_method": method, "slices": [{"sources": [{"model": str(family / "e0"), "layer_range": r}]} for r in ranges]}
+            {
+                "merge_method": method,
+                "slices": [{"sources": [{"model": str(family / "e0"), "layer_range": r}]} for r in ranges],
+            }
         )
 
     pool = Pool.open(str(family / "e0"), [])

@@ -60,12 +60,20 @@ def test_every_answer_is_in_the_ledger(undisturbed):
     directory, result = undisturbed
     ledger = result["ledger"]
     candidates, answers = journal(directory)
-    counted = {stage: sum(len(row[3]) // 8 for row in answers if row[0] == stage) for stage in ("calibration", "check", "race")}
+    counted = {
+        stage: sum(len(row[3]) // 8 for row in answers if row[0] == stage) for stage in ("calibration", "check", "race")
+    }
     assert ledger["calibration"] == counted["calibration"] == (4 + 5) * 56  # endpoints and merges, all items
     assert ledger["search"] == sum(len(row[4]) // 8 for row in candidates) == 24 * 8
     assert ledger["checks"] == counted["check"] > 0 and ledger["race"] == counted["race"] > 0
-    assert ledger["total"] == sum(ledger[k] for k in ("calibration", "search", "checks", "race")) == result["item_answers"]
-    assert ledger["full"] == 24 * 56 and result["asked"]["estimate"] == "gmp-irt" and "chosen by `irt`" in result["asked"]["why"]
+    assert (
+        ledger["total"] == sum(ledger[k] for k in ("calibration", "search", "checks", "race")) == result["item_answers"]
+    )
+    assert (
+        ledger["full"] == 24 * 56
+        and result["asked"]["estimate"] == "gmp-irt"
+        and "chosen by `irt`" in result["asked"]["why"]
+    )
     assert all(0 <= row[5] <= 1 and 0 < row[6] < 1 for row in candidates)
 
 
@@ -74,7 +82,12 @@ def test_the_report_shows_ledger_checks_and_race(undisturbed):
     page = (directory / "report.html").read_text()
     for stage in ("calibration", "search", "checks", "race", "total"):
         assert f"<td>{stage}</td><td>{result['ledger'][stage]:,}</td>" in page
-    assert page.count('<circle class="estimated"') == page.count('<circle class="answered"') == len(result["checks"]["made"]) > 0
+    assert (
+        page.count('<circle class="estimated"')
+        == page.count('<circle class="answered"')
+        == len(result["checks"]["made"])
+        > 0
+    )
     assert " → ".join(map(str, result["race"]["rounds"])) + " of the best" in page and result["asked"]["why"] in page
 
 
@@ -103,7 +116,9 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_bits(undisturbed, few, tmp_p
     directory, expected = undisturbed
     assert journal(tmp_path / "run") == journal(directory)
     assert (tmp_path / "run" / "best.yaml").read_text() == (directory / "best.yaml").read_text()
-    assert {k: result[k] for k in ("heldout", "ledger", "race", "checks")} == {k: expected[k] for k in ("heldout", "ledger", "race", "checks")}
+    assert {k: result[k] for k in ("heldout", "ledger", "race", "checks")} == {
+        k: expected[k] for k in ("heldout", "ledger", "race", "checks")
+    }
 
 
 def test_generations_are_asked_different_items(few, tmp_path):
@@ -128,7 +143,10 @@ def test_a_check_notices_estimates_that_are_off(few, tmp_path):
     class Engine:
         def evaluate(self, registration, subjects):
             count, one = len(registration.items), np.zeros(1)
-            return [Evaluation(i, "", np.zeros(count), registration.objectives, one, one, 0.0) for i, _ in enumerate(subjects)]
+            return [
+                Evaluation(i, "", np.zeros(count), registration.objectives, one, one, 0.0)
+                for i, _ in enumerate(subjects)
+            ]
 
     class Anything:
         definition = config.genome.definition()
@@ -156,9 +174,12 @@ def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
     groups = keys_by_task(questions.search)
     save(calibration.calibrate(responses, groups, config.models, seed=config.optimizer.seed), tmp_path / "bank")
     assert {p.name for p in (tmp_path / "bank").iterdir()} == {
-        "responses.csv", "calibration.json", "diagnostics-0.png", "diagnostics-1.png",
+        "responses.csv",
+        "calibration.json",
+        "diagnostics-0.png",
+        "diagnostics-1.png",
         *(f"bank-{n}.{e}" for n in (0, 1) for e in ("json", "safetensors")),
-    }  # fmt: skip
+    }
     results = []
     for given in (tmp_path / "bank" / "responses.csv", tmp_path / "bank"):
         free = replace_estimate(config, calibration=str(given))
@@ -210,7 +231,12 @@ def test_a_race_finds_the_best_among_lucky_ones():
     difficulty = g.normal(0, 1, len(items))
     chances = [sigmoid(ability - difficulty) for ability in (0.0, 0.1, 0.9, 0.2)]
     answers = [(g.random(len(items)) < p).astype(float) for p in chances]
-    lucky = [Contender("x", 0.70, 0.05), Contender("y", 0.69, 0.05), Contender("z", 0.62, 0.05), Contender("w", 0.60, 0.05)]
+    lucky = [
+        Contender("x", 0.70, 0.05),
+        Contender("y", 0.69, 0.05),
+        Contender("z", 0.62, 0.05),
+        Contender("w", 0.60, 0.05),
+    ]
     asked = {c: [] for c in range(4)}
 
     def ask(c, positions):
@@ -254,8 +280,23 @@ def test_calibrate_extract_estimate_on_the_command_line(tmp_path, capsys):
         cli.app([str(a) for a in arguments], standalone_mode=False)
         return json.loads(capsys.readouterr().out)
 
-    described = call("calibrate", "--out", bank, "--responses", tmp_path / "board.csv", "--endpoint", "m0", "--endpoint", "m1", "--json")
-    assert described["answers"] == 1200 and set(described["tasks"]) == {"s", "t"} and described["tasks"]["s"]["items"] == 30
+    described = call(
+        "calibrate",
+        "--out",
+        bank,
+        "--responses",
+        tmp_path / "board.csv",
+        "--endpoint",
+        "m0",
+        "--endpoint",
+        "m1",
+        "--json",
+    )
+    assert (
+        described["answers"] == 1200
+        and set(described["tasks"]) == {"s", "t"}
+        and described["tasks"]["s"]["items"] == 30
+    )
     subset = call("extract", bank, "--size", "10", "--out", tmp_path / "subset.json", "--json")
     assert [len(t["items"]) for t in subset["tasks"].values()] == [10, 10]
     keys = {key for t in subset["tasks"].values() for key in t["items"]}
@@ -273,7 +314,10 @@ def test_calibrate_extract_estimate_on_the_command_line(tmp_path, capsys):
         (("extract", bank, "--size", "10", "--method", "best"), "method 'best'"),
         (("extract", tmp_path), "calibration.json"),
         (("estimate", bank, tmp_path / "new.csv", tmp_path / "new.csv"), "extract --out"),
-        (("calibrate", "--out", tmp_path / "x", "--responses", tmp_path / "board.csv", "--endpoint", "zz"), "no rows of endpoint 'zz'"),
+        (
+            ("calibrate", "--out", tmp_path / "x", "--responses", tmp_path / "board.csv", "--endpoint", "zz"),
+            "no rows of endpoint 'zz'",
+        ),
     ]:
         with pytest.raises(BadInput, match=message):
             cli.app([str(a) for a in arguments], standalone_mode=False)

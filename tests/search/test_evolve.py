@@ -48,11 +48,27 @@ def undisturbed(tiny_world, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(undisturbed, tiny_world):
     directory, result = undisturbed
-    assert {p.name for p in directory.iterdir()} >= {"run.db", "config.yaml", "best.yaml", "result.json", "report.html", "model"}
+    assert {p.name for p in directory.iterdir()} >= {
+        "run.db",
+        "config.yaml",
+        "best.yaml",
+        "result.json",
+        "report.html",
+        "model",
+    }
     saved = json.loads((directory / "result.json").read_text())
     assert saved == result
     assert saved["candidates"] == 24 and saved["item_answers"] == 24 * 56 and saved["seconds"] > 0
-    assert {"base", "english", "italian", "translation", "uniform_linear", "ties", "dare_ties", "task_arithmetic"} <= set(saved["baselines"])
+    assert {
+        "base",
+        "english",
+        "italian",
+        "translation",
+        "uniform_linear",
+        "ties",
+        "dare_ties",
+        "task_arithmetic",
+    } <= set(saved["baselines"])
     assert 0 <= saved["heldout"] <= 1 and all(0 <= v <= 1 for v in saved["baselines"].values())
     page = (directory / "report.html").read_text()
     assert page.count("<svg") >= 3 and "best.yaml" in page and "http" not in page.split("<body>")[1]
@@ -75,7 +91,16 @@ def test_what_was_searched_is_what_was_exported(undisturbed, tiny_world):
 def test_killed_runs_resume_to_the_same_bits(undisturbed, tiny_world, tmp_path):
     directory, _ = undisturbed
     killed = tmp_path / "run"
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(tiny_world / "evolve.yaml"), "--run-dir", str(killed), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "merge3.client",
+        "evolve",
+        str(tiny_world / "evolve.yaml"),
+        "--run-dir",
+        str(killed),
+        "--quiet",
+    ]
     for stop_after in (5, 15):
         extra = ["--resume"] if killed.exists() else []
         process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -171,16 +196,21 @@ optimizer: {budget: 8, population: 4}
 
 
 BAD_CONFIGS = {
-    "lm-eval task": (dict(tasks=["gsm8k_train"]), r"tasks\[0\]: 'gsm8k_train' names an lm-eval task, which merge3 cannot run yet"),
+    "lm-eval task": (
+        dict(tasks=["gsm8k_train"]),
+        r"tasks\[0\]: 'gsm8k_train' names an lm-eval task, which merge3 cannot run yet",
+    ),
     "unknown key": (dict(optimiser={}), "optimiser: unknown key.*did you mean 'optimizer'"),
     "unknown inner key": (dict(optimizer={"buget": 3}), "optimizer.buget: unknown key.*did you mean 'budget'"),
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),
     "no tasks": (dict(tasks=[]), "tasks"),
     "fraction": (dict(heldout={"fraction": 1.5}), "heldout.fraction: found 1.5"),
     "estimator": (dict(estimate={"method": "best"}), "estimate.method: found 'best'; expected 'auto', 'mean'"),
-
-    "bounds": (dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}), "expected low < high"),
-}  # fmt: skip
+    "bounds": (
+        dict(genome={"models": ["./base"], "merge_method": "linear", "bounds": {"weight": [2, 1]}}),
+        "expected low < high",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -242,7 +272,9 @@ def test_cma_begins_at_the_start_survives_flat_fitness_and_improves():
 
 
 def test_mean_over_tasks_weights_tasks_not_items():
-    items = [Item(f"a{i}", "a", "generate", "p", ("x",)) for i in range(8)] + [Item("b0", "b", "generate", "p", ("x",))] * 2
+    items = [Item(f"a{i}", "a", "generate", "p", ("x",)) for i in range(8)] + [
+        Item("b0", "b", "generate", "p", ("x",))
+    ] * 2
     responses = np.array([1.0] * 4 + [0.0] * 4 + [1.0, 1.0])
     value, stderr = mean_over_tasks(responses, items)
     assert value == 0.75 and stderr == pytest.approx((0.25 / 8) ** 0.5 / 2)
@@ -292,9 +324,13 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
     addresses = [p.data_ptr() for p in slot.model.parameters()]
     for method, extra in (("ties", {"density": 0.4}), ("dare_ties", {"density": 0.4}), ("della", {"density": 0.4})):
         recipe = Recipe.parse(
-            {"merge_method": method, "base_model": str(family / "base"), "parameters": extra,
-             "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": [0.2, 0.9]}} for i in range(3)]}
-        )  # fmt: skip
+            {
+                "merge_method": method,
+                "base_model": str(family / "base"),
+                "parameters": extra,
+                "models": [{"model": str(family / f"e{i}"), "parameters": {"weight": [0.2, 0.9]}} for i in range(3)],
+            }
+        )
         slot.swap(recipe, seed=5)
         merge_to_disk(recipe, tmp_path / method, seed=5)
         for name, tensor in load_file(tmp_path / method / "model.safetensors").items():
@@ -309,15 +345,25 @@ def test_heads_stay_with_their_experts(tmp_path):
 
     for i, labels in enumerate((2, 3, 5)):
         torch.manual_seed(i)
-        config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=labels)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=labels,
+        )
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
     pool = Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1"), str(tmp_path / "m2")])
     slot = Slot(pool)
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
-         "models": [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.5}} for i in (1, 2)]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tmp_path / "m0"),
+            "models": [{"model": str(tmp_path / f"m{i}"), "parameters": {"weight": 0.5}} for i in (1, 2)],
+        }
+    )
     slot.swap(recipe)
     ids = torch.tensor([[3, 4, 5]])
     for i, labels in ((0, 2), (1, 3), (2, 5), (0, 2)):
@@ -335,16 +381,26 @@ def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path)
 
     for i in range(2):
         torch.manual_seed(i)
-        config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=3)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=200,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=3,
+        )
         LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
     make_tokenizer().save_pretrained(tmp_path / "m0")
     items = [Item(f"k{i}", "k", "classify", f"{ENGLISH[i]} {ENGLISH[2 * i]}", i % 3) for i in range(40)]
     engine = LocalEngine(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1")]))
     recipe = Recipe.parse(
-        {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "m0"),
-         "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}]}
-    )  # fmt: skip
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": str(tmp_path / "m0"),
+            "models": [{"model": str(tmp_path / "m1"), "parameters": {"weight": 0.5}}],
+        }
+    )
     before = answers(engine, recipe, items)
     endpoint = answers(engine, str(tmp_path / "m1"), items)
     assert np.array_equal(answers(engine, recipe, items), before) and not np.array_equal(endpoint, before)

@@ -41,12 +41,20 @@ def test_calibrated_estimates_are_taken_task_by_task():
     alone = [irt.estimate(estimators[t], a[None]) for t, a in zip("ab", answers)]
     assert values[1:].tolist() == [found.value[0] for found in alone]
     assert stderrs[1:].tolist() == [found.stderr[0] for found in alone]
-    assert values[0] == (alone[0].value[0] + alone[1].value[0]) / 2 and values[0] != mean_over_tasks(np.concatenate(answers), chosen)[0]
+    assert (
+        values[0] == (alone[0].value[0] + alone[1].value[0]) / 2
+        and values[0] != mean_over_tasks(np.concatenate(answers), chosen)[0]
+    )
 
 
-@pytest.mark.parametrize("objectives,said", [
-    (("accuracy", "c"), "objectives: found 'c'; expected accuracy, a"), (("a", "a"), "objectives: 'a' twice"), ((), "objectives: none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "objectives,said",
+    [
+        (("accuracy", "c"), "objectives: found 'c'; expected accuracy, a"),
+        (("a", "a"), "objectives: 'a' twice"),
+        ((), "objectives: none"),
+    ],
+)
 def test_what_is_no_objective_is_refused(objectives, said):
     with pytest.raises(BadInput, match=said):
         check_objectives(Registration(tuple(items("a", 2)), objectives=objectives))

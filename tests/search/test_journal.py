@@ -26,14 +26,17 @@ CREATE TABLE answers (
 
 def candidate(position, values, stderrs, responses=None, error=None, objectives=("accuracy", "italian")):
     genome = np.array([0.1, -0.7]) * (position + 1)
-    return Candidate(0, position, genome, "abc", responses, objectives, np.array(values), np.array(stderrs), 0.5, 0.1, "local", error)
+    return Candidate(
+        0, position, genome, "abc", responses, objectives, np.array(values), np.array(stderrs), 0.5, 0.1, "local", error
+    )
 
 
 def same(a, b):
     arrays = ("genome", "values", "stderrs", "responses")
     rest = lambda c: {k: v for k, v in vars(c).items() if k not in arrays}
     equal = [
-        (getattr(a, n) is getattr(b, n) is None) or np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in arrays
+        (getattr(a, n) is getattr(b, n) is None) or np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True)
+        for n in arrays
     ]
     return all(equal) and rest(a) == rest(b)
 

@@ -45,7 +45,12 @@ def refused(config, directory, error, message):
 
 def test_what_the_export_would_refuse_is_refused_before_the_search(world, tmp_path):
     _, configuration = world
-    refused(configuration(genome={"tokenizer_source": "union"}), tmp_path / "run", RecipeError, "`union` is not supported yet")
+    refused(
+        configuration(genome={"tokenizer_source": "union"}),
+        tmp_path / "run",
+        RecipeError,
+        "`union` is not supported yet",
+    )
     # the folder is free for the mended configuration
     result = run.evolve(load_config(configuration()), tmp_path / "run", quiet=True)
     assert result["candidates"] == 6
@@ -60,7 +65,12 @@ def test_an_expert_of_another_depth_is_named_before_the_search(world, tmp_path):
     model.config.num_hidden_layers += 1
     model.save_pretrained(folder / "deep")
     shutil.copy(folder / "base" / "tokenizer.json", folder / "deep")
-    refused(configuration(genome={"models": ["deep", "english"]}), tmp_path / "run", ConfigError, "deep has 5 layers, the base 4")
+    refused(
+        configuration(genome={"models": ["deep", "english"]}),
+        tmp_path / "run",
+        ConfigError,
+        "deep has 5 layers, the base 4",
+    )
 
 
 def test_a_heldout_item_that_cannot_be_asked_is_named_before_the_search(world, tmp_path):
@@ -163,7 +173,12 @@ def test_default_merges_that_these_models_do_not_allow_are_left_out_aloud(world,
     model.save_pretrained(folder / "wide")
     shutil.copy(folder / "base" / "tokenizer.json", folder / "wide")
     with pytest.warns(UserWarning, match=r"baseline uniform_linear is left out: .*embed_tokens\.weight.: shape"):
-        result = run.evolve(load_config(configuration(genome={"models": ["wide", "italian"]})), tmp_path / "run", quiet=True, export=False)
+        result = run.evolve(
+            load_config(configuration(genome={"models": ["wide", "italian"]})),
+            tmp_path / "run",
+            quiet=True,
+            export=False,
+        )
     assert "uniform_linear" not in result["baselines"] and {"ties", "wide"} <= set(result["baselines"])
 
 

@@ -49,7 +49,7 @@ SPACES = {
     "sakana6": (dict(preset="sakana6", merge_method="dare_ties"), 3 * 2),
     "evolve": (dict(preset="evolve", merge_method="ties", layer_granularity=2), 2 * 3 * 2),
     "smooth": (dict(smooth=True, merge_method="task_arithmetic", layer_granularity=1, filters=["mlp"]), 4 * 3 * 2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -59,7 +59,9 @@ def test_spaces(own_world, tmp_path, name):
     result = run.evolve(config, tmp_path / "run", quiet=True)
     rows = journal(tmp_path / "run")
     assert [len(genes) for genes, _ in rows] == [size] * 4
-    assert len({genes.tobytes() for genes, _ in rows}) == 3  # a search's last candidate is its mean: here, still the start
+    assert (
+        len({genes.tobytes() for genes, _ in rows}) == 3
+    )  # a search's last candidate is its mean: here, still the start
     questions = load_questions(config)
     exported = LocalEngine(Pool.open(str(tmp_path / "run" / "model"), []))
     found = exported.answer(exported.pool.base, questions.subset)
@@ -94,10 +96,14 @@ def test_chat_templates_are_applied(own_world, tmp_path):
         (own_world / name / "chat_template.jinja").write_text(template)
     config = configuration(own_world, tasks=tasks, apply_chat_template=True)
     run.evolve(config, tmp_path / "chat", quiet=True)
-    for (genome, responses), (expected, answers) in zip(journal(tmp_path / "chat"), journal(tmp_path / "plain"), strict=True):
+    for (genome, responses), (expected, answers) in zip(
+        journal(tmp_path / "chat"), journal(tmp_path / "plain"), strict=True
+    ):
         assert np.array_equal(genome, expected) and np.array_equal(responses, answers)
     written = AutoTokenizer.from_pretrained(tmp_path / "chat" / "model")
-    said = written.apply_chat_template([{"role": "user", "content": "one plus one"}], tokenize=False, add_generation_prompt=True)
+    said = written.apply_chat_template(
+        [{"role": "user", "content": "one plus one"}], tokenize=False, add_generation_prompt=True
+    )
     assert said == "<s> one plus one equals"
 
 
@@ -117,15 +123,25 @@ def classifiers(tmp_path):
     torch.manual_seed(0)
     start = None
     for name, labels in (("base", 2), ("a", 3), ("b", 4)):
-        config = LlamaConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                             pad_token_id=0, num_labels=labels)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=200,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+            num_labels=labels,
+        )
         model = LlamaForSequenceClassification(config)
         start = start or {key: value.clone() for key, value in model.model.state_dict().items()}
         model.model.load_state_dict({key: value + 0.2 * torch.randn(value.shape) for key, value in start.items()})
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     for name, labels in (("a", 3), ("b", 4)):
-        items = [{"id": f"{i}", "kind": "classify", "prompt": " ".join(ENGLISH[i : i + 3]), "answer": i % labels} for i in range(40)]
+        items = [
+            {"id": f"{i}", "kind": "classify", "prompt": " ".join(ENGLISH[i : i + 3]), "answer": i % labels}
+            for i in range(40)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
     genome = {"models": ["./a", "./b"], "base_model": "./base", "merge_method": "task_arithmetic"}
     tasks = [{"items": f"./{name}.jsonl", "head": f"./{name}"} for name in ("a", "b")]
@@ -165,13 +181,20 @@ def test_a_search_beats_every_baseline(solving_world, tmp_path):
     for task in experts:
         (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, make_items(task, 0, 150))))
     genome = {
-        "models": [f"./{name}" for name in experts], "base_model": "./base", "merge_method": "task_arithmetic",
-        "layer_granularity": 2, "allow_negative_weights": True, "bounds": {"weight": [-0.5, 1.5]},
-    }  # fmt: skip
+        "models": [f"./{name}" for name in experts],
+        "base_model": "./base",
+        "merge_method": "task_arithmetic",
+        "layer_granularity": 2,
+        "allow_negative_weights": True,
+        "bounds": {"weight": [-0.5, 1.5]},
+    }
     data = {
-        "genome": genome, "tasks": [{"items": f"./{task}.jsonl"} for task in experts], "heldout": {"fraction": 0.5},
-        "extract": {"method": "random", "size": 20}, "optimizer": {"budget": 120, "population": 12, "sigma": 0.15, "seed": 0},
-    }  # fmt: skip
+        "genome": genome,
+        "tasks": [{"items": f"./{task}.jsonl"} for task in experts],
+        "heldout": {"fraction": 0.5},
+        "extract": {"method": "random", "size": 20},
+        "optimizer": {"budget": 120, "population": 12, "sigma": 0.15, "seed": 0},
+    }
     (folder / "evolve.yaml").write_text(yaml.safe_dump(data))
     result = run.evolve(load_config(folder / "evolve.yaml"), tmp_path / "run", quiet=True, export=False)
     assert result["heldout_items"] == 300

@@ -30,12 +30,19 @@ def space(method="ties", **changes):
 
 
 VARIANTS = [
-    dict(), dict(layer_granularity=3), dict(filters=("mlp", "q_proj")), dict(smooth=True, filters=("mlp",)),
-    dict(preset="sakana6", method="dare_ties"), dict(genes=("weight", "density", "lambda")), dict(layer_granularity=0),
-    dict(method="linear", base=None), dict(method="slerp", models=("a",)),
-    dict(method="della", genes=("weight", "epsilon")), dict(preset="evolve", filters=("mlp",), layer_granularity=2),
+    dict(),
+    dict(layer_granularity=3),
+    dict(filters=("mlp", "q_proj")),
+    dict(smooth=True, filters=("mlp",)),
+    dict(preset="sakana6", method="dare_ties"),
+    dict(genes=("weight", "density", "lambda")),
+    dict(layer_granularity=0),
+    dict(method="linear", base=None),
+    dict(method="slerp", models=("a",)),
+    dict(method="della", genes=("weight", "epsilon")),
+    dict(preset="evolve", filters=("mlp",), layer_granularity=2),
     dict(smooth=True, layer_granularity=2, genes=("weight", "lambda")),
-]  # fmt: skip
+]
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
@@ -55,17 +62,28 @@ SEARCHED = [name for name, method in METHODS.items() if method.genes]
 
 @hypothesis_settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(SEARCHED), st.sampled_from(list(PRESETS)), st.sampled_from([0, 1, 2, 4]), st.booleans(),
-    st.sampled_from([(), ("mlp",), ("q_proj", "mlp")]), st.booleans(), st.integers(0, 2**31),
-)  # fmt: skip
+    st.sampled_from(SEARCHED),
+    st.sampled_from(list(PRESETS)),
+    st.sampled_from([0, 1, 2, 4]),
+    st.booleans(),
+    st.sampled_from([(), ("mlp",), ("q_proj", "mlp")]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
 def test_every_methods_genes_survive_every_preset(method, preset, granularity, smooth, filters, negative, seed):
     """Whatever a recipe can hold comes back from its YAML to the last bit; what is snapped, from the nearest step."""
     row = METHODS[method]
     s = space(
-        method, models=("a", "b", "c")[: row.experts[1]], base=None if row.base == "source" else "base",
-        layer_granularity=granularity, smooth=smooth, filters=filters, preset=preset, genes=tuple(row.genes),
+        method,
+        models=("a", "b", "c")[: row.experts[1]],
+        base=None if row.base == "source" else "base",
+        layer_granularity=granularity,
+        smooth=smooth,
+        filters=filters,
+        preset=preset,
+        genes=tuple(row.genes),
         allow_negative_weights=negative,
-    )  # fmt: skip
+    )
     low, high = (np.where(np.isfinite(b), b, d) for b, d in zip(s.bounds(), (-1.5, 1.5)))
     asked = np.random.default_rng(seed).uniform(low, high)
     recipe = s.recipe(asked)
@@ -163,9 +181,16 @@ def test_the_evolve_preset_decodes_like_mergekit():
     import torch
 
     definition = genome_module.ModelGenomeDefinition.model_construct(
-        models=["a", "b", "c"], merge_method="ties", base_model="base", layer_granularity=2, filters=["mlp"],
-        normalize=None, allow_negative_weights=False, smooth=False, tokenizer_source=None,
-    )  # fmt: skip
+        models=["a", "b", "c"],
+        merge_method="ties",
+        base_model="base",
+        layer_granularity=2,
+        filters=["mlp"],
+        normalize=None,
+        allow_negative_weights=False,
+        smooth=False,
+        tokenizer_source=None,
+    )
     theirs = genome_module.ModelGenome.__new__(genome_module.ModelGenome)
     theirs.definition, theirs.num_layers = definition, 4
     ours = space("ties", preset="evolve", layer_granularity=2, filters=("mlp",), allow_negative_weights=False)
@@ -239,10 +264,17 @@ def test_a_definition_crosses_the_wire_whole(variant):
     from merge3.rpc import convert
 
     full = dict(
-        normalize=False, allow_negative_weights=False, layer_granularity=0, filters=("mlp",), genes=("weight",),
-        bounds={"weight": (0.0, 1.5), "t": (0.25, 0.5)}, tokenizer_source="base", dtype="float16", smooth=True,
+        normalize=False,
+        allow_negative_weights=False,
+        layer_granularity=0,
+        filters=("mlp",),
+        genes=("weight",),
+        bounds={"weight": (0.0, 1.5), "t": (0.25, 0.5)},
+        tokenizer_source="base",
+        dtype="float16",
+        smooth=True,
         preset="evolve",
-    )  # fmt: skip
+    )
     definition = space(**(full if variant == "full" else VARIANTS[variant])).definition
     message = convert.space_to(definition)
     assert convert.space_from(type(message).FromString(message.SerializeToString())) == definition

@@ -76,7 +76,15 @@ def some_items(count, start=0):
     from merge3.world.numbers import ENGLISH as words
 
     return [
-        Item(f"q{i}", "words", "generate", f"{words[i % 10]} {words[(i // 10) % 10]}", (words[(i + 1) % 10],), metric="exact", max_tokens=2)
+        Item(
+            f"q{i}",
+            "words",
+            "generate",
+            f"{words[i % 10]} {words[(i // 10) % 10]}",
+            (words[(i + 1) % 10],),
+            metric="exact",
+            max_tokens=2,
+        )
         for i in range(start, start + count)
     ]
 

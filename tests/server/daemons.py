@@ -55,9 +55,13 @@ class Process(Daemon):
         super().__init__()
         command = [sys.executable, "-m", "merge3_server", "serve", *map(str, options)]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {}),
-        )  # fmt: skip
+        )
         threading.Thread(target=self._listen, daemon=True).start()
         self.address = self.wait_for("merge3-server listens on", 120).split(" on ")[1].split(", ")[0].strip()
 

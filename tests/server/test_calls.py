@@ -47,9 +47,13 @@ def refused(call, code, *words, reason=None):
 def recipe(world, method="ties", **parameters):
     models = world.config.models
     return Recipe.parse(
-        {"merge_method": method, "base_model": models[0], "parameters": parameters,
-         "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models[1:]]}
-    )  # fmt: skip
+        {
+            "merge_method": method,
+            "base_model": models[0],
+            "parameters": parameters,
+            "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models[1:]],
+        }
+    )
 
 
 # -- a stock client
@@ -63,12 +67,23 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
     types = descriptor_pool.DescriptorPool(database)
     service = types.FindServiceByName("merge3.v1.Merge3")
     assert {m.name for m in service.methods} == {
-        "OpenPool", "ListPools", "ClosePool", "RegisterItems", "Evaluate", "EvaluateStream", "Export", "Generate", "Status", "Watch"
-    }  # fmt: skip
+        "OpenPool",
+        "ListPools",
+        "ClosePool",
+        "RegisterItems",
+        "Evaluate",
+        "EvaluateStream",
+        "Export",
+        "Generate",
+        "Status",
+        "Watch",
+    }
     method = service.FindMethodByName("Evaluate")
     Request, Response = (message_factory.GetMessageClass(t) for t in (method.input_type, method.output_type))
     call = channel.unary_unary(
-        "/merge3.v1.Merge3/Evaluate", request_serializer=Request.SerializeToString, response_deserializer=Response.FromString
+        "/merge3.v1.Merge3/Evaluate",
+        request_serializer=Request.SerializeToString,
+        response_deserializer=Response.FromString,
     )
     request = Request(pool_id=world.pool.pool_id, items_id=world.items_id)
     request.genome.values.extend(world.space.initial())
@@ -76,7 +91,9 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
     assert len(found.responses) == 6 and found.estimates[0].value == np.mean(found.responses)
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", "merge3.v1.Merge3"):
-        assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            health.Check(health_pb2.HealthCheckRequest(service=name)).status == health_pb2.HealthCheckResponse.SERVING
+        )
     with pytest.raises(grpc.RpcError) as caught:
         health.Check(health_pb2.HealthCheckRequest(service="other"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -95,12 +112,17 @@ def test_a_pool_is_shared_counted_and_freed(daemon, tiny_world):
     again = stub.OpenPool(pb.OpenPoolRequest(models=models), metadata=you)
     assert again.pool_id == first.pool_id and again.holders == 2
     relative = stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"]), metadata=you)
-    assert relative.pool_id != first.pool_id and list(relative.models) == ["base", "sorting"]  # other names, other recipes
+    assert relative.pool_id != first.pool_id and list(relative.models) == [
+        "base",
+        "sorting",
+    ]  # other names, other recipes
     assert relative.content_hashes["sorting"] == first.content_hashes[models[1]]
     assert {first.pool_id, relative.pool_id} <= {p.pool_id for p in stub.ListPools(pb.ListPoolsRequest()).pools}
     assert stub.ClosePool(pb.ClosePoolRequest(pool_id=relative.pool_id), metadata=you).holders == 0
     stranger = (("merge3-driver", "stranger"),)
-    assert stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=stranger).holders == 2  # closes nobody else's
+    assert (
+        stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=stranger).holders == 2
+    )  # closes nobody else's
     for who, left in ((me, 1), (you, 0)):
         assert stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=who).holders == left
     refused(lambda: stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=me), "NOT_FOUND", "is not open")
@@ -140,7 +162,12 @@ def test_one_pool_too_many(tiny_world, start):
     daemon = start(tiny_world, limits={"pools": 2})
     stub = daemon.stub()
     pools = [stub.OpenPool(pb.OpenPoolRequest(models=["base", expert])) for expert in ("english", "italian")]
-    refused(lambda: stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"])), "RESOURCE_EXHAUSTED", "2 are open", "--max-pools")
+    refused(
+        lambda: stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"])),
+        "RESOURCE_EXHAUSTED",
+        "2 are open",
+        "--max-pools",
+    )
     stub.OpenPool(pb.OpenPoolRequest(models=["base", "italian"]))  # one that is open is shared
     stub.ClosePool(pb.ClosePoolRequest(pool_id=pools[0].pool_id))
     stub.OpenPool(pb.OpenPoolRequest(models=["base", "sorting"]))
@@ -163,7 +190,9 @@ BAD_POOLS = {
 def test_pools_that_cannot_be(daemon, case):
     models, code, word = BAD_POOLS[case]
     refused(lambda: daemon.stub().OpenPool(pb.OpenPoolRequest(models=models)), code, word)
-    refused(lambda: daemon.stub().OpenPool(pb.OpenPoolRequest(models=["base"], dtype="int8")), "INVALID_ARGUMENT", "float32")
+    refused(
+        lambda: daemon.stub().OpenPool(pb.OpenPoolRequest(models=["base"], dtype="int8")), "INVALID_ARGUMENT", "float32"
+    )
 
 
 # -- items
@@ -186,7 +215,9 @@ def test_registering_again_is_free_and_what_is_missing_is_named(daemon, world, b
 
 
 def changed(**changes):
-    message = pb.Item(id="a", task="t", kind="generate", prompt="one two", texts=pb.Texts(values=["x"]), metric="exact", max_tokens=2)
+    message = pb.Item(
+        id="a", task="t", kind="generate", prompt="one two", texts=pb.Texts(values=["x"]), metric="exact", max_tokens=2
+    )
     message.MergeFrom(pb.Item(**{k: v for k, v in changes.items() if v is not None}))
     for key in [k for k, v in changes.items() if v is None]:
         message.ClearField(key)
@@ -200,7 +231,10 @@ BAD_ITEMS = {
     "pattern": (changed(metric="regex", texts=pb.Texts(values=["(("])), "is no pattern"),
     "number": (changed(metric="number", texts=pb.Texts(values=["many"])), "expected a number"),
     "tokens": (changed(max_tokens=-1), "max_tokens is -1"),
-    "one choice": (pb.Item(id="a", kind="choice", prompt="p", choices=["x"], index=0), "1 choices; expected at least 2"),
+    "one choice": (
+        pb.Item(id="a", kind="choice", prompt="p", choices=["x"], index=0),
+        "1 choices; expected at least 2",
+    ),
     "beyond": (pb.Item(id="a", kind="choice", prompt="p", choices=["x", "y"], index=2), "an index below 2"),
     "classify": (pb.Item(id="a", kind="classify", prompt="p", index=0), "classify"),
     "long": (changed(prompt=" ".join(["one"] * 5000)), "tokens"),
@@ -223,7 +257,9 @@ def test_registrations_that_cannot_be(world, by_hand):
     header, entries = registering(pool, items)
     stub.RegisterItems(iter([header, entries]))
     digest = entries.entries.entries[0].digest
-    wrong = pb.RegisterItemsRequest(entries=pb.Entries(entries=[pb.Entry(digest=digest[:31] + b"!", item=entries.entries.entries[0].item)]))
+    wrong = pb.RegisterItemsRequest(
+        entries=pb.Entries(entries=[pb.Entry(digest=digest[:31] + b"!", item=entries.entries.entries[0].item)])
+    )
     space = convert.space_to(world.config.genome.definition())
 
     def with_header(**fields):
@@ -245,17 +281,26 @@ def test_registrations_that_cannot_be(world, by_hand):
     key = hashlib.sha256(b"no message \xff").digest()
     junk = pb.RegisterItemsRequest(blob=pb.Blob(digest=key, data=b"no message \xff", last=True))
     cases = [
-        ([], "an empty stream"), ([entries], "first one header"), ([header, header], "first one header"), ([header], "no items"),
-        ([header, pb.RegisterItemsRequest()], "nothing"), ([header, wrong], "of something else"),
+        ([], "an empty stream"),
+        ([entries], "first one header"),
+        ([header, header], "first one header"),
+        ([header], "no items"),
+        ([header, pb.RegisterItemsRequest()], "nothing"),
+        ([header, wrong], "of something else"),
         ([header, pb.RegisterItemsRequest(entries=pb.Entries(entries=[pb.Entry(digest=b"short")]))], "SHA-256"),
         ([header, pb.RegisterItemsRequest(blob=blob)], "blob: digest"),
-        (with_header(weights={"words": -1.0}), "weights: words"), (with_header(weights={"words": float("nan")}), "weights: words"),
-        (with_header(weights={"words": 0.0}), "weights"), (with_header(heads={"words": "/nowhere"}), "heads: words"),
+        (with_header(weights={"words": -1.0}), "weights: words"),
+        (with_header(weights={"words": float("nan")}), "weights: words"),
+        (with_header(weights={"words": 0.0}), "weights"),
+        (with_header(heads={"words": "/nowhere"}), "heads: words"),
         ([*with_header(estimators={"words": key})[:1], junk, entries], "not a message of that kind"),
-        (with_space(method="tise"), "did you mean"), (with_space(preset="magic"), "genome: preset"), (with_space(genes=["luck"]), "luck"),
-        (with_space(bounds=pb.Range(low=1, high=0)), "low < high"), (with_space(base=""), "base_model"),
+        (with_space(method="tise"), "did you mean"),
+        (with_space(preset="magic"), "genome: preset"),
+        (with_space(genes=["luck"]), "luck"),
+        (with_space(bounds=pb.Range(low=1, high=0)), "low < high"),
+        (with_space(base=""), "base_model"),
         (with_space(models=[]), "0 models"),
-    ]  # fmt: skip
+    ]
     for parts, words in cases:
         refused(lambda parts=parts: stub.RegisterItems(iter(parts)), "INVALID_ARGUMENT", words)
     unknown = [pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id="none")), entries]
@@ -268,12 +313,17 @@ def test_registrations_that_cannot_be(world, by_hand):
 def test_genomes_recipes_and_endpoints(world):
     genome = world.stub.Evaluate(world.request())
     same = pb.EvaluateRequest(
-        pool_id=world.pool.pool_id, items_id=world.items_id, recipe=world.space.recipe(world.space.initial()).to_yaml(), index=7
+        pool_id=world.pool.pool_id,
+        items_id=world.items_id,
+        recipe=world.space.recipe(world.space.initial()).to_yaml(),
+        index=7,
     )
     by_recipe = world.stub.Evaluate(same)
     assert list(by_recipe.responses) == list(genome.responses) and by_recipe.index == 7
     assert genome.recipe_hash == by_recipe.recipe_hash == world.space.recipe(world.space.initial()).hash()
-    endpoint = world.stub.Evaluate(pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, endpoint=world.config.models[0]))
+    endpoint = world.stub.Evaluate(
+        pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, endpoint=world.config.models[0])
+    )
     assert len(endpoint.responses) == 6 and endpoint.recipe_hash == ""
     assert genome.seconds > 0 and genome.swap_seconds > 0 and genome.worker == "local"
 
@@ -281,20 +331,32 @@ def test_genomes_recipes_and_endpoints(world):
 def test_candidates_that_cannot_be(world):
     stub, size = world.stub, world.space.size
     bad = [
-        (world.request(np.zeros(size - 1)), f"{size - 1} values; expected {size}"), (world.request(np.zeros(0)), "0 values"),
-        (world.request(np.full(size, np.nan)), "genome[0]: found nan"), (world.request(np.full(size, -np.inf)), "found -inf"),
+        (world.request(np.zeros(size - 1)), f"{size - 1} values; expected {size}"),
+        (world.request(np.zeros(0)), "0 values"),
+        (world.request(np.full(size, np.nan)), "genome[0]: found nan"),
+        (world.request(np.full(size, -np.inf)), "found -inf"),
         (pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id), "subject: none"),
         (world.request(idempotency_key="k" * 201), "idempotency_key"),
-    ]  # fmt: skip
+    ]
     for text, words in (
-        ("", "recipe"), ("merge_method: [", "not YAML"), ("{}", "merge_method"), ("[" * 100_000, "recipe"),
-        ("a: &a [x]\nb: [*a, *a]", "an alias"), (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'"),
+        ("", "recipe"),
+        ("merge_method: [", "not YAML"),
+        ("{}", "merge_method"),
+        ("[" * 100_000, "recipe"),
+        ("a: &a [x]\nb: [*a, *a]", "an alias"),
+        (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'"),
         (recipe(world, density=7).to_yaml(), "density"),
         (recipe(world).to_yaml().replace(world.config.models[1], "/etc"), "'/etc' is not in the pool"),
-        ("\x00", "recipe"), (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
-    ):  # fmt: skip
+        ("\x00", "recipe"),
+        (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
+    ):
         bad.append((pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, recipe=text), words))
-    bad.append((pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, endpoint="/etc"), "endpoint: found '/etc'"))
+    bad.append(
+        (
+            pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, endpoint="/etc"),
+            "endpoint: found '/etc'",
+        )
+    )
     for request, words in bad:
         refused(lambda r=request: stub.Evaluate(r), "INVALID_ARGUMENT", words)
         refused(lambda r=request: stub.EvaluateStream(iter([world.request(), r])), "INVALID_ARGUMENT", words)
@@ -306,7 +368,10 @@ def test_candidates_that_cannot_be(world):
 
 def test_a_stream_answers_every_request_and_keeps_the_indices(world):
     rng = np.random.default_rng(1)
-    genomes = [np.clip(world.space.initial() + rng.normal(size=world.space.size) * 0.2, *world.space.bounds()) for _ in range(150)]
+    genomes = [
+        np.clip(world.space.initial() + rng.normal(size=world.space.size) * 0.2, *world.space.bounds())
+        for _ in range(150)
+    ]
     requests = [world.request(g, index=1000 + i) for i, g in enumerate(genomes)]
     found = {e.index: e for e in world.stub.EvaluateStream(iter(requests))}  # more than may be under way at once
     assert sorted(found) == [1000 + i for i in range(150)]
@@ -323,15 +388,23 @@ def test_one_answer_per_idempotency_key(daemon, world):
     assert world.stub.Status(pb.StatusRequest()).evaluated == before + 1
     assert [a.index for a in answers] == list(range(20)) and len({a.seconds for a in [*answers, late]}) == 1
     other = world.space.initial() * 0.9
-    refused(lambda: world.stub.Evaluate(world.request(other, idempotency_key="same")), "INVALID_ARGUMENT", "used for another request")
+    refused(
+        lambda: world.stub.Evaluate(world.request(other, idempotency_key="same")),
+        "INVALID_ARGUMENT",
+        "used for another request",
+    )
     refused(lambda: world.stub.Evaluate(world.request(np.zeros(1), idempotency_key="bad")), "INVALID_ARGUMENT")
-    assert world.stub.Evaluate(world.request(idempotency_key="bad")).estimates[0].value >= 0  # a refusal is not remembered
+    assert (
+        world.stub.Evaluate(world.request(idempotency_key="bad")).estimates[0].value >= 0
+    )  # a refusal is not remembered
 
 
 def test_deadlines_and_cancelling_stop_work_between_batches(world, by_hand):
     registering, some_items = by_hand
     slow = some_items(3000, start=3000)
-    items_id = world.stub.RegisterItems(registering(world.pool.pool_id, slow, world.config.genome.definition())).items_id
+    items_id = world.stub.RegisterItems(
+        registering(world.pool.pool_id, slow, world.config.genome.definition())
+    ).items_id
     began = time.monotonic()
     world.stub.Evaluate(world.request(items_id=items_id))
     whole = time.monotonic() - began
@@ -370,9 +443,15 @@ def test_export_into_the_stream_and_under_the_root(daemon, world, tmp_path):
     *_, written = world.stub.Export(pb.ExportRequest(**request, directory="first/model"))
     assert written.result.path == str(daemon.exports / "first/model") and written.result.tensors == last.result.tensors
     assert (daemon.exports / "first/model/model.safetensors").read_bytes() == files["model.safetensors"]
-    refused(lambda: world.stub.Export(pb.ExportRequest(**request, directory="first/model")), "INVALID_ARGUMENT", "not empty")
+    refused(
+        lambda: world.stub.Export(pb.ExportRequest(**request, directory="first/model")), "INVALID_ARGUMENT", "not empty"
+    )
     for outside in ("../else", "/tmp/else", "first/../../else"):
-        refused(lambda d=outside: world.stub.Export(pb.ExportRequest(**request, directory=d)), "PERMISSION_DENIED", "outside")
+        refused(
+            lambda d=outside: world.stub.Export(pb.ExportRequest(**request, directory=d)),
+            "PERMISSION_DENIED",
+            "outside",
+        )
     refused(lambda: world.stub.Export(pb.ExportRequest(**request, directory=".")), "INVALID_ARGUMENT", "new directory")
     assert not list(daemon.exports.glob("merge3-export-*"))
 
@@ -381,8 +460,12 @@ def test_generate_continues_a_prompt_like_the_scorer(world, by_hand):
     from merge3.tasks.items import Item
 
     prompt, endpoint = "english one plus two equals", world.config.models[1]
-    pieces = [r.text for r in world.stub.Generate(
-        pb.GenerateRequest(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt, max_tokens=3))]  # fmt: skip
+    pieces = [
+        r.text
+        for r in world.stub.Generate(
+            pb.GenerateRequest(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt, max_tokens=3)
+        )
+    ]
     text = "".join(pieces)
     assert text and len(pieces) <= 3
     item = Item("g", "g", "generate", prompt, (text.strip(),), metric="exact", max_tokens=3)
@@ -390,11 +473,19 @@ def test_generate_continues_a_prompt_like_the_scorer(world, by_hand):
     items_id = world.stub.RegisterItems(registering(world.pool.pool_id, [item])).items_id
     request = pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=items_id, endpoint=endpoint)
     assert list(world.stub.Evaluate(request).responses) == [1.0]
-    refused(lambda: world.stub.Evaluate(world.request(items_id=items_id)), "INVALID_ARGUMENT", "registered without a space")
-    merged = world.stub.Generate(pb.GenerateRequest(pool_id=world.pool.pool_id, recipe=recipe(world).to_yaml(), prompt=prompt))
+    refused(
+        lambda: world.stub.Evaluate(world.request(items_id=items_id)), "INVALID_ARGUMENT", "registered without a space"
+    )
+    merged = world.stub.Generate(
+        pb.GenerateRequest(pool_id=world.pool.pool_id, recipe=recipe(world).to_yaml(), prompt=prompt)
+    )
     assert "".join(r.text for r in merged)
-    for fields, words in ((dict(max_tokens=2000), "max_tokens"), (dict(max_tokens=900), "tokens"),
-                          (dict(endpoint=""), "endpoint"), (dict(chat=True), "chat template")):  # fmt: skip
+    for fields, words in (
+        (dict(max_tokens=2000), "max_tokens"),
+        (dict(max_tokens=900), "tokens"),
+        (dict(endpoint=""), "endpoint"),
+        (dict(chat=True), "chat template"),
+    ):
         request = pb.GenerateRequest(**dict(pool_id=world.pool.pool_id, endpoint=endpoint, prompt=prompt) | fields)
         refused(lambda r=request: world.stub.Generate(r), "INVALID_ARGUMENT", words)
 
@@ -405,7 +496,12 @@ def test_generate_continues_a_prompt_like_the_scorer(world, by_hand):
 def test_status_watch_metrics_and_the_log(daemon, world):
     world.stub.Evaluate(world.request(), metadata=(("x-request-id", "mine-1"), ("merge3-driver", "somebody")))
     status = world.stub.Status(pb.StatusRequest())
-    assert status.state == "serving" and status.evaluated >= 1 and status.candidates_per_minute >= 1 and status.resident_bytes > 1 << 26
+    assert (
+        status.state == "serving"
+        and status.evaluated >= 1
+        and status.candidates_per_minute >= 1
+        and status.resident_bytes > 1 << 26
+    )
     assert [w.name for w in status.workers] == ["local"] and status.workers[0].pid == os.getpid()
     assert "somebody" in {d.name for d in status.drivers}
     watch = world.stub.Watch(pb.WatchRequest(interval_seconds=0.05))
@@ -417,7 +513,13 @@ def test_status_watch_metrics_and_the_log(daemon, world):
     assert re.search(r"driver=somebody recipe=[0-9a-f]+ value=[\d.]+ .*answers=6 .*worker=local", line)
     port = next(line for line in daemon.lines if " metrics address=" in line).rsplit(":", 1)[1].strip()
     page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    for name in ("merge3_candidates_total", "merge3_queued", "merge3_queue_seconds_bucket", "merge3_pools ", "merge3_resident_bytes"):
+    for name in (
+        "merge3_candidates_total",
+        "merge3_queued",
+        "merge3_queue_seconds_bucket",
+        "merge3_pools ",
+        "merge3_resident_bytes",
+    ):
         assert name in page
     assert re.search(r'merge3_calls_total\{code="INVALID_ARGUMENT",method="/merge3.v1.Merge3/Watch"\} 1.0', page)
 
@@ -433,4 +535,8 @@ def test_status_and_watch_in_the_terminal(daemon, world):
     watching.wait(30)
     assert all("candidates" in line and "local" in line for line in lines)
     gone = client("status", "--server", "127.0.0.1:1")
-    assert gone.returncode == 1 and gone.stderr.startswith("error: daemon 127.0.0.1:1: does not answer") and gone.stderr.count("\n") == 1
+    assert (
+        gone.returncode == 1
+        and gone.stderr.startswith("error: daemon 127.0.0.1:1: does not answer")
+        and gone.stderr.count("\n") == 1
+    )

@@ -13,7 +13,17 @@ from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
 from tests.asking import answers
 
-METHODS = ("OpenPool", "ListPools", "ClosePool", "RegisterItems", "Evaluate", "EvaluateStream", "Export", "Generate", "Status")
+METHODS = (
+    "OpenPool",
+    "ListPools",
+    "ClosePool",
+    "RegisterItems",
+    "Evaluate",
+    "EvaluateStream",
+    "Export",
+    "Generate",
+    "Status",
+)
 STREAMED = ("EvaluateStream", "Export", "Generate")
 
 
@@ -27,7 +37,12 @@ def test_garbage_bytes_on_the_port(daemon, world):
     host, port = daemon.address.split(":")
     rng = random.Random(0)
     before = still_serves(world)
-    for start in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01"):
+    for start in (
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01",
+    ):
         for size in (0, 1, 9, 1000, 100_000):
             with socket.create_connection((host, int(port)), timeout=10) as s:
                 s.settimeout(0.2)
@@ -46,7 +61,11 @@ def test_messages_over_the_limit(world):
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError) as caught:
         world.stub.Evaluate(world.request(), metadata=(("x-request-id", "y" * 100_000),))
-    assert caught.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+    assert caught.value.code() in (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.INTERNAL,
+    )
     still_serves(world)
 
 
@@ -64,7 +83,9 @@ def test_a_million_items(daemon, world):
 
     with pytest.raises(grpc.RpcError) as caught:
         world.stub.RegisterItems(million())
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "at most 100000 in one" in caught.value.details()
+    assert (
+        caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "at most 100000 in one" in caught.value.details()
+    )
     assert sent < 1_000_000
     still_serves(world)
 
@@ -85,10 +106,14 @@ def test_a_client_that_stops_reading(daemon, world):
     from merge3.recipe import Recipe
 
     models = world.config.models
-    recipe = Recipe.parse({"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models]}).to_yaml()
+    recipe = Recipe.parse(
+        {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models]}
+    ).to_yaml()
     unread = []
     for _ in range(20):
-        channel = grpc.insecure_channel(daemon.address, options=(("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1)))
+        channel = grpc.insecure_channel(
+            daemon.address, options=(("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1))
+        )
         stub = daemon.stub(channel)
         watch = stub.Watch(pb.WatchRequest(interval_seconds=0.05))
         next(watch)
@@ -116,7 +141,7 @@ def test_a_stalled_reader_is_left(monkeypatch):
     from merge3_server.interceptors import Around
     from merge3_server.metrics import Metrics
     from merge3_server.security import Tokens
-    from merge3_server.service import _lively
+    from merge3_server.streams import lively
 
     class Reader:
         async def write(self, response):
@@ -136,7 +161,7 @@ def test_a_stalled_reader_is_left(monkeypatch):
         with pytest.raises(Cancelled, match="not read for 0.05 s"):
             await Around(Tokens(None), Metrics(), 0.05)._write(Reader(), "response")
         with pytest.raises(Cancelled, match="nothing for 0.05 s"):
-            async for _ in _lively(Silent(), 0.05):
+            async for _ in lively(Silent(), 0.05):
                 pass
 
     asyncio.run(body())
@@ -149,7 +174,9 @@ def test_a_thousand_idle_connections(daemon, world):
         for i in range(1000):
             s = socket.create_connection((host, int(port)), timeout=10)
             if i % 2:
-                s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")  # a real one that then says nothing
+                s.sendall(
+                    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+                )  # a real one that then says nothing
             idle.append(s)
         for _ in range(3):
             still_serves(world)
@@ -176,14 +203,18 @@ def test_many_calls_at_once_are_queued_or_told_when_to_come_back(tiny_world, sta
     full = [call.exception() for call in calls if call.exception()]
     assert 0 < len(full) <= 280 and {e.code() for e in full} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     trailing = dict(full[0].trailing_metadata())
-    assert 50 <= int(trailing["retry-after-ms"]) <= 60_000 and pb.Error.FromString(trailing["merge3-error-bin"]).reason == "busy"
+    assert (
+        50 <= int(trailing["retry-after-ms"]) <= 60_000
+        and pb.Error.FromString(trailing["merge3-error-bin"]).reason == "busy"
+    )
     # RemoteEngine waits and comes back; a stream's requests wait by themselves.
     from merge3.client.remote import RemoteEngine
 
     engines = [RemoteEngine(daemon.address, config.models) for _ in range(30)]
     found = []
     threads = [
-        threading.Thread(target=lambda e=e: found.append(answers(e, config.models[0], some_items(20))), daemon=True) for e in engines
+        threading.Thread(target=lambda e=e: found.append(answers(e, config.models[0], some_items(20))), daemon=True)
+        for e in engines
     ]
     for thread in threads:
         thread.start()
@@ -201,26 +232,39 @@ def seeds(world, by_hand):
     from merge3.recipe import Recipe
 
     models = list(world.config.models)
-    recipe = Recipe.parse({"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models]}).to_yaml()
+    recipe = Recipe.parse(
+        {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 0.5}} for m in models]}
+    ).to_yaml()
     at = dict(pool_id=world.pool.pool_id)
-    estimator = pb.Estimator(method="gmp-irt", bank=b"0" * 32, subset=[0, 1], weights=pb.Array(shape=[2], values=[0.5, 0.5]))
-    bank = pb.ItemBank(items=["a", "b"], models=["m"], a=pb.Array(shape=[2, 1], values=[1, 2]), b=pb.Array(shape=[2], values=[0, 1]))
+    estimator = pb.Estimator(
+        method="gmp-irt", bank=b"0" * 32, subset=[0, 1], weights=pb.Array(shape=[2], values=[0.5, 0.5])
+    )
+    bank = pb.ItemBank(
+        items=["a", "b"], models=["m"], a=pb.Array(shape=[2, 1], values=[1, 2]), b=pb.Array(shape=[2], values=[0, 1])
+    )
     blob = estimator.SerializeToString()
     return {
         "OpenPool": [pb.OpenPoolRequest(models=["base", "english"])],
         "ListPools": [pb.ListPoolsRequest()],
         "ClosePool": [pb.ClosePoolRequest(**at)],
         "RegisterItems": [
-            *registering(world.pool.pool_id, some_items(4), world.config.genome.definition(), estimators={"words": b"0" * 32}),
+            *registering(
+                world.pool.pool_id, some_items(4), world.config.genome.definition(), estimators={"words": b"0" * 32}
+            ),
             pb.RegisterItemsRequest(blob=pb.Blob(digest=convert.digest(estimator), data=blob, last=True)),
-            pb.RegisterItemsRequest(blob=pb.Blob(digest=convert.digest(bank), data=bank.SerializeToString(), last=True)),
+            pb.RegisterItemsRequest(
+                blob=pb.Blob(digest=convert.digest(bank), data=bank.SerializeToString(), last=True)
+            ),
         ],
-        "Evaluate": [world.request(idempotency_key="fuzz"), pb.EvaluateRequest(**at, items_id=world.items_id, recipe=recipe)],
+        "Evaluate": [
+            world.request(idempotency_key="fuzz"),
+            pb.EvaluateRequest(**at, items_id=world.items_id, recipe=recipe),
+        ],
         "EvaluateStream": [world.request(index=3)],
         "Export": [pb.ExportRequest(**at, recipe=recipe, directory="fuzz")],
         "Generate": [pb.GenerateRequest(**at, endpoint=models[0], prompt="english one plus", max_tokens=1)],
         "Status": [pb.StatusRequest()],
-    }  # fmt: skip
+    }
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -254,7 +298,11 @@ def test_mutated_requests(daemon, world, by_hand, count):
     def callers(channel):
         made = {}
         for name in METHODS:
-            kind = ("stream" if name in ("RegisterItems", "EvaluateStream") else "unary") + "_" + ("stream" if name in STREAMED else "unary")
+            kind = (
+                ("stream" if name in ("RegisterItems", "EvaluateStream") else "unary")
+                + "_"
+                + ("stream" if name in STREAMED else "unary")
+            )
             make = getattr(channel, kind)
             made[name] = make(f"/merge3.v1.Merge3/{name}", request_serializer=raw, response_deserializer=raw)
         return made
@@ -293,6 +341,12 @@ def test_mutated_requests(daemon, world, by_hand, count):
         thread.join(500)
         assert not thread.is_alive()
     assert unwell == []
-    assert sum(codes.values()) == count and codes.get("OK", 0) > count // 20 and codes.get("INVALID_ARGUMENT", 0) > count // 20, codes
+    assert (
+        sum(codes.values()) == count
+        and codes.get("OK", 0) > count // 20
+        and codes.get("INVALID_ARGUMENT", 0) > count // 20
+    ), codes
     assert still_serves(world) == before
-    assert not [line for i, line in enumerate(daemon.lines) if "internal error" in "".join(daemon.lines[max(0, i - 40) : i + 1])]
+    assert not [
+        line for i, line in enumerate(daemon.lines) if "internal error" in "".join(daemon.lines[max(0, i - 40) : i + 1])
+    ]

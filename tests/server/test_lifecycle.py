@@ -27,7 +27,11 @@ def prepared(daemon, tiny_world, by_hand, count=6):
     definition = config.genome.definition()
     space = Space(definition, convert.pool_from(pool, "").layout)
     items_id = stub.RegisterItems(registering(pool.pool_id, some_items(count), definition)).items_id
-    return stub, pb.EvaluateRequest(pool_id=pool.pool_id, items_id=items_id, genome=pb.Genome(values=space.initial())), space
+    return (
+        stub,
+        pb.EvaluateRequest(pool_id=pool.pool_id, items_id=items_id, genome=pb.Genome(values=space.initial())),
+        space,
+    )
 
 
 class Load(threading.Thread):
@@ -181,7 +185,8 @@ def test_the_process_ends_with_these_codes(daemon, tiny_world):
 def test_help_has_an_example_and_imports_nothing_heavy():
     done = server("serve", "--help")
     assert done.returncode == 0 and "Example: merge3-server serve" in done.stdout
-    code = "import sys; import merge3_server.cli; print([m for m in ('torch', 'transformers', 'grpc', 'ray') if m in sys.modules])"
+    heavy = ("torch", "transformers", "grpc", "ray")
+    code = f"import sys; import merge3_server.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -193,4 +198,7 @@ def test_a_memory_budget_is_in_the_log_and_too_small_a_one_is_refused(start, tin
     daemon = start(tiny_world, memory_budget=100 << 10)
     with pytest.raises(grpc.RpcError) as refused:
         daemon.stub().OpenPool(pb.OpenPoolRequest(models=models))
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "memory_budget: found 0.1 MiB" in refused.value.details()
+    assert (
+        refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        and "memory_budget: found 0.1 MiB" in refused.value.details()
+    )

@@ -43,15 +43,25 @@ def variant(tiny_world, name, **changes):
 
 VARIANTS = {
     "all-items": {},
-    "random-renewed": {"extract": {"method": "random", "size": 8}, "optimizer": {"budget": 18, "population": 6, "seed": 1}},
+    "random-renewed": {
+        "extract": {"method": "random", "size": 8},
+        "optimizer": {"budget": 18, "population": 6, "seed": 1},
+    },
     "calibrated": {
-        "extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1},
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"models": 8, "check_every": 1},
         "optimizer": {"budget": 18, "population": 6, "seed": 1},
     },
     # DELLA refuses some densities: failed candidates fail with the same words
-    "failing": {"genome": {"merge_method": "della", "genes": ["weight", "density"]}, "optimizer": {"budget": 12, "population": 6, "seed": 2}},
-    "random-keeps": {"genome": {"merge_method": "dare_ties", "dtype": "bfloat16"}, "optimizer": {"budget": 6, "population": 6, "seed": 9}},
-}  # fmt: skip
+    "failing": {
+        "genome": {"merge_method": "della", "genes": ["weight", "density"]},
+        "optimizer": {"budget": 12, "population": 6, "seed": 2},
+    },
+    "random-keeps": {
+        "genome": {"merge_method": "dare_ties", "dtype": "bfloat16"},
+        "optimizer": {"budget": 6, "population": 6, "seed": 9},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,10 @@ def embedded(tiny_world, tmp_path_factory):
 
     def run_once(name):
         if name not in made:
-            config, directory = load_config(variant(tiny_world, name, **VARIANTS[name])), tmp_path_factory.mktemp(name) / "run"
+            config, directory = (
+                load_config(variant(tiny_world, name, **VARIANTS[name])),
+                tmp_path_factory.mktemp(name) / "run",
+            )
             made[name] = config, directory, run.evolve(config, directory, quiet=True)
         return made[name]
 
@@ -135,7 +148,9 @@ def test_kill_9_of_the_daemon_in_mid_generation(embedded, tiny_world, tmp_path, 
 
 def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, free_port):
     config = load_config(tiny_world / "evolve.yaml")
-    with pytest.raises(Unavailable, match=f"daemon 127.0.0.1:{free_port}: does not answer; expected merge3-server serve"):
+    with pytest.raises(
+        Unavailable, match=f"daemon 127.0.0.1:{free_port}: does not answer; expected merge3-server serve"
+    ):
         RemoteEngine(f"127.0.0.1:{free_port}", config.models)
     daemon, notes = start(tiny_world, listen=f"127.0.0.1:{free_port}"), []
     engine = RemoteEngine(daemon.address, config.models, patience=1.5, note=notes.append)
@@ -171,7 +186,11 @@ def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, t
     items = load_questions(config).subset[:4]
     local = LocalEngine(Pool.open(config.models[0], config.models[1:]))
     remote = RemoteEngine(daemon.address, config.models)
-    bad = {"merge_method": "ties", "base_model": config.models[0], "models": [{"model": config.models[1], "parameters": {"density": 7}}]}
+    bad = {
+        "merge_method": "ties",
+        "base_model": config.models[0],
+        "models": [{"model": config.models[1], "parameters": {"density": 7}}],
+    }
     unknown = bad | {"models": [{"model": "/nowhere", "parameters": {"weight": 1.0}}]}
     seen = []
     for what in (Recipe.parse(bad), Recipe.parse(unknown)):
@@ -246,9 +265,16 @@ def test_objectives_and_failures_cross_as_they_are(daemon, tiny_world):
     items = tuple(load_questions(config).subset)
     asked = Registration(items, config.genome.definition(), objectives=("translation", "accuracy"))
     start = engines[0].space(asked.space).initial()
-    bad = Recipe.parse({"merge_method": "ties", "base_model": config.models[0],
-                        "models": [{"model": config.models[1], "parameters": {"weight": 1.0, "density": 7}}]})  # fmt: skip
-    found = [sorted(engine.evaluate(asked, [start, bad, config.models[1]]), key=lambda e: e.index) for engine in engines]
+    bad = Recipe.parse(
+        {
+            "merge_method": "ties",
+            "base_model": config.models[0],
+            "models": [{"model": config.models[1], "parameters": {"weight": 1.0, "density": 7}}],
+        }
+    )
+    found = [
+        sorted(engine.evaluate(asked, [start, bad, config.models[1]]), key=lambda e: e.index) for engine in engines
+    ]
     for local, remote in zip(*found):
         assert local.objectives == remote.objectives == ("translation", "accuracy")
         assert np.array_equal(local.values, remote.values, equal_nan=True) and local.recipe_hash == remote.recipe_hash

@@ -96,9 +96,20 @@ def test_who_leaves_is_dropped_or_stopped():
 def test_errors_reach_their_caller_alone_and_every_worker_works():
     async def body(s, *workers):
         found = await asyncio.gather(
-            *(s.run("a", "evaluate", ValueError("mine") if i == 3 else i, 0.01) for i in range(10)), return_exceptions=True
+            *(s.run("a", "evaluate", ValueError("mine") if i == 3 else i, 0.01) for i in range(10)),
+            return_exceptions=True,
         )
-        assert isinstance(found[3], ValueError) and [f.result for f in found if not isinstance(f, Exception)] == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+        assert isinstance(found[3], ValueError) and [f.result for f in found if not isinstance(f, Exception)] == [
+            0,
+            1,
+            2,
+            4,
+            5,
+            6,
+            7,
+            8,
+            9,
+        ]
         assert all(w.done for w in workers)
         for done in await s.broadcast("a", "open", "all", 0):
             assert done.result == "all"

@@ -47,8 +47,18 @@ def test_paths_stay_below_the_roots(roots):
     inside = str(roots / "allowed" / "model")
     for name in ("model", inside, "./model", "model/../model", f"{roots}/allowed/../allowed/model"):
         assert allowed.directory(name) == inside
-    for name in ("../secret", f"{roots}/secret", "model/../../secret", "/etc", "..", "../allowed-too", f"{roots}/allowed-too", "/", "//etc",
-                 f"{roots}/no-such-thing"):  # fmt: skip
+    for name in (
+        "../secret",
+        f"{roots}/secret",
+        "model/../../secret",
+        "/etc",
+        "..",
+        "../allowed-too",
+        f"{roots}/allowed-too",
+        "/",
+        "//etc",
+        f"{roots}/no-such-thing",
+    ):
         with pytest.raises(Denied, match="outside the daemon's roots"):
             allowed.directory(name)
     (roots / "allowed" / "link").symlink_to(roots / "secret")
@@ -83,7 +93,10 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
             return (Path.write_text, (roots / "boom", "!"))
 
     broken = {
-        "pickle": lambda m: ((m / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())), (m / "model.safetensors").unlink()),
+        "pickle": lambda m: (
+            (m / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb())),
+            (m / "model.safetensors").unlink(),
+        ),
         "disguised": lambda m: (m / "model.safetensors").write_bytes(pickle.dumps(Bomb())),
         "truncated": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-100]),
         "config": lambda m: (m / "config.json").write_text("{"),
@@ -113,19 +126,32 @@ def test_a_file_that_is_a_link_to_outside_is_refused(roots, start):
 def test_tokens_missing_wrong_expired_and_withdrawn(tiny_world, tmp_path, start, monkeypatch):
     hour = timedelta(hours=1)
     tokens = tmp_path / "tokens"
-    tokens.write_text(f"# drivers\ngood\nold {(datetime.now(UTC) - hour).isoformat()}\nyoung {(datetime.now(UTC) + hour).isoformat()}\n")
+    now = datetime.now(UTC)
+    tokens.write_text(f"# drivers\ngood\nold {(now - hour).isoformat()}\nyoung {(now + hour).isoformat()}\n")
     daemon = start(tiny_world, tokens=tokens)
     stub = daemon.stub()
 
     def with_token(token):
         return lambda: stub.Status(pb.StatusRequest(), metadata=(("authorization", token),))
 
-    assert code_of(lambda: stub.Status(pb.StatusRequest())) == ("UNAUTHENTICATED", "authorization: no token; expected Bearer TOKEN")
-    for token, words in (("Bearer bad", "an unknown token"), ("good", "not a bearer token"), ("Bearer old", "has expired"),
-                         ("Bearer ", "not a bearer token"), ("Bearer good good", "not a bearer token")):  # fmt: skip
+    assert code_of(lambda: stub.Status(pb.StatusRequest())) == (
+        "UNAUTHENTICATED",
+        "authorization: no token; expected Bearer TOKEN",
+    )
+    for token, words in (
+        ("Bearer bad", "an unknown token"),
+        ("good", "not a bearer token"),
+        ("Bearer old", "has expired"),
+        ("Bearer ", "not a bearer token"),
+        ("Bearer good good", "not a bearer token"),
+    ):
         code, said = code_of(with_token(token))
         assert code == "UNAUTHENTICATED" and words in said
-    for call in (lambda: list(stub.Watch(pb.WatchRequest())), lambda: stub.RegisterItems(iter([])), lambda: list(stub.EvaluateStream(iter([])))):
+    for call in (
+        lambda: list(stub.Watch(pb.WatchRequest())),
+        lambda: stub.RegisterItems(iter([])),
+        lambda: list(stub.EvaluateStream(iter([]))),
+    ):
         assert code_of(call)[0] == "UNAUTHENTICATED"
     with_token("Bearer good")(), with_token("bearer young")()
     (tmp_path / "mine").write_text("good\n")
@@ -178,14 +204,53 @@ def certificates(tmp_path_factory):
         subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, cwd=folder)
 
     def signed(name, authority, days=30):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl(
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
         (folder / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{authority}.pem", "-CAkey", f"{authority}.key", "-CAcreateserial",
-                "-days", days, "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            f"{authority}.pem",
+            "-CAkey",
+            f"{authority}.key",
+            "-CAcreateserial",
+            "-days",
+            days,
+            "-extfile",
+            "ext",
+            "-out",
+            f"{name}.pem",
+        )
 
     for authority in ("ca", "other-ca"):
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{authority}.key", "-out", f"{authority}.pem", "-days", 30,
-                "-subj", f"/CN={authority}")  # fmt: skip
+        openssl(
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{authority}.key",
+            "-out",
+            f"{authority}.pem",
+            "-days",
+            30,
+            "-subj",
+            f"/CN={authority}",
+        )
     signed("server", "ca")
     signed("client", "ca")
     signed("stranger", "other-ca")
@@ -198,14 +263,19 @@ def test_tls_and_mutual_tls(tiny_world, certificates, start):
     options = dict(certificate=c / "server.pem", key=c / "server.key")
     daemon = start(tiny_world, **options)
     assert status(Target(daemon.address, ca=str(c / "ca.pem"))).state == "serving"
-    unreachable = [Target(daemon.address), Target(daemon.address, ca=str(c / "other-ca.pem")), Target(daemon.address, ca="system")]
+    unreachable = [
+        Target(daemon.address),
+        Target(daemon.address, ca=str(c / "other-ca.pem")),
+        Target(daemon.address, ca="system"),
+    ]
     mutual = start(tiny_world, **options, client_ca=c / "ca.pem")
     ca = str(c / "ca.pem")
     assert status(Target(mutual.address, ca, c / "client.pem", c / "client.key")).state == "serving"
     unreachable += [
-        Target(mutual.address, ca), Target(mutual.address, ca, c / "stranger.pem", c / "stranger.key"),
+        Target(mutual.address, ca),
+        Target(mutual.address, ca, c / "stranger.pem", c / "stranger.key"),
         Target(mutual.address, ca, c / "expired.pem", c / "expired.key"),
-    ]  # fmt: skip
+    ]
     time.sleep(1.1)  # "days 0" ends the second it begins
     for target in unreachable:
         with pytest.raises(Exception) as caught:
@@ -215,8 +285,18 @@ def test_tls_and_mutual_tls(tiny_world, certificates, start):
 
 
 def test_beyond_this_machine_only_with_tls_or_on_purpose(tiny_world, tmp_path):
-    for address, local in (("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("unix:/x", True), ("127.8.8.8:1", True),
-                           ("0.0.0.0:1", False), ("[::]:1", False), ("10.0.0.1:1", False), ("example.org:1", False), (":1", False)):  # fmt: skip
+    for address, local in (
+        ("127.0.0.1:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("unix:/x", True),
+        ("127.8.8.8:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("example.org:1", False),
+        (":1", False),
+    ):
         assert is_local(address) is local, address
     with pytest.raises(ConfigError, match="--insecure"):
         Settings(("0.0.0.0:0",), (tiny_world,))
@@ -231,7 +311,11 @@ def test_images_are_files_below_the_roots(world):
     from merge3.rpc import convert
 
     item = pb.Item(id="i", kind="classify", image="/etc/hostname", index=0)
-    for path, code in (("/etc/hostname", "PERMISSION_DENIED"), ("none.png", "NOT_FOUND"), ("../x.png", "PERMISSION_DENIED")):
+    for path, code in (
+        ("/etc/hostname", "PERMISSION_DENIED"),
+        ("none.png", "NOT_FOUND"),
+        ("../x.png", "PERMISSION_DENIED"),
+    ):
         item.image = path
         parts = [
             pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id=world.pool.pool_id)),

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 SIZES = dict(
-    vocab_size=62, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, eos_token_id=1, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=62,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    eos_token_id=1,
+    pad_token_id=0,
+)
 
 
 def _tokenizer(bos=False, chat=None):

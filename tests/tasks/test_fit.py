@@ -183,11 +183,15 @@ def config(checkpoints, tmp_path):
     write(tmp_path / "long.jsonl", *rows)
     write(tmp_path / "short.jsonl", *(generate(f"s{i}", 2 + i % 3) for i in range(20)))
     data = {
-        "genome": {"models": [str(checkpoints / "e0"), str(checkpoints / "e1")],
-                   "base_model": str(checkpoints / "base"), "merge_method": "task_arithmetic"},
+        "genome": {
+            "models": [str(checkpoints / "e0"), str(checkpoints / "e1")],
+            "base_model": str(checkpoints / "base"),
+            "merge_method": "task_arithmetic",
+        },
         "tasks": [{"items": "long.jsonl"}, {"items": "short.jsonl"}],
-        "optimizer": {"budget": 3, "population": 2}, "extract": {"method": "all"},
-    }  # fmt: skip
+        "optimizer": {"budget": 3, "population": 2},
+        "extract": {"method": "all"},
+    }
     (tmp_path / "evolve.yaml").write_text(yaml.safe_dump(data))
     return tmp_path / "evolve.yaml"
 

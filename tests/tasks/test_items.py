@@ -268,18 +268,37 @@ def test_other_keys_are_kept(tmp_path):
 
 
 MISSPELT = {
-    "promt": "prompt", "Prompt": "prompt", "anwser": "answer", "answers": "answer", "max_token": "max_tokens",
+    "promt": "prompt",
+    "Prompt": "prompt",
+    "anwser": "answer",
+    "answers": "answer",
+    "max_token": "max_tokens",
     "maxtokens": "max_tokens",
-    "choises": "choices", "choice": "choices", "taks": "task", "ID": "id", "imgae": "image", "metrik": "metric",
+    "choises": "choices",
+    "choice": "choices",
+    "taks": "task",
+    "ID": "id",
+    "imgae": "image",
+    "metrik": "metric",
     "stops": "stop",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("key", MISSPELT)
 def test_misspelt_keys_are_refused_with_the_nearest(tmp_path, key):
     meant = MISSPELT[key]
-    whole = {"id": "q", "task": "t", "kind": "classify", "prompt": "a", "image": "i", "choices": ["b"], "answer": 1,
-             "metric": "acc", "max_tokens": 3, "stop": "x"}  # fmt: skip
+    whole = {
+        "id": "q",
+        "task": "t",
+        "kind": "classify",
+        "prompt": "a",
+        "image": "i",
+        "choices": ["b"],
+        "answer": 1,
+        "metric": "acc",
+        "max_tokens": 3,
+        "stop": "x",
+    }
     file = write(tmp_path / "items.jsonl", {key if k == meant else k: v for k, v in whole.items()})
     with pytest.raises(ItemsError) as error:
         read_items(file)

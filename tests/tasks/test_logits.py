@@ -121,8 +121,13 @@ def test_no_warning_of_masks_and_no_verdict_from_broken_weights(world, overflow,
         assert type(Scorer(choices(prefix), broken, folder).asked[0].question) is SharedRows
 
 
-BROKEN = {"nan elsewhere": put(torch.nan, 5), "infinity elsewhere": put(torch.inf, 5), "all nan": put(torch.nan),
-          "nothing possible": put(-torch.inf), "all infinite": put(torch.inf)}  # fmt: skip
+BROKEN = {
+    "nan elsewhere": put(torch.nan, 5),
+    "infinity elsewhere": put(torch.inf, 5),
+    "all nan": put(torch.nan),
+    "nothing possible": put(-torch.inf),
+    "all infinite": put(torch.inf),
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -188,8 +193,15 @@ def test_classification(world, tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification, ViTConfig, ViTForImageClassification
 
     folder, *_ = world
-    config = LlamaConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, pad_token_id=0, num_labels=3)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=62,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        num_labels=3,
+    )
     texts = LlamaForSequenceClassification(config).eval()
     scorer = Scorer([Item(f"k{i}", "k", "classify", text(3, i), i % 3) for i in range(4)], texts, folder)
     texts.score.weight.data[1, 0] = torch.nan
@@ -279,10 +291,15 @@ def search(checkpoints, folder, **more):
     ]
     (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {
-        "genome": {"models": [str(checkpoints / m) for m in ("nanlogits", "e0")],
-                   "base_model": str(checkpoints / "base"), "merge_method": "task_arithmetic"},
-        "tasks": [{"items": "t.jsonl"}], "optimizer": {"budget": 4, "population": 2}, "extract": {"method": "all"},
-    }  # fmt: skip
+        "genome": {
+            "models": [str(checkpoints / m) for m in ("nanlogits", "e0")],
+            "base_model": str(checkpoints / "base"),
+            "merge_method": "task_arithmetic",
+        },
+        "tasks": [{"items": "t.jsonl"}],
+        "optimizer": {"budget": 4, "population": 2},
+        "extract": {"method": "all"},
+    }
     (folder / "evolve.yaml").write_text(yaml.safe_dump(data | more))
     return load_config(folder / "evolve.yaml")
 

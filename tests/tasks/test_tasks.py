@@ -29,10 +29,17 @@ def choice_items(prefix_words, count=17):
     rng = np.random.default_rng(prefix_words)
     prefix = words(rng, prefix_words)
     return [
-        Item(f"c{i}", "c", "choice", f"{prefix} {words(rng, 1 + i % 5)}".strip(), int(rng.integers(3)),
-             tuple(words(rng, 1 + (i + j) % 3) for j in range(3)), "acc_norm" if i % 2 else "acc")
+        Item(
+            f"c{i}",
+            "c",
+            "choice",
+            f"{prefix} {words(rng, 1 + i % 5)}".strip(),
+            int(rng.integers(3)),
+            tuple(words(rng, 1 + (i + j) % 3) for j in range(3)),
+            "acc_norm" if i % 2 else "acc",
+        )
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -65,7 +72,15 @@ def test_generation_matches_transformers(world, name, prefix_words):
     rng = np.random.default_rng(prefix_words)
     prefix = words(rng, prefix_words)
     items = [
-        Item(f"g{i}", "g", "generate", f"{prefix} {words(rng, 1 + i % 6)}".strip(), ("x",), metric="exact", max_tokens=3 + i % 8)
+        Item(
+            f"g{i}",
+            "g",
+            "generate",
+            f"{prefix} {words(rng, 1 + i % 6)}".strip(),
+            ("x",),
+            metric="exact",
+            max_tokens=3 + i % 8,
+        )
         for i in range(13)
     ]
     question = LM(models[name], tokenizer, batch_tokens=100).generate(requests(items, tokenizer))
@@ -114,8 +129,17 @@ def test_text_classification(world, tmp_path):
 
     folder, tokenizer, _ = world
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         pad_token_id=0, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=62,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        num_labels=3,
+        id2label={0: "a", 1: "b", 2: "c"},
+        label2id={"a": 0, "b": 1, "c": 2},
+    )
     model = LlamaForSequenceClassification(config).eval()
     rng = np.random.default_rng(0)
     items = [Item(f"k{i}", "k", "classify", words(rng, 1 + i % 7), ("a", 1, "c")[i % 3]) for i in range(20)]
@@ -136,7 +160,15 @@ def test_image_classification(tmp_path):
 
     torch.manual_seed(0)
     model = ViTForImageClassification(
-        ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4, num_labels=4)
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_labels=4,
+        )
     ).eval()
     lines, pixels = [], []
     for i in range(6):
@@ -146,7 +178,10 @@ def test_image_classification(tmp_path):
         lines.append(json.dumps({"kind": "classify", "image": f"{i}.npy", "answer": i % 4}))
     (tmp_path / "items.jsonl").write_text("\n".join(lines))
     expected = model(pixel_values=torch.stack(pixels)).logits.argmax(-1) == torch.arange(6) % 4
-    assert Scorer(read_items(tmp_path / "items.jsonl"), model, tmp_path).score(model).tolist() == expected.double().tolist()
+    assert (
+        Scorer(read_items(tmp_path / "items.jsonl"), model, tmp_path).score(model).tolist()
+        == expected.double().tolist()
+    )
 
 
 def test_heldout_split_is_disjoint_stable_and_by_task():

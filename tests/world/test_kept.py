@@ -36,7 +36,9 @@ def test_the_same_is_made_once_and_something_else_beside_it(tmp_path):
 
 def test_who_asks_at_the_same_time_waits_for_it(tmp_path):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(made(tmp_path, grow, word="a", wait=0.3))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(made(tmp_path, grow, word="a", wait=0.3))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -93,5 +95,8 @@ def test_training_gives_the_same_bits(tmp_path):
     one, two = (made(tmp_path / name, make_models, **few) for name in ("one", "two"))
     files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
     assert len(files) > 5 * 3 and all((one / f).read_bytes() == (two / f).read_bytes() for f in files)
-    weights = {(one / name / "model.safetensors").read_bytes() for name in ("base", "english", "italian", "translation", "sorting")}
+    weights = {
+        (one / name / "model.safetensors").read_bytes()
+        for name in ("base", "english", "italian", "translation", "sorting")
+    }
     assert len(weights) == 5

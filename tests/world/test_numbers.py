@@ -30,7 +30,9 @@ def test_answers(task):
     items = make_items(task, 0, 300)
     assert len({item["prompt"] for item in items}) == len({item["id"] for item in items}) == 300
     for item in items:
-        assert item["answer"] == " ".join(solved(task, item["prompt"])) and item["max_tokens"] == len(item["answer"].split())
+        assert item["answer"] == " ".join(solved(task, item["prompt"])) and item["max_tokens"] == len(
+            item["answer"].split()
+        )
         ids = tokenizer(f"{item['prompt']} {item['answer']}")["input_ids"]
         assert tokenizer.decode(ids[1:]) == f"{item['prompt']} {item['answer']}" and len(ids) + 1 <= MAX_LENGTH
     assert items[:40] == make_items(task, 0, 40) and items != make_items(task, 1, 300)

@@ -23,7 +23,7 @@ class Optimizer(Protocol):
         """The next generation: float64 [d] each."""
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
-        """Their fitness (NaN: failed) and its standard errors, in the same order; the last generation may be shorter."""
+        """Their fitness (NaN: failed) and its standard errors, in one order; the last generation may be shorter."""
 
     def favorite(self) -> np.ndarray | None:
         """The genome it believes in most; None where it believes in none."""
@@ -59,9 +59,15 @@ OPTIMIZERS: dict[str, Callable[[Start], Optimizer]] = {"cma": _cma, "random": _r
 
 
 def make(
-    name: str, initial: np.ndarray, low: np.ndarray, high: np.ndarray, sigma: float, population: int | None, seed: int,
+    name: str,
+    initial: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    sigma: float,
+    population: int | None,
+    seed: int,
     assisted: bool = False,
-) -> Optimizer:  # fmt: skip
+) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))

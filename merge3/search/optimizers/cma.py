@@ -25,14 +25,23 @@ class CMA:
         scale = np.where(finite, np.where(finite, high - low, 1.0), 1.0)
         options = {
             "popsize": population,
-            "bounds": [np.where(finite, low, -np.inf).tolist(), np.where(finite, high, np.inf).tolist()] if finite.any() else [None, None],
+            "bounds": [np.where(finite, low, -np.inf).tolist(), np.where(finite, high, np.inf).tolist()]
+            if finite.any()
+            else [None, None],
             "CMA_stds": scale.tolist(),
             "seed": seed + 1,  # pycma takes 0 for the time of day
-            "verbose": -9, "verb_log": 0, "verb_disp": 0, "signals_filename": "",
+            "verbose": -9,
+            "verb_log": 0,
+            "verb_disp": 0,
+            "signals_filename": "",
             # The budget is ours: a plateau of equal fitness must not end a run.
-            "tolfun": 0, "tolfunhist": 0, "tolflatfitness": np.inf, "tolstagnation": np.inf, "tolx": 0,
+            "tolfun": 0,
+            "tolfunhist": 0,
+            "tolflatfitness": np.inf,
+            "tolstagnation": np.inf,
+            "tolx": 0,
             "maxiter": np.inf,
-        }  # fmt: skip
+        }
         # pycma draws from numpy's global generator; this keeps its stream apart from everyone else's.
         self._state = np.random.RandomState(seed + 1).get_state()
         with self._own_random(), warnings.catch_warnings():

@@ -18,7 +18,12 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 def sources() -> list[Path]:
     csrc = ROOT / "csrc"
-    return [csrc / "torch" / "library.cpp", csrc / "api.cpp", *sorted(csrc.glob("cpu/*.cpp")), *sorted(csrc.glob("cuda/*.cu"))]
+    return [
+        csrc / "torch" / "library.cpp",
+        csrc / "api.cpp",
+        *sorted(csrc.glob("cpu/*.cpp")),
+        *sorted(csrc.glob("cuda/*.cu")),
+    ]
 
 
 def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
@@ -34,11 +39,24 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
     if library.exists() and library.stat().st_mtime > newest:
         return library
     flags = [
-        "-std=c++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-fPIC", *SANITIZE,
-        '-DMERGE3_ARCHITECTURES="80 90 120"', "-DMERGE3_CHUNK=2048",  # small ones: a tensor needs few elements to have several
-        "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030b0000",
-        "-DTORCH_EXTENSION_NAME=_C", f"-I{HERE}", *(f"-I{p}" for p in include_paths()), f"-I{sysconfig.get_paths()['include']}",
-    ]  # fmt: skip
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+        "-fPIC",
+        *SANITIZE,
+        '-DMERGE3_ARCHITECTURES="80 90 120"',
+        "-DMERGE3_CHUNK=2048",  # small ones: a tensor needs few elements to have several
+        "-DMERGE3_WITH_CUDA",
+        "-DMERGE3_EMULATED",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DPy_LIMITED_API=0x030b0000",
+        "-DTORCH_EXTENSION_NAME=_C",
+        f"-I{HERE}",
+        *(f"-I{p}" for p in include_paths()),
+        f"-I{sysconfig.get_paths()['include']}",
+    ]
 
     def compile_one(source: Path) -> Path:
         target = folder / (source.name + ".o")
@@ -49,7 +67,18 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
         objects = list(pool.map(compile_one, sources()))
     lib = Path(torch.__file__).parent / "lib"
     partial = folder / "_C.partial.so"
-    link = ["-shared", *SANITIZE, *map(str, objects), f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)]
+    link = [
+        "-shared",
+        *SANITIZE,
+        *map(str, objects),
+        f"-L{lib}",
+        f"-Wl,-rpath,{lib}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        "-o",
+        str(partial),
+    ]
     subprocess.run(["g++", *link], check=True)
     partial.rename(library)
     return library
@@ -57,14 +86,22 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
 
 def environment(device: str, library: Path) -> dict[str, str]:
     """What a Python that loads the library needs: the sanitizers before everything else."""
-    found = lambda name: subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    found = lambda name: subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     # The tensors count as those of the second GPU, while the first is the current one.
-    return os.environ | ({"MERGE3_TEST_DEVICE_INDEX": "1"} if device == "cuda" else {}) | {
-        "MERGE3_TEST_LIBRARY": str(library), "MERGE3_TEST_DEVICE": device,
-        "LD_PRELOAD": f"{found('libasan.so')} {found('libstdc++.so')}",
-        # Python and torch leave memory at exit; torch's own libraries are not looked at.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-    }  # fmt: skip
+    return (
+        os.environ
+        | ({"MERGE3_TEST_DEVICE_INDEX": "1"} if device == "cuda" else {})
+        | {
+            "MERGE3_TEST_LIBRARY": str(library),
+            "MERGE3_TEST_DEVICE": device,
+            "LD_PRELOAD": f"{found('libasan.so')} {found('libstdc++.so')}",
+            # Python and torch leave memory at exit; torch's own libraries are not looked at.
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        }
+    )
 
 
 def load(path: str) -> None:
