@@ -3,7 +3,7 @@
 python benchmarks/gpu_check.py [--only measure | check | STEP ..] [--out DIR]
 
 Needs torch with CUDA, nvcc, ninja, transformers, safetensors, numpy, pytest and hypothesis; pyro, cma and grpc are not
-imported. Writes DIR/gpu-<name>.json and .md (default: benchmarks/results, from which the README's table is made), anew
+imported. Writes DIR/gpu-<name>.json and .md (default: benchmarks/results, from which docs/benchmarks.md is made), anew
 after every row: a run that is cut short has left what it measured. What is worth most comes first. A step that fails is
 in the report and does not keep the others from running; the exit code is then 1.
 

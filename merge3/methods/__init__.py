@@ -1,6 +1,6 @@
 """The merge methods: a table, what each needs, and the way from a recipe to kernel calls.
 
-METHODS is the one list: `--help`, the README's table and the parity tests are made from it.
+METHODS is the one list: `merge3-client methods`, docs/methods.md and the parity tests are made from it.
 """
 
 from merge3.errors import RecipeError
