@@ -36,9 +36,14 @@ class Source(Protocol):
 
     device: torch.device
 
-    def stored(self, ref: Ref) -> torch.Tensor: ...
-    def unmap(self, ref: Ref) -> None: ...
-    def content_hashes(self) -> dict[str, str]: ...
+    def stored(self, ref: Ref) -> torch.Tensor:
+        """See Pool."""
+
+    def unmap(self, ref: Ref) -> None:
+        """See Pool."""
+
+    def content_hashes(self) -> dict[str, str]:
+        """See Pool."""
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Derived:
         return [Ref(model, name) for model, known in self._models.items() for name in known.jobs]
 
     def has(self, ref: Ref) -> bool:
+        """Whether a model that is known here has a tensor of this name."""
         return ref.tensor in self._models[ref.model].jobs
 
     def job(self, ref: Ref) -> Job:

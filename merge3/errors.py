@@ -32,6 +32,7 @@ class Merge3Error(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
+        """`where: found; expected ... (hint)`, without the parts that are empty."""
         text = self.where
         if self.found:
             text += f": {self.found}"

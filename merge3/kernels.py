@@ -127,6 +127,10 @@ class Prepared:
 
     `launch` alone can be captured in a CUDA graph; `upload` before a replay changes what it merges. Arguments
     as for merge_; the tensors are kept alive.
+
+        prepared = Prepared(out, base, experts)
+        prepared.upload(coefficients(len(out), len(experts) // len(out)), torch.ones(len(out)))
+        prepared.launch()
     """
 
     def __init__(self, out, base, experts, ids=None, rank_tables=(), sparsify: str = "all"):

@@ -42,6 +42,7 @@ class MemoryPlan:
         return self.slot + self.resident + self.window
 
     def tier(self, key: Hashable) -> str:
+        """Where a tensor lies: DEVICE, HOST or FILE."""
         return self.away[key][0] if key in self.away else DEVICE
 
     def streamed(self, keys: Iterable[Hashable]) -> int:

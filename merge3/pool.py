@@ -103,10 +103,12 @@ class Pool:
 
     @property
     def base(self) -> str:
+        """The name of the first endpoint."""
         return next(iter(self.endpoints))
 
     @property
     def base_checkpoint(self) -> Checkpoint:
+        """The first endpoint's checkpoint."""
         return self.endpoints[self.base]
 
     @property
@@ -135,6 +137,7 @@ class Pool:
         return self._ties.stored(ref) is not None
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
+        """Of a tensor, stored, tied or derived; read from headers, not from weights."""
         return self.derived.job(ref).shape if ref.model in self.derived else self._info(ref).shape
 
     def shared_with(self, ref: Ref) -> str | None:

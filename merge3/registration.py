@@ -21,6 +21,9 @@ class Registration:
     in the accuracy, default 1. estimators: task -> what makes accuracy of answers to a subset; none: the plain mean.
     objectives: names of the values that an evaluation has, `accuracy` or tasks. seed: of random keeps, the same for
     every subject, so that candidates differ by their genes alone. chat: prompts go through the chat template.
+
+        asked = Registration(tuple(read_items("items.jsonl")))
+        with_other_keeps = dataclasses.replace(asked, seed=1)
     """
 
     items: tuple[Item, ...]

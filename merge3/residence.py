@@ -19,9 +19,14 @@ class Source(Protocol):
 
     device: torch.device
 
-    def stored(self, ref: Ref) -> torch.Tensor: ...
-    def common_dtype(self, ref: Ref) -> torch.dtype: ...
-    def unmap(self, ref: Ref) -> None: ...
+    def stored(self, ref: Ref) -> torch.Tensor:
+        """See Pool."""
+
+    def common_dtype(self, ref: Ref) -> torch.dtype:
+        """See Pool."""
+
+    def unmap(self, ref: Ref) -> None:
+        """See Pool."""
 
 
 class Residence:

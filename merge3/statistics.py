@@ -52,6 +52,7 @@ class Statistics:
     # -- Gram matrices of [θ, τ_1, .., τ_K]: float64 [K+1, K+1]
 
     def prefetch_gram(self, requests: Iterable[tuple[Key | None, tuple[Key, ...]]]) -> None:
+        """(base or None, experts): Gram matrices of all that are not known yet, in as few calls as fit."""
         by_shape: dict[tuple, list] = {}
         for base, experts in dict.fromkeys(requests):
             if (base, experts) not in self._gram:
@@ -63,6 +64,7 @@ class Statistics:
                 self._gram.update(zip(group, grams.numpy()))
 
     def gram(self, base: Key | None, experts: tuple[Key, ...]) -> np.ndarray:
+        """Float64 [K+1, K+1] of [θ, τ_1, .., τ_K]; θ = 0 where base is None."""
         self.prefetch_gram([(base, experts)])
         return self._gram[base, experts]
 
@@ -79,6 +81,7 @@ class Statistics:
     # -- order statistics
 
     def prefetch_order(self, requests: Iterable[tuple[Key | None, Key, Iterable[int]]]) -> None:
+        """(base or None, expert, ranks): order statistics that are not known yet, in as few calls as fit."""
         wanted: dict[tuple, set[int]] = {}
         for base, expert, ranks in requests:
             cached = self._order.get((base, expert), ())
@@ -141,6 +144,7 @@ class Statistics:
     # -- ranks within rows
 
     def prefetch_ranks(self, requests: Iterable[tuple[Key, Key]]) -> None:
+        """(base, expert): rank tables of all that are not known yet, in as few calls as fit."""
         missing = [pair for pair in dict.fromkeys(requests) if pair not in self._ranks]
         for group in self.in_groups(missing, lambda pair: pair):
             if group:

@@ -34,12 +34,14 @@ class Bounded:
         self.limit, self.size = limit, 0
 
     def get(self, key: Hashable) -> Any | None:
+        """The value, now the most recently used; None where there is none."""
         if key not in self._values:
             return None
         self._values.move_to_end(key)
         return self._values[key][0]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Add or replace, and make room: the least recently used go first, this one never. size: as in `limit`."""
         self.drop(key)
         self._values[key] = value, size
         self.size += size
@@ -48,6 +50,7 @@ class Bounded:
             self.size -= freed
 
     def drop(self, key: Hashable) -> None:
+        """Forget a value, if it is there."""
         if key in self._values:
             self.size -= self._values.pop(key)[1]
 
@@ -79,6 +82,7 @@ class Catalog:
         return found
 
     def forget_pool(self, pool_id: str) -> None:
+        """Drop the registrations of a pool."""
         for key, (value, _) in list(self.registered._values.items()):
             if value.registered.pool_id == pool_id:
                 self.registered.drop(key)
@@ -95,6 +99,7 @@ class Gathering:
     _bytes: int = 0
 
     def add(self, request: pb.RegisterItemsRequest) -> None:
+        """Take the next message. Raises BadInput where its part is not the one to come, or what is wrong with it."""
         part = request.WhichOneof("part")
         if part is None or (part == "header") != (self.header is None):
             raise BadInput(

@@ -69,6 +69,7 @@ class Host:
         return engine.info(), weights + sum(p.numel() * p.element_size() for p in engine.slot.model.parameters())
 
     def close(self, pool_id: str, stop=None, emit=None) -> None:
+        """Forget a pool, its live model and its registrations."""
         self._opened.pop(pool_id, None)
         self._closed.add(pool_id)
         self._registrations = OrderedDict((i, r) for i, r in self._registrations.items() if r[0] != pool_id)
@@ -86,6 +87,8 @@ class Host:
             return next(engine.evaluate(self._registration(registered), [subject]))
 
     def export(self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, stop=None, emit=None) -> dict[str, Any]:
+        """Write the merged checkpoint; emits (done, total). Returns what merge_to_disk does. Raises Cancelled."""
+
         def progress(done: int, total: int) -> None:
             if stop and stop():
                 raise Cancelled("export", "whoever asked has left")

@@ -31,6 +31,7 @@ class Around(grpc.aio.ServerInterceptor):
         self.tokens, self.metrics, self.stalled = tokens, metrics, stalled
 
     async def intercept_service(self, continuation, details):
+        """See grpc.aio.ServerInterceptor."""
         handler = await continuation(details)
         if handler is None:
             return None  # no such method: UNIMPLEMENTED

@@ -20,6 +20,7 @@ class Formatter(logging.Formatter):
         self.as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line (more with a traceback as text): JSON, or `time level [request id] message key=value ..`."""
         fields = {k: v for k, v in vars(record).items() if k not in _OWN and v is not None}
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         trace = self.formatException(record.exc_info) if record.exc_info else None
@@ -39,6 +40,7 @@ class Formatter(logging.Formatter):
 
 
 def set_up(as_json: bool, verbose: bool) -> None:
+    """Send the logger `merge3` to standard error. as_json: a JSON object per record; verbose: debugging too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(as_json))
     logger = logging.getLogger("merge3")

@@ -37,10 +37,12 @@ class Metrics:
         )
 
     def call(self, method: str, code: str, seconds: float) -> None:
+        """Count a call that ended. code: its gRPC status name."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
 
     def candidate(self, seconds: float, swap_seconds: float, queue_seconds: float, answers: int, failed: bool) -> None:
+        """Count a candidate that was evaluated. answers: how many items it was asked."""
         self._candidates.labels("failed" if failed else "answered").inc()
         self._answers.inc(answers)
         self._candidate_seconds.observe(seconds)

@@ -35,6 +35,7 @@ class Open:
     used: float = field(default_factory=time.monotonic)
 
     def message(self) -> pb.Pool:
+        """The pool as drivers see it."""
         return convert.pool_to(
             self.info,
             pool_id=self.spec.pool_id,
@@ -54,6 +55,7 @@ class Pools:
         self._open: dict[str, Open] = {}
 
     async def open(self, driver: str, models: tuple[str, ...], dtype: str) -> Open:
+        """Open a pool for a driver, or share the one that is open or opening. Raises Busy where there is no room."""
         spec = self._spec(models, dtype)
         if spec.pool_id not in self._open:
             await self._make_room()
@@ -67,6 +69,7 @@ class Pools:
         return entry
 
     def get(self, pool_id: str) -> Open:
+        """An open pool, from now on recently used. Raises NotFound."""
         entry = self._open.get(pool_id)
         if entry is None or entry.info is None:
             raise NotFound("pool_id", f"{pool_id[:64]!r} is not open", "OpenPool first")
@@ -74,6 +77,7 @@ class Pools:
         return entry
 
     def list(self) -> list[Open]:
+        """The pools that have been opened; those still opening are not among them."""
         return [entry for entry in self._open.values() if entry.info is not None]
 
     async def close(self, driver: str, pool_id: str) -> int:

@@ -69,6 +69,7 @@ class Scheduler:
         self._loops: list[asyncio.Task] = []
 
     def start(self) -> None:
+        """Let every worker take jobs."""
         self._loops = [asyncio.create_task(self._serve(worker), name=worker.name) for worker in self.workers]
 
     async def run(self, driver: str, call: str, *arguments: Any, emit: Callable[[Any], None] | None = None) -> Done:
@@ -105,9 +106,11 @@ class Scheduler:
 
     @property
     def stopping(self) -> bool:
+        """Whether no more jobs are accepted."""
         return self.ending.is_set()
 
     def refuse_if_stopping(self) -> None:
+        """Raises Unavailable when the daemon is stopping."""
         if self.stopping:
             raise Unavailable("daemon", "stopping", "another try when it is back")
 

@@ -50,17 +50,21 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     # -- pools
 
     async def OpenPool(self, request, context):
+        """See the proto."""
         return (await self.pools.open(_driver(context), tuple(request.models), request.dtype)).message()
 
     async def ListPools(self, request, context):
+        """See the proto."""
         return pb.ListPoolsResponse(pools=[entry.message() for entry in self.pools.list()])
 
     async def ClosePool(self, request, context):
+        """See the proto."""
         return pb.ClosePoolResponse(holders=await self.pools.close(_driver(context), request.pool_id))
 
     # -- items
 
     async def RegisterItems(self, requests, context):
+        """See the proto. A pool that is not open is refused at the header, before anything large is sent."""
         gathering = Gathering(self.catalog)
         async for request in streams.lively(requests, self.limits.stalled):
             gathering.add(request)
@@ -78,9 +82,11 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     # -- subjects
 
     async def Evaluate(self, request, context):
+        """See the proto."""
         return await self._evaluate(request, _driver(context))
 
     async def EvaluateStream(self, requests, context):
+        """See the proto. At most IN_FLIGHT requests are answered at once."""
         driver = _driver(context)
         answered = streams.answered(requests, lambda request: self._evaluate(request, driver, patient=True), IN_FLIGHT)
         async with contextlib.aclosing(answered) as evaluations:
@@ -148,6 +154,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     # -- checkpoints and text
 
     async def Export(self, request, context):
+        """See the proto. A checkpoint that is sent lies in a temporary directory until the stream ends."""
         entry = self.pools.get(request.pool_id)
         recipe = await self._recipe_or_endpoint(request, "recipe", entry.spec.models)
         temporary = None
@@ -185,6 +192,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                 await asyncio.shield(asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True))
 
     async def Generate(self, request, context):
+        """See the proto."""
         entry = self.pools.get(request.pool_id)
         which = request.WhichOneof("candidate")
         if which is None:
@@ -216,9 +224,11 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     # -- status
 
     async def Status(self, request, context):
+        """See the proto."""
         return self._status()
 
     async def Watch(self, request, context):
+        """See the proto. Ends with UNAVAILABLE when the daemon stops."""
         interval = request.interval_seconds or 1.0
         if not math.isfinite(interval) or not 0.05 <= interval <= 3600:
             raise BadInput("interval_seconds", f"found {interval}", "0.05 to 3600")

@@ -30,9 +30,14 @@ class Worker(Protocol):
     device: str
     pid: int
 
-    async def run(self, job: Job) -> Any: ...
-    def cancel(self, job: Job) -> None: ...
-    def close(self) -> None: ...
+    async def run(self, job: Job) -> Any:
+        """The result of the job's Host method, or what it raises."""
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job between two batches."""
+
+    def close(self) -> None:
+        """Give up what the worker holds."""
 
 
 class LocalWorker:
@@ -46,15 +51,17 @@ class LocalWorker:
         self._thread = ThreadPoolExecutor(1, "host")
 
     async def run(self, job: Job) -> Any:
+        """See Worker."""
         call = getattr(self._host, job.call)
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, lambda: call(*job.arguments, stop=job.stop.is_set, emit=job.emit)
         )
 
     def cancel(self, job: Job) -> None:
-        pass  # the host asks job.stop itself
+        """See Worker. Nothing to do: the host asks job.stop itself."""
 
     def close(self) -> None:
+        """See Worker."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -77,6 +84,7 @@ class Remembered:
     reference: Any
 
     def load(self) -> Registration:
+        """The registration, fetched from the object store."""
         import ray
 
         return ray.get(self.reference[0])
@@ -115,9 +123,11 @@ class RayWorker:
         self._actor, self._remembered = actor, remembered
 
     async def start(self) -> None:
+        """Wait for the actor, and learn its process's id."""
         self.pid = await self._actor.pid.remote()
 
     async def run(self, job: Job) -> Any:
+        """See Worker. Raises Unavailable where the actor's process died at it again and again."""
         import ray
 
         arguments = [self._reference(a) if isinstance(a, Registered) else a for a in job.arguments]
@@ -134,9 +144,11 @@ class RayWorker:
         return result
 
     def cancel(self, job: Job) -> None:
+        """See Worker."""
         self._actor.cancel.remote(job.number)
 
     def close(self) -> None:
+        """Shut Ray down, the other workers' actors with it."""
         import ray
 
         if ray.is_initialized():

@@ -73,6 +73,7 @@ def _problem(
 
 
 def install() -> None:
+    """Make mergekit's task-arithmetic methods merge with these kernels, in this process; see merge_group."""
     GeneralizedTaskArithmeticMerge.merge_group = merge_group
 
 

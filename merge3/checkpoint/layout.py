@@ -31,6 +31,7 @@ class Layout:
     post: tuple[str, ...]
 
     def layer_tensor(self, layer: int, name: str) -> str:
+        """The whole name of a layer's tensor. name: one of layer_names."""
         return f"{self.prefix}.{layer}.{name}"
 
     def layer_of(self, tensor: str) -> int | None:

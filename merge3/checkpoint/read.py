@@ -45,7 +45,11 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint directory: `config` and `tensors` are read at once, weights only when asked for."""
+    """A checkpoint directory: `config` and `tensors` are read at once, weights only when asked for.
+
+    checkpoint = open_checkpoint("base")
+    checkpoint.get("lm_head.weight")
+    """
 
     path: Path
     config: dict

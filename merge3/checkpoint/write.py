@@ -28,6 +28,9 @@ class CheckpointWriter:
 
     directory: must not exist, or be empty. specs: name -> (dtype, shape). shard_size: bytes.
     Raises BadInput if the directory is taken, ResourceError when the disk is full or not writable.
+
+        with CheckpointWriter("zeros", {"weight": (torch.float32, (2, 3))}) as writer:
+            writer.put("weight", torch.zeros(2, 3))
     """
 
     def __init__(self, directory: str | os.PathLike, specs: Mapping[str, Spec], shard_size: int = SHARD_SIZE):
@@ -40,6 +43,7 @@ class CheckpointWriter:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors together."""
         return sum(_nbytes(spec) for spec in self.specs.values())
 
     def __enter__(self) -> CheckpointWriter:

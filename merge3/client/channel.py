@@ -28,7 +28,10 @@ _OPTIONS = (
 @dataclass(frozen=True)
 class Target:
     """address: `host:port` or `unix:/path`. ca: the authority to trust, or `system`; with it, or a certificate, TLS.
-    token_file: a bearer token; else MERGE3_TOKEN."""
+    token_file: a bearer token; else MERGE3_TOKEN.
+
+        Target("models.example.org:50051", ca="system", token_file=Path("token"))
+    """
 
     address: str
     ca: str | None = None
@@ -37,6 +40,7 @@ class Target:
     token_file: Path | None = None
 
     def channel(self) -> grpc.Channel:
+        """A new channel, TLS where an authority or a certificate is given. Raises ConfigError for half a pair."""
         if not self.ca and not self.certificate:
             return grpc.insecure_channel(self.address, options=_OPTIONS)
         if (self.certificate is None) != (self.key is None):

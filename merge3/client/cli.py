@@ -12,7 +12,22 @@ from typing import Annotated
 
 import typer
 
-from merge3.threads import configure, threads_option
+from merge3.client import calibration_commands
+from merge3.client.options import (
+    Ca,
+    Certificate,
+    Device,
+    Json,
+    Key,
+    MemoryBudget,
+    Quiet,
+    Server,
+    SkipTooLong,
+    Strict,
+    Threads,
+    TokenFile,
+)
+from merge3.threads import configure
 
 app = typer.Typer(
     add_completion=False,
@@ -24,25 +39,6 @@ app = typer.Typer(
 )
 
 BAD_INPUT = 2  # exit code; see merge3/errors.py
-THREADS_HELP = "CPU threads (default: as many as cores that this process may use)."
-# The option acts before the command imports torch.
-Threads = Annotated[str | None, typer.Option(metavar="N", callback=threads_option, help=THREADS_HELP)]
-Strict = Annotated[bool, typer.Option("--strict", callback=lambda on: _strict(on), help="Warnings are errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Device = Annotated[str, typer.Option(help="Where weights live and models run: cpu, cuda, cuda:1.")]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed."),
-]
-SkipTooLong = Annotated[
-    bool, typer.Option("--skip-too-long", help="Leave out items longer than the model's positions, and say so.")
-]
-Ca = Annotated[str | None, typer.Option("--tls-ca", help="TLS: PEM of the authority to trust, or `system`.")]
-Certificate = Annotated[Path | None, typer.Option("--tls-cert", help="PEM certificate to show the daemon.")]
-Key = Annotated[Path | None, typer.Option("--tls-key", help="Its PEM key.")]
-TokenFile = Annotated[Path | None, typer.Option(help="A file with the bearer token; or MERGE3_TOKEN.")]
-Server = Annotated[str, typer.Option(help="The daemon: host:port or unix:/path.")]
 
 
 @app.callback()
@@ -150,86 +146,8 @@ def evaluate(
     print(f"{'mean over tasks':<24} {result['accuracy']:.4f} ± {result['stderr']:.4f}  in {result['seconds']:.1f} s")
 
 
-@app.command(
-    epilog="Example: merge3-client calibrate evolve.yaml --out calibration    "
-    "or: --responses leaderboard.csv --out calibration"
-)
-def calibrate(
-    out: Annotated[Path, typer.Option(help="A new directory for responses, item banks and their pictures.")],
-    config: Annotated[
-        Path | None, typer.Argument(help="An evolve configuration: its endpoints and random merges answer.")
-    ] = None,
-    responses: Annotated[
-        Path | None, typer.Option(help="Use these answers (model, item, score; CSV, Parquet, JSONL).")
-    ] = None,
-    endpoint: Annotated[
-        list[str] | None, typer.Option(help="Name of an endpoint among a response file's models; repeat.")
-    ] = None,
-    dimensions: Annotated[int, typer.Option(min=1, help="Ability dimensions; each needs five models.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the fit; a configuration's own seed goes first.")] = 0,
-    skip_too_long: SkipTooLong = False,
-    device: Device = "cpu",
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-):
-    """Learn the difficulty of items, from models' answers to them."""
-    from merge3.client import calibrate as command
-
-    result = command.calibrate(
-        out, config, responses, tuple(endpoint or ()), dimensions, seed, device, quiet or as_json, skip_too_long
-    )
-    if as_json:
-        print(json.dumps(result))
-        return
-    for task, d in result["tasks"].items():
-        print(
-            f"{task:<24} {d['items']} items, {d['models']} models, {d['answers']:,} answers; "
-            f"abilities ± {d['ability_sd']:.2f}; {d['misfitting_items']} items fit badly"
-        )
-    print(f"{result['answers']:,} answers in all: {out}")
-
-
-@app.command(epilog="Example: merge3-client extract calibration --size 20 --out subset.json")
-def extract(
-    calibration: Annotated[Path, typer.Argument(help="What `calibrate` wrote.")],
-    size: Annotated[int, typer.Option(min=1, help="Items per task.")] = 20,
-    method: Annotated[str, typer.Option(help="random, irt, correctness, entropy or information.")] = "irt",
-    seed: Annotated[int, typer.Option(help="Of random choices.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the subset as JSON, for `estimate`.")] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-):
-    """Choose a few items of every task that stand for all."""
-    from merge3.client import calibrate as command
-
-    result = command.extract(calibration, method, size, seed, out)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for task, chosen in result["tasks"].items():
-        print(f"{task}: {' '.join(chosen['items'])}")
-
-
-@app.command(epilog="Example: merge3-client estimate calibration subset.json answers.csv")
-def estimate(
-    calibration: Annotated[Path, typer.Argument(help="What `calibrate` wrote.")],
-    subset: Annotated[Path, typer.Argument(help="What `extract --out` wrote.")],
-    responses: Annotated[Path, typer.Argument(help="New models' answers to the subset (model, item, score).")],
-    method: Annotated[str, typer.Option(help="mean, p-irt, gp-irt, mp-irt or gmp-irt.")] = "gmp-irt",
-    threads: Threads = None,
-    as_json: Json = False,
-):
-    """Estimate accuracy on all items from answers to a few."""
-    from merge3.client import calibrate as command
-
-    rows = command.estimate(calibration, subset, responses, method)
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        note = "" if row["complete"] else "  (not every task answered)"
-        print(f"{row['model']:<32} {row['accuracy']:.4f} ± {row['stderr']:.4f}{note}")
+for _command, _example in calibration_commands.COMMANDS:
+    app.command(epilog=f"Example: merge3-client {_example}")(_command)
 
 
 @app.command(epilog="Example: merge3-client report runs/first")
@@ -355,14 +273,6 @@ class _Once:
         if str(message) not in self._said:
             self._said.add(str(message))
             print(f"warning: {message}", file=sys.stderr)
-
-
-def _strict(on: bool) -> bool:
-    from merge3.errors import Merge3Warning
-
-    if on:
-        warnings.simplefilter("error", Merge3Warning)
-    return on
 
 
 def _version(on: bool) -> None:

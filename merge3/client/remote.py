@@ -44,6 +44,9 @@ class RemoteEngine:
 
     patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
     note: told once when waiting begins and when it ends.
+
+        with contextlib.closing(RemoteEngine("127.0.0.1:50051", ["base", "math", "code"])) as engine:
+            (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
     """
 
     def __init__(

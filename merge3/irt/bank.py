@@ -22,6 +22,9 @@ class ItemBank:
     [M, D], all float64. a_sd, b_sd, theta_sd: posterior standard deviations of the same shapes.
     item_covariance: [N, D + 1, D + 1] of (a_i, b_i); theta_covariance: [M, D, D].
     meta: how it was fitted.
+
+        bank = irt.fit(irt.read_responses("answers.csv"))
+        bank.probability(bank.theta)  # [M, N]
     """
 
     items: tuple[str, ...]
@@ -35,18 +38,22 @@ class ItemBank:
 
     @property
     def dimensions(self) -> int:
+        """D, of the abilities."""
         return self.a.shape[1]
 
     @property
     def a_sd(self) -> np.ndarray:
+        """Of the discriminations, [N, D]."""
         return np.sqrt(np.einsum("ndd->nd", self.item_covariance)[:, :-1])
 
     @property
     def b_sd(self) -> np.ndarray:
+        """Of the difficulties, [N]."""
         return np.sqrt(self.item_covariance[:, -1, -1])
 
     @property
     def theta_sd(self) -> np.ndarray:
+        """Of the abilities, [M, D]."""
         return np.sqrt(np.einsum("mdd->md", self.theta_covariance))
 
     def probability(self, theta: np.ndarray) -> np.ndarray:

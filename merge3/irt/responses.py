@@ -29,7 +29,10 @@ class ResponsesError(BadInput):
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """values: float64 [models, items] in [0, 1], NaN where a model did not answer."""
+    """values: float64 [models, items] in [0, 1], NaN where a model did not answer.
+
+    Responses(("math", "code"), ("sum-1", "sum-2"), np.array([[1.0, 0.0], [1.0, np.nan]]))
+    """
 
     models: tuple[str, ...]
     items: tuple[str, ...]

@@ -120,14 +120,17 @@ class Fused:
 
     @property
     def refs(self) -> tuple[Any, ...]:
+        """Base (if any) and experts."""
         return _inputs(self.base, self.experts)
 
     @property
     def kernel(self) -> tuple:
+        """Its modes, whether there is a base, how many experts, and what has coefficients of its own."""
         return (self.modes, self.base is None, len(self.experts), self.split, self.columns)
 
     @property
     def sliceable(self) -> bool:
+        """Where neither rows nor columns have coefficients of their own."""
         return not self.split and not self.columns
 
 
@@ -145,10 +148,12 @@ class Elementwise:
 
     @property
     def refs(self) -> tuple[Any, ...]:
+        """Base (if any) and experts."""
         return _inputs(self.base, self.experts)
 
     @property
     def kernel(self) -> tuple:
+        """Its rule, and how many experts."""
         return (self.rule, len(self.experts))
 
 
@@ -162,6 +167,7 @@ class Copy:
 
     @property
     def refs(self) -> tuple[Any, ...]:
+        """The source alone."""
         return (self.source,)
 
 

@@ -33,10 +33,17 @@ class View(Protocol):
     fixed: dict[str, str]
     statistics: Statistics
 
-    def has(self, ref: Ref) -> bool: ...
-    def shape(self, ref: Ref) -> tuple[int, ...]: ...
-    def shared_with(self, ref: Ref) -> str | None: ...
-    def derive(self, method: str, compute: Callable, jobs: Sequence[Job]) -> str: ...
+    def has(self, ref: Ref) -> bool:
+        """See Pool."""
+
+    def shape(self, ref: Ref) -> tuple[int, ...]:
+        """See Pool."""
+
+    def shared_with(self, ref: Ref) -> str | None:
+        """See Pool."""
+
+    def derive(self, method: str, compute: Callable, jobs: Sequence[Job]) -> str:
+        """See Pool."""
 
 
 class Kept(NamedTuple):

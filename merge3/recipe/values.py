@@ -69,7 +69,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge. `models` in the YAML is one slice whose sources have no layer_range."""
+    """A merge. `models` in the YAML is one slice whose sources have no layer_range.
+
+    sources = [{"model": "math", "parameters": {"weight": 0.7}}, {"model": "code", "parameters": {"weight": 0.3}}]
+    recipe = Recipe.parse({"merge_method": "linear", "models": sources})
+    print(recipe.to_yaml())
+    """
 
     method: str
     slices: tuple[Slice, ...]

@@ -39,6 +39,7 @@ def digest(message: Any) -> bytes:
 
 
 def item_to(item: Item) -> pb.Item:
+    """Without source and extra, which are no part of the question."""
     message = pb.Item(
         id=item.id,
         task=item.task,
@@ -103,6 +104,7 @@ def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
 
 
 def array_to(values: np.ndarray) -> pb.Array:
+    """Any shape, as float64."""
     return pb.Array(shape=values.shape, values=np.ravel(values))
 
 
@@ -118,6 +120,7 @@ def array_from(message: pb.Array, where: str, *shape: int) -> np.ndarray:
 
 
 def bank_to(bank: ItemBank) -> pb.ItemBank:
+    """All but `meta`, how it was fitted."""
     return pb.ItemBank(
         items=bank.items,
         models=bank.models,
@@ -130,6 +133,7 @@ def bank_to(bank: ItemBank) -> pb.ItemBank:
 
 
 def bank_from(m: pb.ItemBank, where: str = "item bank") -> ItemBank:
+    """What `bank_to` sent. Raises BadInput where shapes do not fit each other or numbers are not finite."""
     n, models, d = len(m.items), len(m.models), m.a.shape[1] if len(m.a.shape) == 2 else 0
     return ItemBank(
         tuple(m.items),
@@ -160,6 +164,7 @@ def estimator_to(e: Estimator, bank: bytes) -> pb.Estimator:
 
 
 def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") -> Estimator:
+    """What `estimator_to` sent; bank: the one it names. Raises BadInput for what cannot be estimated with."""
     if m.method not in ESTIMATORS:
         raise errors.BadInput(f"{where}: method", f"found {m.method!r}", ", ".join(ESTIMATORS))
     index, q = np.array(m.subset, dtype=int), len(m.centre.values)
@@ -185,6 +190,7 @@ def estimator_from(m: pb.Estimator, bank: ItemBank, where: str = "estimator") ->
 
 
 def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
+    """extra: fields that only the daemon knows."""
     at = info.layout
     return pb.Pool(
         models=info.endpoints,
@@ -199,6 +205,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
 
 
 def pool_from(m: pb.Pool, where: str) -> PoolInfo:
+    """where: the daemon's address, which becomes the pool's host."""
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
     return PoolInfo(
@@ -241,6 +248,7 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
 
 
 def recipe_to(recipe: Recipe) -> str:
+    """Its `to_dict` as JSON, which `recipe_from` reads."""
     return json.dumps(recipe.to_dict())
 
 

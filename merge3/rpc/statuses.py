@@ -19,6 +19,7 @@ def _register(kind: type[errors.Merge3Error]) -> None:
 
 
 def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
+    """The message that trailing metadata (under ERROR_KEY) and evaluations carry."""
     return pb.Error(
         reason=error.reason,
         where=error.where,

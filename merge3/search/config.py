@@ -191,6 +191,7 @@ class EvolveConfig(_Section):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
+        """The whole configuration, defaults filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property

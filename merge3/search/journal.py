@@ -69,7 +69,12 @@ class Candidate:
 
 
 class Journal:
-    """The journal of one run directory."""
+    """The journal of one run directory.
+
+    with contextlib.closing(Journal("runs/first")) as journal:
+        for candidate in journal.candidates():
+            print(candidate.generation, candidate.value, candidate.stderr)
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -86,6 +91,7 @@ class Journal:
             raise ResourceError(self.directory, f"cannot be written ({error})", "a writable directory") from None
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
     def begin(self, identity: dict[str, str]) -> bool:

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, field
 @dataclass(frozen=True)
 class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
-    kind: a row of SPACES."""
+    kind: a row of SPACES.
+
+        definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
+    """
 
     models: tuple[str, ...]
     method: str

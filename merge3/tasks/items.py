@@ -18,6 +18,8 @@ class Item:
 
     source: the file and line it came from, for messages; extra: (key, value) pairs of its line that are not ours.
     Neither is part of the question: items that differ in them alone are equal.
+
+        Item("1", "sums", "generate", "one plus one is", ("two", "2"))
     """
 
     id: str

@@ -51,10 +51,12 @@ class CMA:
             self._strategy.inject([list(initial)], force=True)
 
     def ask(self) -> list[np.ndarray]:
+        """See Optimizer."""
         with self._own_random():
             return [np.asarray(x, dtype=np.float64) for x in self._strategy.ask()]
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
+        """See Optimizer. A generation cut short is left out."""
         if len(genomes) < self.population:
             return  # the budget's last few: nothing is asked after them
         known = [f for f in fitness if not math.isnan(f)]
@@ -98,10 +100,12 @@ class AssistedCMA(CMA):
         self._surrogate = Surrogate(low, high, sigma)
 
     def ask(self) -> list[np.ndarray]:
+        """See Optimizer. As many of the strategy's generation as are to be asked."""
         self._pool = super().ask()
         return self._pool[: self._asked]
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
+        """See Optimizer. The strategy is told what the surrogate makes of its whole generation."""
         self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs))
         values = self._surrogate.predict(np.array(self._pool))[0]
         values[: len(genomes)][np.isnan(fitness)] = np.nan

@@ -13,13 +13,14 @@ class RandomSearch:
         self._initial, self._low, self._high, self._sigma = initial, low, high, sigma
 
     def ask(self) -> list[np.ndarray]:
+        """See Optimizer."""
         shape = (self.population, len(self._initial))
         if np.isfinite(self._high - self._low).all():
             return list(self._rng.uniform(self._low, self._high, shape))
         return list(self._initial + self._sigma * self._rng.standard_normal(shape))
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
-        pass
+        """See Optimizer. Nothing is learnt."""
 
     def favorite(self) -> None:
         """Random search has none."""
