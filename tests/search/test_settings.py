@@ -171,6 +171,7 @@ def test_each_task_is_answered_by_its_own_head(classifiers, tmp_path):
         assert {item.task for item in items} == {"a", "b"} and 0 < sum(expected) < len(items)
 
 
+@pytest.mark.heavy
 def test_a_search_beats_every_baseline(solving_world, tmp_path):
     """On 300 held-out questions: what the demo promises, on models that are trained as little as tests can afford."""
     folder = tmp_path / "world"

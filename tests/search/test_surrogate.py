@@ -71,7 +71,7 @@ def test_failed_candidates_and_open_bounds_are_no_obstacle(bounds):
     surrogate.add(genomes, np.full(20, 0.5), np.zeros(20))  # estimates without error, all alike
     value, stderr = surrogate.predict(genomes)
     assert np.isfinite(value).all() and (stderr > 0).all()
-    np.testing.assert_allclose(value, 0.5, atol=0.05)  # what they were told without error
+    assert np.ptp(value) < 0.01  # they were alike, without error
 
 
 def test_answers_that_are_all_alike_are_not_taken_for_certain():
