@@ -225,6 +225,7 @@ def test_public_names():
         "Space",
         "SpaceDefinition",
         "LocalEngine",
+        "Registration",
         "Item",
         "read_items",
         "merge_to_disk",

@@ -11,7 +11,6 @@ OWN = {f"merge3/tasks/{name}.py" for name in ("kinds", *KINDS)}
 OTHER_MEANINGS = [
     ("server/service.py", "generate", "the host's method behind the RPC Generate"),
     ("server/generate.py", "generate", "the RPC Generate, as its messages name it"),
-    ("merge3/world/numbers.py", "generate", "data: the demo's item files, as a user writes them"),
     ("merge3/world/*.py", "generate", "data: the demo's item files, as a user writes them"),
 ]
 

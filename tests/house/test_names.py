@@ -14,6 +14,7 @@ OTHER_MEANINGS = [
     ("merge3/kernels.py", RULES, "elementwise rules of the kernels, which know no methods"),
     ("merge3/reference.py", RULES, "the same rules, in their oracle"),
     ("merge3/client/demo.py", ("task_arithmetic",), "the configuration that the demo writes, as a user would"),
+    ("merge3/world/searched.py", ("ties",), "the configuration of the tests' world, as a user would write it"),
 ]
 
 

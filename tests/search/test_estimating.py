@@ -201,10 +201,10 @@ def test_without_matplotlib_a_calibration_has_no_pictures(tmp_path, monkeypatch)
     names = tuple(map(str, range(8))), tuple(f"a/{i}" for i in range(20))
     responses = Responses(*names, g.integers(0, 2, (8, 20)).astype(float))
     found = calibration.calibrate(responses, {"a": list(responses.items)}, ("0", "1"))
-    calibration.save(found, tmp_path / "with")
+    save(found, tmp_path / "with")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.warns(Merge3Warning, match=r"no pictures of how well the items fit: .*merge3-gpu\[plots\]"):
-        calibration.save(found, tmp_path / "without")
+        save(found, tmp_path / "without")
     files = lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
     pictures = {"diagnostics-0.png": files("with")["diagnostics-0.png"]}
     assert files("without") | pictures == files("with") and len(files("without")) == len(files("with")) - 1

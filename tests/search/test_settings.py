@@ -21,6 +21,7 @@ from merge3.search.questions import load_questions
 from merge3.space import Space
 from merge3.world.numbers import ENGLISH, make_items
 from merge3.world.tokenizer import make_tokenizer
+from tests.asking import answers
 
 SMALL = {"optimizer": {"budget": 4, "population": 4, "seed": 3}}
 
@@ -64,7 +65,7 @@ def test_spaces(own_world, tmp_path, name):
     )  # a search's last candidate is its mean: here, still the start
     questions = load_questions(config)
     exported = LocalEngine(Pool.open(str(tmp_path / "run" / "model"), []))
-    found = exported.answer(exported.pool.base, questions.subset)
+    found = answers(exported, exported.pool.base, questions.subset)
     assert any(np.array_equal(found, responses) for _, responses in rows)
     assert mean_over_tasks(found, questions.subset)[0] == result["search_value"]
 
@@ -96,10 +97,10 @@ def test_chat_templates_are_applied(own_world, tmp_path):
         (own_world / name / "chat_template.jinja").write_text(template)
     config = configuration(own_world, tasks=tasks, apply_chat_template=True)
     run.evolve(config, tmp_path / "chat", quiet=True)
-    for (genome, responses), (expected, answers) in zip(
+    for (genome, responses), (expected, others) in zip(
         journal(tmp_path / "chat"), journal(tmp_path / "plain"), strict=True
     ):
-        assert np.array_equal(genome, expected) and np.array_equal(responses, answers)
+        assert np.array_equal(genome, expected) and np.array_equal(responses, others)
     written = AutoTokenizer.from_pretrained(tmp_path / "chat" / "model")
     said = written.apply_chat_template(
         [{"role": "user", "content": "one plus one"}], tokenize=False, add_generation_prompt=True

@@ -344,8 +344,6 @@ def test_candidates_that_cannot_be(world):
         ("{}", "merge_method"),
         ("[" * 100_000, "recipe"),
         ("a: &a [x]\nb: [*a, *a]", "an alias"),
-        (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'"),
-        (recipe(world, density=7).to_yaml(), "density"),
         (recipe(world).to_yaml().replace(world.config.models[1], "/etc"), "'/etc' is not in the pool"),
         ("\x00", "recipe"),
         (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
@@ -360,6 +358,16 @@ def test_candidates_that_cannot_be(world):
     for request, words in bad:
         refused(lambda r=request: stub.Evaluate(r), "INVALID_ARGUMENT", words)
         refused(lambda r=request: stub.EvaluateStream(iter([world.request(), r])), "INVALID_ARGUMENT", words)
+    # What only merging shows is the subject's own failure: the others of its stream are evaluated.
+    for text, words in (
+        (recipe(world).to_yaml().replace("ties", "tise"), "did you mean 'ties'?"),
+        (recipe(world, density=7).to_yaml(), "a value in [0, 1]"),
+    ):
+        failing = pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, recipe=text, index=1)
+        found = {e.index: e for e in stub.EvaluateStream(iter([world.request(), failing]))}
+        assert found[1].error.reason == "recipe" and words in found[1].error.expected + found[1].error.hint
+        assert not found[1].responses and np.isnan(found[1].estimates[0].value)
+        assert len(found[0].responses) == 6 and not found[0].HasField("error")
     refused(lambda: stub.Evaluate(world.request(pool_id="none")), "NOT_FOUND", "pool_id")
     refused(lambda: stub.Evaluate(world.request(items_id="none")), "NOT_FOUND", "items_id")
     large = pb.EvaluateRequest(pool_id=world.pool.pool_id, items_id=world.items_id, recipe="#" * 2_000_000)
