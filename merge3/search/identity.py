@@ -8,7 +8,6 @@ from importlib import metadata
 import numpy as np
 
 from merge3 import __version__
-from merge3.search.config import EvolveConfig
 from merge3.search.context import Search
 from merge3.space import SpaceDefinition
 from merge3.tasks import items_hash
@@ -22,7 +21,7 @@ def identity(search: Search) -> dict[str, str]:
         "cma": metadata.version("cma"),
         "numpy": np.__version__,
         "scipy": metadata.version("scipy"),
-        "genome": _placeless(search.space.definition, config).hash(),
+        "genome": _placeless(search).hash(),
         "optimizer": config.optimizer.model_dump_json(),
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
@@ -33,9 +32,10 @@ def identity(search: Search) -> dict[str, str]:
     return found
 
 
-def _placeless(definition: SpaceDefinition, config: EvolveConfig) -> SpaceDefinition:
-    """The definition with places for paths."""
-    places = {model: f"model {i}" for i, model in enumerate(config.models)}
+def _placeless(search: Search) -> SpaceDefinition:
+    """The space's definition with places for paths."""
+    definition = search.space.definition
+    places = {model: f"model {i}" for i, model in enumerate(search.config.models)}
     of = lambda model: places.get(model, model)
     models = tuple(map(of, definition.models))
     return replace(

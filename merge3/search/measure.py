@@ -14,7 +14,6 @@ from merge3.errors import BadInput
 from merge3.fitness import mean_over_tasks
 from merge3.recipe import Recipe
 from merge3.search.baselines import default_merges
-from merge3.search.config import EvolveConfig
 from merge3.search.context import Search
 from merge3.tasks import Item, LogitsError
 
@@ -49,7 +48,7 @@ def measure_all(search: Search, baselines: Sequence[Baseline], items: Sequence[I
 def possible_baselines(search: Search) -> list[Baseline]:
     """The baselines that these models allow; a default merge that they do not is named once, and left out."""
     found = []
-    for name, subject in _baselines(search.config):
+    for name, subject in _baselines(search):
         try:
             if isinstance(subject, Recipe):
                 search.engine.check(subject)
@@ -60,9 +59,10 @@ def possible_baselines(search: Search) -> list[Baseline]:
     return found
 
 
-def _baselines(config: EvolveConfig) -> Iterator[Baseline]:
-    genome, names = config.genome, _short_names(config.models)
-    for model in config.models:
+def _baselines(search: Search) -> Iterator[Baseline]:
+    genome, models = search.config.genome, search.config.models
+    names = _short_names(models)
+    for model in models:
         yield names[model], model
     experts = [m for m in genome.models if m != genome.base_model]
     yield from default_merges(genome.base_model, experts, genome.dtype)
