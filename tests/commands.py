@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from dataclasses import dataclass
 
 
@@ -25,7 +26,13 @@ def server(*arguments):
     """merge3-server with these arguments."""
     from merge3_server.cli import run
 
-    return _captured(run, arguments)
+    logger = logging.getLogger("merge3")  # `serve` takes it over, as the one command of a process may
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    try:
+        return _captured(run, arguments)
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def _captured(run, arguments):
