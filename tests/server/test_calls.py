@@ -519,8 +519,9 @@ def test_status_watch_metrics_and_the_log(daemon, world):
     refused(lambda: world.stub.Watch(pb.WatchRequest(interval_seconds=-1)), "INVALID_ARGUMENT", "interval_seconds")
     line = next(line for line in daemon.lines if "[mine-1] candidate" in line)
     assert re.search(r"driver=somebody recipe=[0-9a-f]+ value=[\d.]+ .*answers=6 .*worker=local", line)
-    port = next(line for line in daemon.lines if " metrics address=" in line).rsplit(":", 1)[1].strip()
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    metrics = re.search(r"\] metrics .*address=\S*:(\d+)", "".join(daemon.lines))
+    assert metrics, "".join(daemon.lines[:30])
+    page = urllib.request.urlopen(f"http://127.0.0.1:{metrics[1]}/metrics", timeout=10).read().decode()
     for name in (
         "merge3_candidates_total",
         "merge3_queued",
