@@ -41,20 +41,9 @@ def merged(
             "[tensors, experts of each, 8]",
         )
     ids = torch.arange(len(experts) // coefficients.shape[1]) if ids is None else ids
-    numbers = kernels.numbers(modes)
-    return kernels.call(
-        _merged,
-        list(base),
-        list(experts),
-        coefficients,
-        lambda_,
-        ids,
-        list(rank_tables),
-        numbers[0],
-        numbers[1],
-        modes.normalize,
-        numbers[2],
-    )
+    sparsify, elect, seed = kernels.numbers(modes)
+    how = list(rank_tables), sparsify, elect, modes.normalize, seed
+    return kernels.call(_merged, list(base), list(experts), coefficients, lambda_, ids, *how)
 
 
 @torch.library.custom_op("merge3::merged", mutates_args=())
@@ -71,22 +60,8 @@ def _merged(
     seed: int,
 ) -> list[torch.Tensor]:
     out = [torch.empty_like(expert) for expert in experts[:: coefficients.shape[1]]]
-    kernels.call(
-        torch.ops.merge3.merge_,
-        out,
-        base,
-        experts,
-        coefficients.detach(),
-        lambda_.detach(),
-        ids,
-        kernels.NONE,
-        kernels.NONE,
-        rank_tables,
-        sparsify,
-        elect,
-        normalize,
-        seed,
-    )
+    values = coefficients.detach(), lambda_.detach(), ids, kernels.NONE, kernels.NONE
+    kernels.call(torch.ops.merge3.merge_, out, base, experts, *values, rank_tables, sparsify, elect, normalize, seed)
     return out
 
 

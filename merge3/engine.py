@@ -128,6 +128,13 @@ class _Round(NamedTuple):
     scorer: Scorer
 
 
+class _Prepared(NamedTuple):
+    """A registration as candidates meet it: its space, if it has one, and a round per task."""
+
+    space: Space | None
+    rounds: list[_Round]
+
+
 class LocalEngine:
     """Pool, slot and scorers in this process.
 
@@ -142,7 +149,7 @@ class LocalEngine:
         self.pool = pool
         self.slot = slot or Slot(pool, dtype)
         self._spaces: dict[str, Space] = {}
-        self._rounds: OrderedDict[tuple[Registration, str | None], list[_Round]] = OrderedDict()
+        self._prepared: OrderedDict[tuple[Registration, str | None], _Prepared] = OrderedDict()
         self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
 
     def info(self) -> PoolInfo:
@@ -160,8 +167,7 @@ class LocalEngine:
 
     def prepare(self, registration: Registration) -> None:
         """See Engine."""
-        self._check(registration)
-        self._rounds_of(registration, None)
+        self._prepare(registration, None)
 
     def space(self, definition: SpaceDefinition) -> Space:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
@@ -175,26 +181,18 @@ class LocalEngine:
 
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine."""
-        self._check(registration)
         for index, subject in enumerate(subjects):
             known = isinstance(subject, str) and subject in self.pool.endpoints
-            rounds = self._rounds_of(registration, subject if known else None)  # what is wrong with items is raised
-            yield self._evaluate(registration, rounds, index, subject)
+            prepared = self._prepare(registration, subject if known else None)  # what is wrong with items is raised
+            yield self._evaluate(registration, prepared, index, subject)
 
-    def _check(self, registration: Registration) -> None:
-        check_objectives(registration)
-        for task, head in registration.heads.items():
-            self._check_endpoint(f"heads: {task}", head)
-        if registration.space is not None:
-            self.space(registration.space)
-
-    def _evaluate(self, asked: Registration, rounds: list[_Round], index: int, subject: Subject) -> Evaluation:
+    def _evaluate(self, asked: Registration, prepared: _Prepared, index: int, subject: Subject) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
         responses, error = None, None
         values = stderrs = np.full(len(asked.objectives), np.nan)
         try:
-            recipe = self._recipe(asked, subject)
+            recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
             before = time.perf_counter()
             with _enough_memory(self.pool.device):
@@ -203,7 +201,7 @@ class LocalEngine:
                 else:
                     self.slot.swap(recipe, asked.seed, "candidate" if isinstance(subject, np.ndarray) else "recipe")
                 swap = time.perf_counter() - before
-                responses = self._ask(rounds, len(asked.items))
+                responses = self._ask(prepared.rounds, len(asked.items))
             values, stderrs = estimates(asked, responses)
         except LogitsError as problem:
             at = f"{subject}: {problem.where}" if isinstance(subject, str) else problem.where
@@ -213,18 +211,18 @@ class LocalEngine:
         seconds = time.perf_counter() - start
         return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error)
 
-    def _recipe(self, asked: Registration, subject: Subject) -> Recipe | None:
+    def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""
         if isinstance(subject, Recipe):
             return subject
         if isinstance(subject, str):
             self._check_endpoint("endpoint", subject)
             return None
-        if asked.space is None:
+        if space is None:
             raise BadInput(
                 "genome", "these items were registered without a space", "a recipe, or a registration with a space"
             )
-        return self.space(asked.space).recipe(subject)
+        return space.recipe(subject)
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
@@ -242,20 +240,24 @@ class LocalEngine:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
-    def _rounds_of(self, asked: Registration, endpoint: str | None) -> list[_Round]:
-        """A round per task. A task's head is its own, else the endpoint's asked, else the base's."""
+    def _prepare(self, asked: Registration, endpoint: str | None) -> _Prepared:
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's."""
         key = (asked, endpoint)
-        if key not in self._rounds:
+        if key not in self._prepared:
+            check_objectives(asked)
+            for task, head in asked.heads.items():
+                self._check_endpoint(f"heads: {task}", head)
             rounds = []
             for task, positions in asked.tasks().items():
                 head = asked.heads.get(task) or endpoint or self.pool.base
                 items = tuple(asked.items[i] for i in positions)
                 rounds.append(_Round(positions, head, self._scorer(items, head, asked.chat)))
-            self._rounds[key] = rounds
-            while len(self._rounds) > _REGISTRATIONS:
-                self._rounds.popitem(last=False)
-        self._rounds.move_to_end(key)
-        return self._rounds[key]
+            space = None if asked.space is None else self.space(asked.space)
+            self._prepared[key] = _Prepared(space, rounds)
+            while len(self._prepared) > _REGISTRATIONS:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(key)
+        return self._prepared[key]
 
     def _scorer(self, items: tuple[Item, ...], head: str, chat: bool) -> Scorer:
         key = (items, head if self.pool.heads else None, chat)

@@ -30,23 +30,22 @@ class Registrar:
 
         Raises ItemsError naming the item that the daemon refuses, with the file and line only we know.
         """
-        asked = registration
         header = pb.RegisterHeader(
             pool_id=pool_id,
-            seed=asked.seed,
-            chat=asked.chat,
-            heads=asked.heads,
-            weights=asked.weights,
-            objectives=asked.objectives,
-            space=None if asked.space is None else convert.space_to(asked.space),
+            seed=registration.seed,
+            chat=registration.chat,
+            heads=registration.heads,
+            weights=registration.weights,
+            objectives=registration.objectives,
+            space=None if registration.space is None else convert.space_to(registration.space),
         )
         blobs: dict[bytes, bytes] = {}
-        for task, estimator in asked.estimators.items():
+        for task, estimator in registration.estimators.items():
             bank, content = self._bank(estimator.bank)
             message = convert.estimator_to(estimator, bank)
             blobs |= {bank: content, convert.digest(message): message.SerializeToString(deterministic=True)}
             header.estimators[task] = convert.digest(message)
-        items = asked.items
+        items = registration.items
         entries = [self._message(item) for item in items]
         wanted = {d for d, _ in entries if d not in self._sent} | {d for d in blobs if d not in self._sent}
         for _ in range(3):

@@ -28,7 +28,7 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
     """
     search = asking.search
     budget, full = search.config.optimizer.budget, search.config.optimizer.budget * len(search.questions.search)
-    optimizer, registration = make_optimizer(search), asking.registration()
+    optimizer, registration, host = make_optimizer(search), asking.registration(), search.engine.info().host
     told = _Told(search, Progress(budget=budget, item_answers=asking.answers, full_answers=full))
     generation = 0
     while told.progress.done < budget:
@@ -41,7 +41,7 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
         if pending:  # a replayed generation asks nothing
             for evaluation in search.engine.evaluate(registration, [genomes[p] for p in pending]):
                 position = pending[evaluation.index]
-                candidate = _candidate(generation, position, genomes[position], evaluation, search)
+                candidate = _candidate(generation, position, genomes[position], evaluation, host)
                 search.journal.append(candidate)
                 answered[position] = candidate
                 told.of(candidate)
@@ -77,7 +77,7 @@ def _asked(optimizer: optimizers.Optimizer, left: int) -> list[np.ndarray]:
     return genomes
 
 
-def _candidate(generation: int, position: int, genome: np.ndarray, found: Evaluation, search: Search) -> Candidate:
+def _candidate(generation: int, position: int, genome: np.ndarray, found: Evaluation, host: str) -> Candidate:
     return Candidate(
         generation,
         position,
@@ -89,7 +89,7 @@ def _candidate(generation: int, position: int, genome: np.ndarray, found: Evalua
         found.stderrs,
         found.seconds,
         found.swap_seconds,
-        search.engine.info().host,
+        host,
         str(found.error) if found.error else None,
     )
 
