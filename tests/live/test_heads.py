@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from merge3 import Pool, Recipe, Slot
+from tests.classifiers import make_classifier
 
 IDS = torch.tensor([[3, 4, 5]])
 
@@ -11,20 +12,9 @@ IDS = torch.tensor([[3, 4, 5]])
 @pytest.fixture
 def world(tmp_path):
     """(folder of classifiers m0 to m2 with 3, 3 and 5 labels, their slot)"""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
 
     for i, labels in enumerate((3, 3, 5)):
-        torch.manual_seed(i)
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            pad_token_id=0,
-            num_labels=labels,
-        )
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
+        make_classifier(labels, seed=i).save_pretrained(tmp_path / f"m{i}")
     return tmp_path, Slot(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1"), str(tmp_path / "m2")]))
 
 

@@ -28,6 +28,7 @@ from merge3.search.questions import load_questions
 from merge3.space import Space
 from merge3.tasks import Item
 from tests.asking import answers
+from tests.classifiers import make_classifier
 
 
 def journal(directory):
@@ -339,22 +340,12 @@ def test_slot_gives_the_bytes_of_the_export(family, tmp_path):
 
 
 def test_heads_stay_with_their_experts(tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaForSequenceClassification
 
     from merge3.live.slot import Slot
 
     for i, labels in enumerate((2, 3, 5)):
-        torch.manual_seed(i)
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            pad_token_id=0,
-            num_labels=labels,
-        )
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
+        make_classifier(labels, seed=i).save_pretrained(tmp_path / f"m{i}")
     pool = Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1"), str(tmp_path / "m2")])
     slot = Slot(pool)
     recipe = Recipe.parse(
@@ -374,23 +365,12 @@ def test_heads_stay_with_their_experts(tmp_path):
 
 
 def test_a_merge_answers_with_the_bases_head_whatever_was_asked_before(tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
 
     from merge3.world.numbers import ENGLISH
     from merge3.world.tokenizer import make_tokenizer
 
     for i in range(2):
-        torch.manual_seed(i)
-        config = LlamaConfig(
-            vocab_size=200,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            pad_token_id=0,
-            num_labels=3,
-        )
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path / f"m{i}")
+        make_classifier(3, seed=i, vocabulary=200).save_pretrained(tmp_path / f"m{i}")
     make_tokenizer().save_pretrained(tmp_path / "m0")
     items = [Item(f"k{i}", "k", "classify", f"{ENGLISH[i]} {ENGLISH[2 * i]}", i % 3) for i in range(40)]
     engine = LocalEngine(Pool.open(str(tmp_path / "m0"), [str(tmp_path / "m1")]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from merge3.client import run
 from merge3.engine import LocalEngine
@@ -22,6 +22,7 @@ from merge3.space import Space
 from merge3.world.numbers import ENGLISH, make_items
 from merge3.world.tokenizer import make_tokenizer
 from tests.asking import answers
+from tests.classifiers import make_classifier
 
 SMALL = {"optimizer": {"budget": 4, "population": 4, "seed": 3}}
 
@@ -121,19 +122,9 @@ def test_the_tokenizer_of_one_of_the_experts(own_world, tmp_path):
 def classifiers(tmp_path):
     """base, a and b: Llamas with heads of 2, 3 and 4 labels, and questions for the heads of a and b."""
     folder = tmp_path / "classifiers"
-    torch.manual_seed(0)
     start = None
-    for name, labels in (("base", 2), ("a", 3), ("b", 4)):
-        config = LlamaConfig(
-            vocab_size=200,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            pad_token_id=0,
-            num_labels=labels,
-        )
-        model = LlamaForSequenceClassification(config)
+    for seed, (name, labels) in enumerate((("base", 2), ("a", 3), ("b", 4))):
+        model = make_classifier(labels, seed, vocabulary=200)
         start = start or {key: value.clone() for key, value in model.model.state_dict().items()}
         model.model.load_state_dict({key: value + 0.2 * torch.randn(value.shape) for key, value in start.items()})
         model.save_pretrained(folder / name)

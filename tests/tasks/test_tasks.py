@@ -14,6 +14,7 @@ from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.lm import LM
 from merge3.tasks.prompts import Reader
 from merge3.tasks.requests import Written, share_prefix
+from tests.classifiers import make_classifier
 
 
 def requests(items, tokenizer):
@@ -125,28 +126,15 @@ def test_metrics():
 
 
 def test_text_classification(world, tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
     folder, tokenizer, _ = world
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=62,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        num_labels=3,
-        id2label={0: "a", 1: "b", 2: "c"},
-        label2id={"a": 0, "b": 1, "c": 2},
-    )
-    model = LlamaForSequenceClassification(config).eval()
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    model = make_classifier(3, seed=1, vocabulary=62, **names).eval()
     rng = np.random.default_rng(0)
     items = [Item(f"k{i}", "k", "classify", words(rng, 1 + i % 7), ("a", 1, "c")[i % 3]) for i in range(20)]
     expected = []
     for item in items:
         ids = torch.tensor([tokenizer(item.prompt)["input_ids"]])
-        label = item.answer if isinstance(item.answer, int) else config.label2id[item.answer]
+        label = item.answer if isinstance(item.answer, int) else names["label2id"][item.answer]
         expected.append(float(model(input_ids=ids).logits.argmax() == label))
     assert Scorer(items, model, folder).score(model).tolist() == expected
     with pytest.raises(ItemsError, match="expected one of a, b, c"):
