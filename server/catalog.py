@@ -131,9 +131,8 @@ class Gathering:
         if response.missing_entries or response.missing_blobs:
             return None, response
         self._check(items, estimators)
-        whole = hashlib.sha256(self.header.SerializeToString(deterministic=True) + b"".join(self.digests)).hexdigest()[
-            :32
-        ]
+        content = self.header.SerializeToString(deterministic=True) + b"".join(self.digests)
+        whole = hashlib.sha256(content).hexdigest()[:32]
         h = self.header
         space = convert.space_from(h.space) if h.HasField("space") else None
         response.items_id, response.items = whole, len(items)
