@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import loading
 from merge3.checkpoint.layout import Ref, layout
 from merge3.checkpoint.naming import is_buffer
+from merge3.checkpoint.towers import Tower
 from merge3.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -23,12 +24,14 @@ class Alignment:
     kept: those, and tensors that stay the base's where these endpoints are merged.
     heads: endpoint -> tensors outside its backbone, which stay with their endpoint.
     left_out: other endpoints' tensors that no merge can take, with the reason.
+    notes: rows that are not merged because only one of two models has them, one line for each tensor.
     """
 
     fixed: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[Ref, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def align(
@@ -36,9 +39,11 @@ def align(
     has: Callable[[Ref], bool],
     shape: Callable[[Ref], Shape],
     drop: Iterable[str] = (),
+    towers: Mapping[str, Tower] | None = None,
 ) -> Alignment:
     """Compare every endpoint with the base. endpoints: base first, under the base's tensor names. has, shape: of a
-    tensor, stored or tied. drop: patterns of tensors that may be left out.
+    tensor, stored or tied. drop: patterns of tensors that may be left out. towers: of the experts that are merged into
+    the base's language tower: what is beside it stays the base's, and tables of words may differ in length.
 
     Raises CheckpointError where an expert lacks a tensor of the base, has one that the base lacks, or has another
     shape inside a layer. Layers beyond the shallower of two models are not compared: a recipe says which it takes.
@@ -62,13 +67,14 @@ def align(
         own = own_head(checkpoint)
         if own:
             found.heads[model] = sorted(own)
-        _compare_shapes(model, checkpoint, base_name, base, own, has, shape, found)
-        _find_missing(model, checkpoint, base_name, base, own | base_head, has, found)
+        tower = (towers or {}).get(model)
+        _compare_shapes(model, checkpoint, base_name, base, own, has, shape, tower, found)
+        _find_missing(model, checkpoint, base_name, base, own | base_head, has, tower, found)
         _find_extra(model, checkpoint, base_name, base, own, has, tuple(drop), found)
     return found
 
 
-def _compare_shapes(model, checkpoint, base_name, base, own, has, shape, found: Alignment) -> None:
+def _compare_shapes(model, checkpoint, base_name, base, own, has, shape, tower, found: Alignment) -> None:
     stack = layout(base.tensors)
     for name in dict.fromkeys((*base.tensors, *checkpoint.tensors)):
         if name in own or name in found.kept or not has(Ref(model, name)) or not has(Ref(base_name, name)):
@@ -80,16 +86,33 @@ def _compare_shapes(model, checkpoint, base_name, base, own, has, shape, found: 
             raise CheckpointError(
                 model, f"tensor {name!r} of shape {list(theirs)}", f"{list(expected)} as in the base {base_name}"
             )
+        if tower is not None and common_rows(theirs, expected):
+            found.notes.append(_rows(model, name, theirs[0], base_name, expected[0]))
+            continue
         found.kept[name] = f"shape {list(theirs)} in {model}, {list(expected)} in the base"
 
 
-def _find_missing(model, checkpoint, base_name, base, heads, has, found: Alignment) -> None:
+def common_rows(*shapes: Shape) -> int:
+    """How many rows tables of words have in common, which may differ in length alone; 0 where they differ otherwise."""
+    alike = all(len(shape) == len(shapes[0]) > 0 and shape[1:] == shapes[0][1:] for shape in shapes)
+    return min(shape[0] for shape in shapes) if alike else 0
+
+
+def _rows(model: str, name: str, own: int, base_name: str, rows: int) -> str:
+    what = f"{model}: {name} has {own} rows, {rows} in {base_name}: the first {min(own, rows)} are merged"
+    return f"{what}, the others stay the base's" if own < rows else f"{what}, the others are left out"
+
+
+def _find_missing(model, checkpoint, base_name, base, heads, has, tower, found: Alignment) -> None:
     stack, depth = layout(base.tensors), layout(checkpoint.tensors).layers
     complete = None
     for name in base.tensors:
         layer = stack.layer_of(name)
         beyond = layer is not None and layer >= depth
         if beyond or name in heads or name in found.kept or has(Ref(model, name)):
+            continue
+        if tower is not None and layer is None and not tower.holds(name):
+            found.kept[name] = f"not in {model}, a language model: it is beside the language tower"
             continue
         # A pooler, say, that the expert's own architecture does without. Inside layers nothing is optional.
         if layer is None and complete is None:

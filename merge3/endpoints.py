@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,27 +11,46 @@ from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.architecture import tied
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.naming import renamed, tie_source, tie_targets
+from merge3.checkpoint.towers import Tower, find_tower
 from merge3.errors import CheckpointError
 from merge3.recipe import ModelRef
 
 
-def open_endpoints(models: Iterable[str | ModelRef], locate: Callable[[str], str] = str) -> dict[str, Checkpoint]:
-    """Every model once, base first, by the name it was given; adapters applied. locate: from a path as named to where
-    it lies. Raises CheckpointError where two tensors of one model would go by one name."""
+def open_endpoints(
+    models: Iterable[str | ModelRef], locate: Callable[[str], str] = str, tower: Mapping[str, str] | None = None
+) -> tuple[dict[str, Checkpoint], dict[str, Tower]]:
+    """(every model once, base first, by the name it was given, adapters applied; the place in the base of those that
+    are merged into its language tower). locate: from a path as named to where it lies. tower: prefixes of a language
+    model's names -> of the base's, where they are not to be found.
+
+    Raises CheckpointError where two tensors of one model would go by one name, or a language model fits nowhere.
+    """
     opened: dict[str, Checkpoint] = {}
     for model in models:
         ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
         if str(ref) not in opened:
             opened[str(ref)] = _open(ref, locate)
     endpoints: dict[str, Checkpoint] = {}
+    towers: dict[str, Tower] = {}
+    base = next(iter(opened))
     for model, checkpoint in opened.items():
-        base = next(iter(endpoints.values())).tensors if endpoints else None
-        names = renamed(checkpoint.tensors, base)
+        place = None if model == base else find_tower(model, _shapes(checkpoint), base, _shapes(endpoints[base]), tower or {})
+        if place is not None:
+            towers[model] = place
+            names = {name: place.name(name) for name in checkpoint.tensors}
+        else:
+            names = renamed(checkpoint.tensors, endpoints[base].tensors if endpoints else None)
         for name, other in names.items():
             if name != other and other in checkpoint.tensors:
                 raise CheckpointError(model, f"both {name!r} and {other!r}", "one of them: they name the same tensor")
         endpoints[model] = checkpoint.renamed(names)
-    return endpoints
+    if tower and not towers:
+        raise CheckpointError("tower", "none of the models beside the base is a language model", "one, or no `tower`")
+    return endpoints, towers
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in checkpoint.tensors.items()}
 
 
 class Ties:

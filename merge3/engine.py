@@ -77,7 +77,8 @@ class PoolInfo:
     """What a driver may know of a pool.
 
     endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
-    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together.
+    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
+    notes: where language models are merged into one with eyes or ears.
     """
 
     endpoints: tuple[str, ...]
@@ -88,6 +89,7 @@ class PoolInfo:
     layout: Layout
     host: str = "local"
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -161,8 +163,9 @@ class LocalEngine:
             parameters,
             dict(self.pool.kept),
             str(self.pool.device),
-            self.pool.layouts[self.pool.base],
+            self.pool.searched,
             warnings=tuple(self.pool.warnings),
+            notes=tuple(self.pool.notes),
         )
 
     def prepare(self, registration: Registration) -> None:
@@ -173,7 +176,7 @@ class LocalEngine:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
         key = definition.hash()
         if key not in self._spaces:
-            space = Space(definition, self.pool.layouts[self.pool.base])
+            space = Space(definition, self.pool.searched)
             self._check_depths(space)
             self._prefetch(space)
             self._spaces[key] = space

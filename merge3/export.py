@@ -79,7 +79,8 @@ def merge_to_disk(
 ) -> dict:
     """Write the merged checkpoint, atomically.
 
-    Returns {"path", "tensors", "parameters", "kept": {tensor: reason}, "left_out": {"model: tensor": reason}}.
+    Returns {"path", "tensors", "parameters", "kept": {tensor: reason}, "left_out": {"model: tensor": reason}, "notes":
+    what became of language models that were merged into a model with eyes or ears, one line each}.
     progress(elements done, elements in all) is called after each batch. drop: patterns of tensors that models have and
     the base lacks, which may be left out. What seems wrong but can be merged is a Merge3Warning.
     Raises RecipeError, CheckpointError or ResourceError; nothing is left under `directory` then.
@@ -90,7 +91,7 @@ def merge_to_disk(
     if pool is None:
         models = recipe.models()
         method_named(recipe.method, f"{where}: merge_method")
-        pool = Pool.open(models[0], models[1:], drop=drop)
+        pool = Pool.open(models[0], models[1:], drop=drop, tower=recipe.tower)
         for line in pool.warnings:
             warnings.warn(line, Merge3Warning, stacklevel=2)
     ready = prepare(recipe, pool, where)
@@ -112,6 +113,7 @@ def merge_to_disk(
         "parameters": sum(job.numel for job in ready.program.jobs),
         "kept": ready.program.kept,
         "left_out": {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()},
+        "notes": list(pool.notes),
     }
 
 
@@ -191,10 +193,9 @@ def _merge_batch(jobs: list[Job], ready: Prepared, pool: Pool, seed: int) -> dic
     for job in jobs:
         gram, (first, *others) = pool.statistics.gram(job.base, job.sources), job.refs
         check_finite(gram if job.base is not None else gram[1:, 1:], first, others)
-    steps = ready.program.steps({job.name for job in jobs}, pool.statistics)
     merged = {}
-    for name in steps:
-        dtype, shape = ready.specs[name]
-        merged[name] = torch.empty(shape, dtype=dtype, device=pool.device)
-    execute([(name, step, merged[name]) for name, step in steps.items()], pool.get, seed)
+    for job in jobs:
+        dtype, shape = ready.specs[job.name]
+        merged[job.name] = torch.empty(shape, dtype=dtype, device=pool.device)
+    execute(ready.program.outputs(merged, pool.statistics), pool.get, seed)
     return merged

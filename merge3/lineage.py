@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint)
             "rows of embeddings do not match"
         )
     return lines
+
+
+def in_tower(base: Checkpoint) -> Checkpoint:
+    """A model with eyes or ears as one of the language model inside: with its settings alone."""
+    inner = base.config.get("text_config")
+    return replace(base, config=dict(inner)) if isinstance(inner, Mapping) else base
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ budget has no room for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from merge3.alignment import align, check_finite
 from merge3.checkpoint import Checkpoint, TensorInfo
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
+from merge3.checkpoint.towers import Tower
 from merge3.derived import Compute, Derived, Job
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError, Unavailable
-from merge3.lineage import differences
+from merge3.lineage import differences, in_tower
 from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory
 from merge3.recipe import ModelRef
 from merge3.residence import Residence
@@ -37,6 +38,8 @@ class Pool:
     heads: endpoint -> tensors outside the backbone, which stay with their endpoint.
     left_out: tensors of other endpoints that no merge can take, with the reason.
     warnings: what makes endpoints seem not to belong together, one line each.
+    towers: endpoint -> its place in the base, of language models that are merged into the base's language tower;
+    tower: the prefixes that were given for it; notes: what becomes of them, one line each.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
 
         pool = Pool.open("base", ["math", "italian"])
@@ -52,6 +55,9 @@ class Pool:
     heads: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[Ref, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    towers: dict[str, Tower] = field(default_factory=dict)
+    tower: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     statistics: Statistics = field(init=False)
     derived: Derived = field(init=False)
     _ties: Ties = field(init=False, repr=False)
@@ -74,6 +80,7 @@ class Pool:
         locate: Callable[[str], str] = str,
         drop: Iterable[str] = (),
         derived_folder: str | Path | None = None,
+        tower: Mapping[str, str] | None = None,
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
@@ -83,6 +90,8 @@ class Pool:
         locate: from a path as named to where it lies; endpoints keep the names they were given.
         drop: patterns of tensors that experts have and the base lacks, and that may be lost.
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
+        tower: prefixes of a language model's names -> of the base's, where the base has eyes or ears beside a language
+        model and the place is not to be found by itself; see docs/towers.md.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
         an expert lacks a tensor of the base or has one more.
         """
@@ -92,11 +101,14 @@ class Pool:
             raise Unavailable("device", "no CUDA device can be used here", "cpu")
         if device.type == "cuda" and device.index is None:  # as tensors name theirs
             device = torch.device("cuda", torch.cuda.current_device())
-        pool = Pool(open_endpoints((base, *experts), locate), device, dtype, derived_folder)
-        found = align(pool.endpoints, pool.has, pool.shape, drop)
+        endpoints, towers = open_endpoints((base, *experts), locate, tower)
+        pool = Pool(endpoints, device, dtype, derived_folder, towers=towers, tower=dict(tower or {}))
+        found = align(pool.endpoints, pool.has, pool.shape, drop, towers)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
+        pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
         for name in list(pool.endpoints)[1:]:
-            pool.warnings += differences(pool.base, pool.base_checkpoint, name, pool.endpoints[name])
+            own = pool.base_checkpoint
+            pool.warnings += differences(pool.base, in_tower(own) if name in towers else own, name, pool.endpoints[name])
         pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
         pool._plan()
         return pool
@@ -122,6 +134,13 @@ class Pool:
         return {model: layout(self._stored_names(model)) for model in self.endpoints}
 
     @cached_property
+    def searched(self) -> Layout:
+        """The base's layout without what stands beside the language tower, which no merge of a language model changes."""
+        whole, places = self.layouts[self.base], list(self.towers.values())
+        inside = lambda names: tuple(n for n in names if all(place.holds(n) for place in places))
+        return replace(whole, pre=inside(whole.pre), post=inside(whole.post))
+
+    @cached_property
     def outputs(self) -> list[str]:
         """Outputs that a configuration could tie and that some endpoint has as tensors of their own: what a live model
         must hold apart to be any merge of these endpoints."""
@@ -138,7 +157,8 @@ class Pool:
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """Of a tensor, stored, tied or derived; read from headers, not from weights."""
-        return self.derived.job(ref).shape if ref.model in self.derived else self._info(ref).shape
+        shape = self.derived.job(ref).shape if ref.model in self.derived else self._info(ref).shape
+        return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
 
     def shared_with(self, ref: Ref) -> str | None:
         """The tensor that an output shares because its model ties it; None for a tensor of its own, or none."""
@@ -177,8 +197,10 @@ class Pool:
     def stored(self, ref: Ref) -> torch.Tensor:
         """A tensor as it is stored, a view of the mapped file."""
         if ref.model in self.derived:
-            return self.derived.get(ref)
-        return self.endpoints[ref.model].get(self._info(ref).name)
+            tensor = self.derived.get(ref)
+        else:
+            tensor = self.endpoints[ref.model].get(self._info(ref).name)
+        return tensor if ref.rows is None else tensor[slice(*ref.rows)]
 
     def resident(self, refs: Iterable[Ref]) -> bool:
         """Whether these tensors stay where a kernel finds them."""

@@ -6,14 +6,17 @@ Compiling reads no weights. Steps, which need statistics of them, are made for t
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from merge3.checkpoint.layout import Ref
 from merge3.errors import RecipeError
 from merge3.methods import Copy, Job, Method, Step, method_named
-from merge3.methods.plan import Kept, Layer, Tied, View, resolve
+from merge3.methods.execute import Output
+from merge3.methods.plan import Kept, Layer, Rest, Tied, View, resolve
 from merge3.recipe import Recipe
 from merge3.statistics import Statistics
 
@@ -22,12 +25,12 @@ from merge3.statistics import Statistics
 class Program:
     """jobs: what is merged. copies: output -> the tensor it is as it stands; kept: the reason of each. ties: output
     -> the output it shares, where every source ties it and none stores it. origins: output layer -> the model and its
-    layer whose configuration it has. shapes: of every output that is stored, jobs first.
+    layer whose configuration it has. shapes: of every output that is stored, jobs first. rests: output -> the rows
+    that stay as they are, of one whose first rows alone are merged.
 
         program = compile(Recipe.from_yaml("ties.yaml"), pool)
-        steps = program.steps(program.shapes, pool.statistics)
-        outputs = [(name, step, torch.empty(program.shapes[name])) for name, step in steps.items()]
-        execute(outputs, pool.get)
+        tensors = {name: torch.empty(shape) for name, shape in program.shapes.items()}
+        execute(program.outputs(tensors, pool.statistics), pool.get)
     """
 
     method: Method
@@ -37,6 +40,7 @@ class Program:
     ties: dict[str, str] = field(default_factory=dict)
     origins: tuple[tuple[str, int], ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    rests: dict[str, Ref] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -54,19 +58,37 @@ class Program:
         return steps
 
 
+    def outputs(self, tensors: Mapping[str, torch.Tensor], statistics: Statistics) -> list[Output]:
+        """What to run to write these outputs, whole. tensors: name -> where to."""
+        found: list[Output] = []
+        for name, step in self.steps(tensors, statistics).items():
+            out, rest = tensors[name], self.rests.get(name)
+            if rest is not None:
+                first, _ = rest.rows
+                found.append((name, Copy(rest), out[first:]))
+                out = out[:first]
+            found.append((name, step, out))
+        return found
+
+
 def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     """Resolve every output tensor. where: names the recipe in messages.
 
     Raises RecipeError for what does not fit: an unknown method, parameters, layers, tensors.
     """
     method = method_named(recipe.method, f"{where}: merge_method")
-    jobs, copies, kept, ties, origins = [], {}, {}, {}, []
+    if dict(recipe.tower) != dict(view.tower):
+        found, expected = dict(recipe.tower) or "none", dict(view.tower) or "none"
+        raise RecipeError(f"{where}: tower", f"found {found}", f"{expected}, with which the models were opened")
+    jobs, copies, kept, ties, origins, rests = [], {}, {}, {}, [], {}
     for found in resolve(recipe, method, view, where):
         match found:
             case Job():
                 jobs.append(found)
             case Kept(name, source, reason):
                 copies[name], kept[name] = source, reason
+            case Rest(name, source):
+                rests[name] = source
             case Tied(name, source):
                 ties[name] = source
             case Layer():
@@ -76,8 +98,9 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     if method.derive is not None:
         jobs = _over_one_expert(method, jobs, view)
     shapes = {job.name: job.shape for job in jobs}
+    shapes |= {name: view.shape(source.whole) for name, source in rests.items()}
     shapes |= {name: view.shape(source) for name, source in copies.items()}
-    return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes)
+    return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes, rests)
 
 
 def _over_one_expert(method: Method, jobs: list[Job], view: View) -> list[Job]:

@@ -51,6 +51,8 @@ class Residence:
 
     def staged(self, ref: Ref) -> torch.Tensor:
         """A tensor where it lies, in the common dtype of its name (integers as they are)."""
+        if ref.rows is not None:
+            return self.staged(ref.whole)[slice(*ref.rows)]
         if ref in self._resident:
             return self._resident[ref]
         if ref in self._pinned:
@@ -68,20 +70,20 @@ class Residence:
 
     def part(self, ref: Ref, begin: int, end: int) -> torch.Tensor:
         """Elements [begin, end) of a tensor, flat, where it lies."""
-        if self.plan.tier(ref) != FILE:
+        if self.plan.tier(ref.whole) != FILE:
             return self.staged(ref).reshape(-1)[begin:end]
-        self.use(ref)
+        self.use(ref.whole)
         return self._converted(ref, self.source.stored(ref).reshape(-1)[begin:end])  # in parts, where it has to be
 
     def resident(self, refs: Iterable[Ref]) -> bool:
         """Whether these tensors stay where a kernel finds them."""
-        return all(self.plan.tier(ref) == DEVICE for ref in refs)
+        return all(self.plan.tier(ref.whole) == DEVICE for ref in refs)
 
     def in_groups(self, requests: Iterable[T], refs_of: Callable[[T], Iterable[Ref]]) -> Iterator[list[T]]:
         """Requests in groups whose streamed tensors fit the window together."""
         group, size = [], 0
         for request in requests:
-            more = self.plan.streamed(refs_of(request))
+            more = self.plan.streamed(ref.whole for ref in refs_of(request) if ref is not None)
             if group and more and size + more > self.plan.window:
                 yield group
                 group, size = [], 0
@@ -100,13 +102,13 @@ class Residence:
 
     def give_back(self, refs: Iterable[Ref]) -> None:
         """Take a mapped file's pages out of memory. Harmless while they are in use: they are read again."""
-        for ref in refs:
+        for ref in (ref.whole for ref in refs):
             if self._mapped.pop(ref, None) is not None:
                 self.source.unmap(ref)
 
     def forget(self, ref: Ref) -> None:
         """Drop a tensor that is on the device, and its pages."""
-        self._resident.pop(ref, None)
+        self._resident.pop(ref.whole, None)
         self.source.unmap(ref)
 
     def _converted(self, ref: Ref, tensor: torch.Tensor) -> torch.Tensor:

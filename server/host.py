@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """models: as drivers name them, base first. places: path as named -> where it lies."""
+    """models: as drivers name them, base first. places: path as named -> where it lies. tower: see Pool.open."""
 
     pool_id: str
     models: tuple[str, ...]
@@ -37,6 +37,7 @@ class PoolSpec:
     dtype: str
     device: str
     memory_budget: int | None = None
+    tower: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +133,8 @@ class Host:
             raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
             where = lambda path: spec.places.get(path, path)
-            pool = Pool.open(
-                spec.models[0], spec.models[1:], spec.device, memory_budget=spec.memory_budget, locate=where
-            )
+            settings = {"memory_budget": spec.memory_budget, "locate": where, "tower": spec.tower}
+            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, **settings)
             log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))
             engine = LocalEngine(pool, getattr(torch, spec.dtype) if spec.dtype else None)

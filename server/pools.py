@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from merge3 import __version__
@@ -54,9 +55,11 @@ class Pools:
         self.roots = Roots(settings.roots)
         self._open: dict[str, Open] = {}
 
-    async def open(self, driver: str, models: tuple[str, ...], dtype: str) -> Open:
+    async def open(
+        self, driver: str, models: tuple[str, ...], dtype: str, tower: Mapping[str, str] | None = None
+    ) -> Open:
         """Open a pool for a driver, or share the one that is open or opening. Raises Busy where there is no room."""
-        spec = self._spec(models, dtype)
+        spec = self._spec(models, dtype, dict(tower or {}))
         if spec.pool_id not in self._open:
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
@@ -115,7 +118,7 @@ class Pools:
                 )
             await self._free(min(idle, key=lambda e: e.used))
 
-    def _spec(self, models: tuple[str, ...], dtype: str) -> PoolSpec:
+    def _spec(self, models: tuple[str, ...], dtype: str, tower: dict[str, str]) -> PoolSpec:
         if not 1 <= len(models) <= MAX_MODELS:
             raise BadInput("models", f"{len(models)} models", f"1 to {MAX_MODELS}, base first")
         if dtype not in ("", *DTYPES):
@@ -129,5 +132,6 @@ class Pools:
             for part in (ref, ref.lora):
                 if part is not None:
                     places[part.path] = self.roots.directory(part.path)
-        pool_id = hashlib.sha256(repr((names, sorted(places.items()), dtype)).encode()).hexdigest()[:32]
-        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device, self.settings.memory_budget)
+        content = (names, sorted(places.items()), dtype, *([sorted(tower.items())] if tower else []))
+        pool_id = hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device, self.settings.memory_budget, tower)

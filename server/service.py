@@ -51,7 +51,8 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
 
     async def OpenPool(self, request, context):
         """See the proto."""
-        return (await self.pools.open(_driver(context), tuple(request.models), request.dtype)).message()
+        asked = tuple(request.models), request.dtype, dict(request.tower)
+        return (await self.pools.open(_driver(context), *asked)).message()
 
     async def ListPools(self, request, context):
         """See the proto."""

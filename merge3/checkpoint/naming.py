@@ -6,16 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from merge3.checkpoint.layout import layout
+from merge3.checkpoint.layout import EMBEDDING, layout
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings|shared)\.weight$")
 # Outputs that may share the weight of an input: a head's name -> what stores the shared tensor.
 _TIES = {
-    "lm_head.weight": _EMBEDDING,
-    "embed_out.weight": _EMBEDDING,
-    "cls.predictions.decoder.weight": _EMBEDDING,
-    "lm_head.decoder.weight": _EMBEDDING,
-    "vocab_projector.weight": _EMBEDDING,
+    "lm_head.weight": EMBEDDING,
+    "embed_out.weight": EMBEDDING,
+    "cls.predictions.decoder.weight": EMBEDDING,
+    "lm_head.decoder.weight": EMBEDDING,
+    "vocab_projector.weight": EMBEDDING,
     "cls.predictions.decoder.bias": re.compile(r"^cls\.predictions\.bias$"),
     "lm_head.decoder.bias": re.compile(r"^lm_head\.bias$"),
 }

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,19 +61,25 @@ def merge(
         list[str] | None,
         typer.Option(help="Tensors that a model has and the base lacks, to merge without: a name or pattern; repeat."),
     ] = None,
+    tower: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FROM=TO", help="Where a language model's tensors lie in a vision-language base; repeat."),
+    ] = None,
     strict: Strict = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ):
     """Merge a recipe to a checkpoint on disk."""
-    from merge3.client.terminal import bar
+    from merge3.client.options import prefixes
+    from merge3.client.terminal import bar, in_few_lines
     from merge3.export import merge_to_disk
     from merge3.recipe import Recipe
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
+    asked = Recipe.from_yaml(recipe)
     result = merge_to_disk(
-        Recipe.from_yaml(recipe),
+        replace(asked, tower=prefixes(tower)) if tower else asked,
         out,
         seed=seed,
         shard_size=shard_size,
@@ -83,8 +90,10 @@ def merge(
     if as_json:
         print(json.dumps(result))
         return
-    for name, reason in result["kept"].items():
-        print(f"kept as it is: {name} ({reason})")
+    for line in result["notes"]:
+        print(line)
+    for line in in_few_lines(result["kept"]):
+        print(f"kept as it is: {line}")
     for name, reason in result["left_out"].items():
         print(f"left out: {name} ({reason})")
     print(f"{result['tensors']} tensors, {result['parameters']:,} merged parameters: {result['path']}")

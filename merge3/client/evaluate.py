@@ -47,10 +47,12 @@ def evaluate_files(
     else:
         subject = Recipe.from_yaml(what)
         models = subject.models()
-        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
+        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, tower=subject.tower)
         dtype = subject.out_dtype or subject.dtype
     for line in pool.warnings:
         warnings.warn(line, Merge3Warning, stacklevel=2)
+    for note in pool.notes:
+        print(note, file=sys.stderr)
     fitted = fit_to_model(items, pool.base_checkpoint.path, "skip" if skip_too_long else "error")
     items = fitted.items
     for note in fitted.notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,20 @@ def _strict(on: bool) -> bool:
     if on:
         warnings.simplefilter("error", Merge3Warning)
     return on
+
+
+def prefixes(pairs: Iterable[str]) -> dict[str, str]:
+    """`--tower FROM=TO ..` as FROM -> TO. Raises BadInput for what is no such pair, and a FROM that occurs twice."""
+    from merge3.errors import BadInput
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        own, equals, place = pair.partition("=")
+        if not equals or own in found:
+            what = "is there twice" if own in found else "has no `=`"
+            raise BadInput("--tower", f"{pair!r} {what}", "FROM=TO, two prefixes of tensor names, each FROM once")
+        found[own] = place
+    return found
 
 
 THREADS_HELP = "CPU threads (default: as many as cores that this process may use)."

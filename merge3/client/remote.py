@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -43,7 +43,7 @@ class RemoteEngine:
     """A pool on a daemon. models: base first, as the daemon's roots have them.
 
     patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
-    note: told once when waiting begins and when it ends.
+    note: told once when waiting begins and when it ends. tower: see Pool.open.
 
         with contextlib.closing(RemoteEngine("127.0.0.1:50051", ["base", "math", "code"])) as engine:
             (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
@@ -56,9 +56,10 @@ class RemoteEngine:
         dtype: str | None = None,
         patience: float = PATIENCE,
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        tower: Mapping[str, str] | None = None,
     ):
         self.target = Target(target) if isinstance(target, str) else target
-        self.models, self.dtype = tuple(models), dtype
+        self.models, self.dtype, self.tower = tuple(models), dtype, dict(tower or {})
         self.patience, self.note = patience, note
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = itertools.count()
@@ -117,7 +118,8 @@ class RemoteEngine:
     def _open(self) -> None:
         with self._translated():
             pool = self._stub.OpenPool(
-                pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata
+                pb.OpenPoolRequest(models=self.models, dtype=self.dtype or "", tower=self.tower),
+                metadata=self._metadata,
             )
         info = convert.pool_from(pool, self.target.address)
         if pool.version != __version__ and self._info is None:

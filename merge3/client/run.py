@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import torch
 
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
-from merge3.client.terminal import bar
+from merge3.client.terminal import bar, in_few_lines
 from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.files import write_atomically
@@ -77,17 +77,19 @@ def open_pool(
     quiet: bool = False,
     memory_budget: str | None = None,
     derived: Path | None = None,
+    tower: Mapping[str, str] | None = None,
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 
     derived: where experts that a method derives of all others are kept for the next run (default: they are not).
+    tower: see Pool.open.
     """
-    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, derived_folder=derived)
+    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, derived_folder=derived, tower=tower)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
     _warn(pool.warnings)
     pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
-    _say_kept(pool.kept, quiet)
+    _say_kept(pool.notes, pool.kept, quiet)
     return pool
 
 
@@ -102,7 +104,8 @@ def open_engine(
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived), dtype)
+        tower = config.genome.tower
+        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived, tower), dtype)
     if memory_budget is not None:
         raise BadInput(
             "--memory-budget",
@@ -111,9 +114,9 @@ def open_engine(
         )
     from merge3.client.remote import RemoteEngine
 
-    engine = RemoteEngine(target, config.models, config.genome.dtype)
+    engine = RemoteEngine(target, config.models, config.genome.dtype, tower=config.genome.tower)
     _warn(engine.info().warnings)
-    _say_kept(engine.info().kept, quiet)
+    _say_kept(engine.info().notes, engine.info().kept, quiet)
     return engine
 
 
@@ -135,10 +138,10 @@ def _warn(lines: Iterable[str]) -> None:
         warnings.warn(line, Merge3Warning, stacklevel=2)
 
 
-def _say_kept(kept: dict[str, str], quiet: bool) -> None:
+def _say_kept(notes: Iterable[str], kept: dict[str, str], quiet: bool) -> None:
     if not quiet:
-        for name, reason in kept.items():
-            print(f"kept from the base: {name} ({reason})", file=sys.stderr)
+        for line in (*notes, *(f"kept from the base: {kept_line}" for kept_line in in_few_lines(kept))):
+            print(line, file=sys.stderr)
 
 
 def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from merge3.checkpoint.architecture import configuration, loading, tied
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError
+from merge3.live.names import parameter_names
 from merge3.pool import Pool
 
 # For an architecture that transformers has under no such name (a checkpoint with code of its own, or one that names
@@ -81,8 +82,12 @@ def bind(model: torch.nn.Module, pool: Pool) -> dict[str, torch.Tensor]:
     bound, missing = {}, []
     shapes = {name: info.shape for name, info in pool.base_checkpoint.tensors.items()}
     apart = {name: pool.shape(Ref(pool.base, name)) for name in pool.outputs}
-    for name, shape in (shapes | apart).items():
+    wanted = shapes | apart
+    called = parameter_names(model, wanted) if any(name not in live for name in wanted) else {}
+    for name, shape in wanted.items():
         tensor = live.get(name, live.get(f"{prefix}.{name}", live.get(name.removeprefix(f"{prefix}."))))
+        if tensor is None or called.get(name) in live:  # what transformers itself would load it into
+            tensor = live.get(called.get(name), tensor)
         if tensor is None or tuple(tensor.shape) != shape:
             missing.append(name)
         else:

@@ -52,8 +52,7 @@ class Slot:
         program = self.compile(recipe, where)
         # Buffers that the model computes itself are not among its weights, and heads are not a recipe's.
         written = self._weights.keys() - set(self.pool.heads.get(self.pool.base, ()))
-        steps = program.steps(written, self.pool.statistics)
-        outputs = [(name, step, self._weights[name]) for name, step in steps.items()]
+        outputs = program.outputs({name: self._weights[name] for name in written}, self.pool.statistics)
         if self._overlap:
             self._run_by_layer(outputs, seed)
         else:
@@ -70,13 +69,17 @@ class Slot:
         return program
 
     def load(self, model: str) -> None:
-        """Overwrite the model with an endpoint as it is, head included."""
+        """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
         self._settle()
         self.use_head(model)
         with torch.no_grad():
             for name, weight in self._weights.items():
                 ref = Ref(model, name)
-                if name in self.pool.heads.get(model, ()) or not self.pool.has(ref):
+                if name in self.pool.heads.get(model, ()):
+                    continue
+                if model in self.pool.towers:  # what a language model lacks is the base's, whatever was here before
+                    weight.copy_(self.pool.get(Ref(self.pool.base, name)))
+                if not self.pool.has(ref):
                     continue
                 tensor = self.pool.get(ref)
                 if tensor.shape != weight.shape:  # more, or fewer, tokens: the rows that both have

@@ -11,12 +11,14 @@ from the base where that can be, and refused otherwise.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from merge3 import parameters as settings
+from merge3.alignment import common_rows
 from merge3.checkpoint.layout import Layout, Ref
+from merge3.checkpoint.towers import Tower
 from merge3.errors import Merge3Warning, RecipeError
 from merge3.methods.base import REQUIRED, Job, Method
 from merge3.recipe import TOP_KEYS, ModelRef, Recipe, Slice, Source, nearest
@@ -31,6 +33,8 @@ class View(Protocol):
 
     layouts: dict[str, Layout]
     fixed: dict[str, str]
+    towers: Mapping[str, Tower]
+    tower: Mapping[str, str]
     statistics: Statistics
 
     def has(self, ref: Ref) -> bool:
@@ -54,6 +58,13 @@ class Kept(NamedTuple):
     reason: str
 
 
+class Rest(NamedTuple):
+    """The rows of an output after those that are merged."""
+
+    name: str
+    source: Ref
+
+
 class Tied(NamedTuple):
     """An output that is the same as another one in every source, and not stored."""
 
@@ -68,9 +79,10 @@ class Layer(NamedTuple):
     layer: int
 
 
-def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[Job | Kept | Tied | Layer]:
-    """What becomes of every output tensor, one after the other: merged (a Job), kept or tied; and a Layer after each
-    layer's tensors. Raises RecipeError for what does not fit: method, parameters, layers, tensors."""
+def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[Job | Rest | Kept | Tied | Layer]:
+    """What becomes of every output tensor, one after the other: merged (a Job, and a Rest where only its first rows
+    are), kept or tied; and a Layer after each layer's tensors. Raises RecipeError for what does not fit: method,
+    parameters, layers, tensors."""
     _check(recipe, method, where)
     for model in recipe.models():
         if str(model) not in view.layouts:
@@ -111,7 +123,7 @@ class _Rules:
     view: View
     where: str
 
-    def output(self, name: str, part: Slice, refs: list[Ref], t: float) -> Iterator[Job | Kept | Tied]:
+    def output(self, name: str, part: Slice, refs: list[Ref], t: float) -> Iterator[Job | Rest | Kept | Tied]:
         """Merged, kept or tied; nothing where no source has it."""
         view, there = self.view, [self.view.has(r) for r in refs]
         if not any(there):
@@ -122,6 +134,12 @@ class _Rules:
             return
         base = part.base_model or self.recipe.base_model
         anchor = refs[_anchor(part, self.recipe, [r.model for r in refs])]
+        if (rows := self._rows(refs, there, anchor)) is not None:
+            first = [Ref(r.model, r.tensor, (0, rows)) for r in refs]
+            yield self._job(name, part, first, t, base, (rows, *view.shape(anchor)[1:]))
+            if rows < view.shape(anchor)[0]:
+                yield Rest(name, Ref(anchor.model, anchor.tensor, (rows, view.shape(anchor)[0])))
+            return
         reason = self._unmergeable(refs, there, anchor)
         if reason is None:
             yield self._job(name, part, refs, t, base, view.shape(anchor))
@@ -154,6 +172,17 @@ class _Rules:
             sources.append(ref)
             per_source.append({p: _value(method, p, levels, ref.tensor, t, where) for p in own})
         return Job(name, base_ref, tuple(sources), shared, tuple(per_source), shape)
+
+    def _rows(self, refs: list[Ref], there: list[bool], anchor: Ref) -> int | None:
+        """How many rows a table of words has in all sources, where one of them is in a tower and they are not equally
+        many; else None, and the tensor is merged or kept whole."""
+        view = self.view
+        if not all(there) or anchor.tensor in view.fixed or not any(r.model in view.towers for r in refs):
+            return None
+        if view.layouts[anchor.model].layer_of(anchor.tensor) is not None:
+            return None
+        shapes = [view.shape(ref) for ref in refs]
+        return common_rows(*shapes) or None if len(set(shapes)) > 1 else None
 
     def _unmergeable(self, refs: list[Ref], there: list[bool], anchor: Ref) -> str | None:
         """Why a tensor is not merged; None where it is."""

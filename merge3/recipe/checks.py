@@ -16,7 +16,7 @@ from merge3.recipe.text import nearest
 
 TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "tokenizer",
+    "chat_template", "tokenizer", "tower",
 )  # fmt: skip
 # Keys at the top level that mean something, but not here.
 _ELSEWHERE = {
@@ -113,6 +113,17 @@ def parameters(data: Any, where: str) -> dict[str, settings.Setting]:
         for value in settings.scalars(setting):
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"{where}.{name}", f"found {value}", "a finite number")
+    return data
+
+
+def tower(data: Any, where: str) -> dict[str, str]:
+    """Prefixes of a language model's tensor names -> of the base's. mergekit has no such key."""
+    if data is None:
+        return {}
+    data = mapping(data, where)
+    for prefix, place in data.items():
+        if not isinstance(prefix, str) or not isinstance(place, str):
+            raise RecipeError(where, f"found {prefix!r}: {place!r}", "prefixes of names, such as `model.: llm.model.`")
     return data
 
 

@@ -84,6 +84,7 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    tower: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -112,10 +113,12 @@ class Recipe:
         for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
             if getattr(self, key) is not None:
                 data[key] = getattr(self, key)
+        if self.tower:
+            data["tower"] = dict(self.tower)
         return data
 
     def to_yaml(self) -> str:
-        """YAML that mergekit reads as the same merge; floats survive exactly."""
+        """YAML that mergekit reads as the same merge, but for `tower`, which it has not; floats survive exactly."""
         return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
@@ -174,6 +177,7 @@ class Recipe:
             out_dtype,
             _tokenizer_source(data, where),
             checks.chat_template(data.get("chat_template"), f"{where}: chat_template"),
+            checks.tower(data.get("tower"), f"{where}: tower"),
         )
 
 

@@ -97,7 +97,7 @@ def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
         unset = value == "" or (field.has_presence and not m.HasField(field.name))
         if field.name not in values and not unset:
             values[field.name] = tuple(value) if field.is_repeated else value
-    return SpaceDefinition(**values)
+    return SpaceDefinition(**values | {"tower": dict(m.tower)})
 
 
 # -- estimators
@@ -199,6 +199,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         kept=info.kept,
         device=info.device,
         warnings=info.warnings,
+        notes=info.notes,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -208,9 +209,9 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     """where: the daemon's address, which becomes the pool's host."""
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
-    return PoolInfo(
-        tuple(m.models), dict(m.content_hashes), m.parameters, dict(m.kept), m.device, layout, where, tuple(m.warnings)
-    )
+    hashes, kept = dict(m.content_hashes), dict(m.kept)
+    said = tuple(m.warnings), tuple(m.notes)
+    return PoolInfo(tuple(m.models), hashes, m.parameters, kept, m.device, layout, where, *said)
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:

@@ -27,7 +27,7 @@ class _Section(BaseModel):
 
 
 class Genome(_Section):
-    """What to search over; names as in mergekit-evolve, then ours (space, preset, genes, bounds, dtype)."""
+    """What to search over; names as in mergekit-evolve, then ours (space, preset, genes, bounds, dtype, tower)."""
 
     models: tuple[str, ...] = Field(min_length=1)
     merge_method: str
@@ -43,6 +43,7 @@ class Genome(_Section):
     genes: tuple[str, ...] = ()
     bounds: dict[str, tuple[float, float]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    tower: dict[str, str] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -183,6 +184,8 @@ class EvolveConfig(_Section):
         }
         if self.genome.space == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["genome"]["space"]
+        if not self.genome.tower:  # likewise
+            del data["genome"]["tower"]
         data["genome"]["tokenizer_source"] = place.get(self.genome.tokenizer_source, self.genome.tokenizer_source)
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}

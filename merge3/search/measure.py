@@ -65,7 +65,7 @@ def _baselines(search: Search) -> Iterator[Baseline]:
     for model in models:
         yield names[model], model
     experts = [m for m in genome.models if m != genome.base_model]
-    yield from default_merges(genome.base_model, experts, genome.dtype)
+    yield from default_merges(genome.base_model, experts, genome.dtype, genome.tower)
 
 
 def _short_names(models: Sequence[str]) -> dict[str, str]:

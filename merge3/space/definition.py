@@ -29,10 +29,13 @@ class SpaceDefinition:
     tokenizer_source: str | None = None
     dtype: str | None = None
     kind: str = "parameters"
+    tower: dict[str, str] = field(default_factory=dict)
 
     def hash(self) -> str:
         """Names the definition: equal definitions, equal hash."""
         data = asdict(self)
         if self.kind == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["kind"]
+        if not self.tower:  # likewise
+            del data["tower"]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -86,6 +86,7 @@ class ParameterSpace:
             parameters,
             self.definition.dtype,
             tokenizer_source=self.definition.tokenizer_source,
+            tower=self.definition.tower,
         )
 
     def genome(self, recipe: Recipe) -> np.ndarray:
