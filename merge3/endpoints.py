@@ -34,7 +34,9 @@ def open_endpoints(
     towers: dict[str, Tower] = {}
     base = next(iter(opened))
     for model, checkpoint in opened.items():
-        place = None if model == base else find_tower(model, _shapes(checkpoint), base, _shapes(endpoints[base]), tower or {})
+        place = None
+        if model != base:
+            place = find_tower(model, _shapes(checkpoint), base, _shapes(endpoints[base]), tower or {})
         if place is not None:
             towers[model] = place
             names = {name: place.name(name) for name in checkpoint.tensors}

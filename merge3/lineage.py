@@ -29,17 +29,21 @@ _SAMPLES, _ELEMENTS = 3, 1 << 20
 _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and the cosine of θ and its own weights near 1
 
 
-def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint) -> list[str]:
-    """One line for each thing that sets an endpoint apart from the base, with both values.
+def differences(
+    base_name: str, base: Checkpoint, model: str, other: Checkpoint, in_tower: bool = False
+) -> list[str]:
+    """One line for each thing that sets an endpoint apart from the base, with both values. in_tower: compare it with
+    the language model inside the base.
 
     Reads a few MB of weights.
     """
     lines = []
+    base = _language_model(base) if in_tower else base
     own, theirs = dict(_flat(base.config)), dict(_flat(other.config))
     if own != theirs:  # with defaults filled in they may be equal yet
         own, theirs = _settings(base.config), _settings(other.config)
     for key in sorted(set(own) & set(theirs) if own and theirs else ()):
-        if own[key] != theirs[key]:
+        if own[key] != theirs[key] and not (in_tower and key == "model_type"):  # such as qwen2 and qwen2_vl_text
             found = f"{key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}"
             lines.append(f"{model}: {found}; the merge computes with the base's")
     if line := _stranger(base, other):
@@ -52,7 +56,7 @@ def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint)
     return lines
 
 
-def in_tower(base: Checkpoint) -> Checkpoint:
+def _language_model(base: Checkpoint) -> Checkpoint:
     """A model with eyes or ears as one of the language model inside: with its settings alone."""
     inner = base.config.get("text_config")
     return replace(base, config=dict(inner)) if isinstance(inner, Mapping) else base

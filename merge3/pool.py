@@ -23,7 +23,7 @@ from merge3.checkpoint.towers import Tower
 from merge3.derived import Compute, Derived, Job
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError, Unavailable
-from merge3.lineage import differences, in_tower
+from merge3.lineage import differences
 from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory
 from merge3.recipe import ModelRef
 from merge3.residence import Residence
@@ -107,8 +107,7 @@ class Pool:
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
         for name in list(pool.endpoints)[1:]:
-            own = pool.base_checkpoint
-            pool.warnings += differences(pool.base, in_tower(own) if name in towers else own, name, pool.endpoints[name])
+            pool.warnings += differences(pool.base, pool.base_checkpoint, name, pool.endpoints[name], name in towers)
         pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
         pool._plan()
         return pool
@@ -135,7 +134,7 @@ class Pool:
 
     @cached_property
     def searched(self) -> Layout:
-        """The base's layout without what stands beside the language tower, which no merge of a language model changes."""
+        """The base's layout without what stands beside the language tower, where a merge cannot change that."""
         whole, places = self.layouts[self.base], list(self.towers.values())
         inside = lambda names: tuple(n for n in names if all(place.holds(n) for place in places))
         return replace(whole, pre=inside(whole.pre), post=inside(whole.post))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from merge3.errors import ItemsError
+from merge3.tasks.images import seen
 from merge3.tasks.items import Item, place, shown
 from merge3.tasks.prompts import Reader
 from merge3.tasks.requests import Choices, Likelihoods
@@ -32,8 +33,9 @@ def answer(given, choices: Sequence[str], metric: str, where: str) -> int:
 def request(item: Item, reader: Reader) -> Choices:
     """The prompt's tokens, and each choice's as they follow it. Raises ItemsError where a prompt or a choice has none,
     or two choices have the same."""
-    text, tokens = reader.prompt(item)
-    choices = tuple(reader.following(text, tokens, choice) for choice in item.choices)
+    text, tokens, *image = seen(item, reader) if item.image else reader.prompt(item)
+    before = reader.tokens(text) if image else tokens  # with the image's places not yet filled
+    choices = tuple(reader.following(text, before, choice) for choice in item.choices)
     name = lambda i: f"choices[{i}] {shown(item.choices[i])}"
     for i, choice in enumerate(choices):
         if not choice:
@@ -41,7 +43,7 @@ def request(item: Item, reader: Reader) -> Choices:
         if choice in choices[:i]:
             found = f"{name(choices.index(choice))} and {name(i)} have the same tokens"
             raise ItemsError(place(item), found, "choices that the tokenizer tells apart")
-    return Choices(tokens, choices)
+    return Choices(tokens, choices, *image)
 
 
 def acc_norm(item: Item, found: Likelihoods) -> float:

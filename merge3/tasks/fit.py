@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge3.errors import ItemsError
+from merge3.tasks.images import MARK
 from merge3.tasks.items import Item, place, shown
 from merge3.tasks.kinds import KINDS
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
@@ -29,7 +30,7 @@ class Fitted:
 
 def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False) -> Fitted:
     """As fit_items, for the checkpoint in a folder: its tokenizer, its configuration's positions."""
-    if policy == "error" or all(item.image for item in items):
+    if policy == "error" or not any(map(_reads, items)):
         return Fitted(list(items))
     from transformers import AutoConfig
 
@@ -39,22 +40,25 @@ def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: b
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat)
+    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, Path(folder))
 
 
-def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False) -> Fitted:
+def fit_items(
+    items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False, folder: Path | None = None
+) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
+    folder: the checkpoint's, whose processor says how many tokens an image takes.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat)
+    reader = Reader(tokenizer, chat, folder)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
         longest, what = 0, ""
-        if limit is not None and policy != "error" and not item.image:
+        if limit is not None and policy != "error" and _reads(item):
             longest, what = _length(item, reader)
         if limit is None or longest <= limit:
             kept.append(item)
@@ -76,6 +80,11 @@ def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, 
     return Fitted(kept, counts if policy == "skip" else {}, counts if policy == "truncate_left" else {}, notes)
 
 
+def _reads(item: Item) -> bool:
+    """Whether a prompt takes positions: an image alone takes none."""
+    return not item.image or KINDS[item.kind].asks != "logits"
+
+
 def _length(item: Item, reader: Reader) -> tuple[int, str]:
     """(how many positions an item takes, what for)"""
     return KINDS[item.kind].request(item, reader).length()
@@ -85,6 +94,9 @@ def _cut(item: Item, reader: Reader, limit: int) -> Item:
     """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
     front of a prompt stays there, and an item remains what it is on its way to a daemon."""
     shorter, what = item, ""
+    if item.image and MARK in item.prompt:
+        found = f"too long, and `{MARK}` stands in its prompt, which would be cut from the left"
+        raise ItemsError(place(item), found, f"at most {limit} tokens", "`too_long: skip` leaves it out")
     while shorter.prompt:
         longest, how = _length(shorter, reader)
         what = what or how

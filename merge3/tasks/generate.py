@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import regex as patterns
 
 from merge3.errors import ItemsError
+from merge3.tasks.images import seen
 from merge3.tasks.items import Item, place, shown
 from merge3.tasks.prompts import Reader
 from merge3.tasks.requests import Start, Written
@@ -39,8 +40,8 @@ def answer(given, choices: Sequence[str], metric: str, where: str) -> tuple[str,
 
 def request(item: Item, reader: Reader) -> Start:
     """The prompt's tokens, and where the answer ends at the latest. Raises ItemsError where a prompt has none."""
-    _, tokens = reader.prompt(item)
-    return Start(tokens, item.max_tokens, item.stop)
+    _, tokens, *image = seen(item, reader) if item.image else reader.prompt(item)
+    return Start(tokens, item.max_tokens, item.stop, *image)
 
 
 def exact(item: Item, found: Written) -> float:

@@ -50,7 +50,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "choice": Kind(("choices",), choice.METRICS, choice.answer, choice.request, "loglikelihoods"),
-    "generate": Kind(("max_tokens", "stop"), generate.METRICS, generate.answer, generate.request, "generate"),
+    "choice": Kind(("choices", "image"), choice.METRICS, choice.answer, choice.request, "loglikelihoods"),
+    "generate": Kind(("max_tokens", "stop", "image"), generate.METRICS, generate.answer, generate.request, "generate"),
     "classify": Kind(("image",), classify.METRICS, classify.answer, classify.request, "logits", classify.resolve),
 }

@@ -17,6 +17,7 @@ from merge3.tasks.decoder import Continuations, end_tokens
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.requests import Choices, Image, Question, Start, Text, batches, share_prefix
+from merge3.tasks.vision import SeenChoices, SeenContinuations
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 IMAGES = 64  # per forward
@@ -49,15 +50,21 @@ class LM:
     def loglikelihoods(self, requests: Sequence[Choices]) -> Question:
         """How likely each choice is after its prompt: results are Likelihoods.
 
-        Choices of a request stand side by side in one row where this architecture honours masks of one's own (tried
-        on a few requests, and a warning if not), else each in a row of its own.
+        requests: all with an image, or none. Without, choices of a request stand side by side in one row where this
+        architecture honours masks of one's own (tried on a few requests, and a warning if not), else each in a row of
+        its own.
         """
+        if requests[0].image:
+            return SeenChoices(requests, self.device, self.dtype, self.batch_tokens, self.pad)
         prefix, rest = share_prefix(requests)
         rows = SharedRows if self._honours_masks(prefix, rest) else PlainRows
         return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
-        """What follows each prompt, greedily: results are Written."""
+        """What follows each prompt, greedily: results are Written. As above, all with an image or none."""
+        if requests[0].image:
+            asking = self.device, self.dtype, self.tokenizer, self.end
+            return SeenContinuations(requests, *asking, self.batch_tokens, self.pad)
         prefix, rest = share_prefix(requests)
         return Continuations(prefix, rest, self.device, self.tokenizer, self.end, self.batch_tokens, self.pad)
 

@@ -68,9 +68,9 @@ class Reader:
             return whole[len(tokens) :]
         return tuple(self.tokenizer(more, add_special_tokens=False)["input_ids"])
 
-    def pixels(self, item: Item) -> torch.Tensor:
-        """An item's image, float32 [channels, height, width]: a .npy of pixel values, or any file pillow reads,
-        prepared by the checkpoint's own processor. Raises ItemsError where it cannot be read."""
+    def image(self, item: Item) -> Any:
+        """An item's image: float32 [channels, height, width] of a .npy of pixel values, or an RGB picture of any file
+        pillow reads. Raises ItemsError where it cannot be read."""
         import numpy as np
 
         try:
@@ -78,16 +78,46 @@ class Reader:
                 return torch.from_numpy(np.load(item.image, allow_pickle=False)).float()
             from PIL import Image
 
-            image = Image.open(item.image).convert("RGB")
-            return self._processor(image, return_tensors="pt")["pixel_values"][0]
+            return Image.open(item.image).convert("RGB")
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            raise unreadable(item, error) from None
+
+    def pixels(self, item: Item) -> torch.Tensor:
+        """An item's image as a vision model takes it, float32 [channels, height, width]: pixel values as they are, a
+        picture prepared by the checkpoint's own processor. Raises ItemsError where it cannot be read."""
+        image = self.image(item)
+        if isinstance(image, torch.Tensor):
+            return image
+        try:
+            return self._image_processor(image, return_tensors="pt")["pixel_values"][0]
         except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-            raise ItemsError(place(item), f"unreadable image {item.image} ({error})") from None
+            raise unreadable(item, error) from None
 
     @cached_property
-    def _processor(self):
+    def processor(self):
+        """Of prompts with images in them. Raises ItemsError where the checkpoint has none."""
+        from transformers import AutoProcessor, ProcessorMixin
+
+        try:
+            found = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise ItemsError(self.folder, f"no usable processor ({reason})", "its files beside the base") from None
+        if not isinstance(found, ProcessorMixin):
+            what = f"a {type(found).__name__} and no processor of texts with images"
+            raise ItemsError(self.folder, what, "processor_config.json and preprocessor_config.json beside the base")
+        return found
+
+    @cached_property
+    def _image_processor(self):
         from transformers import AutoImageProcessor
 
         return AutoImageProcessor.from_pretrained(self.folder, trust_remote_code=False)
+
+
+def unreadable(item: Item, error: Exception) -> ItemsError:
+    """An item's image that cannot be read, with the file and the first line of why."""
+    return ItemsError(place(item), f"unreadable image {item.image} ({error})")
 
 
 def load_tokenizer(folder: str | Path):

@@ -6,8 +6,8 @@ how many positions it takes, and what for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ Question = Callable[[Any], Iterator[tuple[int, Any]]]
 
 @dataclass(frozen=True)
 class Choices:
-    """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise."""
+    """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise.
+    image: what the forward takes of an image in the prompt beside its tokens, by name; see vision.py."""
 
     tokens: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
+    image: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def length(self) -> tuple[int, str]:
         """(positions, what takes them)"""
@@ -32,11 +34,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Start:
-    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`."""
+    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`. image: as
+    of Choices."""
 
     tokens: tuple[int, ...]
     max_tokens: int
     stop: tuple[str, ...] = ()
+    image: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def length(self) -> tuple[int, str]:
         """(positions, what takes them)"""

@@ -17,6 +17,7 @@ from merge3.tasks.kinds import KINDS, Kind
 from merge3.tasks.lm import BATCH_TOKENS, LM, has_head
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
 from merge3.tasks.requests import Question
+from merge3.tasks.vision import refusal, sees, shapes_of
 
 # Found once per live model: a search that renews its items prepares new ones every generation.
 _TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {folder: tokenizer}
@@ -52,10 +53,10 @@ class Scorer:
     ):
         self.items = list(items)
         _check_kinds(items, model)
-        images = {bool(item.image) for item in items}
-        if len(images) > 1:
+        if has_head(model) and len({bool(item.image) for item in items}) > 1:
             raise ItemsError("items", "texts and images together", "one kind of input per run")
-        tokenizer = _tokenizer(model, folder) if images == {False} else None
+        reads = any(not item.image or KINDS[item.kind].asks != "logits" for item in items)
+        tokenizer = _tokenizer(model, folder) if reads else None
         reader, lm = Reader(tokenizer, chat, Path(folder)), LM(model, tokenizer, batch_tokens)
         self.asked = [_asked(own, items, reader, lm, model.config) for own in _groups(items)]
 
@@ -74,13 +75,13 @@ class Scorer:
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:
-    """Indices of the items of each kind, in the table's order, and task."""
+    """Indices of the items of each kind, in the table's order, and task; those with an image for themselves."""
     groups = []
     for name in KINDS:
-        by_task: dict[str, list[int]] = {}
+        by_task: dict[tuple[str, bool], list[int]] = {}
         for i, item in enumerate(items):
             if item.kind == name:
-                by_task.setdefault(item.task, []).append(i)
+                by_task.setdefault((item.task, bool(item.image)), []).append(i)
         groups += by_task.values()
     return groups
 
@@ -89,7 +90,7 @@ def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config
     kind, limit = KINDS[items[own[0]].kind], positions(config)
     labels = dict(getattr(config, "label2id", None) or {})
     resolved = [kind.resolve(items[i], labels) for i in own]
-    requests = []
+    requests, tried = [], set()
     for item in resolved:
         request = kind.request(item, reader)
         longest, what = request.length()
@@ -100,6 +101,10 @@ def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config
                 f"at most {limit}, the model's positions",
                 "--skip-too-long leaves such items out; in a configuration `too_long: skip` or `truncate_left`",
             )
+        if item.image and kind.asks != "logits" and (shapes := shapes_of(request)) not in tried:
+            if reason := refusal(lm.model, request):
+                raise ItemsError(place(item), f"image {item.image} is one that the model cannot take ({reason})")
+            tried.add(shapes)
         requests.append(request)
     return Asked(kind, own, resolved, getattr(lm, kind.asks)(requests))
 
@@ -122,3 +127,5 @@ def _check_kinds(items: Sequence[Item], model) -> None:
             raise ItemsError(place(item), f"kind {item.kind!r} for a {type(model).__name__}", expected)
         if item.image and "image" not in kind.keys:
             raise ItemsError(place(item), f"an image, and kind {item.kind!r}", "a kind that reads images")
+        if item.image and kind.asks != "logits" and not sees(model):
+            raise ItemsError(place(item), f"an image for a {type(model).__name__}", "a vision-language model")
