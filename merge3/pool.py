@@ -267,6 +267,10 @@ class Pool:
             return
         experts = [Ref(m, name) for m in list(self.endpoints)[1:] if self.has(Ref(m, name))]
         experts = [e for e in experts if name not in self.heads.get(e.model, ())][:8]
+        for ref in [e for e in experts if self.shape(e) != self.shape(base)]:  # in a tower, with words of its own
+            experts.remove(ref)
+            tensor = self.get(ref)
+            check_finite([[0.0], [0.0, float((tensor - tensor).sum())]], base, [ref])
         if not experts:
             return
         self.statistics.prefetch_gram([(base, tuple(experts))])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merge3.checkpoint.layout import EMBEDDING, beside_text, layout
-from merge3.checkpoint.naming import is_buffer, is_head
+from merge3.checkpoint.naming import is_buffer, is_head, tie_targets
 from merge3.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -99,7 +99,7 @@ def _checked(tower: Tower, model: str, own: Shapes, base_name: str, base: Shapes
         placed[other] = name
     weights = {name: shape for name, shape in own.items() if not is_buffer(name, shape)}
     there = [name for name in weights if tower.name(name) in base]
-    fitting = [name for name in there if _fits(name, weights[name], base[tower.name(name)])]
+    fitting = [name for name in there if _fits(tower.name(name), weights[name], base[tower.name(name)])]
     if not fitting:
         if there:
             name = there[0]
@@ -113,7 +113,7 @@ def _checked(tower: Tower, model: str, own: Shapes, base_name: str, base: Shapes
 
 def _fits(name: str, own: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Equal, or a table of words of which one of the two has more."""
-    words = is_head(name) or EMBEDDING.search(name)
+    words = EMBEDDING.search(name) or tie_targets([name])
     return own == other or (bool(words) and len(own) == len(other) > 1 and own[1:] == other[1:])
 
 

@@ -209,7 +209,7 @@ def test_a_model_without_eyes_is_told_so(sights, items):
     from transformers import AutoModelForCausalLM
 
     words = AutoModelForCausalLM.from_pretrained(sights / "words")
-    with pytest.raises(ItemsError, match="an image for a LlamaForCausalLM, expected a vision-language model"):
+    with pytest.raises(ItemsError, match="an image for a LlamaForCausalLM; expected a vision-language model"):
         Scorer(items, words, sights / "words")
 
 
