@@ -85,7 +85,7 @@ def _given(model: str, own: Shapes, given: Mapping[str, str]) -> dict[str, str]:
         if not any(name.startswith(prefix) for name in own):
             found = f"no tensor begins with {prefix!r}, which `tower` gives a place"
             raise CheckpointError(model, found, f"names such as {min(own)!r}")
-    return dict(given)
+    return dict(sorted(given.items()))  # a map from the wire has no order
 
 
 def _checked(tower: Tower, model: str, own: Shapes, base_name: str, base: Shapes) -> Tower:
