@@ -18,7 +18,7 @@ from tests.cli.test_readme import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_LINKS = [*DOCUMENTS, ROOT / "server" / "README.md", ROOT / "examples" / "tiny" / "README.md"]
+WITH_LINKS = [*DOCUMENTS, ROOT / "server" / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 SUFFIXES = ("py", "h", "proto", "md", "svg", "yaml", "json")
 

@@ -10,6 +10,7 @@ import torch
 from merge3.errors import ItemsError
 from merge3.tasks import Scorer, fit_to_model, read_items
 from merge3.tasks.eyes import eyes_of
+from merge3.tasks.lm import LM
 from merge3.tasks.requests import Choices, Start
 from merge3.tasks.vision import SeenChoices, SeenContinuations
 from tests.vlms import WORDS, make_sights, noisy, qwen
@@ -237,3 +238,22 @@ def test_images_count_where_items_may_be_too_long(sights, items):
     marked = [replace(long[0], prompt="<image> " + long[0].prompt), *items[1:]]
     with pytest.raises(ItemsError, match="`<image>` stands in its prompt"):
         fit_to_model(marked, sights / "base", "truncate_left")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_texts_before_a_model_with_positions_in_three_dimensions(newer):
+    torch.manual_seed(0)
+    model = qwen(newer).eval().requires_grad_(False)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    lm = LM(model)
+    lm.tokenizer, lm.end = _Silent(), frozenset([2])
+    prompts = [(7, 8, 9), (10,), (11, 12, 13, 14, 15)]
+    choices = ((7, 8, 9), (10,))
+    found = dict(lm.loglikelihoods([Choices(tokens, choices) for tokens in prompts])(model))
+    written = dict(lm.generate([Start(tokens, 4) for tokens in prompts])(model))
+    for index, tokens in enumerate(prompts):
+        inputs = {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.long)}
+        expected = [likelihood(model, inputs, list(more)) for more in choices]
+        assert found[index].sums.tolist() == pytest.approx(expected, abs=1e-4)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, len(tokens) :].tolist()
+        assert written[index].tokens == tuple(t for t in out if t != 2)
