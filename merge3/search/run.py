@@ -139,6 +139,8 @@ def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
     head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
     if METHODS[recipe.method].stochastic:
         head += f"# random keeps: the searched model is `merge3-client merge best.yaml OUT --seed {seed}`\n"
+    if recipe.tower:
+        head += "# `tower` says where a language model lies in the base: merge3 reads it, mergekit does not\n"
     return head + recipe.to_yaml()
 
 

@@ -45,7 +45,10 @@ class Eyes:
             return
         language = _language(model)
         names = {name for name, tensor in _weights(model).items() if id(tensor) not in language}
-        names |= _reached(model, features, *args, **kwargs)
+        try:
+            names |= _reached(model, features, *args, **kwargs)
+        except RuntimeError:  # a model that has no backward pass: then any weight may be one of them
+            names = set(_weights(model))
         with torch.inference_mode(False):
             self._copies = {name: tensor.detach().clone() for name, tensor in _weights(model).items() if name in names}
 

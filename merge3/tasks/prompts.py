@@ -100,8 +100,8 @@ class Reader:
 
         try:
             found = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).split("\n")[0][:200]
+        except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
             raise ItemsError(self.folder, f"no usable processor ({reason})", "its files beside the base") from None
         if not isinstance(found, ProcessorMixin):
             what = f"a {type(found).__name__} and no processor of texts with images"
