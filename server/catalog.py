@@ -144,7 +144,7 @@ class Gathering:
             estimators,
             tuple(h.objectives) or (ACCURACY,),
             h.seed,
-            h.chat,
+            dict(h.chats) or h.chat,
         )
         return Registered(whole, h.pool_id, asked), response
 

@@ -33,7 +33,8 @@ class Registrar:
         header = pb.RegisterHeader(
             pool_id=pool_id,
             seed=registration.seed,
-            chat=registration.chat,
+            chat=registration.chat is True,
+            chats={} if isinstance(registration.chat, bool) else registration.chat,
             heads=registration.heads,
             weights=registration.weights,
             objectives=registration.objectives,

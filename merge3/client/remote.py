@@ -28,11 +28,13 @@ from merge3.client.register import Registrar
 from merge3.engine import Evaluation, PoolInfo, Subject
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
+from merge3.fitness import estimates, judged
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks.items import located
+from merge3.tasks.score import Answers
 
 T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a daemon may be away
@@ -91,7 +93,7 @@ class RemoteEngine:
                     for message in messages:
                         if waiting.pop(message.index, None) is not None:
                             failures = 0
-                            yield self._located(convert.evaluation_from(message), registration)
+                            yield self._whole(convert.evaluation_from(message), registration)
             except _PASSING as error:
                 until = until if failures else time.monotonic() + self.patience
                 self._recover(error, until, failures)
@@ -154,11 +156,21 @@ class RemoteEngine:
         for request in requests:
             request.pool_id, request.items_id = self._pool_id, items_id
 
-    def _located(self, evaluation: Evaluation, registration: Registration) -> Evaluation:
-        """An error about an item names its file and line, which only the driver knows."""
-        if not isinstance(evaluation.error, ItemsError):
+    def _whole(self, evaluation: Evaluation, registration: Registration) -> Evaluation:
+        """With what only the driver knows: the file and line of an item that an error is about, and what the answers
+        to documents are worth."""
+        if isinstance(evaluation.error, ItemsError):
+            return replace(evaluation, error=located(evaluation.error, registration.items))
+        if not evaluation.raw:
             return evaluation
-        return replace(evaluation, error=located(evaluation.error, registration.items))
+        try:
+            responses = judged(registration, Answers(evaluation.responses, evaluation.raw))
+        except ItemsError as error:
+            return replace(evaluation, responses=None, raw={}, error=error)
+        if responses is None:
+            return evaluation
+        values, stderrs = estimates(registration, responses)
+        return replace(evaluation, responses=responses, values=values, stderrs=stderrs, raw={})
 
     def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:
         if len(requests) == 1:  # a stream takes two milliseconds more than a call, which a generation shares

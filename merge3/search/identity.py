@@ -27,6 +27,8 @@ def identity(search: Search) -> dict[str, str]:
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }
+    if questions.judges:  # what answers are worth is lm-eval's to say
+        found["lm-eval"] = metadata.version("lm_eval")
     for place, name in enumerate(info.endpoints):
         found[f"checkpoint {place}"] = info.content_hashes[name]
     return found

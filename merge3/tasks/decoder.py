@@ -54,8 +54,8 @@ def greedy(
 ) -> Iterator[tuple[int, list[int] | None]]:
     """(row, the tokens it has written so far) after each of them; (row, None) where its logits are NaN or infinite.
 
-    A row ends at a token of `end`, which is not written, at its max_tokens, after a stop text, or without usable
-    logits. One forward per token of the longest row. To be run in inference mode.
+    A row ends at a token of `end` or of its own end, which is not written, at its max_tokens, after a stop text, or
+    without usable logits. One forward per token of the longest row. To be run in inference mode.
     """
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache, alive = expanded(prefix, len(ids)), list(range(len(ids)))
@@ -72,7 +72,7 @@ def greedy(
         for at, (row, token) in enumerate(zip(alive, tokens.tolist())):
             if token < 0:
                 yield row, None
-            elif token not in end:
+            elif token not in end and token not in batch.asked[row][1].end:
                 written[row].append(token)
                 yield row, written[row]
                 if not _ended(batch.asked[row][1], written[row], tokenizer):

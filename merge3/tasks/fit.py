@@ -27,7 +27,9 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False) -> Fitted:
+def fit_to_model(
+    items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False, system: str = ""
+) -> Fitted:
     """As fit_items, for the checkpoint in a folder: its tokenizer, its configuration's positions."""
     if policy == "error" or all(item.image for item in items):
         return Fitted(list(items))
@@ -39,17 +41,19 @@ def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: b
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat)
+    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, system)
 
 
-def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False) -> Fitted:
+def fit_items(
+    items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False, system: str = ""
+) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat)
+    reader = Reader(tokenizer, chat, limit=limit, system=system)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
@@ -78,25 +82,44 @@ def fit_items(items: Sequence[Item], tokenizer, limit: int | None, policy: str, 
 
 def _length(item: Item, reader: Reader) -> tuple[int, str]:
     """(how many positions an item takes, what for)"""
-    return KINDS[item.kind].request(item, reader).length()
+    return max(request.length() for request in KINDS[item.kind].requests(item, reader))
 
 
 def _cut(item: Item, reader: Reader, limit: int) -> Item:
     """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
     front of a prompt stays there, and an item remains what it is on its way to a daemon."""
+    if item.asks:
+        asks = []
+        for context, continuation in item.asks:
+            alone = _shortened(replace(item, asks=((context, continuation),)), reader, limit)
+            asks += alone.asks
+        return replace(item, asks=tuple(asks))
+    return _shortened(item, reader, limit)
+
+
+def _shortened(item: Item, reader: Reader, limit: int) -> Item:
+    """An item with one prompt, or one ask, of at most `limit` positions. Raises ItemsError."""
     shorter, what = item, ""
-    while shorter.prompt:
+    while _start(shorter):
         longest, how = _length(shorter, reader)
         what = what or how
         if longest <= limit:
             return shorter
-        shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, reader.tokenizer))
+        shorter = _starting(shorter, _without(_start(shorter), longest - limit, reader.tokenizer))
     raise ItemsError(
         place(item),
         f"{what}, and nothing would be left of its prompt",
         f"at most {limit}, the model's positions",
         "`too_long: skip` leaves it out",
     )
+
+
+def _start(item: Item) -> str:
+    return item.asks[0][0] if item.asks else item.prompt
+
+
+def _starting(item: Item, text: str) -> Item:
+    return replace(item, asks=((text, item.asks[0][1]),)) if item.asks else replace(item, prompt=text)
 
 
 def _without(text: str, count: int, tokenizer) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,12 +60,21 @@ class SharedRows:
             # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
             log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
             sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
+            greedy = self._greedy(logits, batch)
             start = 0
             for index, request in batch.asked:
                 own = slice(start, start + len(request.choices))
                 start = own.stop
-                found = Likelihoods(sums[own], batch.lengths[own])
+                found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
                 yield index, None if found.sums.isnan().any() else found
+
+    def _greedy(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """Whether each choice is what greedy decoding writes, bool [choices]; None where no request asks."""
+        if not any(request.greedy for _, request in batch.asked):
+            return None
+        others = logits.argmax(-1)[batch.rows, batch.positions] != batch.tokens
+        counts = torch.zeros(len(batch.lengths), dtype=torch.long, device=self.device)
+        return (counts.index_add_(0, batch.owner, others.long()) == 0).cpu()
 
     def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
         past = len(self.prefix)
@@ -137,13 +146,17 @@ class PlainRows:
             logits = model(**right_padded(rows, self.pad, self.device)).logits
             log_p = iter(logits.float().log_softmax(-1).cpu())
             for start, (index, request) in zip(starts, asked):
-                sums = []
+                sums, greedy = [], []
                 for choice, row in zip(request.choices, log_p):
-                    sums.append(sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice)))
+                    own = row[len(start) - 1 : len(start) - 1 + len(choice)]
+                    sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
+                    greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
                 lengths = torch.tensor([len(choice) for choice in request.choices])
+                found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
+                if request.greedy:
+                    found = replace(found, greedy=torch.tensor(greedy))
                 # log_softmax makes a whole row NaN if a logit is NaN or +inf
-                broken = any(map(math.isnan, sums))
-                yield index, None if broken else Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths)
+                yield index, None if any(map(math.isnan, sums)) else found
 
 
 def _causal(tokens: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from merge3.errors import ItemsError
 from merge3.tasks.items import Item, place, shown
@@ -32,12 +33,15 @@ class Reader:
     """What turns items into requests.
 
     tokenizer: None where only images are read; chat: wrap prompts in its chat template; folder: of the checkpoint,
-    whose image processor is loaded when it is first needed.
+    whose image processor is loaded when it is first needed; limit: positions of the model, None where nothing limits
+    them; system: what the template is told first, if anything.
     """
 
     tokenizer: Any
     chat: bool = False
     folder: Path | None = None
+    limit: int | None = None
+    system: str = ""
 
     def wrapped(self, prompt: str) -> str:
         """A prompt as the model gets it. Raises ItemsError where a chat template is wanted and there is none."""
@@ -45,8 +49,14 @@ class Reader:
             return prompt
         if not getattr(self.tokenizer, "chat_template", None):
             raise ItemsError("apply_chat_template", "the tokenizer has no chat template", "one that has, or false")
-        message = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": prompt})
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:  # a template refuses roles by raising
+            found = f"the chat template fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            expected = "a template for " + " and ".join(message["role"] for message in messages)
+            raise ItemsError("apply_chat_template", found, expected) from None
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that `wrapped` gave, with the special tokens that the tokenizer puts around it."""

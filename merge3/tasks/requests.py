@@ -20,10 +20,12 @@ Question = Callable[[Any], Iterator[tuple[int, Any]]]
 
 @dataclass(frozen=True)
 class Choices:
-    """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise."""
+    """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise.
+    greedy: whether to say, too, which choices greedy decoding would write."""
 
     tokens: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
+    greedy: bool = False
 
     def length(self) -> tuple[int, str]:
         """(positions, what takes them)"""
@@ -32,11 +34,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Start:
-    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`."""
+    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`, or of the
+    tokens in `end`, which end it beside the model's own."""
 
     tokens: tuple[int, ...]
     max_tokens: int
     stop: tuple[str, ...] = ()
+    end: tuple[int, ...] = ()
 
     def length(self) -> tuple[int, str]:
         """(positions, what takes them)"""
@@ -68,10 +72,12 @@ class Image:
 @dataclass(frozen=True)
 class Likelihoods:
     """sums: log-likelihoods of each choice's tokens in total, float32 or float64 [choices], -inf where it is
-    impossible; lengths: how many tokens each has, int64 [choices]."""
+    impossible; lengths: how many tokens each has, int64 [choices]. greedy: whether each of its tokens is the likeliest
+    where it stands, bool [choices]; None where nobody asked."""
 
     sums: torch.Tensor
     lengths: torch.Tensor
+    greedy: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

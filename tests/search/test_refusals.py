@@ -13,7 +13,7 @@ import yaml
 from merge3.client import run
 from merge3.errors import BadInput, ConfigError, ItemsError, RecipeError
 from merge3.recipe import Recipe
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from tests.commands import client
 

@@ -233,7 +233,7 @@ def test_a_kind_is_a_row_of_the_table():
 
 
 def test_a_configuration_names_a_kind_of_the_table(tmp_path):
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
 
     def config(**genome):
         data = {"models": ["a"], "merge_method": "ties", "base_model": "base"} | genome

@@ -55,7 +55,7 @@ def daemon(tiny_world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(daemon, tiny_world):
     """The daemon with a pool open and a few items registered, for calls by hand."""
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
     from merge3.space import Space
 
     config = load_config(tiny_world / "evolve.yaml")

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.space import Space
 from tests.commands import server
 
