@@ -71,7 +71,7 @@ def _configured(
     quiet: bool,
     dimensions: int,
     skip_too_long: bool,
-    task_path: Sequence[Path],
+    task_path: Sequence[Path] = (),
 ):
     from merge3.client.run import open_engine
     from merge3.search.config_files import load_config

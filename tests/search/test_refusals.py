@@ -86,8 +86,8 @@ def test_a_heldout_item_that_cannot_be_asked_is_named_before_the_search(world, t
 
 
 SETTINGS = {
-    "num_fewshot": (dict(num_fewshot=3), "num_fewshot: 3: items bring their worked examples in the prompt"),
-    "multiturn": (dict(fewshot_as_multiturn=True), "fewshot_as_multiturn: True: items bring"),
+    "num_fewshot": (dict(num_fewshot=3), "num_fewshot: 3: items of a file bring their worked examples in the prompt"),
+    "multiturn": (dict(fewshot_as_multiturn=True), "fewshot_as_multiturn: True: items of a file bring"),
 }
 
 
