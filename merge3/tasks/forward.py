@@ -63,6 +63,31 @@ def last_logits(model, count: int, **inputs) -> torch.Tensor:
     return model(**inputs).logits[:, -count:].float()
 
 
+def logits_at(model, places: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits of some positions: float32 [places, vocabulary]. places: into the batch's positions, row after row.
+
+    The head is given their hidden states alone, in one block: most positions of a batch are asked nothing, and a
+    product over rows of a view is several times slower than the same product over a block.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return model(**inputs).logits.flatten(0, 1)[places].float()
+    picked = []
+
+    def pick(module, arguments):
+        picked.append(arguments[0].flatten(0, 1)[places][None])
+        return (picked[-1], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    if len(picked) != 1 or len(logits) != 1:
+        raise RuntimeError(f"the head of a {type(model).__name__} was asked {len(picked)} times, for {logits.shape}")
+    return logits[0].float()
+
+
 def right_padded(rows: list[tuple[int, ...]], pad: int, device) -> dict[str, torch.Tensor]:
     """Token ids of different lengths as a forward's inputs: input_ids and attention_mask, int64 [rows, the longest]."""
     width = max(map(len, rows))

@@ -8,7 +8,8 @@ same three can stand in its place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,12 +17,13 @@ import torch
 from merge3.tasks.decoder import Continuations, end_tokens
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
-from merge3.tasks.requests import Choices, Image, Question, Start, Text, batches, share_prefix
+from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, batches, share_prefix
+from merge3.tasks.shared_prefix import possible
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 IMAGES = 64  # per forward
 # Found once per live model: a search that renews its items prepares new ones every generation.
-_HONOURS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: honours masks of one's own}
+_ROWS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: what makes the rows of choices}
 
 
 def has_head(model) -> bool:
@@ -53,8 +55,7 @@ class LM:
         on a few requests, and a warning if not), else each in a row of its own.
         """
         prefix, rest = share_prefix(requests)
-        rows = SharedRows if self._honours_masks(prefix, rest) else PlainRows
-        return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
+        return self._rows(prefix, rest)(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
         """What follows each prompt, greedily: results are Written."""
@@ -77,15 +78,18 @@ class LM:
             prepared.append(([index for index, _ in batch], right_padded(rows, self.pad, self.device)))
         return Heads(prepared)
 
-    def _honours_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool:
-        """Whether this architecture gives shared rows what it gives plain ones; plain rows are right for any."""
-        known = _HONOURS.setdefault(self.model, {})
+    def _rows(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> Callable[..., Question]:
+        """The fastest rows by which this architecture gives what it gives by plain ones, which are right for any."""
+        known = _ROWS.setdefault(self.model, {})
         if bool(prefix) not in known:
-            honours = self._try_masks(prefix, requests[:3])
-            if honours is None:  # these weights cannot tell: the next requests try again
-                return False
-            known[bool(prefix)] = honours
-            if not honours:
+            arguments = (prefix, requests[:3], self.device, self.dtype, self.batch_tokens, self.pad)
+            plain = dict(PlainRows(*arguments)(self.model))
+            if None in plain.values():  # these weights cannot tell: the next requests try again
+                return PlainRows
+            ways = [partial(SharedRows, once=True)] if prefix and possible(self.model) else []
+            ways.append(SharedRows)
+            known[bool(prefix)] = next((rows for rows in ways if self._agree(rows(*arguments), plain)), PlainRows)
+            if known[bool(prefix)] is PlainRows:
                 warnings.warn(
                     f"{type(self.model).__name__} does not honour masks of one's own: each choice is scored in a row "
                     "of its own, without a shared prefix, which is slower",
@@ -93,14 +97,10 @@ class LM:
                 )
         return known[bool(prefix)]
 
-    def _try_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool | None:
-        """None where the model's weights give no finite logits, whatever the mask."""
-        arguments = (prefix, requests, self.device, self.dtype, self.batch_tokens, self.pad)
-        plain = dict(PlainRows(*arguments)(self.model))
-        if None in plain.values():
-            return None
+    def _agree(self, rows: Question, plain: dict[int, Likelihoods]) -> bool:
+        """Whether rows give what plain ones did."""
         try:
-            shared = dict(SharedRows(*arguments)(self.model))
+            shared = dict(rows(self.model))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1  # per token: long choices differ by more in all

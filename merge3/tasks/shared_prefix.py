@@ -3,7 +3,7 @@
 A softmax over the prefix and a row's own tokens is the mean of the softmax over each, weighted by what each adds up to:
 out = a · out_prefix + (1 − a) · out_own, a = sigmoid(lse_prefix − lse_own), where lse is the log of the sum of a part's
 exponentials. The part over the prefix is one product over all rows' queries at once. (Hydragen, Juravsky et al. 2024,
-arXiv 2402.05099, equation 3.) On the CPU, where torch's attention tells its lse; elsewhere rows bring copies of the prefix.
+arXiv 2402.05099, equation 3.) On the CPU, where torch's attention tells its lse; elsewhere rows bring copies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 
 import torch
 
@@ -20,43 +19,42 @@ NAME = "merge3_shared_prefix"  # as transformers knows this attention
 _ELSEWHERE = ("softcap", "s_aux", "position_bias", "sinks", "cu_seq_lens_q")
 
 
-@dataclass
-class _Reading:
-    """The prefix that a forward is under, and which layers have read it."""
-
-    layers: Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values [1, heads, tokens, width]
-    read: set[int] = field(default_factory=set)
-
-
-_READING: ContextVar[_Reading] = ContextVar(NAME)
+_READING: ContextVar[SharedPrefix] = ContextVar(NAME)
 
 
 class Unsupported(RuntimeError):
     """A model whose attention is not softmax(QKᵀ · scale + mask) V over all its layers."""
 
 
-@contextmanager
-def reading(model, prefix: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Forwards in here see the prefix before every row's own tokens, and take 4D masks of their own over the latter.
+class SharedPrefix:
+    """Keys and values of a prefix, [1, heads, tokens, width] of every layer, before a model's rows.
 
-    prefix: keys and values of every layer, [1, heads, tokens, width]. Raises Unsupported at the end where a layer has
-    not read it.
+    Forwards inside `before_rows()` see it before every row's own tokens, and take 4D masks of their own over the
+    latter. Raises Unsupported at its end where a layer has not read the prefix.
     """
-    _register()
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    now = _Reading(prefix)
-    token = _READING.set(now)
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
-        yield
-    finally:
-        _READING.reset(token)
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-    if len(now.read) != len(prefix):
-        raise Unsupported(f"{len(now.read)} of {len(prefix)} layers read the prefix")
+
+    def __init__(self, model, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+        _register()
+        self.layers, self.read = layers, set()
+        attending = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+        self._configs = list({id(m.config): m.config for m in attending}.values())
+
+    @contextmanager
+    def before_rows(self) -> Iterator[None]:
+        """See SharedPrefix."""
+        before = [config._attn_implementation for config in self._configs]
+        token = _READING.set(self)
+        self.read.clear()
+        try:
+            for config in self._configs:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            _READING.reset(token)
+            for config, name in zip(self._configs, before):
+                config._attn_implementation = name
+        if len(self.read) != len(self.layers):
+            raise Unsupported(f"{len(self.read)} of {len(self.layers)} layers read the prefix")
 
 
 def possible(model) -> bool:
