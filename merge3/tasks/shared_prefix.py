@@ -78,14 +78,15 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     groups = key.shape[1]
     each = heads // groups  # queries of one group have keys and values in common
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    together = query.view(rows, groups, each * width, d).transpose(0, 1).reshape(1, groups, rows * each * width, d)
+    own = query.reshape(rows, groups, each * width, d)
+    together = own.transpose(0, 1).reshape(1, groups, rows * each * width, d)
     far, far_lse = attend(together, keys, values, scale=scaling)
     far = far.view(groups, rows, each * width, d).transpose(0, 1)
     far_lse = far_lse.reshape(groups, rows, each * width).transpose(0, 1)
     mask = attention_mask
     if mask is not None and each > 1:
         mask = mask.repeat(1, 1, each, 1)
-    near, near_lse = attend(query.reshape(rows, groups, each * width, d), key, value, attn_mask=mask, scale=scaling)
+    near, near_lse = attend(own, key, value, attn_mask=mask, scale=scaling)
     share = torch.sigmoid(far_lse - near_lse)[..., None]
     whole = torch.lerp(near.float(), far.float(), share).to(query.dtype)
     return whole.view(rows, heads, width, d).transpose(1, 2).contiguous(), None
