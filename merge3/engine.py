@@ -23,6 +23,7 @@ from merge3.fitness import check_objectives, estimates, judged
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
 from merge3.methods import METHODS
+from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
 from merge3.program import compile
 from merge3.recipe import Recipe
@@ -151,10 +152,9 @@ class LocalEngine:
     """
 
     def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
-        self.pool = pool
-        self.slot = slot or Slot(pool, dtype)
+        self.pool, self.slot = pool, slot or Slot(pool, dtype)
         self._spaces: dict[str, Space] = {}
-        self._prepared: OrderedDict[tuple[Registration, str | None], _Prepared] = OrderedDict()
+        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
         self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
 
     def info(self) -> PoolInfo:
@@ -187,8 +187,7 @@ class LocalEngine:
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine."""
         for index, subject in enumerate(subjects):
-            known = isinstance(subject, str) and subject in self.pool.endpoints
-            prepared = self._prepare(registration, subject if known else None)  # what is wrong with items is raised
+            prepared = self._prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject)
 
     def _evaluate(self, asked: Registration, prepared: _Prepared, index: int, subject: Subject) -> Evaluation:
@@ -249,30 +248,35 @@ class LocalEngine:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
-    def _prepare(self, asked: Registration, endpoint: str | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's."""
-        key = (asked, endpoint)
+    def _prepare(self, asked: Registration, subject: Subject | None) -> _Prepared:
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's. The
+        chat template is that of the recipe asked, else that of the space's recipes."""
+        endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
+        recipe = subject if isinstance(subject, Recipe) else None
+        key = (asked, endpoint, template_key(recipe) if asked.chat else None)
         if key not in self._prepared:
             check_objectives(asked)
             for task, head in asked.heads.items():
                 self._check_endpoint(f"heads: {task}", head)
+            space = None if asked.space is None else self.space(asked.space)
+            spoken = recipe or (space and space.uniform_recipe())
+            template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
             rounds = []
             for task, positions in asked.tasks().items():
                 head = asked.heads.get(task) or endpoint or self.pool.base
                 items = tuple(asked.items[i] for i in positions)
-                rounds.append(_Round(positions, head, self._scorer(items, head, asked.system(task))))
-            space = None if asked.space is None else self.space(asked.space)
+                rounds.append(_Round(positions, head, self._scorer(items, head, asked.system(task), template)))
             self._prepared[key] = _Prepared(space, rounds)
             while len(self._prepared) > _REGISTRATIONS:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
-    def _scorer(self, items: tuple[Item, ...], head: str, system: str | None) -> Scorer:
-        key = (items, head if self.pool.heads else None, system)
+    def _scorer(self, items: tuple[Item, ...], head: str, system: str | None, template: str | None) -> Scorer:
+        key = (items, head if self.pool.heads else None, system, template)
         if key not in self._scorers:
             self.slot.use_head(head)  # the labels are the head's
-            folder, chat = self.pool.base_checkpoint.path, system is not None
+            folder, chat = self.pool.words.folder(template), system is not None
             self._scorers[key] = Scorer(items, self.slot.model, folder, chat, system=system or "")
             while len(self._scorers) > _SCORERS:
                 self._scorers.popitem(last=False)

@@ -11,6 +11,7 @@ from typing import Any
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import configuration
 from merge3.checkpoint.layout import layout
+from merge3.checkpoint.vocabulary import embedding_of
 
 # Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
 _HARMLESS = {
@@ -28,10 +29,10 @@ _SAMPLES, _ELEMENTS = 3, 1 << 20
 _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and the cosine of θ and its own weights near 1
 
 
-def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint) -> list[str]:
+def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint, words: bool = True) -> list[str]:
     """One line for each thing that sets an endpoint apart from the base, with both values.
 
-    Reads a few MB of weights.
+    words: whether vocabularies count; rows that were remapped to one vocabulary all match. Reads a few MB of weights.
     """
     lines = []
     own, theirs = dict(_flat(base.config)), dict(_flat(other.config))
@@ -43,12 +44,26 @@ def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint)
             lines.append(f"{model}: {found}; the merge computes with the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
-    if _other_words(base, other):
+    if words and _other_words(base, other):
         lines.append(
             f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: "
             "rows of embeddings do not match"
         )
+    if words and (line := _other_rows(base_name, base, other)):
+        lines.append(f"{model}: {line}")
     return lines
+
+
+def _other_rows(base_name: str, base: Checkpoint, other: Checkpoint) -> str:
+    """Padded, cut or extended embeddings, which would stay the base's."""
+    own, theirs = embedding_of(base), embedding_of(other)
+    if own is None or theirs is None:
+        return ""
+    rows, found = base.tensors[own].shape[0], other.tensors[theirs].shape[0]
+    if rows == found:
+        return ""
+    said = f"embeddings of {found:,} rows, {rows:,} in the base {base_name}: the base's stay as they are"
+    return said + "; `tokenizer_source: base` or `union` in the recipe merges them token by token"
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

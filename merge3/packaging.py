@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,14 @@ import torch
 
 from merge3.checkpoint import open_checkpoint
 from merge3.checkpoint.architecture import loading, tied
+from merge3.checkpoint.beside import speaking_files, template_of
 from merge3.checkpoint.layout import Ref
-from merge3.errors import CheckpointError, RecipeError
-from merge3.lineage import vocabulary
+from merge3.errors import CheckpointError
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "spiece.model",
-    "sentencepiece*",
-    "*.tiktoken",
-    "*.model",
-)
 # Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
 MODEL_FILES = (
     "preprocessor_config.json",
@@ -155,34 +144,41 @@ def _more(names) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def tokenizer_donor(recipe: Recipe, pool: Pool, where: str) -> Path:
-    """The folder whose tokenizer the output has. Raises RecipeError where rows of embeddings would have to move."""
-    source, key = recipe.tokenizer_source, f"{where}: tokenizer_source"
-    if source == "union":
-        raise RecipeError(key, "`union` is not supported yet", "base, or one of the models")
-    name = lead(recipe) if source in (None, "base") else str(source)
-    if name not in pool.endpoints:
-        raise RecipeError(key, f"found {source!r}", "base, or one of " + ", ".join(pool.endpoints))
-    donor = pool.endpoints[name].path
-    if source is not None:
-        reference = vocabulary(donor)
-        for other, checkpoint in pool.endpoints.items():
-            theirs = vocabulary(checkpoint.path)
-            if reference and theirs and theirs != reference:
-                raise RecipeError(
-                    key,
-                    f"the tokenizer of {other} differs from that of {name}",
-                    "one vocabulary (rows are not remapped yet)",
-                )
-    return donor
+def tokenizer_folder(recipe: Recipe, pool: Pool) -> Path:
+    """The folder whose tokenizer and generation settings the output has, and candidates are asked with."""
+    return pool.vocabulary.folder if pool.vocabulary is not None else pool.endpoints[lead(recipe)].path
 
 
-def side_files(recipe: Recipe, pool: Pool, donor: Path) -> list[Path]:
+def chat_template(recipe: Recipe, pool: Pool) -> str | None:
+    """The template that a recipe asks for, as text: what chat_template.jinja holds and prompts are wrapped in. None
+    where the tokenizer's own stays."""
+    return template_text(recipe.chat_template, [pool.endpoints[str(model)].path for model in recipe.models()])
+
+
+def template_text(said: str | None, folders: Sequence[Path]) -> str | None:
+    """The text of a recipe's `chat_template`. folders: of its models.
+
+    `auto`: the template that most of them have, the first of several; as mergekit does, whose choice among equally many
+    is random.
+    """
+    if said != "auto":
+        return _CHATML if said == "chatml" else said
+    counted = Counter(text.strip() for folder in folders if (text := template_of(folder)) is not None)
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def template_key(recipe: Recipe | None) -> tuple | None:
+    """Equal where `chat_template` is, in one pool, without reading anything."""
+    if recipe is None:
+        return None
+    return recipe.chat_template, tuple(recipe.models()) if recipe.chat_template == "auto" else ()
+
+
+def side_files(recipe: Recipe, pool: Pool) -> list[Path]:
     """Files to copy: the tokenizer's, generation settings, processors, and code that an `auto_map` names."""
-    base = pool.endpoints[lead(recipe)].path
-    found = [f for pattern in (*TOKENIZER_FILES, "generation_config.json") for f in donor.glob(pattern)]
+    base, donor = pool.endpoints[lead(recipe)].path, tokenizer_folder(recipe, pool)
+    found = speaking_files(donor)
     found += [f for pattern in MODEL_FILES for f in base.glob(pattern)]
-    found = [f for f in found if f.suffix not in (".safetensors", ".bin", ".pt", ".gguf")]
     described = {json_file for folder in (base, donor) for json_file in folder.glob("*config.json")}
     for file in described:
         found += _code(file)
@@ -207,10 +203,3 @@ def _code(config_file: Path) -> list[Path]:
         )
         waiting += [file.parent / f"{name}.py" for pair in imported for name in pair if name]
     return found
-
-
-def chat_template(recipe: Recipe) -> str | None:
-    """The text of chat_template.jinja; None where the tokenizer's own stays."""
-    if recipe.chat_template in (None, "auto"):
-        return None
-    return _CHATML if recipe.chat_template == "chatml" else recipe.chat_template

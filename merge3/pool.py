@@ -17,14 +17,17 @@ import torch
 
 from merge3.alignment import align, check_finite
 from merge3.checkpoint import Checkpoint, TensorInfo
+from merge3.checkpoint.beside import Words
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
+from merge3.checkpoint.remapping import remapped
+from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
 from merge3.derived import Compute, Derived, Job
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError, Unavailable
 from merge3.lineage import differences
 from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory
-from merge3.recipe import ModelRef
+from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
 
@@ -37,6 +40,7 @@ class Pool:
     heads: endpoint -> tensors outside the backbone, which stay with their endpoint.
     left_out: tensors of other endpoints that no merge can take, with the reason.
     warnings: what makes endpoints seem not to belong together, one line each.
+    vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
 
         pool = Pool.open("base", ["math", "italian"])
@@ -47,6 +51,7 @@ class Pool:
     device: torch.device
     dtype: torch.dtype | None = None
     derived_folder: str | Path | None = None
+    vocabulary: Vocabulary | None = None
     kept: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
@@ -74,6 +79,7 @@ class Pool:
         locate: Callable[[str], str] = str,
         drop: Iterable[str] = (),
         derived_folder: str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
@@ -83,6 +89,7 @@ class Pool:
         locate: from a path as named to where it lies; endpoints keep the names they were given.
         drop: patterns of tensors that experts have and the base lacks, and that may be lost.
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
+        tokenizer: of every recipe to come (`recipe.tokenizer`): embeddings and heads get its rows, once.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
         an expert lacks a tensor of the base or has one more.
         """
@@ -92,11 +99,17 @@ class Pool:
             raise Unavailable("device", "no CUDA device can be used here", "cpu")
         if device.type == "cuda" and device.index is None:  # as tensors name theirs
             device = torch.device("cuda", torch.cuda.current_device())
-        pool = Pool(open_endpoints((base, *experts), locate), device, dtype, derived_folder)
+        endpoints, vocabulary = open_endpoints((base, *experts), locate), None
+        if tokenizer is not None:
+            vocabulary = open_vocabulary(endpoints, tokenizer)
+            endpoints = remapped(endpoints, vocabulary, Ties(endpoints).stored, dtype)
+        pool = Pool(endpoints, device, dtype, derived_folder, vocabulary)
         found = align(pool.endpoints, pool.has, pool.shape, drop)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
+        pool.warnings += vocabulary.notes if vocabulary is not None else ()
         for name in list(pool.endpoints)[1:]:
-            pool.warnings += differences(pool.base, pool.base_checkpoint, name, pool.endpoints[name])
+            other = pool.endpoints[name]
+            pool.warnings += differences(pool.base, pool.base_checkpoint, name, other, vocabulary is None)
         pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
         pool._plan()
         return pool
@@ -110,6 +123,11 @@ class Pool:
     def base_checkpoint(self) -> Checkpoint:
         """The first endpoint's checkpoint."""
         return self.endpoints[self.base]
+
+    @cached_property
+    def words(self) -> Words:
+        """The tokenizer that its models are asked with: the vocabulary's, else the base's own."""
+        return self.vocabulary.words if self.vocabulary is not None else Words(self.base_checkpoint.path)
 
     @property
     def memory(self) -> MemoryPlan:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from merge3 import __version__
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
-from merge3.recipe import DTYPES, ModelRef
-from merge3.rpc import convert
+from merge3.recipe import DTYPES, ModelRef, Tokenizer
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3_server.catalog import Catalog
 from merge3_server.host import PoolSpec
@@ -43,6 +43,7 @@ class Open:
             holders=len(self.holders),
             resident_bytes=self.resident,
             version=__version__,
+            tokenizer=spaces.tokenizer_to(self.spec.tokenizer),
         )
 
 
@@ -54,9 +55,9 @@ class Pools:
         self.roots = Roots(settings.roots)
         self._open: dict[str, Open] = {}
 
-    async def open(self, driver: str, models: tuple[str, ...], dtype: str) -> Open:
+    async def open(self, driver: str, models: tuple[str, ...], dtype: str, tokenizer: Tokenizer | None = None) -> Open:
         """Open a pool for a driver, or share the one that is open or opening. Raises Busy where there is no room."""
-        spec = self._spec(models, dtype)
+        spec = self._spec(models, dtype, tokenizer)
         if spec.pool_id not in self._open:
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
@@ -115,7 +116,7 @@ class Pools:
                 )
             await self._free(min(idle, key=lambda e: e.used))
 
-    def _spec(self, models: tuple[str, ...], dtype: str) -> PoolSpec:
+    def _spec(self, models: tuple[str, ...], dtype: str, tokenizer: Tokenizer | None) -> PoolSpec:
         if not 1 <= len(models) <= MAX_MODELS:
             raise BadInput("models", f"{len(models)} models", f"1 to {MAX_MODELS}, base first")
         if dtype not in ("", *DTYPES):
@@ -129,5 +130,10 @@ class Pools:
             for part in (ref, ref.lora):
                 if part is not None:
                     places[part.path] = self.roots.directory(part.path)
-        pool_id = hashlib.sha256(repr((names, sorted(places.items()), dtype)).encode()).hexdigest()[:32]
-        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device, self.settings.memory_budget)
+        told: tuple = (names, sorted(places.items()), dtype)
+        if tokenizer is not None:
+            tokenizer.check_models(names)
+            told += (tokenizer,)
+        pool_id = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+        device, budget = self.settings.device, self.settings.memory_budget
+        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer)

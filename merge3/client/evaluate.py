@@ -20,6 +20,7 @@ from merge3.engine import Evaluation, LocalEngine
 from merge3.errors import BadInput, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
+from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.registration import Registration
@@ -69,12 +70,13 @@ def evaluate_files(
     items = _from_files(asked)  # bad items before any model is opened
     chat = asked.chat(items)
     pool, subject, dtype = _opened(what, device, memory_budget)
-    benchmarks = _benchmarks(asked, pool.base_checkpoint.path)
+    folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
+    benchmarks = _benchmarks(asked, folder)
     for benchmark in benchmarks.values():
         items += benchmark.first(asked.limit)
     _check_unique(items)
     policy, system = "skip" if skip_too_long else "error", asked.settings.system_instruction or ""
-    fitted = fit_to_model(items, pool.base_checkpoint.path, policy, bool(chat), system)
+    fitted = fit_to_model(items, folder, policy, bool(chat), system)
     items = fitted.items
     for note in fitted.notes:
         print(note, file=sys.stderr)
@@ -133,7 +135,7 @@ def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, R
     else:
         subject = Recipe.from_yaml(what)
         models = subject.models()
-        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget)
+        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, tokenizer=subject.tokenizer)
         dtype = subject.out_dtype or subject.dtype
     for line in pool.warnings:
         warnings.warn(line, Merge3Warning, stacklevel=2)

@@ -29,9 +29,9 @@ from merge3.engine import Evaluation, PoolInfo, Subject
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
 from merge3.fitness import estimates, judged
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
-from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import convert, merge3_pb2_grpc, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks.items import located
 from merge3.tasks.score import Answers
@@ -45,7 +45,7 @@ class RemoteEngine:
     """A pool on a daemon. models: base first, as the daemon's roots have them.
 
     patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
-    note: told once when waiting begins and when it ends.
+    note: told once when waiting begins and when it ends. tokenizer: see Pool.open.
 
         with contextlib.closing(RemoteEngine("127.0.0.1:50051", ["base", "math", "code"])) as engine:
             (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
@@ -58,9 +58,10 @@ class RemoteEngine:
         dtype: str | None = None,
         patience: float = PATIENCE,
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        tokenizer: Tokenizer | None = None,
     ):
         self.target = Target(target) if isinstance(target, str) else target
-        self.models, self.dtype = tuple(models), dtype
+        self.models, self.dtype, self.tokenizer = tuple(models), dtype, tokenizer
         self.patience, self.note = patience, note
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = itertools.count()
@@ -118,9 +119,9 @@ class RemoteEngine:
 
     def _open(self) -> None:
         with self._translated():
-            pool = self._stub.OpenPool(
-                pb.OpenPoolRequest(models=self.models, dtype=self.dtype or ""), metadata=self._metadata
-            )
+            tokenizer = spaces.tokenizer_to(self.tokenizer)
+            request = pb.OpenPoolRequest(models=self.models, dtype=self.dtype or "", tokenizer=tokenizer)
+            pool = self._stub.OpenPool(request, metadata=self._metadata)
         info = convert.pool_from(pool, self.target.address)
         if pool.version != __version__ and self._info is None:
             versions = f"{self.target.address} runs merge3 {pool.version}, this is {__version__}"

@@ -8,6 +8,7 @@ from merge3.checkpoint.architecture import loading, tied
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError
+from merge3.live.words import speak
 from merge3.pool import Pool
 
 _LOADERS = (
@@ -39,6 +40,8 @@ def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
         hint = "its own code is never run" if base.config.get("auto_map") else ""
         found = f"transformers cannot load it ({reason})"
         raise CheckpointError(pool.base, found, "a supported architecture", hint) from None
+    if pool.vocabulary is not None:
+        speak(model, pool)
     return model.to(pool.device).eval().requires_grad_(False)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 
 from merge3.checkpoint.layout import Layout, Ref
+from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
 from merge3.live.heads import Heads
 from merge3.live.load import bind, load_model, promoted
@@ -38,6 +40,8 @@ class Slot:
         self.pool = pool
         self.model = load_model(pool, dtype or promoted(pool))
         self._weights = bind(self.model, pool)
+        if pool.vocabulary is not None:  # the file's rows are others
+            self._copy(pool.base, [name for name in self._weights if by_token(name)])
         self._heads = Heads(self.model, pool)
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
@@ -73,9 +77,12 @@ class Slot:
         """Overwrite the model with an endpoint as it is, head included."""
         self._settle()
         self.use_head(model)
+        self._copy(model, self._weights)
+
+    def _copy(self, model: str, names: Iterable[str]) -> None:
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                ref = Ref(model, name)
+            for name in names:
+                ref, weight = Ref(model, name), self._weights[name]
                 if name in self.pool.heads.get(model, ()) or not self.pool.has(ref):
                     continue
                 tensor = self.pool.get(ref)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from merge3 import parameters as settings
 from merge3.checkpoint.layout import Layout, Ref
+from merge3.checkpoint.vocabulary import Vocabulary
 from merge3.errors import Merge3Warning, RecipeError
 from merge3.methods.base import REQUIRED, Job, Method
 from merge3.recipe import TOP_KEYS, ModelRef, Recipe, Slice, Source, nearest
@@ -32,6 +33,7 @@ class View(Protocol):
     layouts: dict[str, Layout]
     fixed: dict[str, str]
     statistics: Statistics
+    vocabulary: Vocabulary | None
 
     def has(self, ref: Ref) -> bool:
         """See Pool."""

@@ -22,7 +22,6 @@ from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
 from merge3.rpc.statuses import error_of, error_to
-from merge3.space import SpaceDefinition
 from merge3.tasks.documents import Raw
 from merge3.tasks.items import Item
 from merge3.tasks.reading import make_document, make_item
@@ -76,35 +75,6 @@ def item_from(message: pb.Item, where: str) -> Item:
         if value := getattr(message, key):
             data[key] = list(value) if key in ("choices", "stop") else value
     return make_item(data, where, "items", where)
-
-
-# -- spaces
-
-
-def space_to(d: SpaceDefinition) -> pb.SpaceDefinition:
-    """Field by field, by name; None is a field that is not set."""
-    values = {field.name: getattr(d, field.name) for field in pb.SpaceDefinition.DESCRIPTOR.fields}
-    values["bounds"] = {gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()}
-    return pb.SpaceDefinition(**values)
-
-
-def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
-    """Field by field, by name; what is not set, or an empty text, is as the definition has it by default.
-
-    Raises ConfigError for what only an evolve configuration's own checks would have caught.
-    """
-    for gene, r in m.bounds.items():
-        if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
-            raise errors.ConfigError(
-                f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high"
-            )
-    values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
-    for field in m.DESCRIPTOR.fields:
-        value = getattr(m, field.name)
-        unset = value == "" or (field.has_presence and not m.HasField(field.name))
-        if field.name not in values and not unset:
-            values[field.name] = tuple(value) if field.is_repeated else value
-    return SpaceDefinition(**values)
 
 
 # -- estimators

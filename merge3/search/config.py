@@ -5,71 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from merge3.fitness import OBJECTIVES
-from merge3.methods import METHODS, gene_names
-from merge3.recipe import nearest
 from merge3.registration import ACCURACY
+from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
-from merge3.space import PRESETS, SPACES, SpaceDefinition
+from merge3.space import SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
-_OTHER_NAMES = {"method": "merge_method", "base": "base_model", "kind": "space"}  # of a definition's fields
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Genome(_Section):
-    """What to search over; names as in mergekit-evolve, then ours (space, preset, genes, bounds, dtype)."""
-
-    models: tuple[str, ...] = Field(min_length=1)
-    merge_method: str
-    base_model: str | None = None
-    layer_granularity: int = 0
-    normalize: bool | None = None
-    allow_negative_weights: bool = False
-    filters: tuple[str, ...] = ()
-    smooth: bool = False
-    tokenizer_source: str | None = None
-    space: Literal[tuple(SPACES)] = "parameters"
-    preset: Literal[tuple(PRESETS)] = "layerwise"
-    genes: tuple[str, ...] = ()
-    bounds: dict[str, tuple[float, float]] = {}
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.merge_method not in METHODS:
-            hint = nearest(self.merge_method, METHODS)
-            raise ValueError(f"merge_method: unknown method {self.merge_method!r}" + (f" ({hint})" if hint else ""))
-        for gene, (low, high) in self.bounds.items():
-            if gene not in gene_names():
-                raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(gene_names())}")
-            if not low < high:
-                raise ValueError(f"bounds: {gene} from {low} to {high}, expected low < high")
-        return self
-
-    def definition(self) -> SpaceDefinition:
-        """The section as a space is opened with."""
-        names = [field.name for field in fields(SpaceDefinition)]
-        return SpaceDefinition(**{name: getattr(self, _OTHER_NAMES.get(name, name)) for name in names})
-
-
-class Task(_Section):
+class Task(Section):
     """A set of items: a JSONL file, or by name a task, group or tag of lm-eval's.
 
     items: the file. head: the model whose head answers (classification). limit: of search items. too_long: what becomes
@@ -106,7 +58,7 @@ class Task(_Section):
         return self
 
 
-class Extract(_Section):
+class Extract(Section):
     """Which search items each candidate answers. size: per task. auto: irt where calibration pays, else all.
 
     renew: generations after which others are asked, so that a search does not fit itself to a few
@@ -118,7 +70,7 @@ class Extract(_Section):
     renew: int = Field(1, ge=0)
 
 
-class Estimate(_Section):
+class Estimate(Section):
     """How responses become fitness. auto: gmp-irt on chosen items, mean on all or random ones.
 
     calibration: a response file, or auto: the endpoints and `models` random merges answer, each a random
@@ -139,14 +91,14 @@ class Estimate(_Section):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
-class RaceSettings(_Section):
+class RaceSettings(Section):
     """The race among the best candidates at the end. share: of the search's answers it may cost at most."""
 
     candidates: int = Field(8, ge=0)
     share: float = Field(0.1, ge=0, le=1)
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
     auto: where candidates answer a part of the items."""
@@ -159,13 +111,13 @@ class Optimizer(_Section):
     surrogate: bool | Literal["auto"] = "auto"
 
 
-class Heldout(_Section):
+class Heldout(Section):
     """The share of every task's items that the search never sees."""
 
     fraction: float = Field(0.3, ge=0, lt=1)
 
 
-class EvolveConfig(_Section):
+class EvolveConfig(Section):
     """A whole run. Paths are resolved against the file's folder."""
 
     genome: Genome
@@ -220,7 +172,12 @@ class EvolveConfig(_Section):
         }
         if self.genome.space == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["genome"]["space"]
-        data["genome"]["tokenizer_source"] = place.get(self.genome.tokenizer_source, self.genome.tokenizer_source)
+        data["genome"] |= {"tokenizer_source": None, "tokenizer": None}
+        if tokenizer := self.genome.recipe_tokenizer():
+            data["genome"] |= tokenizer.renamed(lambda model: place.get(model, model)).to_dict()
+        for key in ("tokenizer", "chat_template"):  # as above
+            if data["genome"][key] is None:
+                del data["genome"][key]
         del data["task_path"]
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}
@@ -242,7 +199,7 @@ class EvolveConfig(_Section):
         return tuple(dict.fromkeys((*base, *self.genome.models)))
 
 
-def _forget_defaults(data: dict[str, Any], section: type[_Section], keys: Sequence[str]) -> None:
+def _forget_defaults(data: dict[str, Any], section: type[Section], keys: Sequence[str]) -> None:
     """Settings that came later name no run anew that does not use them."""
     for key in keys:
         if data[key] == section.model_fields[key].default:

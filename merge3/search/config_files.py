@@ -36,17 +36,20 @@ def load_config(
         config = EvolveConfig.model_validate(data)
     except ValidationError as error:
         raise _readable(path, error) from None
-    return _resolved(config, path.parent, skip_too_long, task_path)
+    return _resolved(config, path, skip_too_long, task_path)
 
 
-def _resolved(config: EvolveConfig, folder: Path, skip_too_long: bool, task_path: Sequence[str]) -> EvolveConfig:
-    data = config.model_dump()
+def _resolved(config: EvolveConfig, path: Path, skip_too_long: bool, task_path: Sequence[str]) -> EvolveConfig:
+    data, folder = config.model_dump(), path.parent
     genome = data["genome"]
     genome["models"] = [_model_path(m, folder) for m in genome["models"]]
     if genome["base_model"]:
         genome["base_model"] = _model_path(genome["base_model"], folder)
-    if genome["tokenizer_source"] not in (None, "base", "union"):
-        genome["tokenizer_source"] = _model_path(genome["tokenizer_source"], folder)
+    if tokenizer := config.genome.recipe_tokenizer():
+        tokenizer = tokenizer.renamed(lambda model: _model_path(model, folder))
+        named = [genome["base_model"]] if genome["base_model"] else []
+        tokenizer.check_models(dict.fromkeys([*named, *genome["models"]]), f"{path}: genome.")
+        genome |= {"tokenizer_source": None, "tokenizer": None} | tokenizer.to_dict()
     data["task_path"] = [str((folder / place).resolve()) for place in data["task_path"]] + [*map(str, task_path)]
     for task in data["tasks"]:
         if task["items"] is not None:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from merge3.checkpoint.read import resolve
 from merge3.errors import ConfigError
-from merge3.recipe import ModelRef
 from merge3.registration import Judge
 from merge3.search.config import EvolveConfig, Task
 from merge3.search.policy import Policy, decide
 from merge3.search.seeds import seed_of
+from merge3.search.words import AskedWith
 from merge3.tasks import Item, fit_to_model, read_items, split_heldout
 
 if TYPE_CHECKING:
@@ -47,17 +46,18 @@ def load_questions(config: EvolveConfig) -> Questions:
     """Read, split and subset the items of every task. What is too long is dealt with first, so that no later
     stage sees other items than another."""
     items, weights, heads, limits, notes, chat, judges = [], {}, {}, {}, [], {}, {}
+    spoken = AskedWith(config)
     skipped, truncated = Counter(), Counter()
     for task in config.tasks:
         wrapped, system = config.of_task(task, "apply_chat_template"), config.of_task(task, "system_instruction") or ""
         if task.items is None:
-            benchmark = _benchmark(config, task)
+            benchmark = _benchmark(config, task, spoken.folder)
             own, wrapped, system = list(benchmark.items), False, ""  # lm-eval has applied it
             judges[task.name] = benchmark.judge
         else:
             own = _from_file(task, wrapped, system)
         if task.too_long != "error":
-            fitted = fit_to_model(own, base_folder(config), task.too_long, wrapped, system)
+            fitted = fit_to_model(own, spoken.folder, task.too_long, wrapped, system)
             own = fitted.items
             skipped.update(fitted.skipped)
             truncated.update(fitted.truncated)
@@ -109,19 +109,13 @@ def _from_file(task: Task, wrapped: bool, system: str) -> list[Item]:
     return own
 
 
-def _benchmark(config: EvolveConfig, task: Task) -> Benchmark:
+def _benchmark(config: EvolveConfig, task: Task, folder: Path) -> Benchmark:
     """A task of lm-eval's. Raises ConfigError, ItemsError or Unavailable."""
     from merge3.adapters.lm_eval import Settings, load_benchmark
 
     asked = {key: config.of_task(task, key) for key in _ASKED}
     settings = Settings(metric=task.metric, gen_kwargs=task.gen_kwargs, **asked)
-    return load_benchmark(task.name, settings, base_folder(config), config.task_path)
-
-
-def base_folder(config: EvolveConfig) -> Path:
-    """Where the base lies, whose tokenizer and positions say how long items may be."""
-    ref = ModelRef.parse(config.models[0], "base_model")
-    return resolve(ref.path, ref.revision)
+    return load_benchmark(task.name, settings, folder, config.task_path)
 
 
 def _limited(items: list[Item], limits: dict[str, int | None], rng: np.random.Generator | None) -> list[Item]:

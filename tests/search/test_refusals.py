@@ -45,11 +45,12 @@ def refused(config, directory, error, message):
 
 def test_what_the_export_would_refuse_is_refused_before_the_search(world, tmp_path):
     _, configuration = world
+    missing = {"model": "./base", "token": "drei"}
     refused(
-        configuration(genome={"tokenizer_source": "union"}),
+        configuration(genome={"tokenizer": {"tokens": {"zwei": {"source": {"kind": "model_token", **missing}}}}}),
         tmp_path / "run",
         RecipeError,
-        "`union` is not supported yet",
+        "has no 'drei'",
     )
     # the folder is free for the mended configuration
     result = run.evolve(load_config(configuration()), tmp_path / "run", quiet=True)

@@ -261,7 +261,7 @@ def test_hashes_of_runs_that_began_before_there_were_kinds():
 
 @pytest.mark.parametrize("variant", [*range(len(VARIANTS)), "full"])
 def test_a_definition_crosses_the_wire_whole(variant):
-    from merge3.rpc import convert
+    from merge3.rpc import spaces
 
     full = dict(
         normalize=False,
@@ -276,8 +276,8 @@ def test_a_definition_crosses_the_wire_whole(variant):
         preset="evolve",
     )
     definition = space(**(full if variant == "full" else VARIANTS[variant])).definition
-    message = convert.space_to(definition)
-    assert convert.space_from(type(message).FromString(message.SerializeToString())) == definition
+    message = spaces.space_to(definition)
+    assert spaces.space_from(type(message).FromString(message.SerializeToString())) == definition
 
 
 def test_merges_by_hand():

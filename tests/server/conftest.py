@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
 from tests.server.daemons import Process, Thread
@@ -92,7 +92,7 @@ def some_items(count, start=0):
 def registering(pool_id, items, space=None, known=(), **header):
     """The messages of a RegisterItems call; items at positions in `known` go by digest alone."""
     yield pb.RegisterItemsRequest(
-        header=pb.RegisterHeader(pool_id=pool_id, space=convert.space_to(space) if space else None, **header)
+        header=pb.RegisterHeader(pool_id=pool_id, space=spaces.space_to(space) if space else None, **header)
     )
     entries = pb.Entries()
     for i, item in enumerate(items):
