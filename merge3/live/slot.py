@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import RecipeError
+from merge3.live.binding import bind
 from merge3.live.heads import Heads
-from merge3.live.load import bind, load_model, promoted
+from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.streaming import execute_streamed
 from merge3.methods import execute
@@ -18,6 +20,8 @@ from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+
+BATCH = 24_000_000  # elements merged beside the model at once, where they cannot be merged in place
 
 
 class Slot:
@@ -94,12 +98,21 @@ class Slot:
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
             self._prepared.clear()
             self._memory = self.pool.memory
+        with torch.no_grad():
+            self._write([output for output in outputs if output[2].is_contiguous()], seed, self._prepared)
+            for batch in _batches([output for output in outputs if not output[2].is_contiguous()]):
+                # Parts of fused parameters that are no block of memory, as the kernels want theirs.
+                blocks = [(name, step, out.new_empty(out.shape)) for name, step, out in batch]
+                self._write(blocks, seed, None)
+                for (_, _, out), (_, _, block) in zip(batch, blocks):
+                    out.copy_(block)
+
+    def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, away = [], []
         for output in outputs:
             (here if self.pool.resident(output[1].refs) else away).append(output)
-        with torch.no_grad():
-            execute(here, self.pool.get, seed, self._prepared)
-            execute_streamed(away, self.pool, seed)
+        execute(here, self.pool.get, seed, prepared)
+        execute_streamed(away, self.pool, seed)
 
     def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
         self._settle()
@@ -125,3 +138,15 @@ class Slot:
     def _settle(self) -> None:
         if self._overlap:
             self._overlap.settle()
+
+
+def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
+    """In order, about BATCH elements at a time."""
+    batch: list[Output] = []
+    for output in outputs:
+        batch.append(output)
+        if sum(out.numel() for _, _, out in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

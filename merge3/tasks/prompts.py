@@ -32,12 +32,13 @@ class Reader:
     """What turns items into requests.
 
     tokenizer: None where only images are read; chat: wrap prompts in its chat template; folder: of the checkpoint,
-    whose image processor is loaded when it is first needed.
+    whose image processor is loaded when it is first needed. apart: what follows a prompt is another text, a decoder's.
     """
 
     tokenizer: Any
     chat: bool = False
     folder: Path | None = None
+    apart: bool = False
 
     def wrapped(self, prompt: str) -> str:
         """A prompt as the model gets it. Raises ItemsError where a chat template is wanted and there is none."""
@@ -63,7 +64,7 @@ class Reader:
 
     def following(self, text: str, tokens: tuple[int, ...], more: str) -> tuple[int, ...]:
         """Token ids of `more` as they follow a prompt (text, tokens); alone if the tokenizer would merge the two."""
-        whole = self.tokens(text + more)
+        whole = () if self.apart else self.tokens(text + more)
         if len(whole) > len(tokens) and whole[: len(tokens)] == tokens:
             return whole[len(tokens) :]
         return tuple(self.tokenizer(more, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,216 @@
+"""Tiny models of every family in common use, made by transformers, and what each is shown.
+
+A row says which class of which configuration, how the class is loaded again by others, and the inputs that a forward
+takes. Widths are small, layers two, and where a model has two stacks their depths differ, so that a mix-up shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+TEXT = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+VISION = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=16,
+    patch_size=8,
+)
+IDS = torch.tensor([[1, 5, 9, 11, 17, 40, 3], [1, 8, 8, 30, 22, 4, 6]])
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).sin()
+
+
+@dataclass(frozen=True)
+class Family:
+    """kind: the configuration's model type. model: the class. auto: what others load it with. settings: of the
+    configuration. inputs: of a forward. asks: item kinds that such a model answers. note: for the documentation."""
+
+    kind: str
+    model: str
+    auto: str
+    settings: dict[str, Any]
+    inputs: Callable[[], dict[str, torch.Tensor]]
+    asks: tuple[str, ...] = ()
+    note: str = ""
+    main: str = ""  # the stack that counts as the layers
+    unlike: dict[str, Any] = field(default_factory=dict)
+
+
+def text() -> dict[str, torch.Tensor]:
+    """Token ids."""
+    return {"input_ids": IDS}
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Token ids of different lengths, for encoders."""
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    return {"input_ids": IDS, "attention_mask": mask}
+
+
+def both() -> dict[str, torch.Tensor]:
+    """Token ids for an encoder, and others for its decoder."""
+    return {"input_ids": IDS, "decoder_input_ids": IDS[:, 2:5]}
+
+
+def picture() -> dict[str, torch.Tensor]:
+    """Two images."""
+    return {"pixel_values": PIXELS}
+
+
+def text_and_picture() -> dict[str, torch.Tensor]:
+    """Two texts and two images, side by side."""
+    return {"input_ids": IDS, "pixel_values": PIXELS}
+
+
+def picture_in_text() -> dict[str, torch.Tensor]:
+    """Two texts in each of which four tokens (63) stand for an image's patches."""
+    ids = torch.cat([IDS[:, :2], torch.full((2, 4), 63), IDS[:, 2:]], 1)
+    return {"input_ids": ids, "pixel_values": PIXELS}
+
+
+def patches_in_text() -> dict[str, torch.Tensor]:
+    """The same for Qwen-VL, which takes an image as a list of patches: 4 by 4 of them, merged 2 by 2."""
+    ids = torch.cat([IDS[:1, :2], torch.tensor([[61, 63, 63, 63, 63, 62]]), IDS[:1, 2:]], 1)
+    pixels = torch.linspace(-1, 1, 16 * 3 * 2 * 4 * 4).reshape(16, -1).sin()
+    kinds = (ids == 63).long()
+    grid = torch.tensor([[1, 4, 4]])
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+
+
+def sound() -> dict[str, torch.Tensor]:
+    """Two spectrograms, and tokens for the decoder."""
+    features = torch.linspace(-1, 1, 2 * 8 * 32).reshape(2, 8, 32).sin()
+    return {"input_features": features, "decoder_input_ids": IDS[:, 1:5]}
+
+
+LM, ASKED = "AutoModelForCausalLM", ("choice", "generate")
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+ENCODER = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+MAMBA = dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2)
+
+
+def _causal(kind: str, model: str, note: str = "", without: tuple[str, ...] = (), **settings) -> Family:
+    kept = {k: v for k, v in TEXT.items() if k not in without}
+    return Family(kind, model, LM, kept | settings, text, ASKED, note)
+
+
+def _vision_language(kind: str, model: str, text_settings: dict, vision: dict, inputs, note: str = "", **settings):
+    nested = {"text_config": text_settings, "vision_config": vision, "tie_word_embeddings": False}
+    return Family(kind, model, "AutoModelForImageTextToText", nested | settings, inputs, ASKED, note)
+
+
+FAMILIES: dict[str, Family] = {
+    "Llama": _causal("llama", "LlamaForCausalLM"),
+    "Mistral": _causal("mistral", "MistralForCausalLM", sliding_window=4),
+    "Qwen2": _causal("qwen2", "Qwen2ForCausalLM"),
+    "Qwen3": _causal("qwen3", "Qwen3ForCausalLM", head_dim=8),
+    "Gemma 2": _causal("gemma2", "Gemma2ForCausalLM", head_dim=8, sliding_window=4, tie_word_embeddings=True),
+    "Gemma 3": _causal("gemma3_text", "Gemma3ForCausalLM", head_dim=8, sliding_window=4, tie_word_embeddings=True),
+    "Phi-2": _causal("phi", "PhiForCausalLM"),
+    "Phi-3": _causal("phi3", "Phi3ForCausalLM"),
+    "GPT-2": Family(
+        "gpt2", "GPT2LMHeadModel", LM, dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), text, ASKED
+    ),
+    "GPT-NeoX": _causal("gpt_neox", "GPTNeoXForCausalLM", without=("num_key_value_heads",)),
+    "OLMo": _causal("olmo", "OlmoForCausalLM"),
+    "OLMo 2": _causal("olmo2", "Olmo2ForCausalLM"),
+    "Mixtral": _causal("mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
+    "Qwen2-MoE": _causal("qwen2_moe", "Qwen2MoeForCausalLM", **EXPERTS),
+    "Qwen3-MoE": _causal("qwen3_moe", "Qwen3MoeForCausalLM", head_dim=8, **EXPERTS),
+    "Mamba": Family(
+        "mamba", "MambaForCausalLM", LM, dict(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2), text, ASKED
+    ),
+    "Jamba": _causal(
+        "jamba", "JambaForCausalLM", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False, **MAMBA,
+    ),
+    "Falcon-H1": _causal(
+        "falcon_h1", "FalconH1ForCausalLM", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
+        mamba_chunk_size=8, head_dim=8, **MAMBA,
+    ),
+    "Bamba": _causal(
+        "bamba", "BambaForCausalLM", attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1,
+        mamba_chunk_size=8, **MAMBA,
+    ),
+    "BERT": Family("bert", "BertModel", "AutoModel", ENCODER, padded),
+    "BERT (masked)": Family("bert", "BertForMaskedLM", "AutoModelForMaskedLM", ENCODER | {"tie_word_embeddings": True}, padded),
+    "BERT (classifier)": Family(
+        "bert", "BertForSequenceClassification", "AutoModelForSequenceClassification", ENCODER | {"num_labels": 3},
+        padded, ("classify",),
+    ),
+    "RoBERTa": Family("roberta", "RobertaForMaskedLM", "AutoModelForMaskedLM", ENCODER | {"tie_word_embeddings": True}, padded),
+    "DeBERTa": Family(
+        "deberta", "DebertaForSequenceClassification", "AutoModelForSequenceClassification",
+        ENCODER | {"pos_att_type": ["c2p", "p2c"], "relative_attention": True, "num_labels": 3}, padded, ("classify",),
+    ),
+    "DeBERTa-v2": Family(
+        "deberta-v2", "DebertaV2ForMaskedLM", "AutoModelForMaskedLM",
+        ENCODER | {"pos_att_type": ["c2p", "p2c"], "relative_attention": True, "position_buckets": 8}, padded,
+    ),
+    "T5": Family(
+        "t5", "T5ForConditionalGeneration", "AutoModelForSeq2SeqLM",
+        dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+             decoder_start_token_id=0), both, ASKED,
+    ),
+    "BART": Family(
+        "bart", "BartForConditionalGeneration", "AutoModelForSeq2SeqLM",
+        dict(vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4, bos_token_id=0,
+             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64), both, ASKED,
+    ),
+    "ViT": Family(
+        "vit", "ViTForImageClassification", "AutoModelForImageClassification", VISION | {"num_labels": 3}, picture,
+        ("classify",),
+    ),
+    "ResNet": Family(
+        "resnet", "ResNetForImageClassification", "AutoModelForImageClassification",
+        dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", num_labels=3), picture,
+        ("classify",),
+    ),
+    "CLIP": Family(
+        "clip", "CLIPModel", "AutoModel",
+        dict(text_config={k: TEXT[k] for k in TEXT if "key_value" not in k}, vision_config=VISION, projection_dim=16),
+        text_and_picture,
+    ),
+    "Whisper": Family(
+        "whisper", "WhisperForConditionalGeneration", "AutoModelForSpeechSeq2Seq",
+        dict(vocab_size=64, d_model=32, encoder_layers=3, decoder_layers=2, encoder_attention_heads=4, num_mel_bins=8,
+             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16, bos_token_id=1,
+             max_target_positions=32, pad_token_id=0, eos_token_id=2, decoder_start_token_id=1), sound,
+    ),
+    "LLaVA": _vision_language(
+        "llava", "LlavaForConditionalGeneration", TEXT | {"model_type": "llama"},
+        VISION | {"model_type": "clip_vision_model"}, picture_in_text, image_token_index=63,
+        vision_feature_layer=-1, image_seq_length=4,
+    ),
+    "Qwen2-VL": _vision_language(
+        "qwen2_vl", "Qwen2VLForConditionalGeneration",
+        TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        dict(depth=3, embed_dim=16, hidden_size=32, num_heads=2, patch_size=4, mlp_ratio=2, in_channels=3),
+        patches_in_text, image_token_id=63, video_token_id=60, vision_start_token_id=61, vision_end_token_id=62,
+    ),
+    "Qwen2.5-VL": _vision_language(
+        "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration",
+        TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}},
+        dict(depth=3, hidden_size=16, out_hidden_size=32, intermediate_size=24, num_heads=2, patch_size=4,
+             window_size=16, fullatt_block_indexes=[1], in_channels=3),
+        patches_in_text, image_token_id=63, video_token_id=60, vision_start_token_id=61, vision_end_token_id=62,
+    ),
+}  # fmt: skip
