@@ -121,10 +121,11 @@ class Engine(Protocol):
 
 
 class _Round(NamedTuple):
-    """The items of one task: their positions among the registration's, the head that answers, what asks."""
+    """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
+    merge's own), what asks."""
 
     positions: list[int]
-    head: str
+    head: str | None
     scorer: Scorer
 
 
@@ -241,7 +242,7 @@ class LocalEngine:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
     def _prepare(self, asked: Registration, endpoint: str | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's."""
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's."""
         key = (asked, endpoint)
         if key not in self._prepared:
             check_objectives(asked)
@@ -249,7 +250,7 @@ class LocalEngine:
                 self._check_endpoint(f"heads: {task}", head)
             rounds = []
             for task, positions in asked.tasks().items():
-                head = asked.heads.get(task) or endpoint or self.pool.base
+                head = asked.heads.get(task) or endpoint
                 items = tuple(asked.items[i] for i in positions)
                 rounds.append(_Round(positions, head, self._scorer(items, head, asked.chat)))
             space = None if asked.space is None else self.space(asked.space)
@@ -259,7 +260,7 @@ class LocalEngine:
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
-    def _scorer(self, items: tuple[Item, ...], head: str, chat: bool) -> Scorer:
+    def _scorer(self, items: tuple[Item, ...], head: str | None, chat: bool) -> Scorer:
         key = (items, head if self.pool.heads else None, chat)
         if key not in self._scorers:
             self.slot.use_head(head)  # the labels are the head's

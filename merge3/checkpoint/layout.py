@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _INPUT_SIDE = ("embed", "wte", "wpe", "tok_", "patch")
-# Stacks that read, for another one that writes; and what a layer that writes has among its tensors' names.
-_READERS = re.compile(r"encoder|vision|visual|image|audio|speech")
-_MIXER = re.compile(r"att|mixer|mamba", re.IGNORECASE)
+# Stacks that read, and those that write text with what was read.
+_READERS = re.compile(r"encoder|vision|visual|image|mask|audio|speech")
+_WRITERS = re.compile(r"language|text|llm|(^|\.)(model|transformer|gpt_neox|backbone|decoder)\.(layers?|h|blocks?)$")
 
 
 class Ref(NamedTuple):
@@ -65,10 +65,9 @@ def layout(names: Iterable[str]) -> Layout:
 
 
 def _main(matches: list[re.Match]) -> str:
-    """The numbered prefix that most tensors share; where that one reads, the one that most tensors of writers share."""
+    """The numbered prefix that most tensors share; where that one reads, the one that most of a writer share."""
     stacks = [prefix for prefix, _ in Counter(m[1] for m in matches).most_common()]
     if not stacks or not _READERS.search(stacks[0]):
         return stacks[0] if stacks else ""
-    attending = {m[1] for m in matches if _MIXER.search(m[3])}
-    writers = [prefix for prefix in stacks if prefix in attending and not _READERS.search(prefix)]
+    writers = [prefix for prefix in stacks if _WRITERS.search(prefix) and not _READERS.search(prefix)]
     return (writers or stacks)[0]

@@ -42,7 +42,7 @@ class Slot:
         self.pool = pool
         self.model = load_model(pool, dtype or promoted(pool))
         self._weights = bind(self.model, pool)
-        self._heads = Heads(self.model, pool)
+        self._heads = Heads(self.model, pool, self._weights)
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
@@ -54,15 +54,19 @@ class Slot:
         Raises RecipeError if the recipe makes another number of layers than the base has.
         """
         program = self.compile(recipe, where)
-        # Buffers that the model computes itself are not among its weights, and heads are not a recipe's.
-        written = self._weights.keys() - set(self.pool.heads.get(self.pool.base, ()))
+        # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
+        own = set(self.pool.heads.get(self.pool.base, ()))
+        written = {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
         steps = program.steps(written, self.pool.statistics)
-        outputs = [(name, step, self._weights[name]) for name, step in steps.items()]
+        outputs = [(name, step, written[name]) for name, step in steps.items()]
         if self._overlap:
             self._run_by_layer(outputs, seed)
         else:
             self._run(outputs, seed)
         self._share(program.ties)
+        if self._heads.merged:
+            self._settle()
+            self._heads.show(None)
         return program.kept
 
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
@@ -90,8 +94,9 @@ class Slot:
                     tensor, weight = tensor[:rows], weight[:rows]
                 weight.copy_(tensor)
 
-    def use_head(self, model: str) -> None:
-        """Put an endpoint's own head (tensors outside the backbone) on the live model; see Heads for its addresses."""
+    def use_head(self, model: str | None) -> None:
+        """Put an endpoint's own head (tensors outside the backbone) on the live model, or (None) the head of the merge
+        that was swapped in last: the base's where heads answer different questions. See Heads for its addresses."""
         self._heads.show(model)
 
     def _run(self, outputs: list[Output], seed: int) -> None:
