@@ -7,11 +7,12 @@ takes. Widths are small, layers two, and where a model has two stacks their dept
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 TEXT = dict(
@@ -141,11 +142,11 @@ def _vision_language(kind: str, model: str, main: str, note: str, text_settings,
 
 FAMILIES: dict[str, Family] = {
     "Llama": _causal("llama", "LlamaForCausalLM"),
-    "Mistral": _causal("mistral", "MistralForCausalLM", sliding_window=4),
+    "Mistral": _causal("mistral", "MistralForCausalLM", sliding_window=6),
     "Qwen2": _causal("qwen2", "Qwen2ForCausalLM"),
     "Qwen3": _causal("qwen3", "Qwen3ForCausalLM", head_dim=8),
-    "Gemma 2": _causal("gemma2", "Gemma2ForCausalLM", head_dim=8, sliding_window=4, tie_word_embeddings=True),
-    "Gemma 3": _causal("gemma3_text", "Gemma3ForCausalLM", head_dim=8, sliding_window=4, tie_word_embeddings=True),
+    "Gemma 2": _causal("gemma2", "Gemma2ForCausalLM", head_dim=8, sliding_window=6, tie_word_embeddings=True),
+    "Gemma 3": _causal("gemma3_text", "Gemma3ForCausalLM", head_dim=8, sliding_window=6, tie_word_embeddings=True),
     "Phi-2": _causal("phi", "PhiForCausalLM"),
     "Phi-3": _causal("phi3", "Phi3ForCausalLM"),
     "GPT-2": Family(
@@ -223,6 +224,17 @@ FAMILIES: dict[str, Family] = {
         patches_in_text, **TOKENS,
     ),
 }  # fmt: skip
+
+# Families whose ways another one shows: walked by `make test-heavy`, for time's sake.
+ALIKE = {
+    "Qwen2", "Qwen3", "Gemma 2", "Phi-2", "GPT-NeoX", "OLMo", "OLMo 2", "Qwen2-MoE", "Bamba", "BERT, masked", "DeBERTa",
+    "Qwen2.5-VL",
+}  # fmt: skip
+
+
+def walked(names: Iterable[str] = FAMILIES) -> list:
+    """Names of families as parameters of a test."""
+    return [pytest.param(name, marks=[pytest.mark.heavy] if name in ALIKE else []) for name in names]
 
 
 def make(family: Family, folder: Path, models: int = 3) -> str | None:

@@ -1,5 +1,5 @@
-"""Models that keep something else than keys and values of all tokens: states, windows. Batches and shared prefixes
-must give what every item gives alone, unpadded."""
+"""Batches and shared beginnings give what every item gives alone, unpadded: of every family that writes, and of models
+that keep something else than keys and values of all tokens (states, windows)."""
 
 import warnings
 
@@ -13,6 +13,7 @@ from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.lm import LM
 from merge3.tasks.prompts import Reader
 from merge3.tasks.state import State, state
+from tests.families import FAMILIES, walked
 
 COMMON = dict(
     vocab_size=62,
@@ -27,16 +28,8 @@ COMMON = dict(
     pad_token_id=0,
     bos_token_id=2,
 )
-MAMBA = dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_n_groups=1, mamba_d_head=8, mamba_chunk_size=8)
 STATES = {
-    "mamba": dict(state_size=8),
     "mamba2": dict(state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
-    "jamba": dict(
-        num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-        expert_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False, mamba_d_state=8, mamba_d_conv=4,
-    ),
-    "falcon_h1": dict(mamba_d_ssm=32, mamba_n_heads=4) | MAMBA,
-    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8) | MAMBA,
     "lfm2": dict(layer_types=["conv", "full_attention"], block_multiple_of=8),
     "qwen3_next": dict(
         layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2,
@@ -44,24 +37,27 @@ STATES = {
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
 }  # fmt: skip
-WINDOWS = {
-    "mistral": dict(sliding_window=6),
-    "gemma2": dict(sliding_window=6),
-    "gemma3_text": dict(sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
-}
+WINDOWS = {"Mistral", "Gemma 2", "Gemma 3"}
+RECURRENT = {*STATES, "Mamba", "Jamba", "Falcon-H1", "Bamba"}
+CAUSAL = [name for name, f in FAMILIES.items() if f.auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText")]
 
 
 def words(rng, count):
     return " ".join(f"w{rng.integers(60)}" for _ in range(count))
 
 
-def made(kind):
+def made(name):
     """A random model that is not shy: its answers differ from item to item."""
     import transformers
 
     torch.manual_seed(4)
-    config = transformers.AutoConfig.for_model(kind, **(COMMON | (STATES | WINDOWS)[kind]))
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if name in FAMILIES:
+        family = FAMILIES[name]
+        kind, auto, settings = family.kind, family.auto, family.settings
+    else:
+        kind, auto, settings = name, "AutoModelForCausalLM", COMMON | STATES[name]
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = getattr(transformers, auto).from_config(config).eval()
     for name, p in model.named_parameters():
         if p.dim() > 1 and "A_log" not in name:
             p.data.mul_(4.0)
@@ -93,26 +89,28 @@ def plainly(model, request):
 
 
 @pytest.mark.parametrize("prefix", [0, 12])
-@pytest.mark.parametrize("kind", [*STATES, *WINDOWS])
+@pytest.mark.parametrize("kind", walked([*CAUSAL, *STATES]))
 def test_batches_give_what_items_give_alone(world, kind, prefix):
     _, tokenizer, _ = world
     model = made(kind)
-    assert state(model) == State(kind in WINDOWS, 6 if kind in WINDOWS else None)
+    assert state(model) == State(kind not in RECURRENT, 6 if kind in WINDOWS else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that choices get rows of their own, which is slower
         asked = requests(tokenizer, "choice", prefix)
         question = LM(model, tokenizer).loglikelihoods(asked)
     # Within its window a layer sees all, so that a mask can say what each token sees.
-    assert type(question) is (SharedRows if kind in WINDOWS and not prefix else PlainRows)
+    plain = kind in RECURRENT or (kind in WINDOWS and prefix)
+    assert type(question) is (PlainRows if plain else SharedRows)
     for index, found in question(model):
         assert torch.allclose(found.sums.double(), plainly(model, asked[index]), atol=1e-3)
     starts = requests(tokenizer, "generate", prefix)
-    written = dict(LM(model, tokenizer, batch_tokens=64).generate(starts)(model))
+    lm = LM(model, tokenizer, batch_tokens=64)
+    written = dict(lm.generate(starts)(model))
     lengths = set()
     for index, start in enumerate(starts):
         ids = torch.tensor([start.tokens])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=start.max_tokens, do_sample=False)
-        new = [token for token in out[0, len(start.tokens) :].tolist() if token != tokenizer.eos_token_id]
+        new = [token for token in out[0, len(start.tokens) :].tolist() if token not in lm.end]
         assert list(written[index].tokens) == new, index
         lengths.add(len(new))
     assert len(lengths) > 1
