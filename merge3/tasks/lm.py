@@ -14,11 +14,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from merge3.tasks.decoder import Continuations, end_tokens
+from merge3.tasks.decoder import end_tokens
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, batches, share_prefix
+from merge3.tasks.seq2seq import PairedRows, is_pair
 from merge3.tasks.shared_prefix import possible
+from merge3.tasks.state import state
+from merge3.tasks.writing import continuations
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 IMAGES = 64  # per forward
@@ -27,8 +30,14 @@ _ROWS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: what m
 
 
 def has_head(model) -> bool:
-    """Whether a model ends in a classification head, which gives logits and continues no text."""
-    return "Classification" in type(model).__name__
+    """Whether a model ends in a classification head, which gives logits of a whole input and continues no text."""
+    name = type(model).__name__
+    return "Classification" in name and "TokenClassification" not in name and "FrameClassification" not in name
+
+
+def writes(model) -> bool:
+    """Whether a model continues a text: a causal one, or one with an encoder for texts and a decoder."""
+    return model.can_generate() and model.main_input_name == "input_ids" and not has_head(model)
 
 
 class LM:
@@ -52,15 +61,21 @@ class LM:
         """How likely each choice is after its prompt: results are Likelihoods.
 
         Choices of a request stand side by side in one row where this architecture honours masks of one's own (tried
-        on a few requests, and a warning if not), else each in a row of its own.
+        on a few requests, and a warning if not), else each in a row of its own. Of a model with an encoder and a
+        decoder, the encoder reads each prompt once.
         """
+        if is_pair(self.model):
+            return PairedRows(requests, self.model, self.device, self.batch_tokens, self.pad)
         prefix, rest = share_prefix(requests)
-        return self._rows(prefix, rest)(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
+        # A mask of one's own is all that a layer sees of order: it would look back beyond its window.
+        sees = state(self.model).sees(max(request.length()[0] for request in requests))
+        rows = self._rows(prefix, rest) if sees else PlainRows
+        return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
         """What follows each prompt, greedily: results are Written."""
-        prefix, rest = share_prefix(requests)
-        return Continuations(prefix, rest, self.device, self.tokenizer, self.end, self.batch_tokens, self.pad)
+        how = self.tokenizer, self.end, self.device, self.batch_tokens, self.pad
+        return continuations(self.model, requests, *how)
 
     def logits(self, requests: Sequence[Text] | Sequence[Image]) -> Question:
         """What the head says of texts or images: results are logits [labels] in the model's dtype, on the CPU."""
@@ -86,8 +101,10 @@ class LM:
             plain = dict(PlainRows(*arguments)(self.model))
             if None in plain.values():  # these weights cannot tell: the next requests try again
                 return PlainRows
-            ways = [partial(SharedRows, once=True)] if prefix and possible(self.model) else []
-            ways.append(SharedRows)
+            # Choices side by side would all change a state: that a mask changes little is then no proof.
+            ways = [SharedRows] if state(self.model).keys else []
+            if ways and prefix and possible(self.model):
+                ways.insert(0, partial(SharedRows, once=True))
             known[bool(prefix)] = next((rows for rows in ways if self._agree(rows(*arguments), plain)), PlainRows)
             if known[bool(prefix)] is PlainRows:
                 warnings.warn(
