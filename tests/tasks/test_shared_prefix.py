@@ -73,3 +73,22 @@ def test_attention_of_another_kind_is_noticed_and_answered_otherwise():
     found, expected = dict(question(live)), dict(PlainRows((), asked, "cpu", torch.float32, 4096)(live))
     for index in expected:
         assert torch.allclose(found[index].sums, expected[index].sums.float(), atol=1e-3)
+
+
+def test_continuations_read_the_prefix_where_it_lies():
+    from merge3.tasks import writing
+    from merge3.tasks.requests import Start
+
+    live = model(LlamaForCausalLM, LlamaConfig, num_key_value_heads=2)
+    asked = [Start((*PREFIX, *tokens), 3 + at) for at, tokens in enumerate([(5, 9, 2), (31,), (6, 6, 6, 6, 8)])]
+    question = writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)
+    assert question.prefix == PREFIX and writing._ONCE[live]
+    for at, written in question(live):
+        ids = torch.tensor([asked[at].tokens])
+        expected = live.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3 + at, do_sample=False)
+        assert list(written.tokens) == expected[0, ids.shape[1] :].tolist()
+
+
+class _Words:
+    def decode(self, tokens, skip_special_tokens=True):
+        return " ".join(map(str, tokens))
