@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from merge3.checkpoint.architecture import loading, tied
+from merge3.checkpoint.architecture import configuration, loading, tied
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError
 from merge3.live.words import speak
 from merge3.pool import Pool
 
+# For an architecture that transformers has under no such name (a checkpoint with code of its own, or one that names
+# none): how its name ends, and what loads the nearest that its model type has.
 _LOADERS = (
     ("ForSequenceClassification", "AutoModelForSequenceClassification"),
     ("ForImageClassification", "AutoModelForImageClassification"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ("ForSpeechSeq2Seq", "AutoModelForSpeechSeq2Seq"),
+    ("ForSeq2SeqLM", "AutoModelForSeq2SeqLM"),
+    ("ForImageTextToText", "AutoModelForImageTextToText"),
     ("", "AutoModelForCausalLM"),
 )
+
+
+def loader(config: Mapping[str, Any]):
+    """What loads a checkpoint of this config.json: the class that it names, whatever that is for (LlamaForCausalLM,
+    T5ForConditionalGeneration, LlavaForConditionalGeneration, BertModel, CLIPModel), so that the live model has exactly
+    the checkpoint's parameters; where transformers has no such class for its model type, one of the auto classes."""
+    import transformers
+
+    architecture = (config.get("architectures") or [""])[0]
+    named = getattr(transformers, architecture or "-", None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        settings = configuration(config) if config.get("model_type") else None
+        if settings is not None and isinstance(settings, named.config_class or ()):
+            return named
+    return next(getattr(transformers, auto) for suffix, auto in _LOADERS if architecture.endswith(suffix))
 
 
 def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
@@ -23,8 +47,6 @@ def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
     import transformers
 
     base = pool.base_checkpoint
-    architecture = (base.config.get("architectures") or [""])[0]
-    loader = next(getattr(transformers, auto) for suffix, auto in _LOADERS if suffix in architecture)
     config = None
     if pool.outputs and tied(base.config):  # another endpoint has an output of its own
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
@@ -32,7 +54,7 @@ def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
             part.tie_word_embeddings = False
     settings = {} if config is None else {"config": config}
     try:
-        model = loader.from_pretrained(
+        model = loader(base.config).from_pretrained(
             base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings
         )
     except (ValueError, KeyError, OSError) as error:
