@@ -127,10 +127,11 @@ class Engine(Protocol):
 
 
 class _Round(NamedTuple):
-    """The items of one task: their positions among the registration's, the head that answers, what asks."""
+    """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
+    merge's own), what asks."""
 
     positions: list[int]
-    head: str
+    head: str | None
     scorer: Scorer
 
 
@@ -249,8 +250,8 @@ class LocalEngine:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
     def _prepare(self, asked: Registration, subject: Subject | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's. The
-        chat template is that of the recipe asked, else that of the space's recipes."""
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's.
+        The chat template is that of the recipe asked, else that of the space's recipes."""
         endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
         recipe = subject if isinstance(subject, Recipe) else None
         key = (asked, endpoint, template_key(recipe) if asked.chat else None)
@@ -263,7 +264,7 @@ class LocalEngine:
             template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
             rounds = []
             for task, positions in asked.tasks().items():
-                head = asked.heads.get(task) or endpoint or self.pool.base
+                head = asked.heads.get(task) or endpoint
                 items = tuple(asked.items[i] for i in positions)
                 rounds.append(_Round(positions, head, self._scorer(items, head, asked.system(task), template)))
             self._prepared[key] = _Prepared(space, rounds)
@@ -272,7 +273,7 @@ class LocalEngine:
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
-    def _scorer(self, items: tuple[Item, ...], head: str, system: str | None, template: str | None) -> Scorer:
+    def _scorer(self, items: tuple[Item, ...], head: str | None, system: str | None, template: str | None) -> Scorer:
         key = (items, head if self.pool.heads else None, system, template)
         if key not in self._scorers:
             self.slot.use_head(head)  # the labels are the head's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -11,8 +11,9 @@ import torch
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
+from merge3.live.binding import bind
 from merge3.live.heads import Heads
-from merge3.live.load import bind, load_model, promoted
+from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.streaming import execute_streamed
 from merge3.methods import execute
@@ -20,6 +21,8 @@ from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+
+BATCH = 24_000_000  # elements merged beside the model at once, where they cannot be merged in place
 
 
 class Slot:
@@ -42,7 +45,7 @@ class Slot:
         self._weights = bind(self.model, pool)
         if pool.vocabulary is not None:  # the file's rows are others
             self._copy(pool.base, [name for name in self._weights if by_token(name)])
-        self._heads = Heads(self.model, pool)
+        self._heads = Heads(self.model, pool, self._weights)
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
@@ -54,15 +57,19 @@ class Slot:
         Raises RecipeError if the recipe makes another number of layers than the base has.
         """
         program = self.compile(recipe, where)
-        # Buffers that the model computes itself are not among its weights, and heads are not a recipe's.
-        written = self._weights.keys() - set(self.pool.heads.get(self.pool.base, ()))
+        # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
+        own = set(self.pool.heads.get(self.pool.base, ()))
+        written = {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
         steps = program.steps(written, self.pool.statistics)
-        outputs = [(name, step, self._weights[name]) for name, step in steps.items()]
+        outputs = [(name, step, written[name]) for name, step in steps.items()]
         if self._overlap:
             self._run_by_layer(outputs, seed)
         else:
             self._run(outputs, seed)
         self._share(program.ties)
+        if self._heads.merged:
+            self._settle()
+            self._heads.show(None)
         return program.kept
 
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
@@ -93,20 +100,30 @@ class Slot:
                     tensor, weight = tensor[:rows], weight[:rows]
                 weight.copy_(tensor)
 
-    def use_head(self, model: str) -> None:
-        """Put an endpoint's own head (tensors outside the backbone) on the live model; see Heads for its addresses."""
+    def use_head(self, model: str | None) -> None:
+        """Put an endpoint's own head (tensors outside the backbone) on the live model, or (None) the head of the merge
+        that was swapped in last: the base's where heads answer different questions. See Heads for its addresses."""
         self._heads.show(model)
 
     def _run(self, outputs: list[Output], seed: int) -> None:
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
             self._prepared.clear()
             self._memory = self.pool.memory
+        with torch.no_grad():
+            self._write([output for output in outputs if output[2].is_contiguous()], seed, self._prepared)
+            for batch in _batches([output for output in outputs if not output[2].is_contiguous()]):
+                # Parts of fused parameters that are no block of memory, as the kernels want theirs.
+                blocks = [(name, step, out.new_empty(out.shape)) for name, step, out in batch]
+                self._write(blocks, seed, None)
+                for (_, _, out), (_, _, block) in zip(batch, blocks):
+                    out.copy_(block)
+
+    def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, away = [], []
         for output in outputs:
             (here if self.pool.resident(output[1].refs) else away).append(output)
-        with torch.no_grad():
-            execute(here, self.pool.get, seed, self._prepared)
-            execute_streamed(away, self.pool, seed)
+        execute(here, self.pool.get, seed, prepared)
+        execute_streamed(away, self.pool, seed)
 
     def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
         self._settle()
@@ -132,3 +149,15 @@ class Slot:
     def _settle(self) -> None:
         if self._overlap:
             self._overlap.settle()
+
+
+def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
+    """In order, about BATCH elements at a time."""
+    batch: list[Output] = []
+    for output in outputs:
+        batch.append(output)
+        if sum(out.numel() for _, _, out in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
