@@ -15,6 +15,7 @@ import torch
 from merge3.checkpoint import open_checkpoint
 from merge3.checkpoint.architecture import loading, tied
 from merge3.checkpoint.beside import speaking_files, template_of
+from merge3.checkpoint.depth import depth_keys, per_layer_keys, stack_section
 from merge3.checkpoint.layout import Ref
 from merge3.errors import CheckpointError
 from merge3.pool import Pool
@@ -29,8 +30,6 @@ MODEL_FILES = (
     "video_preprocessor_config.json",
     "image_processor*",
 )
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_configs", "attention_layers")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -60,15 +59,16 @@ def output_specs(recipe: Recipe, program: Program, pool: Pool) -> Specs:
 def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) -> dict[str, Any]:
     """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
     config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    for key in _DEPTHS:
-        if key in inner:
+    stack = pool.layouts[lead(recipe)]
+    inner = stack_section(config, stack.prefix)
+    for key in depth_keys(inner, stack.prefix):
+        if inner[key] == stack.layers:  # else it counts something else, such as layers without those that draft
             inner[key] = program.layers
-    for key in _PER_LAYER:
-        if isinstance(inner.get(key), list):
-            inner[key] = _of_layers(key, program, pool)
+    for key in per_layer_keys(inner):
+        inner[key] = _of_layers(key, program, pool)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
-    for section in (config, inner):
+    nested = [part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)]
+    for section in (config, inner, *nested):
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and key in section:
                 section[key] = str(dtype).removeprefix("torch.")
@@ -83,9 +83,7 @@ def _of_layers(key: str, program: Program, pool: Pool) -> list:
     """A setting that has one entry a layer: each output layer has that of the layer it is laid out after."""
     values = []
     for model, layer in program.origins:
-        config = pool.endpoints[model].config
-        inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        own = inner.get(key)
+        own = stack_section(pool.endpoints[model].config, pool.layouts[model].prefix).get(key)
         if not isinstance(own, list) or layer >= len(own):
             raise CheckpointError(model, f"config.json: {key} has no entry for layer {layer}", "one entry per layer")
         values.append(own[layer])

@@ -1,4 +1,9 @@
-"""Which tensors of a checkpoint belong to which layer, by their names alone."""
+"""Which tensors of a checkpoint belong to which layer, by their names alone.
+
+A model may have several stacks of layers: an encoder and a decoder, a tower that sees and a language model. One of them
+is the main one, whose layers gradients, slices and spaces count: the one that writes text, where there is one, else the
+one with most tensors. The others count as what stands before and after it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,9 @@ from typing import NamedTuple
 
 _INDEXED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _INPUT_SIDE = ("embed", "wte", "wpe", "tok_", "patch")
+# Stacks that read, and those that write text with what was read.
+_READERS = re.compile(r"encoder|vision|visual|image|mask|audio|speech")
+_WRITERS = re.compile(r"language|text|llm|(^|\.)(model|transformer|gpt_neox|backbone|decoder)\.(layers?|h|blocks?)$")
 
 
 class Ref(NamedTuple):
@@ -41,10 +49,10 @@ class Layout:
 
 
 def layout(names: Iterable[str]) -> Layout:
-    """Find the main stack: the numbered prefix that most tensors share."""
+    """Find the main stack, and what is before and after it."""
     names = sorted(names)
     matches = {n: m for n in names if (m := _INDEXED.match(n))}
-    prefix, _ = Counter(m[1] for m in matches.values()).most_common(1)[0] if matches else ("", 0)
+    prefix = _main(list(matches.values()))
     in_stack = {n: m for n, m in matches.items() if m[1] == prefix}
     rest = [n for n in names if n not in in_stack]
     return Layout(
@@ -54,3 +62,12 @@ def layout(names: Iterable[str]) -> Layout:
         tuple(n for n in rest if any(mark in n for mark in _INPUT_SIDE)),
         tuple(n for n in rest if not any(mark in n for mark in _INPUT_SIDE)),
     )
+
+
+def _main(matches: list[re.Match]) -> str:
+    """The numbered prefix that most tensors share; where that one reads, the one that most of a writer share."""
+    stacks = [prefix for prefix, _ in Counter(m[1] for m in matches).most_common()]
+    if not stacks or not _READERS.search(stacks[0]):
+        return stacks[0] if stacks else ""
+    writers = [prefix for prefix in stacks if _WRITERS.search(prefix) and not _READERS.search(prefix)]
+    return (writers or stacks)[0]
