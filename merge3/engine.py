@@ -250,8 +250,8 @@ class LocalEngine:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
     def _prepare(self, asked: Registration, subject: Subject | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's. The
-        chat template is that of the recipe asked, else that of the space's recipes."""
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's.
+        The chat template is that of the recipe asked, else that of the space's recipes."""
         endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
         recipe = subject if isinstance(subject, Recipe) else None
         key = (asked, endpoint, template_key(recipe) if asked.chat else None)

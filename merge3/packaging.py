@@ -59,10 +59,11 @@ def output_specs(recipe: Recipe, program: Program, pool: Pool) -> Specs:
 def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) -> dict[str, Any]:
     """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
     config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
-    prefix = pool.layouts[lead(recipe)].prefix
-    inner = stack_section(config, prefix)
-    for key in depth_keys(inner, prefix):
-        inner[key] = program.layers
+    stack = pool.layouts[lead(recipe)]
+    inner = stack_section(config, stack.prefix)
+    for key in depth_keys(inner, stack.prefix):
+        if inner[key] == stack.layers:  # else it counts something else, such as layers without those that draft
+            inner[key] = program.layers
     for key in per_layer_keys(inner):
         inner[key] = _of_layers(key, program, pool)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)

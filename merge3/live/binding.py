@@ -17,7 +17,7 @@ import torch
 
 from merge3.checkpoint.architecture import loading
 from merge3.checkpoint.layout import Ref
-from merge3.checkpoint.naming import is_buffer
+from merge3.checkpoint.naming import by_token, is_buffer
 from merge3.errors import CheckpointError
 from merge3.pool import Pool
 
@@ -39,7 +39,7 @@ def bind(model: torch.nn.Module, pool: Pool) -> dict[str, torch.Tensor]:
     for name, target in wanted.items():
         if target not in live or tuple(live[target].shape) != (shapes | apart)[name]:
             continue
-        if target == name or name not in shapes or _holds(pool, name, live[target]):
+        if target == name or name not in shapes or _other_words(pool, name) or _holds(pool, name, live[target]):
             bound[name] = live[target].data
     for group in converted:
         bound |= _parts(model, live, group, shapes, pool)
@@ -140,7 +140,8 @@ def _map(model, group: _Group, shapes, live, narrow: bool) -> dict[str, torch.Te
         if target not in live or tuple(value.shape) != _narrowed(live[target].shape, narrow):
             return None
         maps[target] = value.contiguous()
-    return maps if sum(value.numel() for value in maps.values()) == start else None
+    whole = torch.cat([value.reshape(-1) for value in maps.values()]).sort().values
+    return maps if torch.equal(whole, torch.arange(start)) else None  # each element once, as it was
 
 
 def _narrowed(shape: Iterable[int], narrow: bool) -> Shape:
@@ -215,6 +216,11 @@ def _view(places: torch.Tensor, shape: Shape, outer: Iterable[int], tensor: torc
     if min(steps, default=1) < 0 or last >= tensor.numel():
         return None
     return tensor.as_strided(shape, steps, tensor.storage_offset() + origin)
+
+
+def _other_words(pool: Pool, name: str) -> bool:
+    """Whether a tensor has a row for each token, which are others here than in the base's file."""
+    return pool.vocabulary is not None and by_token(name)
 
 
 def _holds(pool: Pool, name: str, view: torch.Tensor) -> bool:

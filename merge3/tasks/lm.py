@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from merge3.errors import ItemsError
 from merge3.tasks.decoder import end_tokens
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
@@ -66,10 +67,14 @@ class LM:
         """
         if is_pair(self.model):
             return PairedRows(requests, self.model, self.device, self.batch_tokens, self.pad)
+        known = state(self.model)
+        if not known.causal:
+            name = type(self.model).__name__
+            raise ItemsError("items", f"choices for a {name}, whose tokens see those after them", "items it writes")
         prefix, rest = share_prefix(requests)
-        # A mask of one's own is all that a layer sees of order: it would look back beyond its window.
-        sees = state(self.model).sees(max(request.length()[0] for request in requests))
-        rows = self._rows(prefix, rest) if sees else PlainRows
+        # With a mask of one's own a layer looks back beyond its window.
+        shares = known.shares(max(request.length()[0] for request in requests))
+        rows = self._rows(prefix, rest) if shares else PlainRows
         return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:

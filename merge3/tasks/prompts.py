@@ -34,7 +34,7 @@ class Reader:
 
     tokenizer: None where only images are read; chat: wrap prompts in its chat template; folder: of the checkpoint,
     whose image processor is loaded when it is first needed; limit: positions of the model, None where nothing limits
-    them; system: what the template is told first, if anything. apart: what follows a prompt is another text, a
+    them; system: what the template is told first, if anything; apart: what follows a prompt is another text, a
     decoder's.
     """
 

@@ -13,7 +13,7 @@ import torch
 
 from merge3.tasks.forward import last_logits_of
 from merge3.tasks.requests import Start, batches
-from merge3.tasks.state import memory
+from merge3.tasks.state import memory, state
 
 
 class Steps:
@@ -21,15 +21,15 @@ class Steps:
 
     def __init__(self, model, ids: torch.Tensor):
         self.model, self.ids = model, ids
+        self._resumes = state(model).resumes  # if not, the whole row is read again
         self._name, self._kept = "", None
 
     def logits(self) -> torch.Tensor:
         """Of the next token: float32 [rows, vocabulary]."""
         kept = {} if self._kept is None else {self._name: self._kept}
-        output, last = last_logits_of(self.model, 1, input_ids=self.ids, use_cache=True, **kept)
-        self._name, self._kept = memory(output)
-        if not hasattr(self._kept, "reorder_cache"):
-            self._kept = None  # nothing to go on from: the whole row is read again
+        output, last = last_logits_of(self.model, 1, input_ids=self.ids, use_cache=self._resumes, **kept)
+        if self._resumes:
+            self._name, self._kept = memory(output)
         return last[:, -1]
 
     def append(self, tokens: torch.Tensor) -> None:

@@ -100,11 +100,12 @@ class PairedRows:
             # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
             log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
             sums = torch.where(batch.tokens < 0, 0.0, log_p).sum(1).cpu()
+            greedy = ((logits.argmax(-1) == batch.tokens) | (batch.tokens < 0)).all(1).cpu()
             begin = 0
             for index, request in batch.asked:
                 own = slice(begin, begin + len(request.choices))
                 begin = own.stop
-                found = Likelihoods(sums[own], batch.lengths[own])
+                found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
                 yield index, None if found.sums.isnan().any() else found
 
 

@@ -35,10 +35,10 @@ def continuations(
             begins.append((asked, lambda model, prefix, ids=ids: recurrent.Steps(model, ids)))
         return Continuations(begins, tokenizer, end)
     prefix, rest = share_prefix(requests)
-    if not known.sees(len(prefix) + 1):  # a layer with a window has forgotten the beginning of so long a prefix
+    if not known.shares(len(prefix) + 1):
         prefix, rest = (), list(requests)
     steps = Padded
-    if prefix and known.sees(len(prefix) + max(map(_width, rest))):
+    if prefix and known.shares(len(prefix) + max(map(_width, rest))):
         steps = Once if _reads_once(model, prefix, rest[:2], device, pad) else Padded
     begins = []
     for asked in batches(rest, _width, batch_tokens):

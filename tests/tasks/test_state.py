@@ -93,7 +93,7 @@ def plainly(model, request):
 def test_batches_give_what_items_give_alone(world, kind, prefix):
     _, tokenizer, _ = world
     model = made(kind)
-    assert state(model) == State(kind not in RECURRENT, 6 if kind in WINDOWS else None)
+    assert state(model) == State(kind not in RECURRENT, window=6 if kind in WINDOWS else None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that choices get rows of their own, which is slower
         asked = requests(tokenizer, "choice", prefix)
