@@ -54,8 +54,11 @@ def pair(item: Item, reader: Reader, context: str, continuation: str) -> tuple[t
         first = reader.tokenizer.decode(token)
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        whole, start = encoded(reader, kept + continuation, first), encoded(reader, kept, first)
-        more = whole[len(start) :]
+        start = encoded(reader, kept, first)
+        if reader.apart:
+            more = tuple(reader.tokenizer(continuation, add_special_tokens=False)["input_ids"])
+        else:
+            more = encoded(reader, kept + continuation, first)[len(start) :]
     if not start or not more:
         nothing = shown(continuation if start else context)
         raise ItemsError(place(item), f"{nothing} without tokens", "text the tokenizer knows")

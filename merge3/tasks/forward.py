@@ -58,9 +58,15 @@ def _takes_logits_to_keep(kind: type) -> bool:
 
 def last_logits(model, count: int, **inputs) -> torch.Tensor:
     """Logits of the last `count` positions: float32 [rows, count, vocabulary]."""
+    return last_logits_of(model, count, **inputs)[1]
+
+
+def last_logits_of(model, count: int, **inputs):
+    """(what the forward gave, logits of the last `count` positions, float32 [rows, count, vocabulary])"""
     if takes_logits_to_keep(model):
-        return model(**inputs, logits_to_keep=count).logits.float()
-    return model(**inputs).logits[:, -count:].float()
+        inputs["logits_to_keep"] = count
+    output = model(**inputs)
+    return output, output.logits[:, -count:].float()
 
 
 def logits_at(model, places: torch.Tensor, **inputs) -> torch.Tensor:

@@ -14,11 +14,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from merge3.tasks.decoder import Continuations, end_tokens
+from merge3.errors import ItemsError
+from merge3.tasks.decoder import end_tokens
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, batches, share_prefix
+from merge3.tasks.seq2seq import PairedRows, is_pair
 from merge3.tasks.shared_prefix import possible
+from merge3.tasks.state import state
+from merge3.tasks.writing import continuations
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 IMAGES = 64  # per forward
@@ -27,8 +31,14 @@ _ROWS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: what m
 
 
 def has_head(model) -> bool:
-    """Whether a model ends in a classification head, which gives logits and continues no text."""
-    return "Classification" in type(model).__name__
+    """Whether a model ends in a classification head, which gives logits of a whole input and continues no text."""
+    name = type(model).__name__
+    return "Classification" in name and "TokenClassification" not in name and "FrameClassification" not in name
+
+
+def writes(model) -> bool:
+    """Whether a model continues a text: a causal one, or one with an encoder for texts and a decoder."""
+    return model.can_generate() and model.main_input_name == "input_ids" and not has_head(model)
 
 
 class LM:
@@ -52,15 +62,25 @@ class LM:
         """How likely each choice is after its prompt: results are Likelihoods.
 
         Choices of a request stand side by side in one row where this architecture honours masks of one's own (tried
-        on a few requests, and a warning if not), else each in a row of its own.
+        on a few requests, and a warning if not), else each in a row of its own. Of a model with an encoder and a
+        decoder, the encoder reads each prompt once.
         """
+        if is_pair(self.model):
+            return PairedRows(requests, self.model, self.device, self.batch_tokens, self.pad)
+        known = state(self.model)
+        if not known.causal:
+            name = type(self.model).__name__
+            raise ItemsError("items", f"choices for a {name}, whose tokens see those after them", "items it writes")
         prefix, rest = share_prefix(requests)
-        return self._rows(prefix, rest)(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
+        # With a mask of one's own a layer looks back beyond its window.
+        shares = known.shares(max(request.length()[0] for request in requests))
+        rows = self._rows(prefix, rest) if shares else PlainRows
+        return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
         """What follows each prompt, greedily: results are Written."""
-        prefix, rest = share_prefix(requests)
-        return Continuations(prefix, rest, self.device, self.tokenizer, self.end, self.batch_tokens, self.pad)
+        how = self.tokenizer, self.end, self.device, self.batch_tokens, self.pad
+        return continuations(self.model, requests, *how)
 
     def logits(self, requests: Sequence[Text] | Sequence[Image]) -> Question:
         """What the head says of texts or images: results are logits [labels] in the model's dtype, on the CPU."""

@@ -34,7 +34,8 @@ class Reader:
 
     tokenizer: None where only images are read; chat: wrap prompts in its chat template; folder: of the checkpoint,
     whose image processor is loaded when it is first needed; limit: positions of the model, None where nothing limits
-    them; system: what the template is told first, if anything.
+    them; system: what the template is told first, if anything; apart: what follows a prompt is another text, a
+    decoder's.
     """
 
     tokenizer: Any
@@ -42,6 +43,7 @@ class Reader:
     folder: Path | None = None
     limit: int | None = None
     system: str = ""
+    apart: bool = False
 
     def wrapped(self, prompt: str) -> str:
         """A prompt as the model gets it. Raises ItemsError where a chat template is wanted and there is none."""
@@ -73,7 +75,7 @@ class Reader:
 
     def following(self, text: str, tokens: tuple[int, ...], more: str) -> tuple[int, ...]:
         """Token ids of `more` as they follow a prompt (text, tokens); alone if the tokenizer would merge the two."""
-        whole = self.tokens(text + more)
+        whole = () if self.apart else self.tokens(text + more)
         if len(whole) > len(tokens) and whole[: len(tokens)] == tokens:
             return whole[len(tokens) :]
         return tuple(self.tokenizer(more, add_special_tokens=False)["input_ids"])

@@ -15,9 +15,10 @@ from merge3.tasks.documents import Raw
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
 from merge3.tasks.kinds import KINDS, Kind, in_files
-from merge3.tasks.lm import BATCH_TOKENS, LM, has_head
+from merge3.tasks.lm import BATCH_TOKENS, LM, has_head, writes
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
 from merge3.tasks.requests import Question
+from merge3.tasks.seq2seq import is_pair
 
 # Found once per live model: a search that renews its items prepares new ones every generation.
 _TOKENIZERS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {folder: tokenizer}
@@ -68,7 +69,7 @@ class Scorer:
         if len(images) > 1:
             raise ItemsError("items", "texts and images together", "one kind of input per run")
         tokenizer = _tokenizer(model, folder) if images == {False} else None
-        reader = Reader(tokenizer, chat, Path(folder), positions(model.config), system)
+        reader = Reader(tokenizer, chat, Path(folder), positions(model.config), system, is_pair(model))
         lm = LM(model, tokenizer, batch_tokens)
         self.asked = [_asked(own, items, reader, lm, model.config) for own in _groups(items)]
 
@@ -147,7 +148,7 @@ def _check_kinds(items: Sequence[Item], model) -> None:
     """Heads are asked for their logits, language models for the rest; an image is for a kind that reads it."""
     for item in items:
         kind = KINDS[item.kind]
-        if (kind.asks == "logits") != has_head(model):
+        if not (has_head(model) if kind.asks == "logits" else writes(model)):
             heads = " or ".join(name for name, other in in_files().items() if other.asks == "logits")
             texts = " or ".join(name for name, other in in_files().items() if other.asks != "logits")
             expected = f"{heads} for classification heads, {texts} for language models"
