@@ -184,7 +184,7 @@ def test_recipes_with_other_templates_share_an_engine(own_speakers, recipe_of):
     assert [chat_template(recipe, engine.pool) for recipe in recipes] == [None, recipes[1].chat_template]
     for recipe in recipes:
         list(engine.evaluate(asked, [recipe]))
-    prompts = {scorer.asked[0].question.batches[0].ids.shape for scorer in engine._scorers.values()}
+    prompts = {scorer.asked[0].question.batches[0][0][0][1].tokens for scorer in engine._scorers.values()}
     assert len(engine._scorers) == 2 and len(prompts) == 2
 
 
