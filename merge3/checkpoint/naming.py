@@ -79,7 +79,7 @@ def _modern(name: str) -> str:
 
 def is_embedding(name: str) -> bool:
     """Whether a tensor has a row for every token that a model reads."""
-    return bool(_EMBEDDING.search(name))
+    return bool(_EMBEDDING.search(name)) or name.endswith("backbone.embeddings.weight")  # the latter Mamba's
 
 
 def by_token(name: str) -> bool:

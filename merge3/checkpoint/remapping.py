@@ -84,19 +84,21 @@ class _Group:
     ):
         self.vocabulary, self.members = vocabulary, members
         infos = [checkpoint.tensors[name] for checkpoint, name in members.values()]
+        self._lies = len(infos[0].shape) == 2 and infos[0].shape[0] == 1  # a bias with a column for every token
         promoted = infos[0].dtype
         for info in infos[1:]:
             promoted = torch.promote_types(promoted, info.dtype)
         self.dtype = dtype or (torch.float32 if promoted == torch.float64 else promoted)
-        self.shape = (vocabulary.rows, *infos[0].shape[1:])
+        self._rows = (vocabulary.rows, *self._standing(infos[0].shape)[1:])
+        self.shape = self._standing(self._rows)
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 
     def check(self, base: str) -> None:
         """Raises CheckpointError where an endpoint's tensor cannot give rows to the others."""
         for model, (checkpoint, name) in self.members.items():
-            shape = checkpoint.tensors[name].shape
-            if shape[1:] != self.shape[1:]:
-                expected = f"rows of {list(self.shape[1:])} as in {base}"
+            shape = self._standing(checkpoint.tensors[name].shape)
+            if shape[1:] != self._rows[1:]:
+                expected = f"rows of {list(self._rows[1:])} as in {base}"
                 raise CheckpointError(model, f"tensor {name!r} of shape {list(shape)}", expected)
             last = max(int(self.vocabulary.own[model].max()), *self._named(model), -1)
             if last >= shape[0]:
@@ -117,7 +119,7 @@ class _Group:
     def rows_of(self, model: str) -> torch.Tensor:
         """The tensor of one endpoint over the vocabulary's rows."""
         plan, own = self.plan, self.vocabulary.own[model]
-        result = torch.zeros(self.shape, dtype=self.dtype)
+        result = torch.zeros(self._rows, dtype=self.dtype)
         keeps = plan.tokens & (own >= 0) & ~plan.forced
         self._fill(result, keeps, model, own)
         rest = plan.tokens & ~keeps
@@ -130,7 +132,7 @@ class _Group:
             result[~plan.tokens] = result[plan.tokens].mean(0)
         for checkpoint, name in self.members.values():
             checkpoint.release(name)
-        return result
+        return result.reshape(self.shape)
 
     def _fill(self, result: torch.Tensor, wanted: torch.Tensor, model: str, rows: torch.Tensor) -> None:
         """Rows of the result that are wanted, from one endpoint's rows of these numbers."""
@@ -139,7 +141,7 @@ class _Group:
 
     def _mean(self, wanted: torch.Tensor) -> torch.Tensor:
         """Summed endpoint by endpoint and divided, each step rounded, as mergekit does."""
-        total = torch.zeros((int(wanted.sum()), *self.shape[1:]), dtype=self.dtype)
+        total = torch.zeros((int(wanted.sum()), *self._rows[1:]), dtype=self.dtype)
         count = torch.zeros(len(total), dtype=torch.int64)
         for model in self.members:
             own = self.vocabulary.own[model][wanted]
@@ -152,7 +154,12 @@ class _Group:
 
     def _take(self, model: str, rows: torch.Tensor) -> torch.Tensor:
         checkpoint, name = self.members[model]
-        return checkpoint.get(name)[rows].to(self.dtype)
+        stored = checkpoint.get(name)
+        return (stored.T if self._lies else stored)[rows].to(self.dtype)
+
+    def _standing(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Rows first."""
+        return shape[::-1] if self._lies else tuple(shape)
 
     def _named(self, model: str) -> list[int]:
         named = [row for row in self.vocabulary.tokenizer.tokens if row.model == model]

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,8 +23,10 @@ from merge3.tasks import Item
 from merge3.tasks.decoder import end_tokens
 from merge3.tasks.prompts import Reader
 from tests.asking import answers
-from tests.speakers import renumber
+from tests.commands import client
+from tests.speakers import ROWS, VOCABULARIES, renumber, tokenizer_of
 
+SPECIALS = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CASES = {
     "union": ("speakers", dict(tokenizer_source="union")),
@@ -231,3 +234,57 @@ def test_numbers_that_are_not_used_are_rows_like_padding(own_speakers, recipe_of
 def test_the_tokenizer_of_a_pool_is_a_value(speakers):
     recipe = yaml.safe_load(Recipe.parse({"merge_method": "linear", "models": [{"model": "a"}]}).to_yaml())
     assert Recipe.parse(recipe | {"tokenizer": {}}).tokenizer == Tokenizer("union", base=False)
+
+
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+STACKS = dict(d_model=16, encoder_layers=1, decoder_layers=1, decoder_start_token_id=0, max_position_embeddings=64)
+HEADS = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24)
+FAMILIES = {  # -> (class, settings, how many tensors have a row, or a column, for every token)
+    "gpt2": ("AutoModelForCausalLM", dict(n_layer=2, n_embd=16, n_head=2, n_positions=60), 1),
+    "gpt_neox": ("AutoModelForCausalLM", SMALL | dict(intermediate_size=24, tie_word_embeddings=False), 2),
+    "phi": ("AutoModelForCausalLM", SMALL | dict(intermediate_size=24, tie_word_embeddings=False), 3),  # a bias too
+    "bert": ("AutoModelForMaskedLM", SMALL | dict(intermediate_size=24, max_position_embeddings=60), 2),
+    "bart": ("AutoModelForSeq2SeqLM", STACKS | HEADS, 2),  # final_logits_bias: [1, tokens]
+    "mamba": ("AutoModelForCausalLM", dict(hidden_size=12, num_hidden_layers=2, state_size=4), 1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, recipe_of, family):
+    """Whatever their embeddings, heads and biases are called: written, loaded whole, and live, to the last bit."""
+    loader, settings, count = FAMILIES[family]
+    load = getattr(transformers, loader)
+    for name, (words, added) in VOCABULARIES.items():
+        tokenizer = tokenizer_of(words, added)
+        numbers = {f"{key}_token_id": tokenizer.get_vocab()[text] for key, text in SPECIALS.items()}
+        config = transformers.AutoConfig.for_model(family, vocab_size=ROWS[name], **settings, **numbers)
+        torch.manual_seed(ROWS[name])
+        load.from_config(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    recipe = recipe_of(tmp_path, tokenizer={"pad_to_multiple_of": 61})
+    engine = LocalEngine(opened(recipe))
+    engine.check(recipe)
+    engine.slot.swap(recipe)
+    engine.export(recipe, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in written.items():
+        assert torch.equal(engine.slot._weights[name], tensor), name
+    assert sum(61 in tensor.shape for tensor in written.values()) == count
+    _, said = load.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(said.values())
+
+
+def test_a_recipe_is_evaluated_with_its_own_tokens(speakers, recipe_of, tmp_path):
+    file, items = tmp_path / "recipe.yaml", tmp_path / "items.jsonl"
+    recipe = recipe_of(speakers, tokenizer={"pad_to_multiple_of": 8}, chat_template="chatml")
+    file.write_text(recipe.to_yaml())
+    row = {"id": "q", "task": "t", "kind": "choice", "prompt": "w3 x1 y0", "choices": ["x2", "y2", "w9"], "answer": 1}
+    items.write_text(json.dumps(row) + "\n")
+    for options in ((), ("--apply-chat-template",)):
+        done = client("evaluate", file, items, "--json", *options)
+        assert done.returncode == 0, done.stderr
+        engine = LocalEngine(opened(recipe))
+        expected = answers(
+            engine, recipe, [Item("q", "t", "choice", "w3 x1 y0", 1, ("x2", "y2", "w9"))], chat=bool(options)
+        )
+        assert json.loads(done.stdout)["accuracy"] == expected.mean()
