@@ -1,5 +1,6 @@
 """Checkpoint tensors that are parts of live parameters, or made of several: a swap writes them in place."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge3 import Pool, Recipe, Slot, merge_to_disk
-from merge3.errors import CheckpointError
+from merge3.errors import BadInput, CheckpointError
 from tests.families import FAMILIES, Family, make, outputs, picture
 
 
@@ -118,6 +119,36 @@ def test_a_conversion_that_computes_is_refused_at_open(tmp_path, converting):
     with pytest.raises(CheckpointError, match=expected):
         opened(tmp_path)
     assert merge_to_disk(recipe(tmp_path), tmp_path / "out")["kept"] == {}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("T5", "float16"), ("DeBERTa", "bfloat16")])
+def test_weights_that_stay_wide_are_rounded_as_on_disk(name, dtype, tmp_path):
+    """transformers keeps some in float32, where a merge would have more digits than its checkpoint."""
+    import transformers
+    from safetensors.torch import save_file
+
+    family = FAMILIES[name]
+    make(family, tmp_path)
+    for model in ("base", "e0", "e1"):
+        file = tmp_path / model / "model.safetensors"
+        tensors = load_file(file)
+        save_file({n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}, file, metadata={"format": "pt"})
+        file = tmp_path / model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+    slot = opened(tmp_path)
+    slot.swap(recipe(tmp_path))
+    merge_to_disk(recipe(tmp_path), tmp_path / "out")
+    loaded = getattr(transformers, family.auto).from_pretrained(tmp_path / "out", dtype="auto")
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32, getattr(torch, dtype)}
+    for tensor, value in loaded.state_dict().items():
+        assert torch.equal(slot.model.state_dict()[tensor], value), tensor
+
+
+def test_variances_below_zero_are_not_written(tmp_path):
+    make(FAMILIES["ResNet"], tmp_path)
+    with pytest.raises(BadInput, match=r"running_var': merged variances down to -.*; expected 0 or above"):
+        merge_to_disk(recipe(tmp_path, 200.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_without_one_of_its_parameters_is_refused_at_open(tmp_path):
