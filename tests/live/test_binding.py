@@ -67,6 +67,26 @@ def test_parameters_that_are_parts_of_one_tensor(tmp_path):
     check(tmp_path, family)
 
 
+def test_names_that_torch_once_had(tmp_path):
+    """A convolution's length and direction, as checkpoints of Wav2Vec2 on the hub name them."""
+    from safetensors.torch import save_file
+
+    sizes = dict(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    sizes |= dict(conv_dim=[8], conv_kernel=[3], conv_stride=[2], num_feat_extract_layers=1)
+    sizes |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    sound = lambda: {"input_values": torch.linspace(-1, 1, 64)[None].sin()}
+    family = Family("wav2vec2", "Wav2Vec2ForCTC", "AutoModelForCTC", sizes, sound, (), "wav2vec2.encoder.layers")
+    assert make(family, tmp_path) is None
+    for model in ("base", "e0", "e1"):
+        file, renamed = tmp_path / model / "model.safetensors", {}
+        for name, tensor in load_file(file).items():
+            name = name.replace("parametrizations.weight.original0", "weight_g")
+            renamed[name.replace("parametrizations.weight.original1", "weight_v")] = tensor
+        assert sum(name.endswith(("weight_g", "weight_v")) for name in renamed) == 2
+        save_file(renamed, file, metadata={"format": "pt"})
+    check(tmp_path, family)
+
+
 @pytest.fixture
 def converting(tmp_path):
     """A function that has transformers convert tensors as it loads Llamas, and makes a base and two fine-tunes whose
