@@ -154,7 +154,7 @@ def _write_tensors(
             else:
                 tensor = merged.pop(name)
             if name not in pool.fixed:  # a mask may well hold infinities
-                _check_output_finite(name, tensor)
+                _check_output(name, tensor)
             writer.put(name, tensor)
         for job in jobs:
             if streaming:
@@ -172,11 +172,14 @@ def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, poo
         writer.write_text("chat_template.jinja", template)
 
 
-def _check_output_finite(name: str, tensor: torch.Tensor) -> None:
-    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504."""
+def _check_output(name: str, tensor: torch.Tensor) -> None:
+    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504. A variance is at least 0."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     low, high = torch.aminmax(tensor)  # both are NaN where any element is; fifty times as fast as isfinite().all()
+    if name.endswith(".running_var") and low < 0:
+        expected = "0 or above: outputs would be NaN"
+        raise BadInput(f"tensor {name!r}", f"merged variances down to {float(low):.3g}", expected, "smaller weights")
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     count = int((~torch.isfinite(tensor)).sum())

@@ -181,8 +181,8 @@ FAMILIES: dict[str, Family] = {
     "DeBERTa-v2": _encoder("deberta-v2", "DebertaV2ForMaskedLM", "deberta.encoder.layer", position_buckets=8, **BIASED),
     "T5": Family(
         "t5", "T5ForConditionalGeneration", "AutoModelForSeq2SeqLM",
-        dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=2, num_heads=4), both, ASKED,
-        "decoder.block",
+        dict(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=2, num_heads=4,
+             decoder_start_token_id=0), both, ASKED, "decoder.block",
     ),
     "BART": Family(
         "bart", "BartForConditionalGeneration", "AutoModelForSeq2SeqLM", PAIR | {"max_position_embeddings": 64}, both,

@@ -36,6 +36,10 @@ def bind(model: torch.nn.Module, pool: Pool) -> dict[str, torch.Tensor]:
     apart = {name: pool.shape(Ref(pool.base, name)) for name in pool.outputs}
     bound: dict[str, torch.Tensor] = {}
     wanted, converted = _targets(model, live, shapes | apart)
+    left = [name for name, target in wanted.items() if target not in live]
+    if left:
+        more, others = _targets(model, live, left, of_old=True)
+        wanted, converted = wanted | more, converted + others
     for name, target in wanted.items():
         if target not in live or tuple(live[target].shape) != (shapes | apart)[name]:
             continue
@@ -63,9 +67,12 @@ class _Group:
     sources: list[tuple[str, str]]
 
 
-def _targets(model, live: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, str], list[_Group]]:
-    """(name -> the parameter or buffer that is the same tensor, whose values are the same; groups of all the others)"""
-    table = _conversions(model)
+def _targets(
+    model, live: Mapping[str, Any], names: Iterable[str], of_old: bool = False
+) -> tuple[dict[str, str], list[_Group]]:
+    """(name -> the parameter or buffer that is the same tensor, whose values are the same; groups of all the others).
+    of_old: whether names may be those that modules of torch and transformers once had."""
+    table = _conversions(model, of_old)
     if not table:
         prefix = getattr(model, "base_model_prefix", "")
         return {name: _prefixed(name, live, prefix) for name in names}, []
@@ -86,13 +93,13 @@ def _targets(model, live: Mapping[str, Any], names: Iterable[str]) -> tuple[dict
     return same, list(groups.values())
 
 
-def _conversions(model) -> list[Any]:
-    """transformers' table for this model, but for what it does to names of old, which naming.py has undone."""
+def _conversions(model, of_old: bool) -> list[Any]:
+    """transformers' table for this model."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
         return []  # a version that renames and fuses nothing
-    return get_model_conversion_mapping(model, add_legacy=False)
+    return get_model_conversion_mapping(model, add_legacy=of_old)
 
 
 def _prefixed(name: str, live: Mapping[str, Any], prefix: str) -> str:

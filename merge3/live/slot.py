@@ -22,7 +22,9 @@ from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
 
-BATCH = 24_000_000  # elements merged beside the model at once, where they cannot be merged in place
+# Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
+# block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
+BATCH = 24_000_000
 
 
 class Slot:
@@ -43,6 +45,7 @@ class Slot:
         self.pool = pool
         self.model = load_model(pool, dtype or promoted(pool))
         self._weights = bind(self.model, pool)
+        self._rounded = self._kept_wide(dtype)
         if pool.vocabulary is not None:  # the file's rows are others
             self._copy(pool.base, [name for name in self._weights if by_token(name)])
         self._heads = Heads(self.model, pool, self._weights)
@@ -109,11 +112,16 @@ class Slot:
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
             self._prepared.clear()
             self._memory = self.pool.memory
+        there, beside = [], []
+        for output in outputs:
+            there_at_once = output[2].is_contiguous() and output[0] not in self._rounded
+            (there if there_at_once else beside).append(output)
         with torch.no_grad():
-            self._write([output for output in outputs if output[2].is_contiguous()], seed, self._prepared)
-            for batch in _batches([output for output in outputs if not output[2].is_contiguous()]):
-                # Parts of fused parameters that are no block of memory, as the kernels want theirs.
-                blocks = [(name, step, out.new_empty(out.shape)) for name, step, out in batch]
+            self._write(there, seed, self._prepared)
+            for batch in _batches(beside):
+                blocks = []
+                for name, step, out in batch:
+                    blocks.append((name, step, out.new_empty(out.shape, dtype=self._rounded.get(name, out.dtype))))
                 self._write(blocks, seed, None)
                 for (_, _, out), (_, _, block) in zip(batch, blocks):
                     out.copy_(block)
@@ -124,6 +132,16 @@ class Slot:
             (here if self.pool.resident(output[1].refs) else away).append(output)
         execute(here, self.pool.get, seed, prepared)
         execute_streamed(away, self.pool, seed)
+
+    def _kept_wide(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """Weights that transformers keeps in float32 in a narrower model -> what they are exported in, and so rounded
+        to: a merge must not be better here than on disk."""
+        rounded = {}
+        for name, weight in self._weights.items():
+            own = dtype or self.pool.common_dtype(Ref(self.pool.base, name))
+            if weight.dtype == torch.float32 and own.is_floating_point and own != torch.float32:
+                rounded[name] = own
+        return rounded
 
     def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
         self._settle()

@@ -13,6 +13,7 @@ from merge3.errors import ItemsError
 from merge3.tasks.items import Item, place, shown
 from merge3.tasks.kinds import KINDS
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
+from merge3.tasks.requests import taken
 
 POLICIES = ("error", "skip", "truncate_left")
 
@@ -41,19 +42,27 @@ def fit_to_model(
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, system)
+    apart = bool(getattr(config, "is_encoder_decoder", False))
+    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, system, apart)
 
 
 def fit_items(
-    items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False, system: str = ""
+    items: Sequence[Item],
+    tokenizer,
+    limit: int | None,
+    policy: str,
+    chat: bool = False,
+    system: str = "",
+    apart: bool = False,
 ) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
+    apart: prompts and what follows them each have as many, as in models with an encoder and a decoder.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat, limit=limit, system=system)
+    reader = Reader(tokenizer, chat, limit=limit, system=system, apart=apart)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
@@ -82,7 +91,7 @@ def fit_items(
 
 def _length(item: Item, reader: Reader) -> tuple[int, str]:
     """(how many positions an item takes, what for)"""
-    return max(request.length() for request in KINDS[item.kind].requests(item, reader))
+    return max(taken(request, reader.apart) for request in KINDS[item.kind].requests(item, reader))
 
 
 def _cut(item: Item, reader: Reader, limit: int) -> Item:

@@ -88,6 +88,16 @@ class Written:
     tokens: tuple[int, ...]
 
 
+def taken(request: Any, apart: bool = False) -> tuple[int, str]:
+    """(positions, what takes them). apart: a decoder has positions of its own for what follows a prompt."""
+    whole, what = request.length()
+    if not apart:
+        return whole, what
+    prompt = len(request.tokens)
+    sides = (prompt, f"prompt of {prompt} tokens"), (whole - prompt, f"{whole - prompt} tokens after a prompt")
+    return max(sides)
+
+
 def share_prefix(requests: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
     """(the first tokens that all requests have, or none where that is not worth it, the requests without them)
 

@@ -17,7 +17,7 @@ from merge3.tasks.items import Item, place
 from merge3.tasks.kinds import KINDS, Kind, in_files
 from merge3.tasks.lm import BATCH_TOKENS, LM, has_head, writes
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
-from merge3.tasks.requests import Question
+from merge3.tasks.requests import Question, taken
 from merge3.tasks.seq2seq import is_pair
 
 # Found once per live model: a search that renews its items prepares new ones every generation.
@@ -124,7 +124,7 @@ def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config
     requests, owners = [], []
     for owner, item in enumerate(resolved):
         for request in kind.requests(item, reader):
-            longest, what = request.length()
+            longest, what = taken(request, reader.apart)
             if limit is not None and longest > limit:
                 raise ItemsError(
                     place(item),

@@ -80,7 +80,7 @@ def same_model(live, family, folder):
     import transformers
 
     loaded, said = getattr(transformers, family.auto).from_pretrained(folder, output_loading_info=True)
-    assert type(loaded).__name__ == family.model
+    assert type(loaded).__name__ == type(live).__name__ == family.model
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     weights = live.state_dict()
     for tensor, value in loaded.state_dict().items():

@@ -1,5 +1,6 @@
 """Checkpoint tensors that are parts of live parameters, or made of several: a swap writes them in place."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge3 import Pool, Recipe, Slot, merge_to_disk
-from merge3.errors import CheckpointError
+from merge3.errors import BadInput, CheckpointError
 from tests.families import FAMILIES, Family, make, outputs, picture
 
 
@@ -66,6 +67,26 @@ def test_parameters_that_are_parts_of_one_tensor(tmp_path):
     check(tmp_path, family)
 
 
+def test_names_that_torch_once_had(tmp_path):
+    """A convolution's length and direction, as checkpoints of Wav2Vec2 on the hub name them."""
+    from safetensors.torch import save_file
+
+    sizes = dict(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    sizes |= dict(conv_dim=[8], conv_kernel=[3], conv_stride=[2], num_feat_extract_layers=1)
+    sizes |= dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    sound = lambda: {"input_values": torch.linspace(-1, 1, 64)[None].sin()}
+    family = Family("wav2vec2", "Wav2Vec2ForCTC", "AutoModelForCTC", sizes, sound, (), "wav2vec2.encoder.layers")
+    assert make(family, tmp_path) is None
+    for model in ("base", "e0", "e1"):
+        file, renamed = tmp_path / model / "model.safetensors", {}
+        for name, tensor in load_file(file).items():
+            name = name.replace("parametrizations.weight.original0", "weight_g")
+            renamed[name.replace("parametrizations.weight.original1", "weight_v")] = tensor
+        assert sum(name.endswith(("weight_g", "weight_v")) for name in renamed) == 2
+        save_file(renamed, file, metadata={"format": "pt"})
+    check(tmp_path, family)
+
+
 @pytest.fixture
 def converting(tmp_path):
     """A function that has transformers convert tensors as it loads Llamas, and makes a base and two fine-tunes whose
@@ -118,6 +139,36 @@ def test_a_conversion_that_computes_is_refused_at_open(tmp_path, converting):
     with pytest.raises(CheckpointError, match=expected):
         opened(tmp_path)
     assert merge_to_disk(recipe(tmp_path), tmp_path / "out")["kept"] == {}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("T5", "float16"), ("DeBERTa", "bfloat16")])
+def test_weights_that_stay_wide_are_rounded_as_on_disk(name, dtype, tmp_path):
+    """transformers keeps some in float32, where a merge would have more digits than its checkpoint."""
+    import transformers
+    from safetensors.torch import save_file
+
+    family = FAMILIES[name]
+    make(family, tmp_path)
+    for model in ("base", "e0", "e1"):
+        file = tmp_path / model / "model.safetensors"
+        tensors = load_file(file)
+        save_file({n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}, file, metadata={"format": "pt"})
+        file = tmp_path / model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype}))
+    slot = opened(tmp_path)
+    slot.swap(recipe(tmp_path))
+    merge_to_disk(recipe(tmp_path), tmp_path / "out")
+    loaded = getattr(transformers, family.auto).from_pretrained(tmp_path / "out", dtype="auto")
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32, getattr(torch, dtype)}
+    for tensor, value in loaded.state_dict().items():
+        assert torch.equal(slot.model.state_dict()[tensor], value), tensor
+
+
+def test_variances_below_zero_are_not_written(tmp_path):
+    make(FAMILIES["ResNet"], tmp_path)
+    with pytest.raises(BadInput, match=r"running_var': merged variances down to -.*; expected 0 or above"):
+        merge_to_disk(recipe(tmp_path, 200.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_without_one_of_its_parameters_is_refused_at_open(tmp_path):

@@ -1,11 +1,14 @@
 """Encoder-decoder models answer as a plain loop over transformers has them answer, one item at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from merge3.errors import ItemsError
 from merge3.tasks import Item, LogitsError, Scorer
+from merge3.tasks.fit import fit_items
 from merge3.tasks.kinds import KINDS
 from merge3.tasks.lm import LM
 from merge3.tasks.prompts import Reader
@@ -137,6 +140,23 @@ def test_no_number_is_no_answer(world, pair, items):
     broken.get_input_embeddings().weight.data.fill_(torch.nan)
     with pytest.raises(LogitsError, match="NaN or infinite here"):
         scorer.score(broken)
+
+
+def test_prompts_and_answers_have_positions_of_their_own(world, pair):
+    folder, tokenizer, _ = world
+    rng = np.random.default_rng(0)
+    long, limit = words(rng, 60), 64 if pair.config.model_type == "bart" else None
+    asked = [Item("g", "g", "generate", long, ("x",), "", "exact", None, 60)]
+    Scorer(asked, pair, folder).score(pair)  # 120 in all
+    asked = [replace(asked[0], prompt=words(rng, 70))]
+    if limit is None:
+        Scorer(asked, pair, folder).score(pair)
+        return
+    with pytest.raises(ItemsError, match="prompt of 70 tokens; expected at most 64"):
+        Scorer(asked, pair, folder)
+    (item,) = fit_items(asked, tokenizer, limit, "truncate_left", apart=True).items
+    assert item.prompt.split() == asked[0].prompt.split()[-64:]
+    Scorer([item], pair, folder).score(pair)
 
 
 def test_what_writes_nothing_is_not_asked_to(world):
