@@ -41,19 +41,28 @@ def fit_to_model(
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, system)
+    embedded = any(KINDS[item.kind].asks == "embeddings" for item in items)
+    limit = positions(config, folder if embedded else None)
+    return fit_items(items, load_tokenizer(folder), limit, policy, chat, system, Path(folder))
 
 
 def fit_items(
-    items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False, system: str = ""
+    items: Sequence[Item],
+    tokenizer,
+    limit: int | None,
+    policy: str,
+    chat: bool = False,
+    system: str = "",
+    folder: Path | None = None,
 ) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
+    folder: of the checkpoint, where items are embedded.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat, limit=limit, system=system)
+    reader = Reader(tokenizer, chat, folder, limit, system)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
