@@ -23,7 +23,7 @@ from examples.real.items import HAND_WRITTEN, write_encoder_items, write_rows
 from merge3.client import run
 from merge3.errors import Merge3Error
 from merge3.files import write_atomically
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.tasks import read_items
 from merge3.threads import configure
 

@@ -21,9 +21,9 @@ from merge3.engine import LocalEngine
 from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning, ResourceError
 from merge3.export import merge_to_disk
 from merge3.pool import Pool
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.tasks import Item, LogitsError, Scorer, fit_to_model, read_items
 from merge3.tasks import embeddings as computed
 from merge3.tasks.kinds import KINDS
@@ -376,6 +376,13 @@ def test_other_pooling_and_prompts_are_said(checkpoints, tmp_path):
     shutil.rmtree(folder / "base/1_Pooling")
     lines = Pool.open(str(folder / "base"), [str(folder / "e1")]).warnings
     assert any("e1: pooling of its embeddings: cls, none in the base" in line for line in lines)
+
+
+def test_a_folder_made_for_its_tokenizer_has_the_modules_too(checkpoints):
+    base = str(checkpoints / "base")
+    words = Pool.open(base, [str(checkpoints / "e0")], tokenizer=Tokenizer("union")).words
+    for folder in (words.folder(), words.folder("{{ messages }}")):
+        assert str(checkpoints) not in str(folder) and read_sentences(folder) == read_sentences(base)
 
 
 def configuration(folder, where):
