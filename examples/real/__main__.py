@@ -50,11 +50,11 @@ DECODER: dict[str, Any] = {
         "bounds": {"weight": [0.0, 1.5]},
     },
     "tasks": [{"items": f"{skill}.jsonl"} for skill in skills.SKILLS],
-    "extract": {"method": "random", "size": 20},
+    "extract": {"method": "random", "size": 16},
     "heldout": {"fraction": 0.0},
-    "optimizer": {"budget": 40, "population": 8, "sigma": 0.15, "seed": 0},
+    "optimizer": {"budget": 24, "population": 6, "sigma": 0.15, "seed": 0},
 }
-TRAINING, BATCH, SEARCH, TEST = 512, 16, 80, 100  # examples of each skill, and items
+TRAINING, BATCH, SEARCH, TEST = 384, 8, 60, 60  # examples of each skill, and items
 
 
 class Steps:
