@@ -149,10 +149,10 @@ def _tokenizer(model, folder: str | Path):
 def _check_kinds(items: Sequence[Item], model) -> None:
     """Heads are asked for their logits, encoders for their embeddings, language models for the rest; an image is for a
     kind that reads it."""
+    answers = {asks: who_answers(asks)[1](model) for asks in {KINDS[item.kind].asks for item in items}}
     for item in items:
         kind = KINDS[item.kind]
-        _, answers = who_answers(kind.asks)
-        if not answers(model):
+        if not answers[kind.asks]:
             kinds: dict[str, list[str]] = {}
             for name, other in in_files().items():
                 kinds.setdefault(who_answers(other.asks)[0], []).append(name)
