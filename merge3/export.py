@@ -19,6 +19,7 @@ import torch
 from merge3.alignment import check_finite
 from merge3.checkpoint import CheckpointWriter, check_free
 from merge3.checkpoint.card import model_card
+from merge3.checkpoint.modules import check_modules, module_files
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, Merge3Warning, RecipeError
 from merge3.methods import Job, execute, method_named
@@ -27,6 +28,7 @@ from merge3.packaging import (
     chat_template,
     check_output,
     check_written,
+    lead,
     output_config,
     output_specs,
     side_files,
@@ -55,6 +57,9 @@ def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
     """
     program = compile(recipe, pool, where)
     specs = output_specs(recipe, program, pool)
+    first = lead(recipe)  # whose files the output has
+    others = [str(model) for model in recipe.models() if str(model) != first]
+    check_modules({model: pool.endpoints[model].path for model in (first, *others)})
     return Prepared(program, specs, output_config(recipe, program, specs, pool))
 
 
@@ -168,6 +173,7 @@ def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, poo
     writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.program.copies, seed))
     writer.write_text("mergekit_config.yml", recipe.to_yaml())
     writer.copy(side_files(recipe, pool))
+    writer.copy_as(module_files(pool.endpoints[lead(recipe)].path))
     if (template := chat_template(recipe, pool)) is not None:
         writer.write_text("chat_template.jinja", template)
 

@@ -11,6 +11,7 @@ from typing import Any
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import configuration
 from merge3.checkpoint.layout import layout
+from merge3.checkpoint.modules import module_settings
 from merge3.checkpoint.vocabulary import embedding_of
 
 # Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
@@ -42,6 +43,11 @@ def differences(base_name: str, base: Checkpoint, model: str, other: Checkpoint,
         if own[key] != theirs[key]:
             found = f"{key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}"
             lines.append(f"{model}: {found}; the merge computes with the base's")
+    mine, others = module_settings(base.path), module_settings(other.path)
+    for what, value in others.items():
+        if value != mine[what] and any(others.values()):  # an adapter says nothing of embeddings
+            found = f"{what} of its embeddings: {value or 'none'}, {mine[what] or 'none'} in the base {base_name}"
+            lines.append(f"{model}: {found}; the merge has the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
     if words and _other_words(base, other):

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from merge3.checkpoint.beside import speaking_files
+from merge3.checkpoint.modules import copy_modules
 from merge3.checkpoint.read import Checkpoint, open_checkpoint, resolve
 from merge3.errors import CheckpointError, Unavailable
 
@@ -41,6 +42,7 @@ def open_with_adapter(
     for file in speaking_files(base.path):  # as the model it is an adapter of
         if not (Path(keep.name) / file.name).exists():
             shutil.copyfile(file, Path(keep.name) / file.name)
+    copy_modules(base.path, Path(keep.name))
     checkpoint = open_checkpoint(keep.name)
     checkpoint.temporary = keep
     return checkpoint

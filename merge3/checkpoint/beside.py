@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from merge3.checkpoint.modules import copy_modules
 from merge3.files import resource_error
 
 TOKENIZER_FILES = (
@@ -80,6 +81,7 @@ class Words:
                 made.mkdir()
                 for file in [*speaking_files(base), *base.glob("config.json")]:
                     shutil.copyfile(file, made / file.name)
+                copy_modules(base, made)
                 (made / "chat_template.jinja").write_text(template, encoding="utf-8")
             except OSError as error:
                 raise resource_error(made, error) from None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from merge3.checkpoint.beside import GENERATION, Words, has_tokenizer, speaking_files
+from merge3.checkpoint.modules import copy_modules
 from merge3.checkpoint.naming import is_embedding
 from merge3.checkpoint.read import Checkpoint
 from merge3.errors import CheckpointError, RecipeError
@@ -112,6 +113,7 @@ def open_vocabulary(endpoints: dict[str, Checkpoint], tokenizer: Tokenizer) -> V
                 shutil.copyfile(file, folder / file.name)
         if (settings := endpoints[donor].path / GENERATION).is_file():
             shutil.copyfile(settings, folder / GENERATION)
+        copy_modules(endpoints[base].path, folder)  # what an encoder's states become is the model's, not the tokens'
     except OSError as error:
         raise resource_error(folder, error) from None
     tokens = _numbers(output)

@@ -27,7 +27,7 @@ def evaluate(
         bool, typer.Option("--fewshot-as-multiturn", help="Worked examples as turns of the chat.")
     ] = False,
     gen_kwargs: Annotated[
-        str | None, typer.Option(help='Generation arguments, as JSON: \'{"max_gen_toks": 32}\'.')
+        str | None, typer.Option(help="Generation arguments, as JSON: '{\"max_gen_toks\": 32}'.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     device: Device = "cpu",

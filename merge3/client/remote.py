@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import grpc
@@ -191,7 +191,7 @@ class RemoteEngine:
             partial.mkdir(parents=True)
             with self._translated():
                 result = _received(self._stub.Export(request, metadata=self._metadata), partial)
-            for file in partial.iterdir():
+            for file in partial.rglob("*"):
                 sync(file)
             if directory.exists():
                 directory.rmdir()  # empty, as was checked
@@ -260,6 +260,13 @@ class RemoteEngine:
         return translated(self.target.address)
 
 
+def _inside(name: str) -> bool:
+    """Whether a file's name stays in the folder that it is relative to, and is spelled in one way only."""
+    path = PurePosixPath(name)
+    parts = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(parts) and str(path) == name and "\\" not in name and "\0" not in name
+
+
 def _received(stream, directory: Path) -> pb.ExportResult:
     """Files of an Export stream, checked against their digests."""
     import hashlib
@@ -270,12 +277,14 @@ def _received(stream, directory: Path) -> pb.ExportResult:
             result = message.result
         elif message.HasField("chunk"):
             chunk = message.chunk
-            if Path(chunk.file).name != chunk.file or chunk.file in ("", ".", ".."):
-                raise ResourceError("export", f"the daemon sent a file named {chunk.file!r}", "a plain name")
+            if not _inside(chunk.file):
+                found = f"the daemon sent a file named {chunk.file!r}"
+                raise ResourceError("export", found, "a plain name, or one in a folder of the checkpoint")
             if chunk.offset != offsets.get(chunk.file, 0):
                 raise ResourceError(
                     "export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}"
                 )
+            (directory / chunk.file).parent.mkdir(parents=True, exist_ok=True)
             with open(directory / chunk.file, "ab") as handle:
                 handle.write(chunk.data)
             offsets[chunk.file] = chunk.offset + len(chunk.data)

@@ -42,8 +42,9 @@ def fit_to_model(
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    apart = bool(getattr(config, "is_encoder_decoder", False))
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, system, apart)
+    embedded = any(KINDS[item.kind].asks == "embeddings" for item in items)
+    limit, apart = positions(config, folder if embedded else None), bool(getattr(config, "is_encoder_decoder", False))
+    return fit_items(items, load_tokenizer(folder), limit, policy, chat, system, apart, Path(folder))
 
 
 def fit_items(
@@ -54,15 +55,17 @@ def fit_items(
     chat: bool = False,
     system: str = "",
     apart: bool = False,
+    folder: Path | None = None,
 ) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
-    apart: prompts and what follows them each have as many, as in models with an encoder and a decoder.
+    apart: prompts and what follows them each have as many, as in models with an encoder and a decoder. folder: of the
+    checkpoint, where items are embedded.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat, limit=limit, system=system, apart=apart)
+    reader = Reader(tokenizer, chat, folder, limit, system, apart)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:

@@ -11,7 +11,8 @@ from merge3.errors import ItemsError
 
 
 class LogitsError(ItemsError):
-    """A model whose logits are NaN or infinite where an item is scored: no answer, right or wrong.
+    """A model whose logits are NaN or infinite where an item is scored: no answer, right or wrong. Of an encoder it is
+    the states of a text, pooled: NaN, infinite, or all zero.
 
     That is: NaN or +inf among the logits of a scored position, or none above -inf, or a log-likelihood that is NaN.
     Some logits of -inf are legal: models exclude words so.

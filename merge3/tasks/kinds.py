@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from merge3.tasks import choice, classify, generate, generate_until, loglikelihood, loglikelihood_rolling
+from merge3.tasks import choice, classify, generate, generate_until, loglikelihood, loglikelihood_rolling, rank
 from merge3.tasks.documents import Raw
 from merge3.tasks.items import Item
 from merge3.tasks.prompts import Reader
@@ -40,7 +40,7 @@ class Kind:
     metrics: Mapping[str, Callable[[Item, Any], float]]
     answer: Callable[[Any, Sequence[str], str, str], int | str | tuple[str, ...]]
     request: Callable[[Item, Reader], Any]
-    asks: Literal["loglikelihoods", "generate", "logits"]
+    asks: Literal["loglikelihoods", "generate", "logits", "embeddings"]
     resolve: Callable[[Item, Mapping[str, int]], Item] = as_it_is
     raw: Callable[[Item, Sequence[Any]], Raw] | None = None
 
@@ -67,6 +67,7 @@ KINDS: dict[str, Kind] = {
     "choice": Kind(("choices",), choice.METRICS, choice.answer, choice.request, "loglikelihoods"),
     "generate": Kind(("max_tokens", "stop"), generate.METRICS, generate.answer, generate.request, "generate"),
     "classify": Kind(("image",), classify.METRICS, classify.answer, classify.request, "logits", classify.resolve),
+    "rank": Kind(("choices",), rank.METRICS, rank.answer, rank.request, "embeddings"),
     "loglikelihood": _judged(loglikelihood, "loglikelihoods"),
     "loglikelihood_rolling": _judged(loglikelihood_rolling, "loglikelihoods"),
     "generate_until": _judged(generate_until, "generate"),

@@ -1,24 +1,27 @@
 """A live transformers model as tasks ask it, apart from what its answers are worth.
 
-Each of the three functions takes requests, prepares once what no weight changes (batches, masks, the prefix that the
+Each of the four functions takes requests, prepares once what no weight changes (batches, masks, the prefix that the
 requests share) and returns a Question: asked again whenever the weights have changed. Another engine that offers the
-same three can stand in its place.
+same can stand in its place.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
 from merge3.errors import ItemsError
 from merge3.tasks.decoder import end_tokens
+from merge3.tasks.embeddings import Embeddings
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
-from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, batches, share_prefix
+from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, Texts, batches, share_prefix
 from merge3.tasks.seq2seq import PairedRows, is_pair
 from merge3.tasks.shared_prefix import possible
 from merge3.tasks.state import state
@@ -39,6 +42,23 @@ def has_head(model) -> bool:
 def writes(model) -> bool:
     """Whether a model continues a text: a causal one, or one with an encoder for texts and a decoder."""
     return model.can_generate() and model.main_input_name == "input_ids" and not has_head(model)
+
+
+def is_encoder(model) -> bool:
+    """Whether a model ends in states, without any head, and reads nothing but a text: it gives embeddings."""
+    inputs = inspect.signature(type(model).forward).parameters
+    others = {"pixel_values", "input_features", "decoder_input_ids"} & set(inputs)
+    return getattr(model, "base_model", None) is model and "input_ids" in inputs and not others
+
+
+HEADS = "classification heads"
+# Who answers an LM's function, and which models they are; the functions that are not here are language models'.
+_ANSWER = {"logits": (HEADS, has_head), "embeddings": ("encoders", is_encoder)}
+
+
+def who_answers(function: str) -> tuple[str, Callable[[Any], bool]]:
+    """(what models that answer one of an LM's functions are called, whether a model is one)"""
+    return _ANSWER.get(function, ("language models", writes))
 
 
 class LM:
@@ -97,6 +117,11 @@ class LM:
             rows = [requests[index].tokens for index, _ in batch]
             prepared.append(([index for index, _ in batch], right_padded(rows, self.pad, self.device)))
         return Heads(prepared)
+
+    def embeddings(self, requests: Sequence[Texts]) -> Question:
+        """Where an encoder places texts: results are embeddings, float32 [a request's texts, width], on the CPU."""
+        caches = "use_cache" in inspect.signature(type(self.model).forward).parameters
+        return Embeddings(requests, self.device, self.batch_tokens, self.pad, use_cache=not caches)
 
     def _rows(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> Callable[..., Question]:
         """The fastest rows by which this architecture gives what it gives by plain ones, which are right for any."""

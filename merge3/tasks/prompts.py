@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from merge3.errors import ItemsError
+from merge3.errors import ItemsError, Merge3Warning
 from merge3.tasks.items import Item, place, shown
+from merge3.tasks.sentences import Sentences, read_sentences
 
 # Families whose position ids start after the padding token's id: so many of their positions are never used.
 _OFFSET = {
@@ -80,6 +82,25 @@ class Reader:
             return whole[len(tokens) :]
         return tuple(self.tokenizer(more, add_special_tokens=False)["input_ids"])
 
+    @cached_property
+    def sentences(self) -> Sentences:
+        """What the checkpoint says of its sentence embeddings. Raises CheckpointError; warns where it says nothing."""
+        says = Sentences() if self.folder is None else read_sentences(self.folder)
+        if not says.said:
+            line = "nothing says how states become an embedding (1_Pooling/config.json): their mean is taken"
+            warnings.warn(f"{self.folder}: {line}", Merge3Warning, stacklevel=2)
+        return says
+
+    def embedded(self, before: str, text: str) -> tuple[tuple[int, ...], int]:
+        """(token ids of a text after the prompt `before`, how many of its first tokens are not to be pooled)"""
+        if self.sentences.lower:
+            before, text = before.lower(), text.lower()
+        tokens = self.tokens((before + text).strip())  # outer white space is no part of a sentence
+        if self.sentences.include_prompt or not before:
+            return tokens, 0
+        alone = self.tokens(before.strip())  # a token that ends a text does not end the prompt
+        return tokens, len(alone) - (alone[-1] in self.tokenizer.all_special_ids) if alone else 0
+
     def pixels(self, item: Item) -> torch.Tensor:
         """An item's image, float32 [channels, height, width]: a .npy of pixel values, or any file pillow reads,
         prepared by the checkpoint's own processor. Raises ItemsError where it cannot be read."""
@@ -113,8 +134,14 @@ def load_tokenizer(folder: str | Path):
         raise ItemsError(folder, f"no usable tokenizer ({reason})", "tokenizer files beside the base model") from None
 
 
-def positions(config) -> int | None:
-    """How many tokens a model takes, by its transformers configuration; None where nothing limits them."""
+def positions(config, folder: str | Path | None = None) -> int | None:
+    """How many tokens a model takes, by its transformers configuration, and by what a sentence encoder's folder says of
+    texts; None where nothing limits them."""
+    texts = None if folder is None else read_sentences(folder).limit
+    return min((limit for limit in (_positions(config), texts) if limit is not None), default=None)
+
+
+def _positions(config) -> int | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # absent, or -1 where positions are relative

@@ -70,6 +70,22 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Where does an encoder place texts? tokens: each text's, at least one; skipped: how many of each text's first
+    tokens are read and not pooled; poolings: of tasks/embeddings.py, joined."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    skipped: tuple[int, ...]
+    poolings: tuple[str, ...]
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them)"""
+        longest = max(map(len, self.tokens))
+        at = [len(tokens) for tokens in self.tokens].index(longest)
+        return longest, f"{'prompt' if at == 0 else f'choices[{at - 1}]'} of {longest} tokens"
+
+
+@dataclass(frozen=True)
 class Likelihoods:
     """sums: log-likelihoods of each choice's tokens in total, float32 or float64 [choices], -inf where it is
     impossible; lengths: how many tokens each has, int64 [choices]. greedy: whether each of its tokens is the likeliest

@@ -15,7 +15,7 @@ from merge3.tasks.documents import Raw
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
 from merge3.tasks.kinds import KINDS, Kind, in_files
-from merge3.tasks.lm import BATCH_TOKENS, LM, has_head, writes
+from merge3.tasks.lm import BATCH_TOKENS, HEADS, LM, who_answers
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
 from merge3.tasks.requests import Question, taken
 from merge3.tasks.seq2seq import is_pair
@@ -89,8 +89,9 @@ class Scorer:
             for at, result in asked.question(model):
                 item = asked.items[asked.owners[at]]
                 if result is None:
+                    what = "states" if asked.kind.asks == "embeddings" else "logits"
                     hint = "weights that overflow, or a dtype too small for them"
-                    raise LogitsError(place(item), "the model's logits are NaN or infinite here", "numbers", hint)
+                    raise LogitsError(place(item), f"the model's {what} are NaN or infinite here", "numbers", hint)
                 results[at] = result
             own: dict[int, list[Any]] = {}
             for owner, result in zip(asked.owners, results):
@@ -118,7 +119,8 @@ def _groups(items: Sequence[Item]) -> list[list[int]]:
 
 
 def _asked(own: list[int], items: Sequence[Item], reader: Reader, lm: LM, config: Any) -> Asked:
-    kind, limit = KINDS[items[own[0]].kind], positions(config)
+    kind = KINDS[items[own[0]].kind]
+    limit = positions(config, reader.folder if kind.asks == "embeddings" else None)
     labels = dict(getattr(config, "label2id", None) or {})
     resolved = [kind.resolve(items[i], labels) for i in own]
     requests, owners = [], []
@@ -145,13 +147,17 @@ def _tokenizer(model, folder: str | Path):
 
 
 def _check_kinds(items: Sequence[Item], model) -> None:
-    """Heads are asked for their logits, language models for the rest; an image is for a kind that reads it."""
+    """Heads are asked for their logits, encoders for their embeddings, language models for the rest; an image is for a
+    kind that reads it."""
+    answers = {asks: who_answers(asks)[1](model) for asks in {KINDS[item.kind].asks for item in items}}
     for item in items:
         kind = KINDS[item.kind]
-        if not (has_head(model) if kind.asks == "logits" else writes(model)):
-            heads = " or ".join(name for name, other in in_files().items() if other.asks == "logits")
-            texts = " or ".join(name for name, other in in_files().items() if other.asks != "logits")
-            expected = f"{heads} for classification heads, {texts} for language models"
+        if not answers[kind.asks]:
+            kinds: dict[str, list[str]] = {}
+            for name, other in in_files().items():
+                kinds.setdefault(who_answers(other.asks)[0], []).append(name)
+            heads_first = sorted(kinds, key=HEADS.__ne__)
+            expected = ", ".join(f"{' or '.join(kinds[who])} for {who}" for who in heads_first)
             raise ItemsError(place(item), f"kind {item.kind!r} for a {type(model).__name__}", expected)
         if item.image and "image" not in kind.keys:
             raise ItemsError(place(item), f"an image, and kind {item.kind!r}", "a kind that reads images")

@@ -18,7 +18,12 @@ from tests.cli.test_readme import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_LINKS = [*DOCUMENTS, ROOT / "server" / "README.md", ROOT / "examples" / "tiny" / "README.md"]
+WITH_LINKS = [
+    *DOCUMENTS,
+    ROOT / "server" / "README.md",
+    ROOT / "examples" / "tiny" / "README.md",
+    ROOT / "examples" / "real" / "README.md",
+]
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 SUFFIXES = ("py", "h", "proto", "md", "svg", "yaml", "json")
 
@@ -191,7 +196,7 @@ def test_shown_commands_and_their_options_exist(command):
 def test_shown_items_are_items(tmp_path):
     shown = [block for block in blocks(ROOT / "docs" / "items.md") if block.language == "json"]
     (tmp_path / "items.jsonl").write_text("".join(block.text for block in shown))
-    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == {"choice", "generate", "classify"}
+    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == {"choice", "generate", "classify", "rank"}
 
 
 def test_shown_configurations_are_valid():
