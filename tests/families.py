@@ -169,7 +169,7 @@ FAMILIES: dict[str, Family] = {
         "falcon_h1", "FalconH1ForCausalLM", note=STATE, mamba_d_ssm=32, mamba_n_heads=4, head_dim=8, **MAMBA
     ),
     "Bamba": _causal("bamba", "BambaForCausalLM", note=STATE, attn_layer_indices=[1], mamba_n_heads=8, **MAMBA),
-    "BERT": _encoder("bert", "BertModel", "encoder.layer"),
+    "BERT": _encoder("bert", "BertModel", "encoder.layer", ("rank",)),
     "BERT, masked": _encoder("bert", "BertForMaskedLM", "bert.encoder.layer", tie_word_embeddings=True),
     "BERT, classifier": _encoder(
         "bert", "BertForSequenceClassification", "bert.encoder.layer", ("classify",), num_labels=3

@@ -16,6 +16,9 @@ def items(kinds):
         words = " ".join(f"w{(7 * i + 11 * j * j) % 50}" for j in range(3 + i % 3))
         if "classify" in kinds:
             asked.append(Item(f"k{i}", "t", "classify", words, i % 3))
+        if "rank" in kinds:
+            texts = (f"w{i} w2", f"w{i + 9} w5", f"w{i + 30} w7 w8")
+            asked.append(Item(f"r{i}", "t", "rank", words, i % 3, texts, "mrr"))
         if "choice" in kinds:
             asked.append(Item(f"c{i}", "t", "choice", words, i % 3, (f"w{i}", f"w{i + 9} w5", f"w{i + 30}")))
         if "generate" in kinds:
@@ -23,7 +26,7 @@ def items(kinds):
     return tuple(asked)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "T5", "Jamba", "LLaVA", "BERT, classifier"])
+@pytest.mark.parametrize("name", ["Mixtral", "T5", "Jamba", "LLaVA", "BERT", "BERT, classifier"])
 def test_what_is_searched_is_what_is_exported(world, name, tmp_path):
     family, tokenizer = FAMILIES[name], world[1]
     make(family, tmp_path)
