@@ -271,6 +271,6 @@ def test_a_memory_budget_is_the_daemons_own():
 
     from merge3.client.run import open_engine
 
-    config = SimpleNamespace(optimizer=SimpleNamespace(seed=0), apply_chat_template=False)
+    config = SimpleNamespace(genome=SimpleNamespace(recipe_tokenizer=lambda: None))
     with pytest.raises(BadInput, match="--memory-budget: given with --server"):
         open_engine(config, target=object(), memory_budget="1GiB")
