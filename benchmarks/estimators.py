@@ -21,7 +21,7 @@ from merge3.irt import estimation as irt
 from merge3.pool import Pool
 from merge3.registration import Registration
 from merge3.search import calibration, optimizers
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.gathering import random_genomes
 from merge3.search.questions import load_questions
 from merge3.space import Space

@@ -18,7 +18,7 @@ from measure import report, table
 
 from merge3.client import run
 from merge3.client.demo import configuration
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.journal import read_result
 from merge3.world.training import make_models
 

@@ -156,7 +156,7 @@ def main() -> None:
     both = (t["plain choice"] + t["plain generate"]) / (t["ours choice"] + t["ours generate"])
     rate = matrix_rate()
     tokens = sum(b.inputs["input_ids"].numel() for b in ours[0].batches) + len(ours[0].prefix)
-    head = sum(len(b.asked) * b.tail for b in ours[0].batches)
+    head = sum(len(b.places) for b in ours[0].batches)
     body = parameters - 2 * WORDS * 384
     work = 2 * body * tokens + 2 * WORDS * 384 * head
     rows = [

@@ -6,12 +6,10 @@ prompts and the space never cross again. Several engines may stand behind this p
 
 from __future__ import annotations
 
-import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,17 +17,21 @@ import numpy as np
 import torch
 
 from merge3.checkpoint.layout import Layout
-from merge3.errors import BadInput, ConfigError, Merge3Error, ResourceError
+from merge3.errors import BadInput, ConfigError, Merge3Error
 from merge3.export import check_recipe, merge_to_disk
-from merge3.fitness import check_objectives, estimates
+from merge3.fitness import check_objectives, estimates, judged
 from merge3.live.slot import Slot
+from merge3.memory import enough_memory
 from merge3.methods import METHODS
+from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
 from merge3.program import compile
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
+from merge3.tasks.documents import Raw
+from merge3.tasks.score import Answers
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 _REGISTRATIONS = 64
@@ -42,7 +44,8 @@ class Evaluation:
     """One subject's answers.
 
     index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
-    [objectives], NaN where there are no responses; error: why not.
+    [objectives], NaN where there are no responses; error: why not. raw: position -> what the asks of a document came
+    to, where its judge is not here (whose response is then NaN).
     """
 
     index: int
@@ -54,6 +57,7 @@ class Evaluation:
     seconds: float
     swap_seconds: float = 0.0
     error: Merge3Error | None = None
+    raw: Mapping[int, Raw] = field(default_factory=dict)
 
     @property
     def value(self) -> float:
@@ -69,6 +73,8 @@ class Evaluation:
         """The responses; raises what kept the subject from giving any."""
         if self.error is not None:
             raise self.error
+        if self.raw:
+            raise BadInput("documents", f"{len(self.raw)} without a judge", "judges in the registration")
         return self.responses
 
 
@@ -123,10 +129,11 @@ class Engine(Protocol):
 
 
 class _Round(NamedTuple):
-    """The items of one task: their positions among the registration's, the head that answers, what asks."""
+    """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
+    merge's own), what asks."""
 
     positions: list[int]
-    head: str
+    head: str | None
     scorer: Scorer
 
 
@@ -148,10 +155,9 @@ class LocalEngine:
     """
 
     def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
-        self.pool = pool
-        self.slot = slot or Slot(pool, dtype)
+        self.pool, self.slot = pool, slot or Slot(pool, dtype)
         self._spaces: dict[str, Space] = {}
-        self._prepared: OrderedDict[tuple[Registration, str | None], _Prepared] = OrderedDict()
+        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
         self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
 
     def info(self) -> PoolInfo:
@@ -185,34 +191,37 @@ class LocalEngine:
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine."""
         for index, subject in enumerate(subjects):
-            known = isinstance(subject, str) and subject in self.pool.endpoints
-            prepared = self._prepare(registration, subject if known else None)  # what is wrong with items is raised
+            prepared = self._prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject)
 
     def _evaluate(self, asked: Registration, prepared: _Prepared, index: int, subject: Subject) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
-        responses, error = None, None
+        responses, raw, error = None, {}, None
         values = stderrs = np.full(len(asked.objectives), np.nan)
         try:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
             before = time.perf_counter()
-            with _enough_memory(self.pool.device):
+            with enough_memory(self.pool.device):
                 if recipe is None:
                     self.slot.load(subject)
                 else:
                     self.slot.swap(recipe, asked.seed, "candidate" if isinstance(subject, np.ndarray) else "recipe")
                 swap = time.perf_counter() - before
-                responses = self._ask(prepared.rounds, len(asked.items))
-            values, stderrs = estimates(asked, responses)
+                answers = self._ask(prepared.rounds, len(asked.items))
+            responses = judged(asked, answers)
+            if responses is None:
+                responses, raw = answers
+            else:
+                values, stderrs = estimates(asked, responses)
         except LogitsError as problem:
             at = f"{subject}: {problem.where}" if isinstance(subject, str) else problem.where
             error = LogitsError(at, problem.found, problem.expected, problem.hint)
         except BadInput as problem:
             error = problem
         seconds = time.perf_counter() - start
-        return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error)
+        return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""
@@ -243,40 +252,48 @@ class LocalEngine:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
 
-    def _prepare(self, asked: Registration, endpoint: str | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the base's."""
-        key = (asked, endpoint)
+    def _prepare(self, asked: Registration, subject: Subject | None) -> _Prepared:
+        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's.
+        The chat template is that of the recipe asked, else that of the space's recipes."""
+        endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
+        recipe = subject if isinstance(subject, Recipe) else None
+        key = (asked, endpoint, template_key(recipe) if asked.chat else None)
         if key not in self._prepared:
             check_objectives(asked)
             for task, head in asked.heads.items():
                 self._check_endpoint(f"heads: {task}", head)
+            space = None if asked.space is None else self.space(asked.space)
+            spoken = recipe or (space and space.uniform_recipe())
+            template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
             rounds = []
             for task, positions in asked.tasks().items():
-                head = asked.heads.get(task) or endpoint or self.pool.base
+                head = asked.heads.get(task) or endpoint
                 items = tuple(asked.items[i] for i in positions)
-                rounds.append(_Round(positions, head, self._scorer(items, head, asked.chat)))
-            space = None if asked.space is None else self.space(asked.space)
+                rounds.append(_Round(positions, head, self._scorer(items, head, asked.system(task), template)))
             self._prepared[key] = _Prepared(space, rounds)
             while len(self._prepared) > _REGISTRATIONS:
                 self._prepared.popitem(last=False)
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
-    def _scorer(self, items: tuple[Item, ...], head: str, chat: bool) -> Scorer:
-        key = (items, head if self.pool.heads else None, chat)
+    def _scorer(self, items: tuple[Item, ...], head: str | None, system: str | None, template: str | None) -> Scorer:
+        key = (items, head if self.pool.heads else None, system, template)
         if key not in self._scorers:
             self.slot.use_head(head)  # the labels are the head's
-            self._scorers[key] = Scorer(items, self.slot.model, self.pool.base_checkpoint.path, chat)
+            folder, chat = self.pool.words.folder(template), system is not None
+            self._scorers[key] = Scorer(items, self.slot.model, folder, chat, system=system or "")
             while len(self._scorers) > _SCORERS:
                 self._scorers.popitem(last=False)
         return self._scorers[key]
 
-    def _ask(self, rounds: list[_Round], count: int) -> np.ndarray:
-        responses = np.empty(count)
+    def _ask(self, rounds: list[_Round], count: int) -> Answers:
+        responses, raw = np.empty(count), {}
         for positions, head, scorer in rounds:
             self.slot.use_head(head)
-            responses[positions] = scorer.score(self.slot.model)
-        return responses
+            answers = scorer.ask(self.slot.model)
+            responses[positions] = answers.responses
+            raw |= {positions[at]: found for at, found in answers.raw.items()}
+        return Answers(responses, raw)
 
     def _check_depths(self, space: Space) -> None:
         """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""
@@ -296,24 +313,3 @@ class LocalEngine:
             jobs = compile(space.uniform_recipe(), self.pool).jobs
             for prefetch in wanted:
                 prefetch(jobs, self.pool.statistics)
-
-
-@contextmanager
-def _enough_memory(device: torch.device):
-    """Out of memory as a ResourceError with numbers; the pool and the next candidate are none the worse."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
-        if not isinstance(error, torch.OutOfMemoryError) and wanted is None:
-            raise
-        free = ""
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            unused, total = torch.cuda.mem_get_info(device)
-            free = f", {unused / 2**30:.2f} GiB free of {total / 2**30:.2f}"
-        raise ResourceError(
-            str(device),
-            f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",
-            "fewer experts, or shorter items",
-        ) from None

@@ -19,6 +19,7 @@ import torch
 from merge3.alignment import check_finite
 from merge3.checkpoint import CheckpointWriter, check_free
 from merge3.checkpoint.card import model_card
+from merge3.checkpoint.modules import check_modules, module_files
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, Merge3Warning, RecipeError
 from merge3.methods import Job, execute, method_named
@@ -27,10 +28,10 @@ from merge3.packaging import (
     chat_template,
     check_output,
     check_written,
+    lead,
     output_config,
     output_specs,
     side_files,
-    tokenizer_donor,
 )
 from merge3.pool import Pool
 from merge3.program import Program, compile
@@ -46,7 +47,6 @@ class Prepared:
     program: Program
     specs: Specs
     config: dict[str, Any]
-    donor: Path
 
 
 def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
@@ -55,10 +55,12 @@ def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
     Raises RecipeError or CheckpointError for whatever would be refused at the end, but for what only the architecture
     can say; that is `check_output`.
     """
-    donor = tokenizer_donor(recipe, pool, where)
     program = compile(recipe, pool, where)
     specs = output_specs(recipe, program, pool)
-    return Prepared(program, specs, output_config(recipe, program, specs, pool), donor)
+    first = lead(recipe)  # whose files the output has
+    others = [str(model) for model in recipe.models() if str(model) != first]
+    check_modules({model: pool.endpoints[model].path for model in (first, *others)})
+    return Prepared(program, specs, output_config(recipe, program, specs, pool))
 
 
 def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
@@ -91,9 +93,13 @@ def merge_to_disk(
     if pool is None:
         models = recipe.models()
         method_named(recipe.method, f"{where}: merge_method")
-        pool = Pool.open(models[0], models[1:], drop=drop, tower=recipe.tower)
+        try:
+            pool = Pool.open(models[0], models[1:], drop=drop, tokenizer=recipe.tokenizer, tower=recipe.tower)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error.where}", error.found, error.expected, error.hint) from None
         for line in pool.warnings:
             warnings.warn(line, Merge3Warning, stacklevel=2)
+    _check_words(recipe, pool, where)
     ready = prepare(recipe, pool, where)
     # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
     with ThreadPoolExecutor(1) as aside:
@@ -107,14 +113,30 @@ def merge_to_disk(
             checked.result()
             writer.finish()
             check_written(writer.temporary, ready.specs, ready.config)
+    left_out = {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()}
+    for model, count in (pool.vocabulary.unused if pool.vocabulary is not None else {}).items():
+        left_out[f"{model}: {count:,} rows of embeddings"] = "no token of its tokenizer has them"
     return {
         "path": str(directory),
         "tensors": len(ready.specs),
         "parameters": sum(job.numel for job in ready.program.jobs),
         "kept": ready.program.kept,
-        "left_out": {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()},
+        "left_out": left_out,
         "notes": list(pool.notes),
     }
+
+
+def _check_words(recipe: Recipe, pool: Pool, where: str) -> None:
+    """A file has the vocabulary that its recipe says, which a pool's other models would add to, and a base's rows."""
+    models, asked, found = [str(model) for model in recipe.models()], recipe.tokenizer, pool.vocabulary
+    if found is not None and asked is not None and asked.base != found.tokenizer.base:
+        expected = "one, as this pool has" if found.tokenizer.base else "none, as this pool was opened without"
+        raise RecipeError(f"{where}: base_model", str(recipe.base_model), expected, "export from a pool of its own")
+    if found is not None and models != list(pool.endpoints):
+        expected = f"{', '.join(pool.endpoints)}, of whose tokens this pool's vocabulary is made"
+        raise RecipeError(
+            f"{where}: tokenizer", f"models {', '.join(models)}", expected, "export from a pool of its own"
+        )
 
 
 def _write_tensors(
@@ -139,7 +161,7 @@ def _write_tensors(
             else:
                 tensor = merged.pop(name)
             if name not in pool.fixed:  # a mask may well hold infinities
-                _check_output_finite(name, tensor)
+                _check_output(name, tensor)
             writer.put(name, tensor)
         for job in jobs:
             if streaming:
@@ -152,16 +174,20 @@ def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, poo
     writer.write_text("config.json", json.dumps(ready.config, indent=2))
     writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.program.copies, seed))
     writer.write_text("mergekit_config.yml", recipe.to_yaml())
-    writer.copy(side_files(recipe, pool, ready.donor))
-    if (template := chat_template(recipe)) is not None:
+    writer.copy(side_files(recipe, pool))
+    writer.copy_as(module_files(pool.endpoints[lead(recipe)].path))
+    if (template := chat_template(recipe, pool)) is not None:
         writer.write_text("chat_template.jinja", template)
 
 
-def _check_output_finite(name: str, tensor: torch.Tensor) -> None:
-    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504."""
+def _check_output(name: str, tensor: torch.Tensor) -> None:
+    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504. A variance is at least 0."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     low, high = torch.aminmax(tensor)  # both are NaN where any element is; fifty times as fast as isfinite().all()
+    if name.endswith(".running_var") and low < 0:
+        expected = "0 or above: outputs would be NaN"
+        raise BadInput(f"tensor {name!r}", f"merged variances down to {float(low):.3g}", expected, "smaller weights")
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     count = int((~torch.isfinite(tensor)).sum())

@@ -13,6 +13,7 @@ from merge3.irt.estimation import Estimator
 from merge3.irt.estimation import estimate as estimate_task
 from merge3.registration import ACCURACY, Registration
 from merge3.tasks import Item
+from merge3.tasks.score import Answers
 
 
 class Estimate(NamedTuple):
@@ -84,6 +85,20 @@ def check_objectives(registration: Registration) -> None:
             raise BadInput("objectives", f"{name!r} twice", "different names")
     if not registration.objectives:
         raise BadInput("objectives", "none", ", ".join(known))
+
+
+def judged(registration: Registration, answers: Answers) -> np.ndarray | None:
+    """Responses with those that only judges can tell: float64 [items]. None where a task's judge is elsewhere.
+
+    Raises ItemsError where a judge finds no response.
+    """
+    responses = answers.responses.copy()
+    for position, raw in answers.raw.items():
+        item = registration.items[position]
+        if item.task not in registration.judges:
+            return None
+        responses[position] = registration.judges[item.task](item, raw)
+    return responses
 
 
 def estimates(registration: Registration, responses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

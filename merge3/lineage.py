@@ -12,6 +12,8 @@ from typing import Any
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import configuration
 from merge3.checkpoint.layout import layout
+from merge3.checkpoint.modules import module_settings
+from merge3.checkpoint.vocabulary import embedding_of
 
 # Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
 _HARMLESS = {
@@ -30,12 +32,13 @@ _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and 
 
 
 def differences(
-    base_name: str, base: Checkpoint, model: str, other: Checkpoint, in_tower: bool = False
+    base_name: str, base: Checkpoint, model: str, other: Checkpoint, words: bool = True, in_tower: bool = False
 ) -> list[str]:
-    """One line for each thing that sets an endpoint apart from the base, with both values. in_tower: compare it with
-    the language model inside the base.
+    """One line for each thing that sets an endpoint apart from the base, with both values.
 
-    Reads a few MB of weights.
+    in_tower: compare it with the language model inside the base.
+
+    words: whether vocabularies count; rows that were remapped to one vocabulary all match. Reads a few MB of weights.
     """
     lines = []
     base = _language_model(base) if in_tower else base
@@ -46,13 +49,20 @@ def differences(
         if own[key] != theirs[key] and not (in_tower and key == "model_type"):  # such as qwen2 and qwen2_vl_text
             found = f"{key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}"
             lines.append(f"{model}: {found}; the merge computes with the base's")
+    mine, others = module_settings(base.path), module_settings(other.path)
+    for what, value in others.items():
+        if value != mine[what] and any(others.values()):  # an adapter says nothing of embeddings
+            found = f"{what} of its embeddings: {value or 'none'}, {mine[what] or 'none'} in the base {base_name}"
+            lines.append(f"{model}: {found}; the merge has the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
-    if _other_words(base, other):
+    if words and _other_words(base, other):
         lines.append(
             f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: "
             "rows of embeddings do not match"
         )
+    if words and not in_tower and (line := _other_rows(base_name, base, other)):
+        lines.append(f"{model}: {line}")
     return lines
 
 
@@ -60,6 +70,18 @@ def _language_model(base: Checkpoint) -> Checkpoint:
     """A model with eyes or ears as one of the language model inside: with its settings alone."""
     inner = base.config.get("text_config")
     return replace(base, config=dict(inner)) if isinstance(inner, Mapping) else base
+
+
+def _other_rows(base_name: str, base: Checkpoint, other: Checkpoint) -> str:
+    """Padded, cut or extended embeddings, which would stay the base's."""
+    own, theirs = embedding_of(base), embedding_of(other)
+    if own is None or theirs is None:
+        return ""
+    rows, found = base.tensors[own].shape[0], other.tensors[theirs].shape[0]
+    if rows == found:
+        return ""
+    said = f"embeddings of {found:,} rows, {rows:,} in the base {base_name}: the base's stay as they are"
+    return said + "; `tokenizer_source: base` or `union` in the recipe merges them token by token"
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from merge3.errors import BadInput
+import torch
+
+from merge3.errors import BadInput, ResourceError
 from merge3.kernels import CHUNK, MAX_EXPERTS
 
 DEVICE, HOST, FILE = "device", "host", "file"
@@ -114,3 +117,24 @@ def pinnable() -> int:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+@contextmanager
+def enough_memory(device: torch.device):
+    """Out of memory as a ResourceError with numbers; the pool and the next candidate are none the worse."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
+        if not isinstance(error, torch.OutOfMemoryError) and wanted is None:
+            raise
+        free = ""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            unused, total = torch.cuda.mem_get_info(device)
+            free = f", {unused / 2**30:.2f} GiB free of {total / 2**30:.2f}"
+        raise ResourceError(
+            str(device),
+            f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",
+            "fewer experts, or shorter items",
+        ) from None

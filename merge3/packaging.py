@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,15 @@ import torch
 
 from merge3.checkpoint import open_checkpoint
 from merge3.checkpoint.architecture import loading, tied
+from merge3.checkpoint.beside import speaking_files, template_of
+from merge3.checkpoint.depth import depth_keys, per_layer_keys, stack_section
 from merge3.checkpoint.layout import Ref
-from merge3.errors import CheckpointError, RecipeError
-from merge3.lineage import vocabulary
+from merge3.errors import CheckpointError
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "spiece.model",
-    "sentencepiece*",
-    "*.tiktoken",
-    "*.model",
-)
 # Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
 MODEL_FILES = (
     "preprocessor_config.json",
@@ -40,8 +30,6 @@ MODEL_FILES = (
     "video_preprocessor_config.json",
     "image_processor*",
 )
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "block_configs", "attention_layers")
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -71,15 +59,16 @@ def output_specs(recipe: Recipe, program: Program, pool: Pool) -> Specs:
 def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) -> dict[str, Any]:
     """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
     config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    for key in _DEPTHS:
-        if key in inner:
+    stack = pool.layouts[lead(recipe)]
+    inner = stack_section(config, stack.prefix)
+    for key in depth_keys(inner, stack.prefix):
+        if inner[key] == stack.layers:  # else it counts something else, such as layers without those that draft
             inner[key] = program.layers
-    for key in _PER_LAYER:
-        if isinstance(inner.get(key), list):
-            inner[key] = _of_layers(key, program, pool)
+    for key in per_layer_keys(inner):
+        inner[key] = _of_layers(key, program, pool)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
-    for section in (config, inner):
+    nested = [part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)]
+    for section in (config, inner, *nested):
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and key in section:
                 section[key] = str(dtype).removeprefix("torch.")
@@ -94,9 +83,7 @@ def _of_layers(key: str, program: Program, pool: Pool) -> list:
     """A setting that has one entry a layer: each output layer has that of the layer it is laid out after."""
     values = []
     for model, layer in program.origins:
-        config = pool.endpoints[model].config
-        inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        own = inner.get(key)
+        own = stack_section(pool.endpoints[model].config, pool.layouts[model].prefix).get(key)
         if not isinstance(own, list) or layer >= len(own):
             raise CheckpointError(model, f"config.json: {key} has no entry for layer {layer}", "one entry per layer")
         values.append(own[layer])
@@ -155,34 +142,41 @@ def _more(names) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def tokenizer_donor(recipe: Recipe, pool: Pool, where: str) -> Path:
-    """The folder whose tokenizer the output has. Raises RecipeError where rows of embeddings would have to move."""
-    source, key = recipe.tokenizer_source, f"{where}: tokenizer_source"
-    if source == "union":
-        raise RecipeError(key, "`union` is not supported yet", "base, or one of the models")
-    name = lead(recipe) if source in (None, "base") else str(source)
-    if name not in pool.endpoints:
-        raise RecipeError(key, f"found {source!r}", "base, or one of " + ", ".join(pool.endpoints))
-    donor = pool.endpoints[name].path
-    if source is not None:
-        reference = vocabulary(donor)
-        for other, checkpoint in pool.endpoints.items():
-            theirs = vocabulary(checkpoint.path)
-            if reference and theirs and theirs != reference:
-                raise RecipeError(
-                    key,
-                    f"the tokenizer of {other} differs from that of {name}",
-                    "one vocabulary (rows are not remapped yet)",
-                )
-    return donor
+def tokenizer_folder(recipe: Recipe, pool: Pool) -> Path:
+    """The folder whose tokenizer and generation settings the output has, and candidates are asked with."""
+    return pool.vocabulary.folder if pool.vocabulary is not None else pool.endpoints[lead(recipe)].path
 
 
-def side_files(recipe: Recipe, pool: Pool, donor: Path) -> list[Path]:
+def chat_template(recipe: Recipe, pool: Pool) -> str | None:
+    """The template that a recipe asks for, as text: what chat_template.jinja holds and prompts are wrapped in. None
+    where the tokenizer's own stays."""
+    return template_text(recipe.chat_template, [pool.endpoints[str(model)].path for model in recipe.models()])
+
+
+def template_text(said: str | None, folders: Sequence[Path]) -> str | None:
+    """The text of a recipe's `chat_template`. folders: of its models.
+
+    `auto`: the template that most of them have, the first of several; as mergekit does, whose choice among equally many
+    is random.
+    """
+    if said != "auto":
+        return _CHATML if said == "chatml" else said
+    counted = Counter(text.strip() for folder in folders if (text := template_of(folder)) is not None)
+    return counted.most_common(1)[0][0] if counted else None
+
+
+def template_key(recipe: Recipe | None) -> tuple | None:
+    """Equal where `chat_template` is, in one pool, without reading anything."""
+    if recipe is None:
+        return None
+    return recipe.chat_template, tuple(recipe.models()) if recipe.chat_template == "auto" else ()
+
+
+def side_files(recipe: Recipe, pool: Pool) -> list[Path]:
     """Files to copy: the tokenizer's, generation settings, processors, and code that an `auto_map` names."""
-    base = pool.endpoints[lead(recipe)].path
-    found = [f for pattern in (*TOKENIZER_FILES, "generation_config.json") for f in donor.glob(pattern)]
+    base, donor = pool.endpoints[lead(recipe)].path, tokenizer_folder(recipe, pool)
+    found = speaking_files(donor)
     found += [f for pattern in MODEL_FILES for f in base.glob(pattern)]
-    found = [f for f in found if f.suffix not in (".safetensors", ".bin", ".pt", ".gguf")]
     described = {json_file for folder in (base, donor) for json_file in folder.glob("*config.json")}
     for file in described:
         found += _code(file)
@@ -207,10 +201,3 @@ def _code(config_file: Path) -> list[Path]:
         )
         waiting += [file.parent / f"{name}.py" for pair in imported for name in pair if name]
     return found
-
-
-def chat_template(recipe: Recipe) -> str | None:
-    """The text of chat_template.jinja; None where the tokenizer's own stays."""
-    if recipe.chat_template in (None, "auto"):
-        return None
-    return _CHATML if recipe.chat_template == "chatml" else recipe.chat_template

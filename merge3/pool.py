@@ -17,15 +17,18 @@ import torch
 
 from merge3.alignment import align, check_finite
 from merge3.checkpoint import Checkpoint, TensorInfo
+from merge3.checkpoint.beside import Words
 from merge3.checkpoint.layout import Layout, Ref, layout
 from merge3.checkpoint.read import combine_hashes
+from merge3.checkpoint.remapping import remapped
 from merge3.checkpoint.towers import Tower
+from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
 from merge3.derived import Compute, Derived, Job
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError, Unavailable
 from merge3.lineage import differences
 from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory
-from merge3.recipe import ModelRef
+from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
 
@@ -38,8 +41,8 @@ class Pool:
     heads: endpoint -> tensors outside the backbone, which stay with their endpoint.
     left_out: tensors of other endpoints that no merge can take, with the reason.
     warnings: what makes endpoints seem not to belong together, one line each.
-    towers: endpoint -> its place in the base, of language models that are merged into the base's language tower;
-    tower: the prefixes that were given for it; notes: what becomes of them, one line each.
+    towers: endpoint -> its place in the base's language tower; tower: the prefixes that were given; notes: of both.
+    vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
 
         pool = Pool.open("base", ["math", "italian"])
@@ -50,6 +53,7 @@ class Pool:
     device: torch.device
     dtype: torch.dtype | None = None
     derived_folder: str | Path | None = None
+    vocabulary: Vocabulary | None = None
     kept: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +85,7 @@ class Pool:
         drop: Iterable[str] = (),
         derived_folder: str | Path | None = None,
         tower: Mapping[str, str] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
@@ -90,8 +95,8 @@ class Pool:
         locate: from a path as named to where it lies; endpoints keep the names they were given.
         drop: patterns of tensors that experts have and the base lacks, and that may be lost.
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
-        tower: prefixes of a language model's names -> of the base's, where the base has eyes or ears beside a language
-        model and the place is not to be found by itself; see docs/towers.md.
+        tower: prefixes of a language model's names -> of the base's, where they cannot be found; see docs/towers.md.
+        tokenizer: of every recipe to come (`recipe.tokenizer`): embeddings and heads get its rows, once.
         Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
         an expert lacks a tensor of the base or has one more.
         """
@@ -102,12 +107,18 @@ class Pool:
         if device.type == "cuda" and device.index is None:  # as tensors name theirs
             device = torch.device("cuda", torch.cuda.current_device())
         endpoints, towers = open_endpoints((base, *experts), locate, tower)
-        pool = Pool(endpoints, device, dtype, derived_folder, towers=towers, tower=dict(tower or {}))
+        vocabulary = None
+        if tokenizer is not None:
+            vocabulary = open_vocabulary(endpoints, tokenizer)
+            endpoints = remapped(endpoints, vocabulary, Ties(endpoints).stored, dtype)
+        pool = Pool(endpoints, device, dtype, derived_folder, vocabulary, towers=towers, tower=dict(tower or {}))
         found = align(pool.endpoints, pool.has, pool.shape, drop, towers)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
+        pool.warnings += vocabulary.notes if vocabulary is not None else ()
         for name in list(pool.endpoints)[1:]:
-            pool.warnings += differences(pool.base, pool.base_checkpoint, name, pool.endpoints[name], name in towers)
+            told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
+            pool.warnings += differences(*told, vocabulary is None, name in towers)
         pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
         pool._plan()
         return pool
@@ -121,6 +132,11 @@ class Pool:
     def base_checkpoint(self) -> Checkpoint:
         """The first endpoint's checkpoint."""
         return self.endpoints[self.base]
+
+    @cached_property
+    def words(self) -> Words:
+        """The tokenizer that its models are asked with: the vocabulary's, else the base's own."""
+        return self.vocabulary.words if self.vocabulary is not None else Words(self.base_checkpoint.path)
 
     @property
     def memory(self) -> MemoryPlan:
@@ -269,8 +285,7 @@ class Pool:
         experts = [e for e in experts if name not in self.heads.get(e.model, ())][:8]
         for ref in [e for e in experts if self.shape(e) != self.shape(base)]:  # in a tower, with words of its own
             experts.remove(ref)
-            tensor = self.get(ref)
-            check_finite([[0.0], [0.0, float((tensor - tensor).sum())]], base, [ref])
+            check_finite([[0.0], [0.0, float((self.get(ref) * 0).sum())]], base, [ref])
         if not experts:
             return
         self.statistics.prefetch_gram([(base, tuple(experts))])

@@ -17,7 +17,7 @@ from merge3.errors import RecipeError
 from merge3.methods import Copy, Job, Method, Step, method_named
 from merge3.methods.execute import Output
 from merge3.methods.plan import Kept, Layer, Rest, Tied, View, resolve
-from merge3.recipe import Recipe
+from merge3.recipe import BASE, Recipe
 from merge3.statistics import Statistics
 
 
@@ -77,6 +77,7 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     Raises RecipeError for what does not fit: an unknown method, parameters, layers, tensors.
     """
     method = method_named(recipe.method, f"{where}: merge_method")
+    _check_tokenizer(recipe, view, where)
     if dict(recipe.tower) != dict(view.tower):
         found, expected = dict(recipe.tower) or "none", dict(view.tower) or "none"
         raise RecipeError(f"{where}: tower", f"found {found}", f"{expected}, with which the models were opened")
@@ -101,6 +102,21 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     shapes |= {name: view.shape(source.whole) for name, source in rests.items()}
     shapes |= {name: view.shape(source) for name, source in copies.items()}
     return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes, rests)
+
+
+def _check_tokenizer(recipe: Recipe, view: View, where: str) -> None:
+    """Rows are a pool's: a recipe that asks for others would be merged into something else without a word."""
+    found, asked = view.vocabulary, recipe.tokenizer
+    if found is None and asked is None:
+        return
+    if asked is not None and found is not None:  # whose rows come first is the pool's, as which models there are
+        source = next(iter(view.layouts)) if asked.source == BASE else asked.source
+        asked = replace(asked, source=source, base=found.tokenizer.base)
+    if found is None or asked is None or asked != found.tokenizer:
+        said = "says nothing of a tokenizer" if asked is None else f"asks for {asked.describe()}"
+        there = "rows as they are stored" if found is None else found.tokenizer.describe()
+        expected = f"{there}, as this pool was opened"
+        raise RecipeError(f"{where}: tokenizer", said, expected, "open a pool with the recipe's tokenizer")
 
 
 def _over_one_expert(method: Method, jobs: list[Job], view: View) -> list[Job]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from merge3.irt.estimation import Estimator
 from merge3.space import SpaceDefinition
 from merge3.tasks import Item
+from merge3.tasks.documents import Raw
 
 ACCURACY = "accuracy"
+Judge = Callable[[Item, Raw], float]  # (a document, what its asks came to) -> its response in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,9 @@ class Registration:
     endpoints are asked. heads: task -> the endpoint whose head answers it (classification). weights: task -> its weight
     in the accuracy, default 1. estimators: task -> what makes accuracy of answers to a subset; none: the plain mean.
     objectives: names of the values that an evaluation has, `accuracy` or tasks. seed: of random keeps, the same for
-    every subject, so that candidates differ by their genes alone. chat: prompts go through the chat template.
+    every subject, so that candidates differ by their genes alone. chat: whose prompts go through the chat template: all
+    tasks', or task -> its system message, empty for none. judges: task -> what makes responses of its documents'
+    answers; without one these stay raw.
 
         asked = Registration(tuple(read_items("items.jsonl")))
         with_other_keeps = dataclasses.replace(asked, seed=1)
@@ -33,7 +37,14 @@ class Registration:
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
     objectives: tuple[str, ...] = (ACCURACY,)
     seed: int = 0
-    chat: bool = False
+    chat: bool | Mapping[str, str] = False
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+
+    def system(self, task: str) -> str | None:
+        """The system message of a task's chat prompts, empty for none; None where no template is applied."""
+        if isinstance(self.chat, bool):
+            return "" if self.chat else None
+        return self.chat.get(task)
 
     def tasks(self) -> dict[str, list[int]]:
         """Positions of every task's items, in order."""

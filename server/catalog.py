@@ -17,7 +17,7 @@ from merge3.errors import BadInput, Busy, NotFound
 from merge3.irt import ItemBank
 from merge3.irt.estimation import Estimator
 from merge3.registration import ACCURACY, Registration
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
 from merge3_server.host import Registered
@@ -134,7 +134,7 @@ class Gathering:
         content = self.header.SerializeToString(deterministic=True) + b"".join(self.digests)
         whole = hashlib.sha256(content).hexdigest()[:32]
         h = self.header
-        space = convert.space_from(h.space) if h.HasField("space") else None
+        space = spaces.space_from(h.space) if h.HasField("space") else None
         response.items_id, response.items = whole, len(items)
         asked = Registration(
             tuple(items),
@@ -144,7 +144,7 @@ class Gathering:
             estimators,
             tuple(h.objectives) or (ACCURACY,),
             h.seed,
-            h.chat,
+            dict(h.chats) or h.chat,
         )
         return Registered(whole, h.pool_id, asked), response
 

@@ -35,7 +35,8 @@ def serve(
         list[str] | None, typer.Option(help="host:port (port 0: any) or unix:/path; repeat. Default 127.0.0.1:50051.")
     ] = None,
     pool: Annotated[
-        list[Path] | None, typer.Option(help="Open at once and keep: a file with `models: [base, ..]`.")
+        list[Path] | None,
+        typer.Option(help="Open at once and keep: a file with `models: [base, ..]`, and dtype or tokenizer."),
     ] = None,
     export_root: Annotated[
         Path | None, typer.Option(help="Checkpoints may be written below here; without it they are streamed.")

@@ -13,16 +13,18 @@ CHUNK = 1 << 20  # bytes
 
 
 async def sent_files(directory: Path, digests: MutableMapping[str, bytes]) -> AsyncIterator[pb.FileChunk]:
-    """Every file in chunks, an empty file as one empty chunk. digests: filled with file -> SHA-256."""
-    for file in sorted(p for p in directory.iterdir() if p.is_file()):
+    """Every file in chunks, an empty file as one empty chunk; names are relative to the directory. digests: filled with
+    file -> SHA-256."""
+    for file in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = file.relative_to(directory).as_posix()
         digest, offset = hashlib.sha256(), 0
         with open(file, "rb") as handle:
             while True:
                 data = await asyncio.to_thread(handle.read, CHUNK)
                 if data or not offset:
                     digest.update(data)
-                    yield pb.FileChunk(file=file.name, offset=offset, data=data)
+                    yield pb.FileChunk(file=name, offset=offset, data=data)
                     offset += len(data)
                 if len(data) < CHUNK:
                     break
-        digests[file.name] = digest.digest()
+        digests[name] = digest.digest()

@@ -19,8 +19,9 @@ import torch
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
+from merge3.packaging import chat_template
 from merge3.pool import Pool
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
 
 log = logging.getLogger("merge3.host")
@@ -29,7 +30,8 @@ REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """models: as drivers name them, base first. places: path as named -> where it lies. tower: see Pool.open."""
+    """models: as drivers name them, base first. places: path as named -> where it lies. tokenizer: of every recipe.
+    tower: see Pool.open."""
 
     pool_id: str
     models: tuple[str, ...]
@@ -37,6 +39,7 @@ class PoolSpec:
     dtype: str
     device: str
     memory_budget: int | None = None
+    tokenizer: Tokenizer | None = None
     tower: dict[str, str] = field(default_factory=dict)
 
 
@@ -121,11 +124,13 @@ class Host:
         if isinstance(what, str) and what not in pool.endpoints:
             raise BadInput("endpoint", f"found {what!r}", ", ".join(pool.endpoints))
         with self._stopping(stop):
+            template = None
             if isinstance(what, Recipe):
                 slot.swap(what, seed)
+                template = chat_template(what, pool) if chat else None
             else:
                 slot.load(what)
-            for piece in continuation(slot.model, pool.base_checkpoint.path, prompt, max_tokens, chat):
+            for piece in continuation(slot.model, pool.words.folder(template), prompt, max_tokens, chat):
                 emit(piece)
 
     def _engine(self, spec: PoolSpec, emit=None) -> LocalEngine:
@@ -133,8 +138,8 @@ class Host:
             raise NotFound("pool_id", f"{spec.pool_id!r} was closed meanwhile", "OpenPool first")
         if spec.pool_id not in self._opened:
             where = lambda path: spec.places.get(path, path)
-            settings = {"memory_budget": spec.memory_budget, "locate": where, "tower": spec.tower}
-            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, **settings)
+            settings = {"memory_budget": spec.memory_budget, "tokenizer": spec.tokenizer, "tower": spec.tower}
+            pool = Pool.open(spec.models[0], spec.models[1:], spec.device, locate=where, **settings)
             log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))
             engine = LocalEngine(pool, getattr(torch, spec.dtype) if spec.dtype else None)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from merge3 import __version__
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
-from merge3.recipe import DTYPES, ModelRef
-from merge3.rpc import convert
+from merge3.recipe import DTYPES, ModelRef, Tokenizer
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3_server.catalog import Catalog
 from merge3_server.host import PoolSpec
@@ -44,6 +44,7 @@ class Open:
             holders=len(self.holders),
             resident_bytes=self.resident,
             version=__version__,
+            tokenizer=spaces.tokenizer_to(self.spec.tokenizer),
         )
 
 
@@ -56,10 +57,15 @@ class Pools:
         self._open: dict[str, Open] = {}
 
     async def open(
-        self, driver: str, models: tuple[str, ...], dtype: str, tower: Mapping[str, str] | None = None
+        self,
+        driver: str,
+        models: tuple[str, ...],
+        dtype: str,
+        tokenizer: Tokenizer | None = None,
+        tower: Mapping[str, str] | None = None,
     ) -> Open:
         """Open a pool for a driver, or share the one that is open or opening. Raises Busy where there is no room."""
-        spec = self._spec(models, dtype, dict(tower or {}))
+        spec = self._spec(models, dtype, tokenizer, dict(tower or {}))
         if spec.pool_id not in self._open:
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
@@ -118,7 +124,9 @@ class Pools:
                 )
             await self._free(min(idle, key=lambda e: e.used))
 
-    def _spec(self, models: tuple[str, ...], dtype: str, tower: dict[str, str]) -> PoolSpec:
+    def _spec(
+        self, models: tuple[str, ...], dtype: str, tokenizer: Tokenizer | None, tower: dict[str, str]
+    ) -> PoolSpec:
         if not 1 <= len(models) <= MAX_MODELS:
             raise BadInput("models", f"{len(models)} models", f"1 to {MAX_MODELS}, base first")
         if dtype not in ("", *DTYPES):
@@ -132,6 +140,12 @@ class Pools:
             for part in (ref, ref.lora):
                 if part is not None:
                     places[part.path] = self.roots.directory(part.path)
-        content = (names, sorted(places.items()), dtype, *([sorted(tower.items())] if tower else []))
-        pool_id = hashlib.sha256(repr(content).encode()).hexdigest()[:32]
-        return PoolSpec(pool_id, tuple(names), places, dtype, self.settings.device, self.settings.memory_budget, tower)
+        told: tuple = (names, sorted(places.items()), dtype)
+        if tokenizer is not None:
+            tokenizer.check_models(names)
+            told += (tokenizer,)
+        if tower:
+            told += (sorted(tower.items()),)
+        pool_id = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+        device, budget = self.settings.device, self.settings.memory_budget
+        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer, tower)

@@ -30,7 +30,7 @@ class Roots:
         path = self._inside(name)
         if not path.is_dir():
             raise NotFound(f"model {name!r}", "no such directory below the daemon's roots", "a checkpoint directory")
-        for entry in path.iterdir():
+        for entry in path.rglob("*"):  # a sentence encoder has files in folders
             if entry.is_symlink() and not self._holds(entry.resolve()):
                 raise Denied(
                     f"model {name!r}", f"{entry.name} is a link to outside the daemon's roots", "files inside them"

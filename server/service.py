@@ -20,7 +20,7 @@ from merge3.engine import Subject
 from merge3.errors import BadInput, Busy, RecipeError
 from merge3.files import resource_error
 from merge3.recipe import Recipe
-from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import convert, merge3_pb2_grpc, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3_server import streams
 from merge3_server.answers import Answers
@@ -51,7 +51,8 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
 
     async def OpenPool(self, request, context):
         """See the proto."""
-        asked = tuple(request.models), request.dtype, dict(request.tower)
+        tokenizer = spaces.tokenizer_from(request.tokenizer) if request.HasField("tokenizer") else None
+        asked = tuple(request.models), request.dtype, tokenizer, dict(request.tower)
         return (await self.pools.open(_driver(context), *asked)).message()
 
     async def ListPools(self, request, context):

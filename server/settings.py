@@ -9,7 +9,9 @@ from pathlib import Path
 import yaml
 
 from merge3.errors import ConfigError
-from merge3.recipe import DTYPES
+from merge3.recipe import DTYPES, Tokenizer, read_tokenizer
+
+_POOL_KEYS = ("models", "dtype", "tokenizer_source", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def is_local(address: str) -> bool:
         return host == "localhost"
 
 
-def read_pool_file(file: Path) -> tuple[tuple[str, ...], str]:
-    """(models, dtype) of a pool to open at the start: `models: [base, expert, ..]`, `dtype: bfloat16`."""
+def read_pool_file(file: Path) -> tuple[tuple[str, ...], str, Tokenizer | None]:
+    """(models, dtype, tokenizer) of a pool to open at the start: `models: [base, expert, ..]`, `dtype: bfloat16`, and
+    `tokenizer_source` or `tokenizer` as in a recipe."""
     try:
         data = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -95,9 +98,9 @@ def read_pool_file(file: Path) -> tuple[tuple[str, ...], str]:
     models = data.get("models") if isinstance(data, dict) else None
     if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
         raise ConfigError(f"{file}: models", f"found {models!r}", "a list of models, base first")
-    if set(data) - {"models", "dtype"}:
-        raise ConfigError(file, f"unknown key {sorted(set(data) - {'models', 'dtype'})[0]!r}", "models, dtype")
+    if unknown := sorted(set(data) - set(_POOL_KEYS)):
+        raise ConfigError(file, f"unknown key {unknown[0]!r}", ", ".join(_POOL_KEYS))
     dtype = data.get("dtype") or ""
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"{file}: dtype", f"found {dtype!r}", ", ".join(DTYPES))
-    return tuple(models), dtype
+    return tuple(models), dtype, read_tokenizer(data, str(file))

@@ -96,14 +96,24 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
 
 def configuration(config: Mapping[str, Any]):
     """The transformers configuration object of a config.json, defaults filled in; None for a type it does not know."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    settings = {k: v for k, v in config.items() if k != "model_type"}
+    settings = {k: _with_floats(v) for k, v in config.items() if k != "model_type"}
     try:
         with _silence():
             return AutoConfig.for_model(config.get("model_type", ""), **settings)
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError):
+    except (KeyError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError):
         return None
+
+
+def _with_floats(value: Any) -> Any:
+    """A value of config.json with the floats that JSON has no form for, as transformers writes them: infinity, NaN."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def tied(config: Mapping[str, Any]) -> bool:

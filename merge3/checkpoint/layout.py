@@ -1,4 +1,9 @@
-"""Which tensors of a checkpoint belong to which layer, by their names alone."""
+"""Which tensors of a checkpoint belong to which layer, by their names alone.
+
+A model may have several stacks of layers: an encoder and a decoder, a tower that sees and a language model. One of them
+is the main one, whose layers gradients, slices and spaces count: the one that writes text, where there is one, else the
+one with most tensors. The others count as what stands before and after it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,9 @@ EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|tok_embeddings|word_em
 # What looks, listens or watches beside a language model, by a part of its name.
 _SIDE = re.compile(r"(^|\.)((vision|visual|image|audio|speech|video)\w*|img|vit)(\.|$)")
 _INPUT_SIDE = ("embed", "wte", "wpe", "tok_", "patch")
+# Stacks that read, and those that write text with what was read.
+_READERS = re.compile(r"encoder|vision|visual|image|mask|audio|speech")
+_WRITERS = re.compile(r"language|text|llm|(^|\.)(model|transformer|gpt_neox|backbone|decoder)\.(layers?|h|blocks?)$")
 
 
 class Ref(NamedTuple):
@@ -55,18 +63,10 @@ def beside_text(name: str) -> bool:
 
 
 def layout(names: Iterable[str]) -> Layout:
-    """Find the main stack: the numbered prefix that most tensors share.
-
-    Of a model that has eyes or ears beside a language model it is the language model's, however deep those are.
-    """
+    """Find the main stack, and what is before and after it."""
     names = sorted(names)
     matches = {n: m for n in names if (m := _INDEXED.match(n))}
-    counts = Counter(m[1] for m in matches.values())
-    prefix, _ = counts.most_common(1)[0] if matches else ("", 0)
-    if beside_text(prefix):
-        embedded = {n[: m.start()] for n in names if (m := EMBEDDING.search(n))}
-        texts = [p for p, _ in counts.most_common() if not beside_text(p) and p.rpartition(".")[0] in embedded]
-        prefix = texts[0] if texts else prefix
+    prefix = _main(list(matches.values()))
     in_stack = {n: m for n, m in matches.items() if m[1] == prefix}
     rest = [n for n in names if n not in in_stack]
     return Layout(
@@ -76,3 +76,12 @@ def layout(names: Iterable[str]) -> Layout:
         tuple(n for n in rest if any(mark in n for mark in _INPUT_SIDE)),
         tuple(n for n in rest if not any(mark in n for mark in _INPUT_SIDE)),
     )
+
+
+def _main(matches: list[re.Match]) -> str:
+    """The numbered prefix that most tensors share; where that one reads, the one that most of a writer share."""
+    stacks = [prefix for prefix, _ in Counter(m[1] for m in matches).most_common()]
+    if not stacks or not _READERS.search(stacks[0]):
+        return stacks[0] if stacks else ""
+    writers = [prefix for prefix in stacks if _WRITERS.search(prefix) and not _READERS.search(prefix)]
+    return (writers or stacks)[0]

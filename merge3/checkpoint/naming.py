@@ -18,6 +18,11 @@ _TIES = {
     "cls.predictions.decoder.bias": re.compile(r"^cls\.predictions\.bias$"),
     "lm_head.decoder.bias": re.compile(r"^lm_head\.bias$"),
 }
+# Heads of language models, tied or not: one row, and perhaps one bias, for every token.
+_HEAD = re.compile(
+    r"(^|\.)(lm_head(\.decoder)?|embed_out|output|output_layer|vocab_projector|cls\.predictions(\.decoder)?)\.(weight|bias)$"
+    r"|(^|\.)final_logits_bias$"
+)
 _OLD_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _BUFFERS = re.compile(r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(^|\.)position_ids|\.masked_bias)$")
 _MASKS = re.compile(r"\.(attn|attention|self_attention)\.bias$")
@@ -69,3 +74,13 @@ def _modern(name: str) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor has a row for every token that a model reads."""
+    return bool(EMBEDDING.search(name)) or name.endswith("backbone.embeddings.weight")  # the latter Mamba's
+
+
+def by_token(name: str) -> bool:
+    """Whether a tensor outside the layers has a row for every token: an embedding, a head of a language model."""
+    return is_embedding(name) or bool(_HEAD.search(name))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class Checkpoint:
     config: dict
     tensors: dict[str, TensorInfo]
     temporary: object = field(default=None, repr=False)  # a directory to remove when this goes
+    made: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)  # files that are made when read
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
     def get(self, name: str) -> torch.Tensor:
@@ -101,6 +102,8 @@ class Checkpoint:
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
+            if file in self.made and not file.exists():
+                self.made[file]()
             with open(file, "rb") as handle:
                 # A private map: torch wants writable memory, and what is written stays out of the file.
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -88,6 +88,16 @@ class CheckpointWriter:
         except OSError as error:
             raise resource_error(self.directory, error) from None
 
+    def copy_as(self, files: Mapping[str, Path]) -> None:
+        """Copy files under the names given, which may lie in folders of the checkpoint (1_Pooling/config.json)."""
+        try:
+            for name, file in files.items():
+                target = self.temporary / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+        except OSError as error:
+            raise resource_error(self.directory, error) from None
+
     def finish(self) -> None:
         """Complete the files under their temporary name. Leaving does it too; before, they can be looked at."""
         try:
@@ -110,7 +120,7 @@ class CheckpointWriter:
             mode = os.umask(0)
             os.umask(mode)
             os.chmod(self.temporary, 0o777 & ~mode)  # mkdtemp made it private
-            for file in self.temporary.iterdir():
+            for file in self.temporary.rglob("*"):
                 sync(file)
             if self.directory.exists():
                 self.directory.rmdir()  # empty, as checked; refuses if it no longer is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def calibrate(
     device: str,
     quiet: bool,
     skip_too_long: bool = False,
+    task_path: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Fit banks to a response file, or to the answers of a configuration's endpoints and random merges."""
     if (out / "calibration.json").exists():
@@ -44,7 +46,7 @@ def calibrate(
     groups, skipped = None, {}
     if config_file is not None:
         responses, groups, models, dimensions, seed, skipped = _configured(
-            config_file, responses_file, out, device, quiet, dimensions, skip_too_long
+            config_file, responses_file, out, device, quiet, dimensions, skip_too_long, task_path
         )
         endpoints = endpoints or models
     else:
@@ -69,16 +71,17 @@ def _configured(
     quiet: bool,
     dimensions: int,
     skip_too_long: bool,
+    task_path: Sequence[Path] = (),
 ):
     from merge3.client.run import open_engine
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
     from merge3.search.context import Search
     from merge3.search.gathering import gather
     from merge3.search.journal import Journal
     from merge3.search.questions import load_questions
     from merge3.space import Space
 
-    config = load_config(config_file, skip_too_long)
+    config = load_config(config_file, skip_too_long, task_path)
     questions = load_questions(config)
     if not quiet:
         print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client.options import Device, Json, Quiet, SkipTooLong, Threads
+from merge3.client.options import Device, Json, Quiet, SkipTooLong, TaskPath, Threads
 
 
 def calibrate(
@@ -25,6 +25,7 @@ def calibrate(
     dimensions: Annotated[int, typer.Option(min=1, help="Ability dimensions; each needs five models.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the fit; a configuration's own seed goes first.")] = 0,
     skip_too_long: SkipTooLong = False,
+    task_path: TaskPath = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -34,7 +35,16 @@ def calibrate(
     from merge3.client import calibrate as command
 
     result = command.calibrate(
-        out, config, responses, tuple(endpoint or ()), dimensions, seed, device, quiet or as_json, skip_too_long
+        out,
+        config,
+        responses,
+        tuple(endpoint or ()),
+        dimensions,
+        seed,
+        device,
+        quiet or as_json,
+        skip_too_long,
+        task_path or (),
     )
     if as_json:
         print(json.dumps(result))

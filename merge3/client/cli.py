@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client import calibration_commands
+from merge3.client import calibration_commands, evaluation_commands
 from merge3.client.options import (
     Ca,
     Certificate,
@@ -25,6 +25,7 @@ from merge3.client.options import (
     Server,
     SkipTooLong,
     Strict,
+    TaskPath,
     Threads,
     TokenFile,
 )
@@ -110,6 +111,7 @@ def evolve(
     memory_budget: MemoryBudget = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
     skip_too_long: SkipTooLong = False,
+    task_path: TaskPath = None,
     strict: Strict = False,
     server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
     tls_ca: Ca = None,
@@ -122,40 +124,15 @@ def evolve(
 ):
     """Search for the best merge, in this process or on a daemon."""
     from merge3.client import run
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
 
     target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
-    asked = load_config(config, skip_too_long, budget=budget, seed=seed)
+    asked = load_config(config, skip_too_long, task_path or (), budget=budget, seed=seed)
     result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget)
     _finish(result, run_dir, as_json)
 
 
-@app.command(epilog="Example: merge3-client evaluate merged/ items.jsonl")
-def evaluate(
-    what: Annotated[Path, typer.Argument(help="A checkpoint directory, or a recipe file to merge in memory.")],
-    items: Annotated[list[Path], typer.Argument(help="JSONL files of items.")],
-    seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
-    device: Device = "cpu",
-    memory_budget: MemoryBudget = None,
-    responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
-    skip_too_long: SkipTooLong = False,
-    strict: Strict = False,
-    threads: Threads = None,
-    as_json: Json = False,
-):
-    """Ask a model, or a recipe's merge, the items of one or more files."""
-    from merge3.client.evaluate import evaluate_files
-
-    result = evaluate_files(what, items, seed, device, responses, memory_budget, skip_too_long)
-    if as_json:
-        print(json.dumps(result))
-        return
-    for task, detail in result["tasks"].items():
-        print(f"{task:<24} {detail['accuracy']:.4f} ± {detail['stderr']:.4f}  ({detail['items']} items)")
-    print(f"{'mean over tasks':<24} {result['accuracy']:.4f} ± {result['stderr']:.4f}  in {result['seconds']:.1f} s")
-
-
-for _command, _example in calibration_commands.COMMANDS:
+for _command, _example in (*evaluation_commands.COMMANDS, *calibration_commands.COMMANDS):
     app.command(epilog=f"Example: merge3-client {_example}")(_command)
 
 

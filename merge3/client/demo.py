@@ -12,7 +12,7 @@ import yaml
 
 from merge3.checkpoint import check_free
 from merge3.client import run
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.world.numbers import ITEMS_PER_TASK, TASKS
 from merge3.world.training import BASE_STEPS, EXPERT_STEPS, make_models
 

@@ -6,71 +6,186 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from merge3.engine import LocalEngine
-from merge3.errors import ItemsError, Merge3Warning
+from merge3.adapters.lm_eval import Settings, load_benchmark
+from merge3.engine import Evaluation, LocalEngine
+from merge3.errors import BadInput, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
+from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
 
+if TYPE_CHECKING:
+    from merge3.adapters.judging import Benchmark
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked. files: of items; tasks: of lm-eval's, by name, with folders of further ones; limit: the
+    first items or documents of each, and of each task of a group. settings: of the tasks; their chat template and
+    system message are the files' too."""
+
+    files: Sequence[Path] = ()
+    tasks: Sequence[str] = ()
+    task_path: Sequence[Path] = ()
+    settings: Settings = field(default_factory=Settings)
+    limit: int | None = None
+
+    def chat(self, items: Sequence[Item]) -> dict[str, str]:
+        """Task -> system message, of the files' tasks, where a chat template is applied."""
+        if not self.settings.apply_chat_template:
+            return {}
+        return {item.task: self.settings.system_instruction or "" for item in items}
+
 
 def evaluate_files(
     what: Path,
-    files: list[Path],
+    asked: Asked,
     seed: int = 0,
     device: str = "cpu",
     responses_file: Path | None = None,
     memory_budget: str | None = None,
     skip_too_long: bool = False,
 ) -> dict[str, Any]:
-    """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}.
+    """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
+    lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
 
-    skip_too_long: leave out what the model has no positions for, say so, and count it in `skipped`.
+    A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
+    positions for, say so, and count it in `skipped`.
     """
-    items = [item for file in files for item in read_items(file)]
-    seen: set[tuple[str, str]] = set()
-    for item in items:
-        if (item.task, item.id) in seen:
-            raise ItemsError(place(item), "this id is in another file too", "unique ids within a task")
-        seen.add((item.task, item.id))
+    if not asked.files and not asked.tasks:
+        raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
+    items = _from_files(asked)  # bad items before any model is opened
+    chat = asked.chat(items)
+    pool, subject, dtype = _opened(what, device, memory_budget)
+    folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
+    benchmarks = _benchmarks(asked, folder)
+    for benchmark in benchmarks.values():
+        items += benchmark.first(asked.limit)
+    _check_unique(items)
+    policy, system = "skip" if skip_too_long else "error", asked.settings.system_instruction or ""
+    fitted = fit_to_model(items, folder, policy, bool(chat), system)
+    items = fitted.items
+    for note in fitted.notes:
+        print(note, file=sys.stderr)
+    engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
+    start = time.perf_counter()
+    (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [subject])
+    seconds = time.perf_counter() - start
+    responses, metrics = _judged(evaluation, items, benchmarks)
+    counted = [i for i, value in enumerate(responses) if not np.isnan(value)]
+    result = _accuracies(responses[counted], [items[i] for i in counted]) if counted else {"tasks": {}}
+    if responses_file is not None:
+        rows = [_row(str(what), items[i], float(responses[i])) for i in counted]
+        write_atomically(responses_file, "".join(json.dumps(row) + "\n" for row in rows))
+    result |= {"skipped": fitted.skipped, "seconds": seconds}
+    return result | {"metrics": metrics} if metrics else result
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The table a person reads."""
+    for task, leaves in result.get("metrics", {}).items():
+        for leaf, metrics in leaves.items():
+            for name, value in metrics.items():
+                print(f"{leaf if leaf == task else f'{task}: {leaf}':<24} {name} {value:.4f}")
+    for task, detail in result["tasks"].items():
+        print(f"{task:<24} {detail['accuracy']:.4f} ± {detail['stderr']:.4f}  ({detail['items']} items)")
+    if result["tasks"]:
+        mean = f"{result['accuracy']:.4f} ± {result['stderr']:.4f}"
+        print(f"{'mean over tasks':<24} {mean}  in {result['seconds']:.1f} s")
+
+
+def _from_files(asked: Asked) -> list[Item]:
+    """The first items of every task. Raises BadInput for settings that only lm-eval's tasks know."""
+    settings = asked.settings
+    if not asked.tasks:
+        own = {"metric": settings.metric, "num-fewshot": settings.num_fewshot, "gen-kwargs": settings.gen_kwargs}
+        own |= {"fewshot-as-multiturn": settings.fewshot_as_multiturn, "task-path": asked.task_path}
+        for name, value in own.items():
+            if value not in (None, False, (), [], {}):
+                raise BadInput(f"--{name}", "given without --task", "a task of lm-eval's")
+    if settings.system_instruction and asked.files and not settings.apply_chat_template:
+        raise BadInput("--system-instruction", "given without --apply-chat-template", "both, or neither")
+    items, counts = [], Counter()
+    for file in asked.files:
+        for item in read_items(file):
+            counts[item.task] += 1
+            if asked.limit is None or counts[item.task] <= asked.limit:
+                items.append(item)
+    return items
+
+
+def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, Recipe | str, str | None]:
+    """(the pool, what is asked, the live model's dtype)"""
     if what.is_dir() or what.suffix not in (".yaml", ".yml"):
         pool, dtype = Pool.open(str(what), [], device, memory_budget=memory_budget), None
         subject = pool.base
     else:
         subject = Recipe.from_yaml(what)
         models = subject.models()
-        pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, tower=subject.tower)
+        settings = {"memory_budget": memory_budget, "tokenizer": subject.tokenizer, "tower": subject.tower}
+        pool = Pool.open(models[0], models[1:], device, **settings)
         dtype = subject.out_dtype or subject.dtype
     for line in pool.warnings:
         warnings.warn(line, Merge3Warning, stacklevel=2)
     for note in pool.notes:
         print(note, file=sys.stderr)
-    fitted = fit_to_model(items, pool.base_checkpoint.path, "skip" if skip_too_long else "error")
-    items = fitted.items
-    for note in fitted.notes:
-        print(note, file=sys.stderr)
-    engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
-    start = time.perf_counter()
-    (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed), [subject])
-    responses, seconds = evaluation.answers(), time.perf_counter() - start
+    return pool, subject, dtype
+
+
+def _benchmarks(asked: Asked, folder: Path) -> dict[str, Benchmark]:
+    paths, settings = [str(path) for path in asked.task_path], asked.settings
+    found = {name: load_benchmark(name, settings, folder, paths, fitness=False) for name in asked.tasks}
+    if settings.metric is not None and all(benchmark.metric is None for benchmark in found.values()):
+        expected = "a metric with a value per document; without --metric all are printed"
+        raise BadInput("--metric", f"{settings.metric!r} is none of {', '.join(found)}", expected)
+    return found
+
+
+def _check_unique(items: Sequence[Item]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        if (item.task, item.id) in seen:
+            raise ItemsError(place(item), "this id is in another file too", "unique ids within a task")
+        seen.add((item.task, item.id))
+
+
+def _judged(
+    evaluation: Evaluation, items: Sequence[Item], benchmarks: Mapping[str, Benchmark]
+) -> tuple[np.ndarray, dict[str, dict[str, dict[str, float]]]]:
+    """(responses, NaN for documents without a value of their own; lm-eval's metrics of every task)"""
+    if not evaluation.raw:
+        return evaluation.answers(), {}
+    responses, metrics = evaluation.responses.copy(), {}
+    for name, benchmark in benchmarks.items():
+        own = [at for at in evaluation.raw if items[at].task == name]
+        asked, raws = [items[at] for at in own], [evaluation.raw[at] for at in own]
+        metrics[name] = benchmark.table(asked, raws)
+        if benchmark.metric is not None:
+            responses[own] = [benchmark.judge(item, raw) for item, raw in zip(asked, raws)]
+    return responses, metrics
+
+
+def _accuracies(responses: np.ndarray, items: Sequence[Item]) -> dict[str, Any]:
     value, stderr = mean_over_tasks(responses, items)
     tasks = {}
     for task in dict.fromkeys(item.task for item in items):
         at = [i for i, item in enumerate(items) if item.task == task]
         accuracy, error = mean_over_tasks(responses[at], [items[i] for i in at])
         tasks[task] = {"accuracy": accuracy, "stderr": error, "items": len(at)}
-    if responses_file is not None:
-        lines = [json.dumps(_row(str(what), item, score)) for item, score in zip(items, responses.tolist())]
-        write_atomically(responses_file, "\n".join(lines) + "\n")
-    return {"accuracy": value, "stderr": stderr, "tasks": tasks, "skipped": fitted.skipped, "seconds": seconds}
+    return {"accuracy": value, "stderr": stderr, "tasks": tasks}
 
 
 def _row(model: str, item: Item, score: float) -> dict[str, Any]:

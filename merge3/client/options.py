@@ -48,6 +48,7 @@ MemoryBudget = Annotated[
 SkipTooLong = Annotated[
     bool, typer.Option("--skip-too-long", help="Leave out items longer than the model's positions, and say so.")
 ]
+TaskPath = Annotated[list[Path] | None, typer.Option(help="A folder of lm-eval tasks, as YAML files; repeat.")]
 Ca = Annotated[str | None, typer.Option("--tls-ca", help="TLS: PEM of the authority to trust, or `system`.")]
 Certificate = Annotated[Path | None, typer.Option("--tls-cert", help="PEM certificate to show the daemon.")]
 Key = Annotated[Path | None, typer.Option("--tls-key", help="Its PEM key.")]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from merge3.errors import ItemsError
 from merge3.irt import ItemBank
 from merge3.registration import Registration
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
 from merge3.tasks.items import located
@@ -33,11 +33,12 @@ class Registrar:
         header = pb.RegisterHeader(
             pool_id=pool_id,
             seed=registration.seed,
-            chat=registration.chat,
+            chat=registration.chat is True,
+            chats={} if isinstance(registration.chat, bool) else registration.chat,
             heads=registration.heads,
             weights=registration.weights,
             objectives=registration.objectives,
-            space=None if registration.space is None else convert.space_to(registration.space),
+            space=None if registration.space is None else spaces.space_to(registration.space),
         )
         blobs: dict[bytes, bytes] = {}
         for task, estimator in registration.estimators.items():

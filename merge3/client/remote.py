@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import grpc
@@ -28,11 +28,13 @@ from merge3.client.register import Registrar
 from merge3.engine import Evaluation, PoolInfo, Subject
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
-from merge3.recipe import Recipe
+from merge3.fitness import estimates, judged
+from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
-from merge3.rpc import convert, merge3_pb2_grpc
+from merge3.rpc import convert, merge3_pb2_grpc, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks.items import located
+from merge3.tasks.score import Answers
 
 T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a daemon may be away
@@ -43,7 +45,7 @@ class RemoteEngine:
     """A pool on a daemon. models: base first, as the daemon's roots have them.
 
     patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
-    note: told once when waiting begins and when it ends. tower: see Pool.open.
+    note: told once when waiting begins and when it ends. tokenizer, tower: see Pool.open.
 
         with contextlib.closing(RemoteEngine("127.0.0.1:50051", ["base", "math", "code"])) as engine:
             (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
@@ -56,10 +58,12 @@ class RemoteEngine:
         dtype: str | None = None,
         patience: float = PATIENCE,
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+        tokenizer: Tokenizer | None = None,
         tower: Mapping[str, str] | None = None,
     ):
         self.target = Target(target) if isinstance(target, str) else target
-        self.models, self.dtype, self.tower = tuple(models), dtype, dict(tower or {})
+        self.models, self.dtype = tuple(models), dtype
+        self.tokenizer, self.tower = tokenizer, dict(tower or {})
         self.patience, self.note = patience, note
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = itertools.count()
@@ -92,7 +96,7 @@ class RemoteEngine:
                     for message in messages:
                         if waiting.pop(message.index, None) is not None:
                             failures = 0
-                            yield self._located(convert.evaluation_from(message), registration)
+                            yield self._whole(convert.evaluation_from(message), registration)
             except _PASSING as error:
                 until = until if failures else time.monotonic() + self.patience
                 self._recover(error, until, failures)
@@ -117,10 +121,13 @@ class RemoteEngine:
 
     def _open(self) -> None:
         with self._translated():
-            pool = self._stub.OpenPool(
-                pb.OpenPoolRequest(models=self.models, dtype=self.dtype or "", tower=self.tower),
-                metadata=self._metadata,
+            request = pb.OpenPoolRequest(
+                models=self.models,
+                dtype=self.dtype or "",
+                tokenizer=spaces.tokenizer_to(self.tokenizer),
+                tower=self.tower,
             )
+            pool = self._stub.OpenPool(request, metadata=self._metadata)
         info = convert.pool_from(pool, self.target.address)
         if pool.version != __version__ and self._info is None:
             versions = f"{self.target.address} runs merge3 {pool.version}, this is {__version__}"
@@ -156,11 +163,21 @@ class RemoteEngine:
         for request in requests:
             request.pool_id, request.items_id = self._pool_id, items_id
 
-    def _located(self, evaluation: Evaluation, registration: Registration) -> Evaluation:
-        """An error about an item names its file and line, which only the driver knows."""
-        if not isinstance(evaluation.error, ItemsError):
+    def _whole(self, evaluation: Evaluation, registration: Registration) -> Evaluation:
+        """With what only the driver knows: the file and line of an item that an error is about, and what the answers
+        to documents are worth."""
+        if isinstance(evaluation.error, ItemsError):
+            return replace(evaluation, error=located(evaluation.error, registration.items))
+        if not evaluation.raw:
             return evaluation
-        return replace(evaluation, error=located(evaluation.error, registration.items))
+        try:
+            responses = judged(registration, Answers(evaluation.responses, evaluation.raw))
+        except ItemsError as error:
+            return replace(evaluation, responses=None, raw={}, error=error)
+        if responses is None:
+            return evaluation
+        values, stderrs = estimates(registration, responses)
+        return replace(evaluation, responses=responses, values=values, stderrs=stderrs, raw={})
 
     def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:
         if len(requests) == 1:  # a stream takes two milliseconds more than a call, which a generation shares
@@ -180,7 +197,7 @@ class RemoteEngine:
             partial.mkdir(parents=True)
             with self._translated():
                 result = _received(self._stub.Export(request, metadata=self._metadata), partial)
-            for file in partial.iterdir():
+            for file in partial.rglob("*"):
                 sync(file)
             if directory.exists():
                 directory.rmdir()  # empty, as was checked
@@ -249,6 +266,13 @@ class RemoteEngine:
         return translated(self.target.address)
 
 
+def _inside(name: str) -> bool:
+    """Whether a file's name stays in the folder that it is relative to, and is spelled in one way only."""
+    path = PurePosixPath(name)
+    parts = path.parts and not path.is_absolute() and ".." not in path.parts
+    return bool(parts) and str(path) == name and "\\" not in name and "\0" not in name
+
+
 def _received(stream, directory: Path) -> pb.ExportResult:
     """Files of an Export stream, checked against their digests."""
     import hashlib
@@ -259,12 +283,14 @@ def _received(stream, directory: Path) -> pb.ExportResult:
             result = message.result
         elif message.HasField("chunk"):
             chunk = message.chunk
-            if Path(chunk.file).name != chunk.file or chunk.file in ("", ".", ".."):
-                raise ResourceError("export", f"the daemon sent a file named {chunk.file!r}", "a plain name")
+            if not _inside(chunk.file):
+                found = f"the daemon sent a file named {chunk.file!r}"
+                raise ResourceError("export", found, "a plain name, or one in a folder of the checkpoint")
             if chunk.offset != offsets.get(chunk.file, 0):
                 raise ResourceError(
                     "export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}"
                 )
+            (directory / chunk.file).parent.mkdir(parents=True, exist_ok=True)
             with open(directory / chunk.file, "ab") as handle:
                 handle.write(chunk.data)
             offsets[chunk.file] = chunk.offset + len(chunk.data)

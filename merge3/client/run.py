@@ -22,7 +22,7 @@ from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
-from merge3.recipe import ModelRef
+from merge3.recipe import ModelRef, Tokenizer
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
 from merge3.search.questions import Questions, load_questions
@@ -77,16 +77,20 @@ def open_pool(
     quiet: bool = False,
     memory_budget: str | None = None,
     derived: Path | None = None,
+    tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 
     derived: where experts that a method derives of all others are kept for the next run (default: they are not).
-    tower: see Pool.open.
+    tokenizer: of every recipe to come; tower: see Pool.open.
     """
-    pool = Pool.open(models[0], models[1:], device, memory_budget=memory_budget, derived_folder=derived, tower=tower)
+    settings = {"memory_budget": memory_budget, "derived_folder": derived, "tokenizer": tokenizer, "tower": tower}
+    pool = Pool.open(models[0], models[1:], device, **settings)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
+        if pool.vocabulary is not None:
+            print(pool.vocabulary.describe(), file=sys.stderr)
     _warn(pool.warnings)
     pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
     _say_kept(pool.notes, pool.kept, quiet)
@@ -102,10 +106,11 @@ def open_engine(
     derived: Path | None = None,
 ) -> Engine:
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
+    tokenizer = config.genome.recipe_tokenizer()
     if target is None:
         dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        tower = config.genome.tower
-        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived, tower), dtype)
+        words = tokenizer, config.genome.tower
+        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived, *words), dtype)
     if memory_budget is not None:
         raise BadInput(
             "--memory-budget",
@@ -114,7 +119,8 @@ def open_engine(
         )
     from merge3.client.remote import RemoteEngine
 
-    engine = RemoteEngine(target, config.models, config.genome.dtype, tower=config.genome.tower)
+    words = {"tokenizer": tokenizer, "tower": config.genome.tower}
+    engine = RemoteEngine(target, config.models, config.genome.dtype, **words)
     _warn(engine.info().warnings)
     _say_kept(engine.info().notes, engine.info().kept, quiet)
     return engine

@@ -1,6 +1,9 @@
-"""Heads of a live classifier: tensors outside the backbone, which no recipe merges: every endpoint has its own."""
+"""Heads of a live classifier: tensors outside the backbone. Where all endpoints' heads answer the same question a
+recipe merges them like any tensor; else every endpoint has its own."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -8,36 +11,48 @@ from merge3.pool import Pool
 
 
 class Heads:
-    """Which endpoint's head a live model has. shown: that endpoint; the base's at first.
+    """Which head a live model has. shown: the endpoint whose it is, None for the merge's own; the base's at first.
+    merged: the merge's own, for a swap to write: base's names -> tensors; empty where no recipe merges heads.
 
     A head's tensors have one Parameter for each shape they come in, for as long as this lives: an endpoint's head is
     copied into the Parameter of its shape, and only where shapes differ does the model get another one.
     """
 
-    def __init__(self, model: torch.nn.Module, pool: Pool):
+    def __init__(self, model: torch.nn.Module, pool: Pool, weights: Mapping[str, torch.Tensor]):
         self.model, self.pool = model, pool
-        self.shown = pool.base
+        self.shown: str | None = pool.base
+        names = [name for name in pool.heads.get(pool.base, ()) if name in weights and name not in pool.fixed]
+        self.merged = {name: weights[name].clone() for name in names}
         self._parameters: dict[tuple[str, torch.Size], torch.nn.Parameter] = {}
 
-    def show(self, endpoint: str) -> None:
-        """Put an endpoint's head on the model, with its labels; an endpoint without one changes nothing."""
+    def show(self, endpoint: str | None) -> None:
+        """Put an endpoint's head on the model, with its labels; an endpoint without one changes nothing. None: the
+        merge's own, which is the base's where no recipe merges heads."""
+        if endpoint is None and self.merged:
+            self._put(self.pool.base, self.merged)
+            self.shown = None
+            return
+        endpoint = endpoint or self.pool.base
         if endpoint == self.shown or endpoint not in self.pool.heads:
             return
         checkpoint = self.pool.endpoints[endpoint]
-        for name in self.pool.heads[endpoint]:
+        self._put(endpoint, {name: checkpoint.get(name) for name in self.pool.heads[endpoint]})
+        self.shown = endpoint
+
+    def _put(self, labelled: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """labelled: the endpoint whose labels these are."""
+        for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            tensor = checkpoint.get(name)
             parameter = self._parameter(name, tensor.shape, getattr(module, attribute, None))
             parameter.data.copy_(tensor)
             setattr(module, attribute, parameter)
             if isinstance(module, torch.nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-        self.model.config.label2id = dict(checkpoint.config.get("label2id") or {})
+        self.model.config.label2id = dict(self.pool.endpoints[labelled].config.get("label2id") or {})
         labels = len(self.model.config.label2id) or self.model.config.num_labels
         if hasattr(self.model, "num_labels"):
             self.model.num_labels = labels
-        self.shown = endpoint
 
     def _parameter(self, name: str, shape: torch.Size, current: torch.nn.Parameter | None) -> torch.nn.Parameter:
         if current is not None:

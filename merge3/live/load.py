@@ -1,4 +1,4 @@
-"""The base as a transformers model, and which of its tensors a checkpoint's names stand for."""
+"""The base as a live transformers model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from merge3.checkpoint.architecture import configuration, loading, tied
+from merge3.checkpoint.architecture import configuration, tied
 from merge3.checkpoint.layout import Ref
-from merge3.checkpoint.naming import is_buffer
 from merge3.errors import CheckpointError
-from merge3.live.names import parameter_names
+from merge3.live.words import speak
 from merge3.pool import Pool
 
 # For an architecture that transformers has under no such name (a checkpoint with code of its own, or one that names
@@ -43,7 +42,8 @@ def loader(config: Mapping[str, Any]):
 
 
 def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
-    """The base as a transformers model, for inference, on the pool's device. Raises CheckpointError."""
+    """The base as a transformers model, for inference, on the pool's device. Raises CheckpointError where transformers
+    cannot load it, or it lacks a parameter."""
     import transformers
 
     base = pool.base_checkpoint
@@ -54,14 +54,25 @@ def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
             part.tie_word_embeddings = False
     settings = {} if config is None else {"config": config}
     try:
-        model = loader(base.config).from_pretrained(
-            base.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings
+        model, said = loader(base.config).from_pretrained(
+            base.path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
         )
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:200]
         hint = "its own code is never run" if base.config.get("auto_map") else ""
         found = f"transformers cannot load it ({reason})"
         raise CheckpointError(pool.base, found, "a supported architecture", hint) from None
+    made_up = [name for name in sorted(said["missing_keys"]) if not name.endswith(tuple(pool.outputs))]
+    if made_up:
+        found = f"no tensor {made_up[0]!r} (one of {len(made_up)}), and numbers would be made up for it"
+        raise CheckpointError(pool.base, found, f"every parameter of {type(model).__name__}")
+    if pool.vocabulary is not None:
+        speak(model, pool)
     return model.to(pool.device).eval().requires_grad_(False)
 
 
@@ -70,32 +81,3 @@ def promoted(pool: Pool) -> torch.dtype:
     tensors = pool.base_checkpoint.tensors
     floating = [name for name, info in tensors.items() if info.dtype.is_floating_point]
     return pool.common_dtype(Ref(pool.base, max(floating, key=lambda name: tensors[name].nbytes)))
-
-
-def bind(model: torch.nn.Module, pool: Pool) -> dict[str, torch.Tensor]:
-    """Checkpoint name -> the live tensor, for every tensor of the base, and every output that is held apart.
-
-    Raises CheckpointError for a tensor that is no parameter, unless the model computes or ignores it.
-    """
-    live = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    prefix = getattr(model, "base_model_prefix", "")
-    bound, missing = {}, []
-    shapes = {name: info.shape for name, info in pool.base_checkpoint.tensors.items()}
-    apart = {name: pool.shape(Ref(pool.base, name)) for name in pool.outputs}
-    wanted = shapes | apart
-    called = parameter_names(model, wanted) if any(name not in live for name in wanted) else {}
-    for name, shape in wanted.items():
-        tensor = live.get(name, live.get(f"{prefix}.{name}", live.get(name.removeprefix(f"{prefix}."))))
-        if tensor is None or called.get(name) in live:  # what transformers itself would load it into
-            tensor = live.get(called.get(name), tensor)
-        if tensor is None or tuple(tensor.shape) != shape:
-            missing.append(name)
-        else:
-            bound[name] = tensor.data
-    missing = [name for name in missing if not is_buffer(name, shapes.get(name, ()))]
-    if missing and (said := loading(pool.base_checkpoint.config, shapes)):
-        missing = [name for name in missing if name not in said.unexpected]  # transformers does not load them either
-    if missing:
-        found = f"tensor {missing[0]!r} (one of {len(missing)}) is no parameter of {type(model).__name__}"
-        raise CheckpointError(pool.base, found, "an architecture whose checkpoint names are its parameters")
-    return bound

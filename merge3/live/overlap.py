@@ -22,12 +22,14 @@ class Overlap:
     def __init__(self, model: torch.nn.Module, layout: Layout, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pending: dict[Stage, torch.cuda.Event] = {}
+        self._waiting: set[int] = set()  # layers that wait for themselves
         for name, module in model.named_modules():
             prefix, _, number = name.rpartition(".")
             # A checkpoint of the backbone alone has the stack under a shorter name than the whole model.
             if number.isdigit() and (prefix == layout.prefix or prefix.endswith(f".{layout.prefix}")):
                 module.register_forward_pre_hook(partial(self._wait, int(number)))
-        model.register_forward_pre_hook(partial(self._wait, None))
+                self._waiting.add(int(number))
+        model.register_forward_pre_hook(self._wait_outside)
 
     def run(self, stages: Iterable[tuple[Stage, Callable[[], None]]]) -> None:
         """Run each stage's merge, in order; on a GPU this returns before they are done."""
@@ -47,6 +49,12 @@ class Overlap:
         """Let the current stream wait for all stages."""
         for stage in list(self._pending):
             self._wait(stage)
+
+    def _wait_outside(self, *_) -> None:
+        """For what is outside the stack, and for layers that go by another name in the live model."""
+        for stage in list(self._pending):
+            if stage not in self._waiting:
+                self._wait(stage)
 
     def _wait(self, stage: Stage, *_) -> None:
         event = self._pending.pop(stage, None)

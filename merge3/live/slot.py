@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
 
 from merge3.checkpoint.layout import Layout, Ref
+from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
+from merge3.live.binding import bind
 from merge3.live.heads import Heads
-from merge3.live.load import bind, load_model, promoted
+from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.streaming import execute_streamed
 from merge3.methods import execute
@@ -18,6 +21,10 @@ from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+
+# Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
+# block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
+BATCH = 24_000_000
 
 
 class Slot:
@@ -38,7 +45,10 @@ class Slot:
         self.pool = pool
         self.model = load_model(pool, dtype or promoted(pool))
         self._weights = bind(self.model, pool)
-        self._heads = Heads(self.model, pool)
+        self._rounded = self._kept_wide(dtype)
+        if pool.vocabulary is not None:  # the file's rows are others
+            self._copy(pool.base, [name for name in self._weights if by_token(name)])
+        self._heads = Heads(self.model, pool, self._weights)
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
@@ -50,14 +60,18 @@ class Slot:
         Raises RecipeError if the recipe makes another number of layers than the base has.
         """
         program = self.compile(recipe, where)
-        # Buffers that the model computes itself are not among its weights, and heads are not a recipe's.
-        written = self._weights.keys() - set(self.pool.heads.get(self.pool.base, ()))
-        outputs = program.outputs({name: self._weights[name] for name in written}, self.pool.statistics)
+        # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
+        own = set(self.pool.heads.get(self.pool.base, ()))
+        written = {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
+        outputs = program.outputs(written, self.pool.statistics)
         if self._overlap:
             self._run_by_layer(outputs, seed)
         else:
             self._run(outputs, seed)
         self._share(program.ties)
+        if self._heads.merged:
+            self._settle()
+            self._heads.show(None)
         return program.kept
 
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
@@ -72,9 +86,12 @@ class Slot:
         """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
         self._settle()
         self.use_head(model)
+        self._copy(model, self._weights)
+
+    def _copy(self, model: str, names: Iterable[str]) -> None:
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                ref = Ref(model, name)
+            for name in names:
+                ref, weight = Ref(model, name), self._weights[name]
                 if name in self.pool.heads.get(model, ()):
                     continue
                 if model in self.pool.towers:  # what a language model lacks is the base's, whatever was here before
@@ -89,20 +106,45 @@ class Slot:
                     tensor, weight = tensor[:rows], weight[:rows]
                 weight.copy_(tensor)
 
-    def use_head(self, model: str) -> None:
-        """Put an endpoint's own head (tensors outside the backbone) on the live model; see Heads for its addresses."""
+    def use_head(self, model: str | None) -> None:
+        """Put an endpoint's own head (tensors outside the backbone) on the live model, or (None) the head of the merge
+        that was swapped in last: the base's where heads answer different questions. See Heads for its addresses."""
         self._heads.show(model)
 
     def _run(self, outputs: list[Output], seed: int) -> None:
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
             self._prepared.clear()
             self._memory = self.pool.memory
+        there, beside = [], []
+        for output in outputs:
+            there_at_once = output[2].is_contiguous() and output[0] not in self._rounded
+            (there if there_at_once else beside).append(output)
+        with torch.no_grad():
+            self._write(there, seed, self._prepared)
+            for batch in _batches(beside):
+                blocks = []
+                for name, step, out in batch:
+                    blocks.append((name, step, out.new_empty(out.shape, dtype=self._rounded.get(name, out.dtype))))
+                self._write(blocks, seed, None)
+                for (_, _, out), (_, _, block) in zip(batch, blocks):
+                    out.copy_(block)
+
+    def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, away = [], []
         for output in outputs:
             (here if self.pool.resident(output[1].refs) else away).append(output)
-        with torch.no_grad():
-            execute(here, self.pool.get, seed, self._prepared)
-            execute_streamed(away, self.pool, seed)
+        execute(here, self.pool.get, seed, prepared)
+        execute_streamed(away, self.pool, seed)
+
+    def _kept_wide(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """Weights that transformers keeps in float32 in a narrower model -> what they are exported in, and so rounded
+        to: a merge must not be better here than on disk."""
+        rounded = {}
+        for name, weight in self._weights.items():
+            own = dtype or self.pool.common_dtype(Ref(self.pool.base, name))
+            if weight.dtype == torch.float32 and own.is_floating_point and own != torch.float32:
+                rounded[name] = own
+        return rounded
 
     def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
         self._settle()
@@ -128,3 +170,15 @@ class Slot:
     def _settle(self) -> None:
         if self._overlap:
             self._overlap.settle()
+
+
+def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
+    """In order, about BATCH elements at a time."""
+    batch: list[Output] = []
+    for output in outputs:
+        batch.append(output)
+        if sum(out.numel() for _, _, out in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

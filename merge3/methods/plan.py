@@ -19,6 +19,7 @@ from merge3 import parameters as settings
 from merge3.alignment import common_rows
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.towers import Tower
+from merge3.checkpoint.vocabulary import Vocabulary
 from merge3.errors import Merge3Warning, RecipeError
 from merge3.methods.base import REQUIRED, Job, Method
 from merge3.recipe import TOP_KEYS, ModelRef, Recipe, Slice, Source, nearest
@@ -36,6 +37,7 @@ class View(Protocol):
     towers: Mapping[str, Tower]
     tower: Mapping[str, str]
     statistics: Statistics
+    vocabulary: Vocabulary | None
 
     def has(self, ref: Ref) -> bool:
         """See Pool."""

@@ -5,18 +5,25 @@ parameters a method takes: `Recipe` accepts any.
 """
 
 from merge3.recipe.checks import CHAT_TEMPLATES, DTYPES, TOP_KEYS
+from merge3.recipe.references import ModelRef
 from merge3.recipe.text import load_yaml, nearest
-from merge3.recipe.values import ModelRef, Parameters, Recipe, Slice, Source
+from merge3.recipe.tokenizer import BASE, UNION, Tokenizer, TokenRow, read_tokenizer
+from merge3.recipe.values import Parameters, Recipe, Slice, Source
 
 __all__ = [
+    "BASE",
     "CHAT_TEMPLATES",
     "DTYPES",
     "TOP_KEYS",
+    "UNION",
     "ModelRef",
     "Parameters",
     "Recipe",
     "Slice",
     "Source",
+    "TokenRow",
+    "Tokenizer",
     "load_yaml",
     "nearest",
+    "read_tokenizer",
 ]

@@ -127,17 +127,6 @@ def tower(data: Any, where: str) -> dict[str, str]:
     return data
 
 
-def tokenizer(data: Any, where: str) -> Any:
-    """The `source` of mergekit's newer `tokenizer`; refuses what is not done yet."""
-    data = mapping(data, where)
-    for key in data:
-        if key in ("tokens", "pad_to_multiple_of") and data[key]:
-            raise RecipeError(f"{where}.{key}", "not supported yet", "`source` alone")
-        if key not in ("source", "tokens", "pad_to_multiple_of"):
-            raise RecipeError(where, f"unknown key {key!r}", "source")
-    return data.get("source")
-
-
 def chat_template(value: Any, where: str) -> str | None:
     """One of CHAT_TEMPLATES, or a template that Jinja reads."""
     if value is None or value in CHAT_TEMPLATES:

@@ -12,41 +12,11 @@ from typing import Any
 from merge3.errors import RecipeError
 from merge3.parameters import Setting
 from merge3.recipe import checks
+from merge3.recipe.references import ModelRef
 from merge3.recipe.text import dump_yaml, load_yaml, plain
+from merge3.recipe.tokenizer import Tokenizer, read_tokenizer
 
 Parameters = Mapping[str, Setting]
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """A model: a directory or hub id, a revision, and a LoRA adapter to apply: `path@rev+lora@rev`."""
-
-    path: str
-    revision: str | None = None
-    lora: ModelRef | None = None
-
-    @staticmethod
-    def parse(text: Any, where: str = "model") -> ModelRef:
-        """A reference as text, or as mergekit's mapping. Raises RecipeError."""
-        if isinstance(text, Mapping):  # mergekit's long form, or a model entry's short one
-            model = text.get("model", text)
-            if isinstance(model, str) and not text.get("lora"):
-                return ModelRef.parse(model, where)
-            if not isinstance(model, Mapping) or not isinstance(model.get("path"), str):
-                raise RecipeError(where, f"found {dict(text)!r}", "a path or hub id")
-            lora = text.get("lora")
-            return ModelRef(model["path"], model.get("revision"), ModelRef.parse(lora, where) if lora else None)
-        if not isinstance(text, str) or not text.strip():
-            raise RecipeError(where, f"found {text!r}", "a path or hub id")
-        model, *lora = text.split("+")
-        if len(lora) > 1:
-            raise RecipeError(where, f"found {text!r}", "at most one `+adapter`")
-        path, _, revision = model.partition("@")
-        return ModelRef(path, revision or None, ModelRef.parse(lora[0], where) if lora else None)
-
-    def __str__(self) -> str:
-        text = self.path + (f"@{self.revision}" if self.revision else "")
-        return text + (f"+{self.lora}" if self.lora else "")
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,7 @@ class Recipe:
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     tower: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,6 +60,11 @@ class Recipe:
     def whole(self) -> bool:
         """Written with `models`: every layer of every model, in place."""
         return len(self.slices) == 1 and all(s.layer_range is None for s in self.slices[0].sources)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Where the output's tokenizer comes from: union, base, a model; None where nothing is said of it."""
+        return self.tokenizer.source if self.tokenizer else None
 
     def models(self) -> list[ModelRef]:
         """Every model named, base first, then in order of appearance."""
@@ -110,9 +85,13 @@ class Recipe:
             data["slices"] = [_slice_dict(part) for part in self.slices]
         if self.parameters:
             data["parameters"] = plain(self.parameters)
-        for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
+        for key in ("dtype", "out_dtype"):
             if getattr(self, key) is not None:
                 data[key] = getattr(self, key)
+        if self.tokenizer is not None:
+            data |= self.tokenizer.to_dict()
+        if self.chat_template is not None:
+            data["chat_template"] = self.chat_template
         if self.tower:
             data["tower"] = dict(self.tower)
         return data
@@ -149,10 +128,8 @@ class Recipe:
         for part in self.slices:
             sources = tuple(replace(s, model=find(s.model)) for s in part.sources)
             slices.append(replace(part, base_model=find(part.base_model), sources=sources))
-        named = self.tokenizer_source not in (None, "base", "union")
-        tokenizer = str(find(ModelRef.parse(self.tokenizer_source))) if named else self.tokenizer_source
-        base = find(self.base_model)
-        return replace(self, slices=tuple(slices), base_model=base, tokenizer_source=tokenizer)
+        tokenizer = self.tokenizer and self.tokenizer.renamed(lambda model: str(find(ModelRef.parse(model))))
+        return replace(self, slices=tuple(slices), base_model=find(self.base_model), tokenizer=tokenizer)
 
     @staticmethod
     def parse(data: Any, where: str = "recipe") -> Recipe:
@@ -168,17 +145,20 @@ class Recipe:
             slices = tuple(_slice(part, f"{where}: slices[{i}]") for i, part in enumerate(parts))
         dtype = checks.dtype(data.get("dtype"), f"{where}: dtype")
         out_dtype = checks.dtype(data.get("out_dtype"), f"{where}: out_dtype")
-        return Recipe(
+        recipe = Recipe(
             method,
             slices,
             _model(data.get("base_model"), f"{where}: base_model"),
             checks.parameters(data.get("parameters"), f"{where}: parameters"),
             dtype,
             out_dtype,
-            _tokenizer_source(data, where),
-            checks.chat_template(data.get("chat_template"), f"{where}: chat_template"),
-            checks.tower(data.get("tower"), f"{where}: tower"),
+            chat_template=checks.chat_template(data.get("chat_template"), f"{where}: chat_template"),
+            tower=checks.tower(data.get("tower"), f"{where}: tower"),
         )
+        tokenizer = read_tokenizer(data, where)
+        if tokenizer is None:
+            return recipe
+        return replace(recipe, tokenizer=replace(tokenizer, base=_has_base(recipe, where)))
 
 
 def _slice(data: Any, where: str) -> Slice:
@@ -209,20 +189,13 @@ def _model(data: Any, where: str) -> ModelRef | None:
     return ModelRef.parse(data, where) if data is not None else None
 
 
-def _tokenizer_source(data: Mapping, where: str) -> str | None:
-    """`tokenizer_source`, or `source` of the newer `tokenizer`."""
-    newer = data.get("tokenizer")
-    if newer is not None and "tokenizer_source" in data:
-        raise RecipeError(where, "both `tokenizer_source` and `tokenizer`", "one of them")
-    if newer is not None:
-        value, at = checks.tokenizer(newer, f"{where}: tokenizer"), f"{where}: tokenizer.source"
-    else:
-        value, at = data.get("tokenizer_source"), f"{where}: tokenizer_source"
-    if isinstance(value, Mapping):
-        return str(ModelRef.parse(value, at))
-    if value is not None and not (isinstance(value, str) and value.strip()):
-        raise RecipeError(at, f"found {value!r}", "union, base, or one of the models")
-    return value
+def _has_base(recipe: Recipe, where: str) -> bool:
+    """Whether a token that a model lacks takes the base's row; embeddings are in the first slice, heads in the last."""
+    bases = {part.base_model or recipe.base_model for part in (recipe.slices[0], recipe.slices[-1])}
+    if len(bases) > 1 or bases - {None, recipe.models()[0]}:
+        found = ", ".join(sorted(str(base) for base in bases | {recipe.base_model}))
+        raise RecipeError(f"{where}: slices", f"several bases ({found})", "one, where the tokenizer is said")
+    return bases != {None}
 
 
 def _slice_dict(part: Slice) -> dict:

@@ -22,9 +22,9 @@ from merge3.irt.extraction import Subset
 from merge3.recipe import Recipe
 from merge3.rpc import merge3_pb2 as pb
 from merge3.rpc.statuses import error_of, error_to
-from merge3.space import SpaceDefinition
+from merge3.tasks.documents import Raw
 from merge3.tasks.items import Item
-from merge3.tasks.reading import make_item
+from merge3.tasks.reading import make_document, make_item
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MAX_DEPTH = 64
@@ -51,6 +51,8 @@ def item_to(item: Item) -> pb.Item:
         max_tokens=item.max_tokens,
         stop=item.stop,
     )
+    for context, continuation in item.asks:
+        message.asks.add(context=context, continuation=continuation)
     if isinstance(item.answer, int):
         message.index = item.answer
     elif isinstance(item.answer, str):
@@ -62,6 +64,10 @@ def item_to(item: Item) -> pb.Item:
 
 def item_from(message: pb.Item, where: str) -> Item:
     """Raises ItemsError: an item from the wire is checked as one from a file is."""
+    if message.asks:
+        asks = tuple((ask.context, ask.continuation) for ask in message.asks)
+        how = (message.metric, message.max_tokens, tuple(message.stop))
+        return make_document(message.id, message.task, message.kind, asks, where, *how)
     which = message.WhichOneof("answer")
     answer = list(message.texts.values) if which == "texts" else getattr(message, which) if which else None
     data: dict[str, Any] = {"id": message.id or where, "kind": message.kind, "prompt": message.prompt, "answer": answer}
@@ -69,35 +75,6 @@ def item_from(message: pb.Item, where: str) -> Item:
         if value := getattr(message, key):
             data[key] = list(value) if key in ("choices", "stop") else value
     return make_item(data, where, "items", where)
-
-
-# -- spaces
-
-
-def space_to(d: SpaceDefinition) -> pb.SpaceDefinition:
-    """Field by field, by name; None is a field that is not set."""
-    values = {field.name: getattr(d, field.name) for field in pb.SpaceDefinition.DESCRIPTOR.fields}
-    values["bounds"] = {gene: pb.Range(low=low, high=high) for gene, (low, high) in d.bounds.items()}
-    return pb.SpaceDefinition(**values)
-
-
-def space_from(m: pb.SpaceDefinition) -> SpaceDefinition:
-    """Field by field, by name; what is not set, or an empty text, is as the definition has it by default.
-
-    Raises ConfigError for what only an evolve configuration's own checks would have caught.
-    """
-    for gene, r in m.bounds.items():
-        if not (np.isfinite(r.low) and np.isfinite(r.high) and r.low < r.high):
-            raise errors.ConfigError(
-                f"space: bounds: {gene}", f"from {r.low} to {r.high}", "finite numbers, low < high"
-            )
-    values: dict[str, Any] = {"method": m.method, "bounds": {gene: (r.low, r.high) for gene, r in m.bounds.items()}}
-    for field in m.DESCRIPTOR.fields:
-        value = getattr(m, field.name)
-        unset = value == "" or (field.has_presence and not m.HasField(field.name))
-        if field.name not in values and not unset:
-            values[field.name] = tuple(value) if field.is_repeated else value
-    return SpaceDefinition(**values | {"tower": dict(m.tower)})
 
 
 # -- estimators
@@ -229,7 +206,31 @@ def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker:
         message.estimates.add(objective=name, value=value, stderr=stderr)
     if e.error is not None:
         message.error.CopyFrom(error_to(e.error))
+    for position, raw in e.raw.items():
+        message.raw.append(raw_to(position, raw))
     return message
+
+
+def raw_to(position: int, raw: Raw) -> pb.RawAnswer:
+    """What a document's asks came to; see documents.Raw."""
+    message = pb.RawAnswer(item=position)
+    for answer in raw:
+        match answer:
+            case str():
+                message.texts.append(answer)
+            case float():
+                message.sums.append(answer)
+            case (value, greedy):
+                message.sums.append(value)
+                message.greedy.append(greedy)
+    return message
+
+
+def raw_from(message: pb.RawAnswer) -> Raw:
+    """What `raw_to` sent."""
+    if message.texts:
+        return tuple(message.texts)
+    return tuple(zip(message.sums, message.greedy)) if message.greedy else tuple(message.sums)
 
 
 def evaluation_from(m: pb.Evaluation) -> Evaluation:
@@ -245,6 +246,7 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
         m.seconds,
         m.swap_seconds,
         error,
+        {raw.item: raw_from(raw) for raw in m.raw},
     )
 
 

@@ -68,7 +68,8 @@ class Search:
             estimators or {},
             (self.config.objective,),
             self.config.optimizer.seed,
-            self.config.apply_chat_template,
+            asked.chat,
+            asked.judges,
         )
 
     def answers(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:

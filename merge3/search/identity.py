@@ -27,6 +27,8 @@ def identity(search: Search) -> dict[str, str]:
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }
+    if questions.judges:  # what answers are worth is lm-eval's to say
+        found["lm-eval"] = metadata.version("lm_eval")
     for place, name in enumerate(info.endpoints):
         found[f"checkpoint {place}"] = info.content_hashes[name]
     return found
@@ -38,6 +40,6 @@ def _placeless(search: Search) -> SpaceDefinition:
     places = {model: f"model {i}" for i, model in enumerate(search.config.models)}
     of = lambda model: places.get(model, model)
     models = tuple(map(of, definition.models))
-    return replace(
-        definition, models=models, base=of(definition.base), tokenizer_source=of(definition.tokenizer_source)
-    )
+    tokens = tuple(replace(row, model=of(row.model)) for row in definition.tokens)
+    source = of(definition.tokenizer_source)
+    return replace(definition, models=models, base=of(definition.base), tokenizer_source=source, tokens=tokens)

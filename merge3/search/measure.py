@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def _baselines(search: Search) -> Iterator[Baseline]:
     for model in models:
         yield names[model], model
     experts = [m for m in genome.models if m != genome.base_model]
-    yield from default_merges(genome.base_model, experts, genome.dtype, genome.tower)
+    definition = search.space.definition
+    for name, recipe in default_merges(genome.base_model, experts, genome.dtype, genome.tower):
+        yield name, replace(recipe, tokenizer=definition.tokenizer, chat_template=definition.chat_template)
 
 
 def _short_names(models: Sequence[str]) -> dict[str, str]:

@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from merge3.checkpoint.read import resolve
 from merge3.errors import ConfigError
-from merge3.recipe import ModelRef
-from merge3.search.config import EvolveConfig
+from merge3.registration import Judge
+from merge3.search.config import EvolveConfig, Task
 from merge3.search.policy import Policy, decide
 from merge3.search.seeds import seed_of
+from merge3.search.words import AskedWith
 from merge3.tasks import Item, fit_to_model, read_items, split_heldout
+
+if TYPE_CHECKING:
+    from merge3.adapters.judging import Benchmark
+
+_ASKED = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
 
 
 @dataclass(frozen=True)
 class Questions:
     """search: what candidates may be asked; subset: what each is asked, unless calibration chooses it;
-    heldout: never seen by the search. skipped, truncated: task -> how many
-    items were too long, which is said in `notes`."""
+    heldout: never seen by the search. skipped, truncated: task -> how many items were too long, which is said in
+    `notes`. chat: task -> system message of prompts that the chat template wraps; judges: of lm-eval's tasks."""
 
     search: list[Item]
     subset: list[Item]
@@ -32,21 +38,26 @@ class Questions:
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    chat: dict[str, str] = field(default_factory=dict)
+    judges: dict[str, Judge] = field(default_factory=dict)
 
 
 def load_questions(config: EvolveConfig) -> Questions:
     """Read, split and subset the items of every task. What is too long is dealt with first, so that no later
     stage sees other items than another."""
-    items, weights, heads, limits, notes = [], {}, {}, {}, []
+    items, weights, heads, limits, notes, chat, judges = [], {}, {}, {}, [], {}, {}
+    spoken = AskedWith(config)
     skipped, truncated = Counter(), Counter()
     for task in config.tasks:
-        own = read_items(task.items, task.name)
-        if task.name is not None:
-            own = [replace(item, task=task.name) for item in own]
-        if task.metric is not None and task.metric != "acc,none":  # mergekit-evolve's default for lm-eval
-            own = [replace(item, metric=task.metric) for item in own]
+        wrapped, system = config.of_task(task, "apply_chat_template"), config.of_task(task, "system_instruction") or ""
+        if task.items is None:
+            benchmark = _benchmark(config, task, spoken.folder)
+            own, wrapped, system = list(benchmark.items), False, ""  # lm-eval has applied it
+            judges[task.name] = benchmark.judge
+        else:
+            own = _from_file(task, wrapped, system)
         if task.too_long != "error":
-            fitted = fit_to_model(own, base_folder(config), task.too_long, config.apply_chat_template)
+            fitted = fit_to_model(own, spoken.folder, task.too_long, wrapped, system)
             own = fitted.items
             skipped.update(fitted.skipped)
             truncated.update(fitted.truncated)
@@ -54,6 +65,8 @@ def load_questions(config: EvolveConfig) -> Questions:
         items += own
         weights.update({item.task: task.weight for item in own})
         limits.update({item.task: task.limit or config.limit for item in own})
+        if wrapped:
+            chat.update({item.task: system for item in own})
         if task.head:
             heads.update({item.task: task.head for item in own})
     seen = set()
@@ -68,13 +81,41 @@ def load_questions(config: EvolveConfig) -> Questions:
     subset = search
     if policy.extract == "random":
         subset = per_task(search, config.extract.size, np.random.default_rng(seed_of("subset", seed, 0)))
-    return Questions(search, subset, heldout, weights, heads, policy, dict(skipped), dict(truncated), tuple(notes))
+    return Questions(
+        search,
+        subset,
+        heldout,
+        weights,
+        heads,
+        policy,
+        dict(skipped),
+        dict(truncated),
+        tuple(notes),
+        chat,
+        judges,
+    )
 
 
-def base_folder(config: EvolveConfig) -> Path:
-    """Where the base lies, whose tokenizer and positions say how long items may be."""
-    ref = ModelRef.parse(config.models[0], "base_model")
-    return resolve(ref.path, ref.revision)
+def _from_file(task: Task, wrapped: bool, system: str) -> list[Item]:
+    """A file's items, under the task's name and metric where it has them."""
+    own = read_items(task.items, task.name)
+    if system and not wrapped:
+        where = f"task {own[0].task!r}: system_instruction"
+        raise ConfigError(where, "without apply_chat_template", "both, or neither")
+    if task.name is not None:
+        own = [replace(item, task=task.name) for item in own]
+    if task.metric is not None and task.metric != "acc,none":  # mergekit-evolve's default for lm-eval
+        own = [replace(item, metric=task.metric) for item in own]
+    return own
+
+
+def _benchmark(config: EvolveConfig, task: Task, folder: Path) -> Benchmark:
+    """A task of lm-eval's. Raises ConfigError, ItemsError or Unavailable."""
+    from merge3.adapters.lm_eval import Settings, load_benchmark
+
+    asked = {key: config.of_task(task, key) for key in _ASKED}
+    settings = Settings(metric=task.metric, gen_kwargs=task.gen_kwargs, **asked)
+    return load_benchmark(task.name, settings, folder, config.task_path)
 
 
 def _limited(items: list[Item], limits: dict[str, int | None], rng: np.random.Generator | None) -> list[Item]:

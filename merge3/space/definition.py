@@ -6,11 +6,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 
+from merge3.recipe import Tokenizer, TokenRow
+
 
 @dataclass(frozen=True)
 class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
-    kind: a row of SPACES.
+    kind: a row of SPACES. tokenizer_source, tokens, pad_to_multiple_of: of the recipes' tokenizer, see there.
 
         definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
     """
@@ -29,13 +31,24 @@ class SpaceDefinition:
     tokenizer_source: str | None = None
     dtype: str | None = None
     kind: str = "parameters"
+    tokens: tuple[TokenRow, ...] = ()
+    pad_to_multiple_of: int | None = None
+    chat_template: str | None = None
     tower: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of every recipe of the space; None where nothing is said of it."""
+        if self.tokenizer_source is None:
+            return None
+        return Tokenizer(self.tokenizer_source, self.tokens, self.pad_to_multiple_of, self.base is not None)
 
     def hash(self) -> str:
         """Names the definition: equal definitions, equal hash."""
         data = asdict(self)
         if self.kind == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["kind"]
-        if not self.tower:  # likewise
-            del data["tower"]
+        for key in ("tokens", "pad_to_multiple_of", "chat_template", "tower"):  # nor any of these
+            if not data[key]:
+                del data[key]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -85,7 +85,8 @@ class ParameterSpace:
             base,
             parameters,
             self.definition.dtype,
-            tokenizer_source=self.definition.tokenizer_source,
+            tokenizer=self.definition.tokenizer,
+            chat_template=self.definition.chat_template,
             tower=self.definition.tower,
         )
 

@@ -43,7 +43,7 @@ def request(item: Item, reader: Reader) -> Choices:
         if choice in choices[:i]:
             found = f"{name(choices.index(choice))} and {name(i)} have the same tokens"
             raise ItemsError(place(item), found, "choices that the tokenizer tells apart")
-    return Choices(tokens, choices, *image)
+    return Choices(tokens, choices, image=image[0] if image else {})
 
 
 def acc_norm(item: Item, found: Likelihoods) -> float:

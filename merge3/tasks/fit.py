@@ -14,6 +14,7 @@ from merge3.tasks.images import MARK
 from merge3.tasks.items import Item, place, shown
 from merge3.tasks.kinds import KINDS
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
+from merge3.tasks.requests import taken
 
 POLICIES = ("error", "skip", "truncate_left")
 
@@ -28,7 +29,9 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
 
-def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False) -> Fitted:
+def fit_to_model(
+    items: Sequence[Item], folder: str | Path, policy: str, chat: bool = False, system: str = ""
+) -> Fitted:
     """As fit_items, for the checkpoint in a folder: its tokenizer, its configuration's positions."""
     if policy == "error" or not any(map(_reads, items)):
         return Fitted(list(items))
@@ -40,20 +43,30 @@ def fit_to_model(items: Sequence[Item], folder: str | Path, policy: str, chat: b
         reason = str(error).split("\n")[0][:200]
         expected = "the model's, which says how long items may be"
         raise ItemsError(folder, f"no usable config.json ({reason})", expected) from None
-    return fit_items(items, load_tokenizer(folder), positions(config), policy, chat, Path(folder))
+    embedded = any(KINDS[item.kind].asks == "embeddings" for item in items)
+    limit, apart = positions(config, folder if embedded else None), bool(getattr(config, "is_encoder_decoder", False))
+    return fit_items(items, load_tokenizer(folder), limit, policy, chat, system, apart, Path(folder))
 
 
 def fit_items(
-    items: Sequence[Item], tokenizer, limit: int | None, policy: str, chat: bool = False, folder: Path | None = None
+    items: Sequence[Item],
+    tokenizer,
+    limit: int | None,
+    policy: str,
+    chat: bool = False,
+    system: str = "",
+    apart: bool = False,
+    folder: Path | None = None,
 ) -> Fitted:
     """Items that fit into `limit` tokens; None: all do. policy: of POLICIES, where `error` leaves it to the Scorer.
-    folder: the checkpoint's, whose processor says how many tokens an image takes.
+    apart: prompts and what follows them each have as many, as in models with an encoder and a decoder. folder: of the
+    checkpoint, where items are embedded, or a processor says how many tokens an image takes.
 
     Raises ItemsError where a task loses all its items, or cutting a prompt does not help.
     """
     if policy not in POLICIES:
         raise ItemsError("too_long", f"found {policy!r}", ", ".join(POLICIES))
-    reader = Reader(tokenizer, chat, folder)
+    reader = Reader(tokenizer, chat, folder, limit, system, apart)
     kept: list[Item] = []
     long: dict[str, list[str]] = {}  # task -> the items that are too long, with what makes them so
     for item in items:
@@ -87,28 +100,47 @@ def _reads(item: Item) -> bool:
 
 def _length(item: Item, reader: Reader) -> tuple[int, str]:
     """(how many positions an item takes, what for)"""
-    return KINDS[item.kind].request(item, reader).length()
+    return max(taken(request, reader.apart) for request in KINDS[item.kind].requests(item, reader))
 
 
 def _cut(item: Item, reader: Reader, limit: int) -> Item:
     """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
     front of a prompt stays there, and an item remains what it is on its way to a daemon."""
+    if item.asks:
+        asks = []
+        for context, continuation in item.asks:
+            alone = _shortened(replace(item, asks=((context, continuation),)), reader, limit)
+            asks += alone.asks
+        return replace(item, asks=tuple(asks))
+    return _shortened(item, reader, limit)
+
+
+def _shortened(item: Item, reader: Reader, limit: int) -> Item:
+    """An item with one prompt, or one ask, of at most `limit` positions. Raises ItemsError."""
     shorter, what = item, ""
     if item.image and MARK in item.prompt:
         found = f"too long, and `{MARK}` stands in its prompt, which would be cut from the left"
         raise ItemsError(place(item), found, f"at most {limit} tokens", "`too_long: skip` leaves it out")
-    while shorter.prompt:
+    while _start(shorter):
         longest, how = _length(shorter, reader)
         what = what or how
         if longest <= limit:
             return shorter
-        shorter = replace(shorter, prompt=_without(shorter.prompt, longest - limit, reader.tokenizer))
+        shorter = _starting(shorter, _without(_start(shorter), longest - limit, reader.tokenizer))
     raise ItemsError(
         place(item),
         f"{what}, and nothing would be left of its prompt",
         f"at most {limit}, the model's positions",
         "`too_long: skip` leaves it out",
     )
+
+
+def _start(item: Item) -> str:
+    return item.asks[0][0] if item.asks else item.prompt
+
+
+def _starting(item: Item, text: str) -> Item:
+    return replace(item, asks=((text, item.asks[0][1]),)) if item.asks else replace(item, prompt=text)
 
 
 def _without(text: str, count: int, tokenizer) -> str:

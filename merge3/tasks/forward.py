@@ -11,7 +11,8 @@ from merge3.errors import ItemsError
 
 
 class LogitsError(ItemsError):
-    """A model whose logits are NaN or infinite where an item is scored: no answer, right or wrong.
+    """A model whose logits are NaN or infinite where an item is scored: no answer, right or wrong. Of an encoder it is
+    the states of a text, pooled: NaN, infinite, or all zero.
 
     That is: NaN or +inf among the logits of a scored position, or none above -inf, or a log-likelihood that is NaN.
     Some logits of -inf are legal: models exclude words so.
@@ -58,9 +59,40 @@ def _takes_logits_to_keep(kind: type) -> bool:
 
 def last_logits(model, count: int, **inputs) -> torch.Tensor:
     """Logits of the last `count` positions: float32 [rows, count, vocabulary]."""
+    return last_logits_of(model, count, **inputs)[1]
+
+
+def last_logits_of(model, count: int, **inputs):
+    """(what the forward gave, logits of the last `count` positions, float32 [rows, count, vocabulary])"""
     if takes_logits_to_keep(model):
-        return model(**inputs, logits_to_keep=count).logits.float()
-    return model(**inputs).logits[:, -count:].float()
+        inputs["logits_to_keep"] = count
+    output = model(**inputs)
+    return output, output.logits[:, -count:].float()
+
+
+def logits_at(model, places: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits of some positions: float32 [places, vocabulary]. places: into the batch's positions, row after row.
+
+    The head is given their hidden states alone, in one block: most positions of a batch are asked nothing, and a
+    product over rows of a view is several times slower than the same product over a block.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return model(**inputs).logits.flatten(0, 1)[places].float()
+    picked = []
+
+    def pick(module, arguments):
+        picked.append(arguments[0].flatten(0, 1)[places][None])
+        return (picked[-1], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    if len(picked) != 1 or len(logits) != 1:
+        raise RuntimeError(f"the head of a {type(model).__name__} was asked {len(picked)} times, for {logits.shape}")
+    return logits[0].float()
 
 
 def right_padded(rows: list[tuple[int, ...]], pad: int, device) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ def answer(given, choices: Sequence[str], metric: str, where: str) -> tuple[str,
 def request(item: Item, reader: Reader) -> Start:
     """The prompt's tokens, and where the answer ends at the latest. Raises ItemsError where a prompt has none."""
     _, tokens, *image = seen(item, reader) if item.image else reader.prompt(item)
-    return Start(tokens, item.max_tokens, item.stop, *image)
+    return Start(tokens, item.max_tokens, item.stop, image=image[0] if image else {})
 
 
 def exact(item: Item, found: Written) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from merge3.errors import ItemsError
 from merge3.tasks.items import Item, place, shown
@@ -61,7 +62,7 @@ def _text(item: Item, reader: Reader, processor: Any) -> str:
     if not getattr(processor, "chat_template", None):
         raise ItemsError("apply_chat_template", "the processor has no chat template", "one that has, or false")
     parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
-    return _rendered(processor, [part for part in parts if part.get("text") != ""])
+    return _rendered(processor, [part for part in parts if part.get("text") != ""], reader.system)
 
 
 def _written(processor: Any, own: str) -> str:
@@ -75,6 +76,11 @@ def _written(processor: Any, own: str) -> str:
     return whole[start : start + len(whole) - len(without)] or own
 
 
-def _rendered(processor: Any, content: list[dict[str, str]]) -> str:
-    message = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+def _rendered(processor: Any, content: list[dict[str, str]], system: str = "") -> str:
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages.append({"role": "user", "content": content})
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:  # a template refuses roles by raising
+        found = f"the processor's chat template fails: {str(error).splitlines()[0] if str(error) else 'TypeError'}"
+        raise ItemsError("apply_chat_template", found, "a template for messages with an image") from None

@@ -18,6 +18,7 @@ class Item:
 
     source: the file and line it came from, for messages; extra: (key, value) pairs of its line that are not ours.
     Neither is part of the question: items that differ in them alone are equal.
+    asks: (context, continuation) pairs, instead of prompt and answer, of a document of lm-eval's (documents.py).
 
         Item("1", "sums", "generate", "one plus one is", ("two", "2"))
     """
@@ -34,6 +35,7 @@ class Item:
     stop: tuple[str, ...] = ()
     source: str = field(default="", compare=False, repr=False)
     extra: tuple[tuple[str, Any], ...] = field(default=(), compare=False, repr=False)
+    asks: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 def place(item: Item) -> str:
@@ -81,4 +83,6 @@ def split_heldout(items: Sequence[Item], fraction: float, seed: int) -> tuple[li
 
 def items_hash(items: Sequence[Item]) -> str:
     """Names a set of items, order included."""
-    return hashlib.sha256(repr([repr(item) for item in items]).encode()).hexdigest()[:16]
+    # Asks are no part of an item's repr: sets without any are named as they were before there were documents.
+    said = [repr(item) + (repr(item.asks) if item.asks else "") for item in items]
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]

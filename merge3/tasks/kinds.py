@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
-from merge3.tasks import choice, classify, generate
+from merge3.tasks import choice, classify, generate, generate_until, loglikelihood, loglikelihood_rolling, rank
+from merge3.tasks.documents import Raw
 from merge3.tasks.items import Item
 from merge3.tasks.prompts import Reader
 
@@ -30,27 +32,48 @@ class Kind:
     request: (item, reader) -> what the model is asked. Raises ItemsError naming the item.
     asks: which of an LM's functions takes such requests.
     resolve: (item, labels of the head) -> the item as its results will name the answer. Raises ItemsError.
+    raw: of kinds whose answers a judge has to weigh, who stays with the driver: (item, the results of all its requests)
+    -> what the judge is told. Such a kind has no metrics, several requests an item, and does not stand in item files.
     """
 
     keys: tuple[str, ...]
     metrics: Mapping[str, Callable[[Item, Any], float]]
     answer: Callable[[Any, Sequence[str], str, str], int | str | tuple[str, ...]]
     request: Callable[[Item, Reader], Any]
-    asks: Literal["loglikelihoods", "generate", "logits"]
+    asks: Literal["loglikelihoods", "generate", "logits", "embeddings"]
     resolve: Callable[[Item, Mapping[str, int]], Item] = as_it_is
+    raw: Callable[[Item, Sequence[Any]], Raw] | None = None
 
     @property
     def default(self) -> str:
         """The metric of an item that names none."""
         return next(iter(self.metrics))
 
+    def requests(self, item: Item, reader: Reader) -> tuple:
+        """All that an item asks of the model. Raises ItemsError naming the item."""
+        found = self.request(item, reader)
+        return (found,) if self.raw is None else found
+
     def response(self, item: Item, result: Any) -> float:
         """What a result is worth by the item's metric: in [0, 1]."""
         return self.metrics[item.metric or self.default](item, result)
+
+
+def _judged(own: ModuleType, asks: str) -> Kind:
+    return Kind((), {}, own.answer, own.request, asks, raw=own.raw)
 
 
 KINDS: dict[str, Kind] = {
     "choice": Kind(("choices", "image"), choice.METRICS, choice.answer, choice.request, "loglikelihoods"),
     "generate": Kind(("max_tokens", "stop", "image"), generate.METRICS, generate.answer, generate.request, "generate"),
     "classify": Kind(("image",), classify.METRICS, classify.answer, classify.request, "logits", classify.resolve),
+    "rank": Kind(("choices",), rank.METRICS, rank.answer, rank.request, "embeddings"),
+    "loglikelihood": _judged(loglikelihood, "loglikelihoods"),
+    "loglikelihood_rolling": _judged(loglikelihood_rolling, "loglikelihoods"),
+    "generate_until": _judged(generate_until, "generate"),
 }
+
+
+def in_files() -> dict[str, Kind]:
+    """The rows that item files may name."""
+    return {name: kind for name, kind in KINDS.items() if kind.raw is None}

@@ -10,31 +10,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from merge3.tasks.forward import expanded, last_logits, prefix_cache, right_padded
+from merge3.tasks.forward import expanded, logits_at, prefix_cache, right_padded
 from merge3.tasks.requests import Choices, Likelihoods, batches
+from merge3.tasks.shared_prefix import SharedPrefix
 
 
 @dataclass
 class Batch:
-    """inputs: of the model's forward. rows, positions, tokens, owner: per scored token, the logit row and position
-    that predict it, the token, and which choice it belongs to; lengths: tokens per choice, choices of all requests."""
+    """inputs: of the model's forward. places: positions whose logits are needed, row after row. at, tokens, owner: per
+    scored token, which of the places predicts it, the token, and which choice it belongs to; lengths: tokens per
+    choice, choices of all requests."""
 
     asked: list[tuple[int, Choices]]
     inputs: dict[str, torch.Tensor]
-    tail: int  # positions whose logits are needed, at the end of each row
-    rows: torch.Tensor
-    positions: torch.Tensor
+    places: torch.Tensor
+    at: torch.Tensor
     tokens: torch.Tensor
     owner: torch.Tensor
     lengths: torch.Tensor
 
 
 class SharedRows:
-    """One row per request. A Question whose results are Likelihoods, sums in float32."""
+    """One row per request. A Question whose results are Likelihoods, sums in float32.
+
+    once: whether rows read the prefix where it lies (shared_prefix.py) instead of each its copy.
+    """
 
     def __init__(
         self,
@@ -44,46 +48,62 @@ class SharedRows:
         dtype: torch.dtype,
         batch_tokens: int,
         pad: int = 0,
+        once: bool = False,
     ):
-        self.prefix, self.device = prefix, device
+        self.prefix, self.device, self.once = prefix, device, once and bool(prefix)
         self.batches = [self._prepare(batch, dtype, pad) for batch in batches(requests, _width, batch_tokens)]
 
     @torch.inference_mode()
     def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
         """(index of a request, its likelihoods, None where the logits are NaN or infinite)"""
         prefix = prefix_cache(model, self.prefix, self.device)
+        once = SharedPrefix(model, prefix) if self.once else None
         for batch in self.batches:
-            cache = expanded(prefix, len(batch.asked))
-            logits = last_logits(model, batch.tail, past_key_values=cache, use_cache=bool(prefix), **batch.inputs)
-            normalizer = logits.logsumexp(-1)[batch.rows, batch.positions]
-            log_p = logits[batch.rows, batch.positions, batch.tokens] - normalizer
+            if once is not None:
+                with once.before_rows():
+                    logits = logits_at(model, batch.places, use_cache=False, **batch.inputs)
+            else:
+                cache = expanded(prefix, len(batch.asked))
+                logits = logits_at(model, batch.places, past_key_values=cache, use_cache=bool(prefix), **batch.inputs)
+            normalizer = logits.logsumexp(-1)[batch.at]
+            log_p = logits[batch.at, batch.tokens] - normalizer
             # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
             log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
             sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
+            greedy = self._greedy(logits, batch)
             start = 0
             for index, request in batch.asked:
                 own = slice(start, start + len(request.choices))
                 start = own.stop
-                found = Likelihoods(sums[own], batch.lengths[own])
+                found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
                 yield index, None if found.sums.isnan().any() else found
+
+    def _greedy(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """Whether each choice is what greedy decoding writes, bool [choices]; None where no request asks."""
+        if not any(request.greedy for _, request in batch.asked):
+            return None
+        others = logits.argmax(-1)[batch.at] != batch.tokens
+        counts = torch.zeros(len(batch.lengths), dtype=torch.long, device=self.device)
+        return (counts.index_add_(0, batch.owner, others.long()) == 0).cpu()
 
     def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
         past = len(self.prefix)
+        seen = 0 if self.once else past  # of the prefix's positions, in the mask
         left = max(len(request.tokens) for _, request in asked)
         right = max(_choice_inputs(request) for _, request in asked)
         width = left + right
         ids = torch.full((len(asked), width), pad)
         position_ids = torch.zeros(len(asked), width, dtype=torch.long)
         # Padding sees itself alone: a row of nothing but masked scores would be NaN.
-        visible = torch.zeros(len(asked), width, past + width, dtype=torch.bool)
-        visible[:, torch.arange(width), past + torch.arange(width)] = True
-        rows, positions, tokens, owner, lengths = [], [], [], [], []
+        visible = torch.zeros(len(asked), width, seen + width, dtype=torch.bool)
+        visible[:, torch.arange(width), seen + torch.arange(width)] = True
+        scored, tokens, owner, lengths = [], [], [], []
         for row, (_, request) in enumerate(asked):
             start = left - len(request.tokens)
             ids[row, start:left] = torch.tensor(request.tokens)
             position_ids[row, start:left] = past + torch.arange(len(request.tokens))
-            visible[row, start:, :past] = True
-            visible[row, start:left, past + start : past + left] = _causal(left - start)
+            visible[row, start:, :seen] = True
+            visible[row, start:left, seen + start : seen + left] = _causal(left - start)
             at = left
             for choice in request.choices:
                 inner = len(choice) - 1
@@ -91,11 +111,10 @@ class SharedRows:
                     own = slice(at, at + inner)
                     ids[row, own] = torch.tensor(choice[:-1])
                     position_ids[row, own] = past + len(request.tokens) + torch.arange(inner)
-                    visible[row, own, past + start : past + left] = True
-                    visible[row, own, past + at : past + at + inner] = _causal(inner)
+                    visible[row, own, seen + start : seen + left] = True
+                    visible[row, own, seen + at : seen + at + inner] = _causal(inner)
                 # Token 0 is predicted by the prompt's last position, token j by the choice's j - 1.
-                rows += [row] * len(choice)
-                positions += [0, *(at - left + 1 + j for j in range(inner))]
+                scored += [row * width + position for position in (left - 1, *range(at, at + inner))]
                 tokens += choice
                 owner += [len(lengths)] * len(choice)
                 lengths.append(len(choice))
@@ -103,8 +122,8 @@ class SharedRows:
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         to = lambda data: torch.as_tensor(data).to(self.device)
         inputs = {"input_ids": to(ids), "position_ids": to(position_ids), "attention_mask": to(mask[:, None])}
-        where = (to(rows), to(positions), to(tokens), to(owner))
-        return Batch(asked, inputs, right + 1, *where, torch.tensor(lengths))
+        places, at = torch.tensor(scored).unique(return_inverse=True)  # choices of a request begin at one place
+        return Batch(asked, inputs, to(places), to(at), to(tokens), to(owner), torch.tensor(lengths))
 
 
 class PlainRows:
@@ -137,13 +156,17 @@ class PlainRows:
             logits = model(**right_padded(rows, self.pad, self.device)).logits
             log_p = iter(logits.float().log_softmax(-1).cpu())
             for start, (index, request) in zip(starts, asked):
-                sums = []
+                sums, greedy = [], []
                 for choice, row in zip(request.choices, log_p):
-                    sums.append(sum(float(row[len(start) - 1 + j, token]) for j, token in enumerate(choice)))
+                    own = row[len(start) - 1 : len(start) - 1 + len(choice)]
+                    sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
+                    greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
                 lengths = torch.tensor([len(choice) for choice in request.choices])
+                found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
+                if request.greedy:
+                    found = replace(found, greedy=torch.tensor(greedy))
                 # log_softmax makes a whole row NaN if a logit is NaN or +inf
-                broken = any(map(math.isnan, sums))
-                yield index, None if broken else Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths)
+                yield index, None if any(map(math.isnan, sums)) else found
 
 
 def _causal(tokens: int) -> torch.Tensor:

@@ -1,33 +1,65 @@
 """A live transformers model as tasks ask it, apart from what its answers are worth.
 
-Each of the three functions takes requests, prepares once what no weight changes (batches, masks, the prefix that the
+Each of the four functions takes requests, prepares once what no weight changes (batches, masks, the prefix that the
 requests share) and returns a Question: asked again whenever the weights have changed. Another engine that offers the
-same three can stand in its place.
+same can stand in its place.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from merge3.tasks.decoder import Continuations, end_tokens
+from merge3.errors import ItemsError
+from merge3.tasks.decoder import end_tokens
+from merge3.tasks.embeddings import Embeddings
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
-from merge3.tasks.requests import Choices, Image, Question, Start, Text, batches, share_prefix
+from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, Texts, batches, share_prefix
+from merge3.tasks.seq2seq import PairedRows, is_pair
+from merge3.tasks.shared_prefix import possible
+from merge3.tasks.state import state
 from merge3.tasks.vision import SeenChoices, SeenContinuations
+from merge3.tasks.writing import continuations
 
 BATCH_TOKENS = 4096  # padded tokens per forward
 IMAGES = 64  # per forward
 # Found once per live model: a search that renews its items prepares new ones every generation.
-_HONOURS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: honours masks of one's own}
+_ROWS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: what makes the rows of choices}
 
 
 def has_head(model) -> bool:
-    """Whether a model ends in a classification head, which gives logits and continues no text."""
-    return "Classification" in type(model).__name__
+    """Whether a model ends in a classification head, which gives logits of a whole input and continues no text."""
+    name = type(model).__name__
+    return "Classification" in name and "TokenClassification" not in name and "FrameClassification" not in name
+
+
+def writes(model) -> bool:
+    """Whether a model continues a text: a causal one, or one with an encoder for texts and a decoder."""
+    return model.can_generate() and model.main_input_name == "input_ids" and not has_head(model)
+
+
+def is_encoder(model) -> bool:
+    """Whether a model ends in states, without any head, and reads nothing but a text: it gives embeddings."""
+    inputs = inspect.signature(type(model).forward).parameters
+    others = {"pixel_values", "input_features", "decoder_input_ids"} & set(inputs)
+    return getattr(model, "base_model", None) is model and "input_ids" in inputs and not others
+
+
+HEADS = "classification heads"
+# Who answers an LM's function, and which models they are; the functions that are not here are language models'.
+_ANSWER = {"logits": (HEADS, has_head), "embeddings": ("encoders", is_encoder)}
+
+
+def who_answers(function: str) -> tuple[str, Callable[[Any], bool]]:
+    """(what models that answer one of an LM's functions are called, whether a model is one)"""
+    return _ANSWER.get(function, ("language models", writes))
 
 
 class LM:
@@ -52,12 +84,20 @@ class LM:
 
         requests: all with an image, or none. Without, choices of a request stand side by side in one row where this
         architecture honours masks of one's own (tried on a few requests, and a warning if not), else each in a row of
-        its own.
+        its own. Of a model with an encoder and a decoder, the encoder reads each prompt once.
         """
         if requests[0].image:
             return SeenChoices(requests, self.device, self.dtype, self.batch_tokens, self.pad)
+        if is_pair(self.model):
+            return PairedRows(requests, self.model, self.device, self.batch_tokens, self.pad)
+        known = state(self.model)
+        if not known.causal:
+            name = type(self.model).__name__
+            raise ItemsError("items", f"choices for a {name}, whose tokens see those after them", "items it writes")
         prefix, rest = share_prefix(requests)
-        rows = SharedRows if self._honours_masks(prefix, rest) else PlainRows
+        # With a mask of one's own a layer looks back beyond its window.
+        shares = known.shares(max(request.length()[0] for request in requests))
+        rows = self._rows(prefix, rest) if shares else PlainRows
         return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
@@ -65,8 +105,8 @@ class LM:
         if requests[0].image:
             asking = self.device, self.dtype, self.tokenizer, self.end
             return SeenContinuations(requests, *asking, self.batch_tokens, self.pad)
-        prefix, rest = share_prefix(requests)
-        return Continuations(prefix, rest, self.device, self.tokenizer, self.end, self.batch_tokens, self.pad)
+        how = self.tokenizer, self.end, self.device, self.batch_tokens, self.pad
+        return continuations(self.model, requests, *how)
 
     def logits(self, requests: Sequence[Text] | Sequence[Image]) -> Question:
         """What the head says of texts or images: results are logits [labels] in the model's dtype, on the CPU."""
@@ -84,15 +124,25 @@ class LM:
             prepared.append(([index for index, _ in batch], right_padded(rows, self.pad, self.device)))
         return Heads(prepared)
 
-    def _honours_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool:
-        """Whether this architecture gives shared rows what it gives plain ones; plain rows are right for any."""
-        known = _HONOURS.setdefault(self.model, {})
+    def embeddings(self, requests: Sequence[Texts]) -> Question:
+        """Where an encoder places texts: results are embeddings, float32 [a request's texts, width], on the CPU."""
+        caches = "use_cache" in inspect.signature(type(self.model).forward).parameters
+        return Embeddings(requests, self.device, self.batch_tokens, self.pad, use_cache=not caches)
+
+    def _rows(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> Callable[..., Question]:
+        """The fastest rows by which this architecture gives what it gives by plain ones, which are right for any."""
+        known = _ROWS.setdefault(self.model, {})
         if bool(prefix) not in known:
-            honours = self._try_masks(prefix, requests[:3])
-            if honours is None:  # these weights cannot tell: the next requests try again
-                return False
-            known[bool(prefix)] = honours
-            if not honours:
+            arguments = (prefix, requests[:3], self.device, self.dtype, self.batch_tokens, self.pad)
+            plain = dict(PlainRows(*arguments)(self.model))
+            if None in plain.values():  # these weights cannot tell: the next requests try again
+                return PlainRows
+            # Choices side by side would all change a state: that a mask changes little is then no proof.
+            ways = [SharedRows] if state(self.model).keys else []
+            if ways and prefix and possible(self.model):
+                ways.insert(0, partial(SharedRows, once=True))
+            known[bool(prefix)] = next((rows for rows in ways if self._agree(rows(*arguments), plain)), PlainRows)
+            if known[bool(prefix)] is PlainRows:
                 warnings.warn(
                     f"{type(self.model).__name__} does not honour masks of one's own: each choice is scored in a row "
                     "of its own, without a shared prefix, which is slower",
@@ -100,14 +150,10 @@ class LM:
                 )
         return known[bool(prefix)]
 
-    def _try_masks(self, prefix: tuple[int, ...], requests: Sequence[Choices]) -> bool | None:
-        """None where the model's weights give no finite logits, whatever the mask."""
-        arguments = (prefix, requests, self.device, self.dtype, self.batch_tokens, self.pad)
-        plain = dict(PlainRows(*arguments)(self.model))
-        if None in plain.values():
-            return None
+    def _agree(self, rows: Question, plain: dict[int, Likelihoods]) -> bool:
+        """Whether rows give what plain ones did."""
         try:
-            shared = dict(SharedRows(*arguments)(self.model))
+            shared = dict(rows(self.model))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1  # per token: long choices differ by more in all

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from merge3.errors import ItemsError
+from merge3.errors import ItemsError, Merge3Warning
 from merge3.tasks.items import Item, place, shown
+from merge3.tasks.sentences import Sentences, read_sentences
 
 # Families whose position ids start after the padding token's id: so many of their positions are never used.
 _OFFSET = {
@@ -32,12 +35,17 @@ class Reader:
     """What turns items into requests.
 
     tokenizer: None where only images are read; chat: wrap prompts in its chat template; folder: of the checkpoint,
-    whose image processor is loaded when it is first needed.
+    whose image processor is loaded when it is first needed; limit: positions of the model, None where nothing limits
+    them; system: what the template is told first, if anything; apart: what follows a prompt is another text, a
+    decoder's.
     """
 
     tokenizer: Any
     chat: bool = False
     folder: Path | None = None
+    limit: int | None = None
+    system: str = ""
+    apart: bool = False
 
     def wrapped(self, prompt: str) -> str:
         """A prompt as the model gets it. Raises ItemsError where a chat template is wanted and there is none."""
@@ -45,8 +53,14 @@ class Reader:
             return prompt
         if not getattr(self.tokenizer, "chat_template", None):
             raise ItemsError("apply_chat_template", "the tokenizer has no chat template", "one that has, or false")
-        message = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": prompt})
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:  # a template refuses roles by raising
+            found = f"the chat template fails: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            expected = "a template for " + " and ".join(message["role"] for message in messages)
+            raise ItemsError("apply_chat_template", found, expected) from None
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that `wrapped` gave, with the special tokens that the tokenizer puts around it."""
@@ -63,10 +77,29 @@ class Reader:
 
     def following(self, text: str, tokens: tuple[int, ...], more: str) -> tuple[int, ...]:
         """Token ids of `more` as they follow a prompt (text, tokens); alone if the tokenizer would merge the two."""
-        whole = self.tokens(text + more)
+        whole = () if self.apart else self.tokens(text + more)
         if len(whole) > len(tokens) and whole[: len(tokens)] == tokens:
             return whole[len(tokens) :]
         return tuple(self.tokenizer(more, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def sentences(self) -> Sentences:
+        """What the checkpoint says of its sentence embeddings. Raises CheckpointError; warns where it says nothing."""
+        says = Sentences() if self.folder is None else read_sentences(self.folder)
+        if not says.said:
+            line = "nothing says how states become an embedding (1_Pooling/config.json): their mean is taken"
+            warnings.warn(f"{self.folder}: {line}", Merge3Warning, stacklevel=2)
+        return says
+
+    def embedded(self, before: str, text: str) -> tuple[tuple[int, ...], int]:
+        """(token ids of a text after the prompt `before`, how many of its first tokens are not to be pooled)"""
+        if self.sentences.lower:
+            before, text = before.lower(), text.lower()
+        tokens = self.tokens((before + text).strip())  # outer white space is no part of a sentence
+        if self.sentences.include_prompt or not before:
+            return tokens, 0
+        alone = self.tokens(before.strip())  # a token that ends a text does not end the prompt
+        return tokens, len(alone) - (alone[-1] in self.tokenizer.all_special_ids) if alone else 0
 
     def image(self, item: Item) -> Any:
         """An item's image: float32 [channels, height, width] of a .npy of pixel values, or an RGB picture of any file
@@ -131,8 +164,14 @@ def load_tokenizer(folder: str | Path):
         raise ItemsError(folder, f"no usable tokenizer ({reason})", "tokenizer files beside the base model") from None
 
 
-def positions(config) -> int | None:
-    """How many tokens a model takes, by its transformers configuration; None where nothing limits them."""
+def positions(config, folder: str | Path | None = None) -> int | None:
+    """How many tokens a model takes, by its transformers configuration, and by what a sentence encoder's folder says of
+    texts; None where nothing limits them."""
+    texts = None if folder is None else read_sentences(folder).limit
+    return min((limit for limit in (_positions(config), texts) if limit is not None), default=None)
+
+
+def _positions(config) -> int | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # absent, or -1 where positions are relative

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge3.errors import ItemsError
 from merge3.tasks.items import MOST, Item, shown
-from merge3.tasks.kinds import KINDS
+from merge3.tasks.kinds import KINDS, in_files
 
 _KEYS = ("id", "task", "kind", "prompt", "image", "choices", "answer", "metric", "max_tokens", "stop")
 NEWLINE = b"\n"
@@ -83,9 +83,10 @@ def make_item(data, where: str, task: str, default_id: str, folder: Path = Path(
     extra = _extra(data, where)
     data = {key: data[key] for key in _KEYS if data.get(key) is not None}  # null: as if it were not there
     name = data.get("kind")
-    if not isinstance(name, str) or name not in KINDS:
-        raise ItemsError(where, f"kind is {shown(name)}", ", ".join(KINDS))
-    kind = KINDS[name]
+    kinds = in_files()
+    if not isinstance(name, str) or name not in kinds:
+        raise ItemsError(where, f"kind is {shown(name)}", ", ".join(kinds))
+    kind = kinds[name]
     image = data.get("image")
     if image is not None and (not isinstance(image, str) or not image):
         raise ItemsError(where, f"image is {shown(image)}", "a file")
@@ -106,6 +107,33 @@ def make_item(data, where: str, task: str, default_id: str, folder: Path = Path(
     task = _name(data.get("task", task), "task", where)
     image = str(folder / image) if image else None
     return Item(id, task, name, prompt, answer, choices, metric, image, max_tokens, stop, source, extra)
+
+
+def make_document(
+    id: str,
+    task: str,
+    kind: str,
+    asks: tuple[tuple[str, str], ...],
+    where: str,
+    metric: str = "",
+    max_tokens: int = 32,
+    stop: tuple[str, ...] = (),
+) -> Item:
+    """A document of one of lm-eval's tasks as an item. kind: what lm-eval calls its requests' type; asks: (context,
+    continuation) pairs, either of which may be empty; metric: as lm-eval names it, with its filter.
+
+    Raises ItemsError naming `where` for what cannot be asked.
+    """
+    if kind not in KINDS or KINDS[kind].raw is None:
+        known = ", ".join(name for name, row in KINDS.items() if row.raw is not None)
+        raise ItemsError(where, f"kind is {shown(kind)}", known)
+    if not asks or not id or not task:
+        raise ItemsError(where, "a document without name, task or asks", "all three")
+    for text in (id, task, *stop, *(text for ask in asks for text in ask)):
+        _check_text(text, "text", where)
+    if not 1 <= max_tokens <= MOST:
+        raise ItemsError(where, f"max_tokens is {max_tokens}", "a positive number")
+    return Item(id, task, kind, "", "", metric=metric, max_tokens=max_tokens, stop=stop, source=where, asks=asks)
 
 
 def _check_value(value, key: str, where: str) -> None:

@@ -21,10 +21,12 @@ Question = Callable[[Any], Iterator[tuple[int, Any]]]
 @dataclass(frozen=True)
 class Choices:
     """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise.
-    image: what the forward takes of an image in the prompt beside its tokens, by name; see vision.py."""
+    greedy: whether to say, too, which choices greedy decoding would write. image: what the forward takes of an image in
+    the prompt beside its tokens, by name; see vision.py."""
 
     tokens: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
+    greedy: bool = False
     image: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def length(self) -> tuple[int, str]:
@@ -34,12 +36,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Start:
-    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`. image: as
-    of Choices."""
+    """What follows the prompt, greedily? At most max_tokens tokens, up to the first of the texts in `stop`, or of the
+    tokens in `end`, which end it beside the model's own. image: as of Choices."""
 
     tokens: tuple[int, ...]
     max_tokens: int
     stop: tuple[str, ...] = ()
+    end: tuple[int, ...] = ()
     image: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def length(self) -> tuple[int, str]:
@@ -70,12 +73,30 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Where does an encoder place texts? tokens: each text's, at least one; skipped: how many of each text's first
+    tokens are read and not pooled; poolings: of tasks/embeddings.py, joined."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    skipped: tuple[int, ...]
+    poolings: tuple[str, ...]
+
+    def length(self) -> tuple[int, str]:
+        """(positions, what takes them)"""
+        longest = max(map(len, self.tokens))
+        at = [len(tokens) for tokens in self.tokens].index(longest)
+        return longest, f"{'prompt' if at == 0 else f'choices[{at - 1}]'} of {longest} tokens"
+
+
+@dataclass(frozen=True)
 class Likelihoods:
     """sums: log-likelihoods of each choice's tokens in total, float32 or float64 [choices], -inf where it is
-    impossible; lengths: how many tokens each has, int64 [choices]."""
+    impossible; lengths: how many tokens each has, int64 [choices]. greedy: whether each of its tokens is the likeliest
+    where it stands, bool [choices]; None where nobody asked."""
 
     sums: torch.Tensor
     lengths: torch.Tensor
+    greedy: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,16 @@ class Written:
 
     text: str
     tokens: tuple[int, ...]
+
+
+def taken(request: Any, apart: bool = False) -> tuple[int, str]:
+    """(positions, what takes them). apart: a decoder has positions of its own for what follows a prompt."""
+    whole, what = request.length()
+    if not apart:
+        return whole, what
+    prompt = len(request.tokens)
+    sides = (prompt, f"prompt of {prompt} tokens"), (whole - prompt, f"{whole - prompt} tokens after a prompt")
+    return max(sides)
 
 
 def share_prefix(requests: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:

@@ -161,7 +161,7 @@ class Writing:
         for row, (token, request) in enumerate(zip(ids[:, -1].tolist(), self.requests)):
             if self._ended[row]:
                 continue
-            if token in self.end:
+            if token in self.end or token in request.end:
                 self._ended[row] = True
                 continue
             written = self._written[row]

@@ -169,9 +169,9 @@ def test_bad_items_and_configurations(tiny_world, tmp_path):
     (tmp_path / "items.jsonl").write_text('{"kind": "choice"}\n')
     done = client("evaluate", tiny_world / "base", tmp_path / "items.jsonl")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "items.jsonl, line 1" in done.stderr
-    (tmp_path / "evolve.yaml").write_text("genome: {models: [a], merge_method: linear}\ntasks: [gsm8k]\n")
+    (tmp_path / "evolve.yaml").write_text("genome: {models: [a], merge_method: linear}\ntasks: [{weight: 2}]\n")
     done = client("evolve", tmp_path / "evolve.yaml", "--run-dir", tmp_path / "run")
-    assert done.returncode == 2 and "lm-eval task, which merge3 cannot run yet" in done.stderr
+    assert done.returncode == 2 and "neither a name of lm-eval's nor items" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -271,6 +271,6 @@ def test_a_memory_budget_is_the_daemons_own():
 
     from merge3.client.run import open_engine
 
-    config = SimpleNamespace(optimizer=SimpleNamespace(seed=0), apply_chat_template=False)
+    config = SimpleNamespace(genome=SimpleNamespace(recipe_tokenizer=lambda: None))
     with pytest.raises(BadInput, match="--memory-budget: given with --server"):
         open_engine(config, target=object(), memory_budget="1GiB")

@@ -191,7 +191,7 @@ def test_shown_commands_and_their_options_exist(command):
 def test_shown_items_are_items(tmp_path):
     shown = [block for block in blocks(ROOT / "docs" / "items.md") if block.language == "json"]
     (tmp_path / "items.jsonl").write_text("".join(block.text for block in shown))
-    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == {"choice", "generate", "classify"}
+    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == {"choice", "generate", "classify", "rank"}
 
 
 def test_shown_configurations_are_valid():

@@ -66,24 +66,29 @@ def test_code_and_side_files_travel_with_the_output(workshop):
     assert all(written[n].read_text() == text for n, text in files.items() if n in written)
 
 
-def test_padded_embeddings_keep_their_rows_for_every_spelling_of_the_tokenizer(workshop):
+def test_padded_embeddings_keep_their_rows_unless_a_tokenizer_is_asked_for(workshop):
     from merge3.world.tokenizer import make_tokenizer
 
     workshop.model("base", vocab_size=320)
     workshop.expert("base", "one")
     for name in ("base", "one"):
         make_tokenizer().save_pretrained(workshop.root / name)
+    tokens = len(make_tokenizer())
     spelled = [
-        {},
-        {"tokenizer_source": "base"},
-        {"tokenizer": {"source": "base"}},
-        {"tokenizer": {"source": str(workshop.root / "one")}},
+        ({}, 320),
+        ({"tokenizer_source": "base"}, tokens),
+        ({"tokenizer": {"source": "base"}}, tokens),
+        ({"tokenizer": {"source": str(workshop.root / "one")}}, tokens),
+        ({"tokenizer": {"source": "base", "pad_to_multiple_of": 320}}, 320),
     ]
-    for number, changes in enumerate(spelled):
+    merged = []
+    for number, (changes, rows) in enumerate(spelled):
         _, found = workshop.merge(["one"], "base", out=f"out{number}", **changes)
-        assert found[EMBED].shape == (320, 32)
-    with pytest.raises(RecipeError, match=r"tokenizer\.pad_to_multiple_of: not supported yet"):
-        workshop.merge(["one"], "base", tokenizer={"source": "base", "pad_to_multiple_of": 64})
+        assert found[EMBED].shape == (rows, 32) and workshop.config(f"out{number}")["vocab_size"] == rows
+        merged.append(found)
+    for found in merged[1:]:
+        assert torch.equal(found[EMBED][:tokens], merged[0][EMBED][:tokens])
+        assert all(torch.equal(found[name], merged[0][name]) for name in found if "layers" in name)
 
 
 def test_chat_templates_by_name_and_by_text(workshop):
@@ -124,7 +129,7 @@ def test_a_dry_run_refuses_what_the_export_would(workshop):
     workshop.expert("base", "one")
     pool = Pool.open(str(workshop.root / "base"), [str(workshop.root / "one")])
     check_recipe(workshop.recipe(["one"], "base"), pool)
-    with pytest.raises(RecipeError, match="`union` is not supported yet"):
+    with pytest.raises(RecipeError, match="expected rows as they are stored, as this pool was opened"):
         check_recipe(workshop.recipe(["one"], "base", tokenizer_source="union"), pool)
     assert not (workshop.root / "out").exists()
 

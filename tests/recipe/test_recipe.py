@@ -83,7 +83,10 @@ BAD = {
     "dtype": (dict(dtype="float99"), "dtype: found 'float99'"),
     "empty models": (dict(models=[]), "a list with at least one entry"),
     "mixed list": (dict(parameters={"density": [0.5, {"value": 1}]}), "a list that mixes"),
-    "union tokenizer": (dict(tokenizer_source="union"), "`union` is not supported yet"),
+    "tokenizer of another model": (
+        dict(tokenizer_source="other"),
+        "tokenizer_source: found 'other'; expected union, base",
+    ),
 }
 
 

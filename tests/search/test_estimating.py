@@ -19,7 +19,7 @@ from merge3.irt.bank import sigmoid
 from merge3.pool import Pool
 from merge3.search import asking, calibration, policy
 from merge3.search.calibration_files import save
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.context import Search
 from merge3.search.gathering import gather
 from merge3.search.journal import Candidate, Journal

@@ -22,7 +22,7 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.search import optimizers
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.journal import Journal
 from merge3.search.questions import load_questions
 from merge3.space import Space
@@ -197,10 +197,8 @@ optimizer: {budget: 8, population: 4}
 
 
 BAD_CONFIGS = {
-    "lm-eval task": (
-        dict(tasks=["gsm8k_train"]),
-        r"tasks\[0\]: 'gsm8k_train' names an lm-eval task, which merge3 cannot run yet",
-    ),
+    "nothing to ask": (dict(tasks=[{"weight": 2}]), "neither a name of lm-eval's nor items"),
+    "examples of a file": (dict(tasks=[{"items": "a.jsonl", "num_fewshot": 3}]), "bring their examples in the prompt"),
     "unknown key": (dict(optimiser={}), "optimiser: unknown key.*did you mean 'optimizer'"),
     "unknown inner key": (dict(optimizer={"buget": 3}), "optimizer.buget: unknown key.*did you mean 'budget'"),
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),

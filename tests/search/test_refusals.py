@@ -13,7 +13,7 @@ import yaml
 from merge3.client import run
 from merge3.errors import BadInput, ConfigError, ItemsError, RecipeError
 from merge3.recipe import Recipe
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from tests.commands import client
 
@@ -45,11 +45,12 @@ def refused(config, directory, error, message):
 
 def test_what_the_export_would_refuse_is_refused_before_the_search(world, tmp_path):
     _, configuration = world
+    missing = {"model": "./base", "token": "drei"}
     refused(
-        configuration(genome={"tokenizer_source": "union"}),
+        configuration(genome={"tokenizer": {"tokens": {"zwei": {"source": {"kind": "model_token", **missing}}}}}),
         tmp_path / "run",
         RecipeError,
-        "`union` is not supported yet",
+        "has no 'drei'",
     )
     # the folder is free for the mended configuration
     result = run.evolve(load_config(configuration()), tmp_path / "run", quiet=True)
@@ -86,8 +87,8 @@ def test_a_heldout_item_that_cannot_be_asked_is_named_before_the_search(world, t
 
 
 SETTINGS = {
-    "num_fewshot": (dict(num_fewshot=3), "num_fewshot: 3: items bring their worked examples in the prompt"),
-    "multiturn": (dict(fewshot_as_multiturn=True), "fewshot_as_multiturn: True: items bring"),
+    "num_fewshot": (dict(num_fewshot=3), "num_fewshot: 3: items of a file bring their worked examples in the prompt"),
+    "multiturn": (dict(fewshot_as_multiturn=True), "fewshot_as_multiturn: True: items of a file bring"),
 }
 
 

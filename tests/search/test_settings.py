@@ -16,7 +16,7 @@ from merge3.export import merge_to_disk
 from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
 from merge3.recipe import Recipe
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from merge3.space import Space
 from merge3.world.numbers import ENGLISH, make_items

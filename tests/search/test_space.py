@@ -233,7 +233,7 @@ def test_a_kind_is_a_row_of_the_table():
 
 
 def test_a_configuration_names_a_kind_of_the_table(tmp_path):
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
 
     def config(**genome):
         data = {"models": ["a"], "merge_method": "ties", "base_model": "base"} | genome
@@ -261,7 +261,7 @@ def test_hashes_of_runs_that_began_before_there_were_kinds():
 
 @pytest.mark.parametrize("variant", [*range(len(VARIANTS)), "full"])
 def test_a_definition_crosses_the_wire_whole(variant):
-    from merge3.rpc import convert
+    from merge3.rpc import spaces
 
     full = dict(
         normalize=False,
@@ -276,8 +276,8 @@ def test_a_definition_crosses_the_wire_whole(variant):
         preset="evolve",
     )
     definition = space(**(full if variant == "full" else VARIANTS[variant])).definition
-    message = convert.space_to(definition)
-    assert convert.space_from(type(message).FromString(message.SerializeToString())) == definition
+    message = spaces.space_to(definition)
+    assert spaces.space_from(type(message).FromString(message.SerializeToString())) == definition
 
 
 def test_merges_by_hand():

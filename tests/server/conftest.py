@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
 from tests.server.daemons import Process, Thread
@@ -55,7 +55,7 @@ def daemon(tiny_world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def world(daemon, tiny_world):
     """The daemon with a pool open and a few items registered, for calls by hand."""
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
     from merge3.space import Space
 
     config = load_config(tiny_world / "evolve.yaml")
@@ -92,7 +92,7 @@ def some_items(count, start=0):
 def registering(pool_id, items, space=None, known=(), **header):
     """The messages of a RegisterItems call; items at positions in `known` go by digest alone."""
     yield pb.RegisterItemsRequest(
-        header=pb.RegisterHeader(pool_id=pool_id, space=convert.space_to(space) if space else None, **header)
+        header=pb.RegisterHeader(pool_id=pool_id, space=spaces.space_to(space) if space else None, **header)
     )
     entries = pb.Entries()
     for i, item in enumerate(items):

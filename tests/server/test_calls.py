@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from tests.server.calling import refused
 
@@ -218,7 +218,7 @@ def test_registrations_that_cannot_be(world, by_hand):
     wrong = pb.RegisterItemsRequest(
         entries=pb.Entries(entries=[pb.Entry(digest=digest[:31] + b"!", item=entries.entries.entries[0].item)])
     )
-    space = convert.space_to(world.config.genome.definition())
+    space = spaces.space_to(world.config.genome.definition())
 
     def with_header(**fields):
         return [pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id=pool, **fields)), entries]

@@ -190,7 +190,7 @@ def test_a_thousand_idle_connections(daemon, world):
 
 def test_many_calls_at_once_are_queued_or_told_when_to_come_back(tiny_world, start, by_hand):
     registering, some_items = by_hand
-    from merge3.search.config import load_config
+    from merge3.search.config_files import load_config
     from merge3.space import Space
 
     daemon = start(tiny_world, limits={"queue": 20, "driver_queue": 20})

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from merge3.rpc import convert
 from merge3.rpc import merge3_pb2 as pb
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.space import Space
 from tests.commands import server
 
@@ -121,13 +121,15 @@ def test_the_grace_time_ends(tiny_world, start, by_hand):
 
 
 def test_a_pool_from_a_file_json_logs_and_a_unix_socket(tiny_world, tmp_path, start_process):
-    (tmp_path / "pool.yaml").write_text(yaml.safe_dump({"models": ["base", "english"], "dtype": "bfloat16"}))
+    told = {"models": ["base", "english"], "dtype": "bfloat16", "tokenizer": {"pad_to_multiple_of": 64}}
+    (tmp_path / "pool.yaml").write_text(yaml.safe_dump(told))
     socket = f"unix:{tmp_path}/d.sock"
     options = ("--listen", socket, "--listen", "127.0.0.1:0", "--pool", tmp_path / "pool.yaml", "--log-json")
     daemon = start_process("--root", tiny_world, *options)
     assert daemon.address == socket
     (pool,) = daemon.stub().ListPools(pb.ListPoolsRequest()).pools
     assert pool.dtype == "bfloat16" and pool.holders == 1
+    assert pool.tokenizer.source == "union" and pool.tokenizer.pad_to_multiple_of == 64
     left = daemon.stub().ClosePool(pb.ClosePoolRequest(pool_id=pool.pool_id))
     assert left.holders == 1  # the operator's
     lines = [json.loads(line) for line in daemon.lines if line.startswith("{")]

@@ -20,7 +20,7 @@ from merge3.errors import BadInput, Merge3Error, NotFound, RecipeError, ResumeMi
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.registration import Registration
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from tests.asking import answers
 from tests.commands import client

@@ -15,7 +15,7 @@ from merge3.engine import LocalEngine
 from merge3.pool import Pool
 from merge3.registration import Registration
 from merge3.rpc import merge3_pb2 as pb
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from merge3.space import Space
 from tests.server.daemons import Process

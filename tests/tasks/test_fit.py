@@ -11,11 +11,11 @@ import yaml
 
 from merge3.client import calibrate, cli, run
 from merge3.client.channel import Target
-from merge3.client.evaluate import evaluate_files
+from merge3.client.evaluate import Asked, evaluate_files
 from merge3.client.register import Registrar
 from merge3.errors import ConfigError, ItemsError
 from merge3.registration import Registration
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.questions import load_questions
 from merge3.tasks import Item, Scorer, read_items
 from merge3.tasks.fit import fit_items, fit_to_model
@@ -230,7 +230,7 @@ def test_evaluate_skips_when_asked_and_writes_rows(checkpoints, tmp_path, monkey
     written = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(r["item"], r["subject"]) for r in written] == [("a", "maths"), ("c", "art")]
     assert written[0]["model"] == str(checkpoints / "base") and written[0]["extra_model"] == "m"
-    assert evaluate_files(checkpoints / "base", [write(tmp_path / "t.jsonl", choice("a"))])["skipped"] == {}
+    assert evaluate_files(checkpoints / "base", Asked([write(tmp_path / "t.jsonl", choice("a"))]))["skipped"] == {}
 
 
 def test_a_run_skips_before_it_splits(config, monkeypatch, capsys):

@@ -78,7 +78,7 @@ def test_a_row_checks_and_names_its_own(world, tmp_path, first_token):
     for row, message in (
         ({"answer": 3}, "line 1: answer is 3; expected a word"),
         ({"metric": "exact"}, "line 1: metric is 'exact'; expected right, length"),
-        ({"kind": "last_token"}, "kind is 'last_token'; expected choice, generate, classify, first_token"),
+        ({"kind": "last_token"}, "kind is 'last_token'; expected choice, generate, classify, rank, first_token"),
     ):
         with pytest.raises(ItemsError, match=message):
             read_items(write(tmp_path / "t.jsonl", good | row))

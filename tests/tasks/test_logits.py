@@ -17,7 +17,7 @@ from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, ItemsError
 from merge3.pool import Pool
 from merge3.registration import Registration
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.search.journal import Journal
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer

@@ -144,10 +144,10 @@ def test_positions_in_three_dimensions(newer):
                  "mm_token_type_ids": kinds}  # fmt: skip
         requests.append((tokens, image))
     choices = ((7, 8, 9), (10,))
-    asked = SeenChoices([Choices(t, choices, image) for t, image in requests], "cpu", torch.float32, 4096)
+    asked = SeenChoices([Choices(t, choices, image=image) for t, image in requests], "cpu", torch.float32, 4096)
     found = dict(asked(model))
     writing = SeenContinuations(
-        [Start(t, 4, (), image) for t, image in requests], "cpu", torch.float32, _Silent(), frozenset([2]), 4096
+        [Start(t, 4, image=image) for t, image in requests], "cpu", torch.float32, _Silent(), frozenset([2]), 4096
     )
     written = dict(writing(model))
     for index, (tokens, image) in enumerate(requests):

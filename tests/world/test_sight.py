@@ -10,9 +10,9 @@ import pytest
 
 from merge3 import Pool
 from merge3.checkpoint import open_checkpoint
-from merge3.client.evaluate import evaluate_files
+from merge3.client.evaluate import Asked, evaluate_files
 from merge3.client.run import evolve
-from merge3.search.config import load_config
+from merge3.search.config_files import load_config
 from merge3.tasks import read_items
 from merge3.world.glyphs import COLOURS, LANGUAGES, SHAPES, SIDE, WORDS, Scene, scene
 from merge3.world.sight import make_sight
@@ -63,7 +63,7 @@ def test_a_small_world_is_searched_and_exported(unlearned, tmp_path):
         name: info.shape for name, info in base.tensors.items()}  # fmt: skip
     items = read_items(world / "italian.jsonl")
     assert len(items) == 12 and {item.image.rsplit("/", 2)[1] for item in items} == {"italian"}
-    assert evaluate_files(out, [world / "italian.jsonl"])["tasks"]["italian"]["items"] == 12
+    assert evaluate_files(out, Asked((world / "italian.jsonl",)))["tasks"]["italian"]["items"] == 12
     again = evolve(load_config(world / "evolve.yaml", budget=6), tmp_path / "again", quiet=True, export=False)
     assert again["heldout"] == result["heldout"] and again["recipe_hash"] == result["recipe_hash"]
 
@@ -85,7 +85,7 @@ def test_a_merge_answers_in_a_language_that_it_was_never_shown_a_picture_in(tmp_
     result = evolve(load_config(world / "evolve.yaml"), tmp_path / "run", quiet=True)
     alone = {name: result["baselines"][name] for name in ("base", "english", "italian")}
     assert result["heldout"] > max(alone.values()) + 0.1, (result["heldout"], alone)
-    seen = evaluate_files(world / "english", [world / "english.jsonl"])
+    seen = evaluate_files(world / "english", Asked((world / "english.jsonl",)))
     assert seen["accuracy"] > 0.8  # it does see
-    exported = evaluate_files(tmp_path / "run" / "model", [world / "italian.jsonl"])
+    exported = evaluate_files(tmp_path / "run" / "model", Asked((world / "italian.jsonl",)))
     assert exported["accuracy"] == pytest.approx(result["heldout"], abs=0.15)

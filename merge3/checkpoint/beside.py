@@ -1,0 +1,95 @@
+"""What a checkpoint needs to read and write text: its tokenizer's files, its chat template, where a text ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from merge3.checkpoint.modules import copy_modules
+from merge3.files import resource_error
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "spiece.model",
+    "sentencepiece*",
+    "*.tiktoken",
+    "*.model",
+)
+GENERATION = "generation_config.json"
+# What prepares prompts with images in them beside a tokenizer.
+PROCESSORS = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# One of these says which tokens there are; other tokenizer files only say how they are treated.
+_TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def speaking_files(folder: Path) -> list[Path]:
+    """The files that go with a tokenizer, generation settings included: they name its tokens."""
+    found = [file for pattern in (*TOKENIZER_FILES, GENERATION) for file in folder.glob(pattern)]
+    return [file for file in found if file.suffix not in _WEIGHTS]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any(file.suffix not in _WEIGHTS for pattern in _TOKENS for file in folder.glob(pattern))
+
+
+def template_of(folder: Path) -> str | None:
+    """A checkpoint's chat template, `default` where it has several; None where it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found = read_json(folder / name).get("chat_template")
+        if isinstance(found, list):
+            named = [entry for entry in found if isinstance(entry, dict)]
+            found = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is none to read."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+class Words:
+    """What a model is asked with: a folder's tokenizer, and the same under other chat templates, which are folders of
+    their own and go with this object. keep: what else has to stay as long."""
+
+    def __init__(self, folder: Path, keep: object = None):
+        self._folders: dict[str | None, Path] = {None: folder}
+        self._keep = keep
+
+    def folder(self, template: str | None = None) -> Path:
+        """The folder with this chat template, with its own where that is None. Raises ResourceError."""
+        if template not in self._folders:
+            base, made = self._folders[None], Path(self._temporary.name) / str(len(self._folders))
+            try:
+                made.mkdir()
+                for file in [*speaking_files(base), *(f for name in PROCESSORS for f in base.glob(name))]:
+                    shutil.copyfile(file, made / file.name)
+                copy_modules(base, made)
+                (made / "chat_template.jinja").write_text(template, encoding="utf-8")
+            except OSError as error:
+                raise resource_error(made, error) from None
+            self._folders[template] = made
+        return self._folders[template]
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory:
+        return tempfile.TemporaryDirectory(prefix="merge3-words-")
