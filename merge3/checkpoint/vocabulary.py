@@ -38,7 +38,7 @@ class Vocabulary:
     folder: the output's tokenizer, generation settings and configuration; beside it is room for tensors. unused:
     endpoint -> how many rows of its embedding no token has, which are left out. notes: what is seldom meant.
 
-        vocabulary = open_vocabulary(open_endpoints(["base", "chat"]), Tokenizer("union"))
+        vocabulary = open_vocabulary(open_endpoints(["base", "chat"])[0], Tokenizer("union"))
         vocabulary.own["chat"][vocabulary.tokens["<|im_end|>"]]
     """
 

@@ -34,7 +34,8 @@ class AskedWith:
         tokenizer = self._config.genome.recipe_tokenizer()
         if tokenizer is None:
             return Words(_folder(self._config.models[0]))
-        return open_vocabulary(open_endpoints(self._config.models), tokenizer).words
+        endpoints, _ = open_endpoints(self._config.models, tower=self._config.genome.tower)
+        return open_vocabulary(endpoints, tokenizer).words
 
 
 def _folder(model: str) -> Path:
