@@ -44,7 +44,7 @@ ENCODER: dict[str, Any] = {
 DECODER: dict[str, Any] = {
     "genome": {
         "base_model": "../smollm2",
-        "models": [f"../smollm2+{skill}" for skill in skills.SKILLS],
+        "models": [f"../smollm2+../{skill}" for skill in skills.SKILLS],
         "merge_method": "task_arithmetic",
         "filters": ["self_attn"],  # weights of attention's own; adapters touch nothing outside the layers
         "bounds": {"weight": [0.0, 1.5]},

@@ -8,14 +8,19 @@ import random
 import re
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from examples.real import __main__ as main
 from examples.real import convert, items, measure, packages, skills
 from merge3.errors import BadInput
+from merge3.recipe import ModelRef
+from merge3.search.config_files import load_config
 from merge3.tasks import Item, read_items
 from tests.encoders import lay_out, make_model, make_tokenizer
 
@@ -176,6 +181,22 @@ def test_an_encoder_is_converted_whole(tmp_path, monkeypatch):
     names = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
     assert {"1_Pooling/config.json", "modules.json", "config.json", "tokenizer.json"} < names
     assert "README.md" not in names
+
+
+@pytest.mark.parametrize("name, configuration", [("encoder", main.ENCODER), ("decoder", main.DECODER)])
+def test_a_configurations_models_lie_where_they_are_made(tmp_path, name, configuration):
+    made = [*convert.WEIGHTS, *skills.SKILLS]
+    for folder in (*made, name):
+        (tmp_path / folder).mkdir()
+    tasks = [task["items"] for task in configuration["tasks"]]
+    assert tasks == [f"{task}.jsonl" for task in (items.HAND_WRITTEN if name == "encoder" else skills.SKILLS)]
+    for file in tasks:
+        (tmp_path / name / file).touch()
+    (tmp_path / name / "evolve.yaml").write_text(yaml.safe_dump(configuration))
+    config = load_config(tmp_path / name / "evolve.yaml")
+    for model in config.models:
+        ref = ModelRef.parse(model)
+        assert all(Path(part.path).is_dir() for part in (ref, ref.lora) if part is not None)
 
 
 # -- the table
