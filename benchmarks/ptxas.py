@@ -6,6 +6,7 @@ Ends with 1 where a kernel spills registers: `make check-cuda`, and CI.
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ def main() -> None:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     jobs = list(product(sources, options.arch or ARCHITECTURES))
     kernels = []
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (source, arch), found in zip(jobs, pool.map(lambda job: assemble(*job), jobs)):
             print(f"{source.name} sm_{arch}: {len(found)} kernels", flush=True)
             kernels += found
