@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +50,7 @@ def load_questions(config: EvolveConfig) -> Questions:
     for task in config.tasks:
         wrapped, system = config.of_task(task, "apply_chat_template"), config.of_task(task, "system_instruction") or ""
         if task.items is None:
-            benchmark = _benchmark(config, task, spoken.folder)
+            benchmark = _benchmark(config, task, spoken)
             own, wrapped, system = list(benchmark.items), False, ""  # lm-eval has applied it
             judges[task.name] = benchmark.judge
         else:
@@ -109,12 +108,14 @@ def _from_file(task: Task, wrapped: bool, system: str) -> list[Item]:
     return own
 
 
-def _benchmark(config: EvolveConfig, task: Task, folder: Path) -> Benchmark:
+def _benchmark(config: EvolveConfig, task: Task, spoken: AskedWith) -> Benchmark:
     """A task of lm-eval's. Raises ConfigError, ItemsError or Unavailable."""
     from merge3.adapters.lm_eval import Settings, load_benchmark
 
     asked = {key: config.of_task(task, key) for key in _ASKED}
     settings = Settings(metric=task.metric, gen_kwargs=task.gen_kwargs, **asked)
+    # Nothing but a chat template is asked of the model's files, which may lie with a daemon alone.
+    folder = spoken.folder if settings.apply_chat_template else ""
     return load_benchmark(task.name, settings, folder, config.task_path)
 
 

@@ -29,11 +29,20 @@ def no_answer(given, choices: Sequence[str], metric: str, where: str) -> str:
 
 def prefix_token(item: Item, reader: Reader) -> int:
     """The token that stands before a text without context: begin-of-text, else end-of-text. Raises ItemsError."""
-    tokenizer = reader.tokenizer
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    token = _first_token(reader)
     if token is None:
         raise ItemsError(place(item), "a tokenizer without begin-of-text and end-of-text tokens", "one of the two")
     return token
+
+
+def _first_token(reader: Reader) -> int | None:
+    begin = reader.tokenizer.bos_token_id
+    return reader.tokenizer.eos_token_id if begin is None else begin
+
+
+def _first_text(reader: Reader) -> str | None:
+    token = _first_token(reader)
+    return None if token is None else reader.tokenizer.decode(token)
 
 
 def encoded(reader: Reader, text: str, first: str | None) -> tuple[int, ...]:
@@ -43,26 +52,29 @@ def encoded(reader: Reader, text: str, first: str | None) -> tuple[int, ...]:
     return tuple(reader.tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def pair(item: Item, reader: Reader, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(the context's tokens, the continuation's as they follow it). White space at the end of a context belongs to
-    the continuation. Raises ItemsError where one has no tokens."""
-    token = prefix_token(item, reader)
+def following(
+    item: Item, reader: Reader, context: str, continuations: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(the context's tokens, each continuation's as they follow it). White space at the end of a context belongs to
+    what follows. Raises ItemsError where one has no tokens."""
+    kept = context.rstrip()
+    texts = [context[len(kept) :] + continuation for continuation in continuations]
+    alone = lambda text: tuple(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
     if context == "":
-        more = tuple(reader.tokenizer(continuation, add_special_tokens=False)["input_ids"])
-        start, more = (more[:1], more[1:]) if more[:1] == (token,) else ((token,), more)
+        (more,) = (alone(text) for text in texts)  # one at a time: see by_context
+        token = prefix_token(item, reader)
+        start, found = (more[:1], (more[1:],)) if more[:1] == (token,) else ((token,), (more,))
     else:
-        first = reader.tokenizer.decode(token)
-        kept = context.rstrip()
-        continuation = context[len(kept) :] + continuation
+        first = _first_text(reader)
         start = encoded(reader, kept, first)
-        if reader.apart:
-            more = tuple(reader.tokenizer(continuation, add_special_tokens=False)["input_ids"])
-        else:
-            more = encoded(reader, kept + continuation, first)[len(start) :]
-    if not start or not more:
-        nothing = shown(continuation if start else context)
-        raise ItemsError(place(item), f"{nothing} without tokens", "text the tokenizer knows")
-    return start, more
+        whole = lambda text: encoded(reader, kept + text, first)[len(start) :]
+        found = tuple(alone(text) if reader.apart else whole(text) for text in texts)
+    if not start:
+        raise ItemsError(place(item), f"{shown(context)} without tokens", "text the tokenizer knows")
+    for text, more in zip(texts, found):
+        if not more:
+            raise ItemsError(place(item), f"{shown(text)} without tokens", "text the tokenizer knows")
+    return start, found
 
 
 def by_context(item: Item) -> list[list[int]]:

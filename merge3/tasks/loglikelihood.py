@@ -20,8 +20,9 @@ def request(item: Item, reader: Reader) -> tuple[Choices, ...]:
     """One request per context, with all that is asked after it. Raises ItemsError where a text has no tokens."""
     requests = []
     for own in documents.by_context(item):
-        pairs = [documents.pair(item, reader, *item.asks[at]) for at in own]
-        requests.append(Choices(pairs[0][0], tuple(more for _, more in pairs), greedy=True))
+        continuations = [item.asks[at][1] for at in own]
+        start, found = documents.following(item, reader, item.asks[own[0]][0], continuations)
+        requests.append(Choices(start, found, greedy=True))
     return tuple(requests)
 
 
