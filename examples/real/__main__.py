@@ -46,13 +46,12 @@ DECODER: dict[str, Any] = {
         "base_model": "../smollm2",
         "models": [f"../smollm2+../{skill}" for skill in skills.SKILLS],
         "merge_method": "task_arithmetic",
-        "filters": ["self_attn"],  # weights of attention's own; adapters touch nothing outside the layers
         "bounds": {"weight": [0.0, 1.5]},
     },
     "tasks": [{"items": f"{skill}.jsonl"} for skill in skills.SKILLS],
-    "extract": {"method": "random", "size": 16},
-    "heldout": {"fraction": 0.0},
-    "optimizer": {"budget": 24, "population": 6, "sigma": 0.15, "seed": 0},
+    "extract": {"method": "random", "size": 30, "renew": 0},  # the same for all: few candidates, compared item by item
+    "heldout": {"fraction": 0.1},  # the run's own table; the final one has items of its own
+    "optimizer": {"budget": 24, "population": 6, "sigma": 0.25, "seed": 0},
 }
 TRAINING, BATCH, SEARCH, TEST = 384, 8, 60, 60  # examples of each skill, and items
 
