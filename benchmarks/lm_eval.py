@@ -6,6 +6,7 @@
 import argparse
 import json
 import logging
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from merge3 import LocalEngine, Pool, Recipe, Registration
 from merge3.adapters.lm_eval import Settings, load_benchmark
 from merge3.tasks import Item
 
+sys.path.remove(str(Path(__file__).resolve().parent))  # where this script would stand for the package of its name
 DOCUMENTS = 2000
 ASKED, BENCHMARK = 20, 100  # documents of a candidate: in a search that estimates, and on a whole small benchmark
 
