@@ -106,22 +106,22 @@ def _length(item: Item, reader: Reader) -> tuple[int, str]:
 def _cut(item: Item, reader: Reader, limit: int) -> Item:
     """The item with a shorter prompt. Text is cut, not token ids: what the tokenizer or a chat template puts in
     front of a prompt stays there, and an item remains what it is on its way to a daemon."""
-    if item.asks:
-        asks = []
-        for context, continuation in item.asks:
-            alone = _shortened(replace(item, asks=((context, continuation),)), reader, limit)
-            asks += alone.asks
-        return replace(item, asks=tuple(asks))
-    return _shortened(item, reader, limit)
+    if not item.asks:
+        return _shortened(item, reader, limit)
+    cut = {}  # what is asked after one context is compared: it stays one
+    for context in {context for context, _ in item.asks}:
+        own = tuple(ask for ask in item.asks if ask[0] == context)
+        cut[context] = _start(_shortened(replace(item, asks=own), reader, limit))
+    return replace(item, asks=tuple((cut[context], more) for context, more in item.asks))
 
 
 def _shortened(item: Item, reader: Reader, limit: int) -> Item:
-    """An item with one prompt, or one ask, of at most `limit` positions. Raises ItemsError."""
+    """An item with one prompt, or asks after one context, of at most `limit` positions. Raises ItemsError."""
     shorter, what = item, ""
     if item.image and MARK in item.prompt:
         found = f"too long, and `{MARK}` stands in its prompt, which would be cut from the left"
         raise ItemsError(place(item), found, f"at most {limit} tokens", "`too_long: skip` leaves it out")
-    while _start(shorter):
+    while _start(shorter) or not what:  # what stands without context may fit as it is
         longest, how = _length(shorter, reader)
         what = what or how
         if longest <= limit:
@@ -140,7 +140,9 @@ def _start(item: Item) -> str:
 
 
 def _starting(item: Item, text: str) -> Item:
-    return replace(item, asks=((text, item.asks[0][1]),)) if item.asks else replace(item, prompt=text)
+    if item.asks:
+        return replace(item, asks=tuple((text, more) for _, more in item.asks))
+    return replace(item, prompt=text)
 
 
 def _without(text: str, count: int, tokenizer) -> str:

@@ -334,3 +334,14 @@ def test_a_daemons_refusal_names_the_line(tmp_path):
 def test_images_have_no_length():
     image = Item("i", "t", "classify", "", 0, image="x.npy")
     assert fit_to_model([image], "/nowhere", "skip").items == [image]
+
+
+def test_a_document_is_cut_alike_for_all_that_follows_one_context(make_tokenizer):
+    tokenizer = make_tokenizer()
+    context = text(300)
+    asks = ((context, " w1"), (context, " w2 w3 w4"), ("", " w1"))
+    document = Item("0", "t", "loglikelihood", "", "", asks=asks)
+    (cut,) = fit_items([document], tokenizer, 64, "truncate_left").items
+    assert cut.asks[0][0] == cut.asks[1][0] and context.endswith(cut.asks[0][0]) and cut.asks[2] == asks[2]
+    lengths = [r.length()[0] for r in KINDS["loglikelihood"].requests(cut, Reader(tokenizer))]
+    assert max(lengths) == 64 and len(lengths) == 2
