@@ -80,11 +80,10 @@ class Benchmark:
             resps = [answer] * (instance.repeats or 1)
             instances.append(replace(instance, resps=resps, filtered_resps={}))
         try:
-            task._instances = instances
-            task.apply_filters()
-            for name in instances[0].filtered_resps:
-                if only is None or name == only:
-                    yield name, task.process_results(doc, [instance.filtered_resps[name] for instance in instances])
+            for own in task._filters:
+                if only is None or own.name == only:
+                    own.apply(instances)
+                    yield own.name, task.process_results(doc, [i.filtered_resps[own.name] for i in instances])
         except Exception as error:  # a task's own code
             reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"[:300]
             raise ItemsError(place(item), f"task {leaf} fails on its answers ({reason})", "metrics") from None

@@ -83,9 +83,9 @@ def _reached(model, features: Callable[..., Any], *args, **kwargs) -> set[str]:
     owned = lambda value: value.clone() if isinstance(value, torch.Tensor) else value
     with torch.inference_mode(False), torch.enable_grad():
         args, kwargs = [owned(a) for a in args], {name: owned(a) for name, a in kwargs.items()}
-        for p in parameters.values():
-            p.requires_grad_(p.is_floating_point())
         try:
+            for p in parameters.values():
+                p.requires_grad_(p.is_floating_point())
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
                 waiting = [t.grad_fn for t in tensors_in(features(*args, **kwargs)) if t.grad_fn is not None]
         finally:

@@ -14,9 +14,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of a prefix, [1, heads, tokens, width] each
 
 
+STEP = 256  # tokens to write that there is room for at first: few answers are as long as they may be
+
+
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, written where they stay. room: tokens there is room for. start: those of a prefix,
-    copied into every row."""
+    """One layer's keys and values, written where they stay. room: tokens there can be at most. start: those of a
+    prefix, copied into every row."""
 
     def __init__(self, room: int, start: tuple[torch.Tensor, torch.Tensor] | None = None):
         super().__init__()
@@ -29,6 +32,8 @@ class RoomyLayer(DynamicLayer):
         if not self._whole:
             self._begin(key_states, value_states)
         end = self._used + key_states.shape[-2]
+        if end > self._whole[0].shape[2]:
+            self._move(slice(None), min(self._room, 2 * end))
         for whole, new in zip(self._whole, (key_states, value_states)):
             whole[:, :, self._used : end] = new
         return self._show(end)
@@ -39,19 +44,21 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """See DynamicLayer."""
-        kept = []
-        for whole in self._whole:
-            rows = whole.new_empty(len(indices), *whole.shape[1:])
-            rows[:, :, : self._used] = whole[indices, :, : self._used]
-            kept.append(rows)
-        self._whole = kept
+        self._move(indices, self._whole[0].shape[2])
         self._show(self._used)
+
+    def _move(self, rows: torch.Tensor | slice, room: int) -> None:
+        for at, whole in enumerate(self._whole):
+            kept = whole[rows, :, : self._used]
+            self._whole[at] = whole.new_empty(*kept.shape[:2], room, kept.shape[3])
+            self._whole[at][:, :, : self._used] = kept
 
     def _begin(self, *states: torch.Tensor) -> None:
         self.dtype, self.device, self.is_initialized = states[0].dtype, states[0].device, True
         for which, new in enumerate(states):
-            rows, heads, _, width = new.shape
-            self._whole.append(new.new_empty(rows, heads, self._room, width))
+            rows, heads, tokens, width = new.shape
+            room = min(self._room, self._used + tokens + STEP)
+            self._whole.append(new.new_empty(rows, heads, room, width))
             if self._start is not None:
                 self._whole[which][:, :, : self._used] = self._start[which]
 

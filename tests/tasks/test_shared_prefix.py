@@ -92,3 +92,35 @@ def test_continuations_read_the_prefix_where_it_lies():
 class _Words:
     def decode(self, tokens, skip_special_tokens=True):
         return " ".join(map(str, tokens))
+
+
+def test_room_grows_where_answers_are_long(monkeypatch):
+    from merge3.tasks import roomy, writing
+    from merge3.tasks.requests import Start
+
+    live = model(LlamaForCausalLM, LlamaConfig)
+    asked = [Start((*PREFIX, *tokens), 25 + at) for at, tokens in enumerate([(5, 9, 2), (31,)])]
+    ample = {at: w.tokens for at, w in writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)(live)}
+    moved = []
+    grow = roomy.RoomyLayer._move
+    monkeypatch.setattr(roomy, "STEP", 2)
+    counted = lambda self, rows, room: (moved.append(room), grow(self, rows, room))
+    monkeypatch.setattr(roomy.RoomyLayer, "_move", counted)
+    scant = {at: w.tokens for at, w in writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)(live)}
+    assert scant == ample and len(set(moved)) > 1
+
+
+def test_what_greedy_decoding_writes_is_known_as_such():
+    """The likeliest token after a prompt, two of them, and the same with another last one."""
+    live = model(LlamaForCausalLM, LlamaConfig)
+    prompt = (*PREFIX, 5, 9)
+    ids = torch.tensor([prompt])
+    first, second = live.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, eos_token_id=None
+    )[0, -2:].tolist()
+    asked = [Choices(prompt, ((first,), (first, second), (first, (second + 1) % 50), ((first + 1) % 50,)), greedy=True)]
+    for rows in (PlainRows((), asked, "cpu", torch.float32, 4096), SharedRows((), asked, "cpu", torch.float32, 4096)):
+        assert dict(rows(live))[0].greedy.tolist() == [True, True, False, False]
+    rest = [Choices(prompt[len(PREFIX) :], asked[0].choices, greedy=True)]
+    once = SharedRows(PREFIX, rest, "cpu", torch.float32, 4096, once=True)
+    assert dict(once(live))[0].greedy.tolist() == [True, True, False, False]
