@@ -64,7 +64,8 @@ def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
 
 
 def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
-    """A dry run of the export: raises whatever `merge_to_disk` would, but for a full disk or an overflow."""
+    """A dry run of the export: raises whatever `merge_to_disk` would, but for a full disk or an overflow, and but for
+    a vocabulary that a pool of the recipe's own models would not have: that may be measured, and not exported."""
     prepared = prepare(recipe, pool, where)
     check_output(prepared.config, prepared.specs, recipe, pool, where)
 

@@ -57,7 +57,6 @@ class Program:
                 steps[name] = Copy(source)
         return steps
 
-
     def outputs(self, tensors: Mapping[str, torch.Tensor], statistics: Statistics) -> list[Output]:
         """What to run to write these outputs, whole. tensors: name -> where to."""
         found: list[Output] = []

@@ -80,6 +80,10 @@ class Slot:
         if program.layers != self._layout.layers:
             expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
             raise RecipeError(where, f"{program.layers} layers", expected)
+        aside = {*self.pool.fixed, *self.pool.heads.get(self.pool.base, ())}
+        for name in self._weights:  # what no source has would stay the last swap's
+            if name not in program.shapes and name not in program.ties and name not in aside:
+                raise RecipeError(where, f"tensor {name!r} is in none of its models", "a base_model that has it")
         return program
 
     def load(self, model: str) -> None:

@@ -140,6 +140,16 @@ def test_without_a_base_there_is_nowhere_to_keep_the_eyes_from(pool, sights, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_swap_leaves_nothing_of_the_one_before(sights):
+    """A merge of language models alone has no eyes to write: those of the last candidate are not its own."""
+    both = [str(sights / name) for name in ("words", "seeing")]
+    slot = Slot(Pool.open(str(sights / "base"), both))
+    slot.load(str(sights / "seeing"))
+    alone = Recipe.parse({"merge_method": "linear", "models": [{"model": both[0], "parameters": {"weight": 1.0}}]})
+    with pytest.raises(RecipeError, match="tensor '.*' is in none of its models; expected a base_model that has it"):
+        slot.swap(alone)
+
+
 def test_a_budget_changes_nothing(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
