@@ -63,11 +63,13 @@ def align(
             if not _same_question(name, base, checkpoint):
                 found.fixed[name] = f"the head of {base_name}; that of {model} answers another question"
     found.kept.update(found.fixed)
-    for model, checkpoint in experts:
+    towers = towers or {}
+    # Whole models first: what is kept for a language model's sake is compared in those that have it.
+    for model, checkpoint in sorted(experts, key=lambda expert: expert[0] in towers):
         own = own_head(checkpoint)
         if own:
             found.heads[model] = sorted(own)
-        tower = (towers or {}).get(model)
+        tower = towers.get(model)
         _compare_shapes(model, checkpoint, base_name, base, own, has, shape, tower, found)
         _find_missing(model, checkpoint, base_name, base, own | base_head, has, tower, found)
         _find_extra(model, checkpoint, base_name, base, own, has, tuple(drop), found)

@@ -61,9 +61,13 @@ def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) ->
     config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
     stack = pool.layouts[lead(recipe)]
     inner = stack_section(config, stack.prefix)
+    whole = tuple((lead(recipe), layer) for layer in range(stack.layers))
     for key in depth_keys(inner, stack.prefix):
-        if inner[key] == stack.layers:  # else it counts something else, such as layers without those that draft
+        if inner[key] == stack.layers:
             inner[key] = program.layers
+        elif program.origins != whole:  # it counts something else, such as layers without those that draft
+            found = f"config.json: {key} is {inner[key]}, and {stack.layers} layers are stored"
+            raise CheckpointError(lead(recipe), found, "as many, where layers are taken with `slices`")
     for key in per_layer_keys(inner):
         inner[key] = _of_layers(key, program, pool)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)

@@ -279,7 +279,7 @@ class Pool:
 
     def _check_finite(self, name: str) -> None:
         base = Ref(self.base, name)
-        if not self.has(base) or not self.get(base).is_floating_point() or name in self.kept:
+        if not self.has(base) or not self.get(base).is_floating_point() or name in self.fixed:
             return
         experts = [Ref(m, name) for m in list(self.endpoints)[1:] if self.has(Ref(m, name))]
         experts = [e for e in experts if name not in self.heads.get(e.model, ())][:8]

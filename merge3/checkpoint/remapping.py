@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from merge3.checkpoint.layout import Ref, layout
 from merge3.checkpoint.naming import by_token
 from merge3.checkpoint.read import Checkpoint, TensorInfo
-from merge3.checkpoint.vocabulary import Vocabulary
+from merge3.checkpoint.vocabulary import Vocabulary, embedding_of
 from merge3.errors import CheckpointError
 from merge3.files import resource_error
 
@@ -51,6 +51,8 @@ def remapped(
         for name in checkpoint.tensors
         if by_token(name) and layouts[model].layer_of(name) is None
     }
+    for model, checkpoint in endpoints.items():
+        _check_left(model, checkpoint, vocabulary, names)
     tensors = {model: dict(checkpoint.tensors) for model, checkpoint in endpoints.items()}
     made: dict[str, dict[Path, _File]] = {model: {} for model in endpoints}
     for index, name in enumerate(sorted(names)):
@@ -71,6 +73,22 @@ def remapped(
         )
         for model, checkpoint in endpoints.items()
     }
+
+
+def _check_left(model: str, checkpoint: Checkpoint, vocabulary: Vocabulary, names: Container[str]) -> None:
+    """Raises CheckpointError for a tensor that seems to have a row for every token and would keep the old numbers."""
+    own = vocabulary.own[model]
+    numbered = torch.arange(len(own))[own >= 0]
+    embedding = embedding_of(checkpoint)
+    if embedding is None or torch.equal(own[own >= 0], numbered):
+        return
+    rows, stack = checkpoint.tensors[embedding].shape[0], layout(checkpoint.tensors)
+    for name, info in checkpoint.tensors.items():
+        inside = stack.layer_of(name) is not None
+        if name not in names and (by_token(name) if inside else len(info.shape) > 1 and info.shape[0] == rows):
+            found = f"tensor {name!r} of {info.shape[0]} rows: one for each token, which get other numbers?"
+            expected = "no tables of tokens but embeddings and heads"
+            raise CheckpointError(model, found, expected, "models that number their tokens alike")
 
 
 class _Group:

@@ -28,6 +28,12 @@ from merge3.files import resource_error
 from merge3.recipe import BASE, UNION, Tokenizer
 
 _SIZES = ("vocab_size", "padded_vocab_size")
+_NUMBERS = ("_token_id", "_token_index")  # keys of config.json that name tokens
+# Those that a model may do without; others, such as an image's token, are asked for.
+_OF_TEXTS = {
+    f"{name}_token_id"
+    for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start", "forced_bos", "forced_eos")
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +73,17 @@ class Vocabulary:
         """A model's config.json with this vocabulary's size and the donor's special tokens. Raises CheckpointError
         where one of them has no row."""
         config = json.loads(json.dumps(config))
-        for section, other in zip(_sections(config), _sections(donor)):
-            for key in [key for key in dict.fromkeys((*section, *other)) if key.endswith("_token_id")]:
+        donors = _sections(donor)
+        for place, section in enumerate(_sections(config)):
+            other = donors[min(place, len(donors) - 1)]  # a language model's for the language model inside another
+            for key in [key for key in dict.fromkeys((*section, *other)) if key.endswith(_NUMBERS)]:
                 if key in other:
                     section[key] = other[key]
-                else:
+                elif key in _OF_TEXTS:
                     del section[key]
+                else:
+                    found = f"config.json says nothing of {key}, {section[key]} in a model of another numbering"
+                    raise CheckpointError(self.donor, found, "its number", "`tokenizer_source: base` or `union`")
                 self._check_number(key, section.get(key))
         sizes = [(section, key) for section in _sections(config) for key in _SIZES if key in section]
         for section, key in sizes or [(_sections(config)[-1], _SIZES[0])]:

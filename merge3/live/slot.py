@@ -179,10 +179,12 @@ class Slot:
 def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
     """In order, about BATCH elements at a time."""
     batch: list[Output] = []
+    size = 0
     for output in outputs:
         batch.append(output)
-        if sum(out.numel() for _, _, out in batch) >= BATCH:
+        size += output[2].numel()
+        if size >= BATCH:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from merge3 import Recipe, merge_to_disk
 from merge3.checkpoint.layout import layout
+from merge3.errors import CheckpointError
 from tests.families import FAMILIES, make
 
 LAYER = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
@@ -82,3 +83,14 @@ def test_layers_that_config_json_does_not_count_stay_so(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
     stored = (load_file(tmp_path / model / "model.safetensors").keys() for model in ("base", "out"))
     assert next(stored) == next(stored)
+
+
+def test_layers_that_config_json_does_not_count_are_not_taken_apart(tmp_path):
+    """Of slices it is not known which layers counted: one would be written that nobody loads."""
+    make(FAMILIES["Llama"], tmp_path, models=1)
+    file = Path(tmp_path / "base" / "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    slices = [{"sources": [{"model": str(tmp_path / "base"), "layer_range": [at, at + 1]}]} for at in (1, 0)]
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1, and 2 layers are stored"):
+        merge_to_disk(Recipe.parse({"merge_method": "passthrough", "slices": slices}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

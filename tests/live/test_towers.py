@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from merge3 import LocalEngine, Pool, Recipe, Registration, SpaceDefinition, merge_to_disk, read_items
 from merge3.checkpoint import open_checkpoint
@@ -148,6 +149,20 @@ def test_a_swap_leaves_nothing_of_the_one_before(sights):
     alone = Recipe.parse({"merge_method": "linear", "models": [{"model": both[0], "parameters": {"weight": 1.0}}]})
     with pytest.raises(RecipeError, match="tensor '.*' is in none of its models; expected a base_model that has it"):
         slot.swap(alone)
+
+
+def test_eyes_are_checked_wherever_a_language_model_stands(sights, tmp_path):
+    """That they stay the base's beside a language model says nothing of merges without one."""
+    broken = shutil.copytree(sights / "seeing", tmp_path / "seeing")
+    file = broken / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in sorted(tensors) if n.startswith("vision_tower.") and n.endswith(".weight"))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    for experts in (("words", broken), (broken, "words")):
+        pool = Pool.open(str(sights / "base"), [str(sights / expert) for expert in experts])
+        with pytest.raises(CheckpointError, match=f"NaN or infinity in tensor '{name}'"):
+            pool.read_all()
 
 
 def test_a_budget_changes_nothing(tmp_path):

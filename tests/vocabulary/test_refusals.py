@@ -5,6 +5,8 @@ import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from merge3.errors import BadInput, CheckpointError, Merge3Warning, RecipeError
 from merge3.export import check_recipe, merge_to_disk
@@ -219,3 +221,25 @@ def test_a_recipe_says_it_again(speakers, recipe_of):
     plain = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]}
     hashes = [Recipe.parse(plain | more).hash() for more in ({}, {"tokenizer": {"source": "base"}})]
     assert hashes == ["92e3ae3623e0ea16", "0f2c28810064f3cd"]  # of journals begun before
+
+
+def test_a_token_that_only_the_bases_configuration_names(own_speakers):
+    """An image's, say: under another model's numbering it would be another one."""
+    file = own_speakers / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_token_index": 5}))
+    base, one = str(own_speakers / "base"), str(own_speakers / "one")
+    with pytest.raises(CheckpointError, match="config.json says nothing of image_token_index, 5 in a model"):
+        Pool.open(base, [one], tokenizer=Tokenizer(one))
+    Pool.open(base, [one], tokenizer=Tokenizer("base"))
+
+
+def test_a_table_of_tokens_by_an_unknown_name(own_speakers):
+    """Merged by the old numbers, its rows would be those of other tokens."""
+    for name in ("base", "one"):
+        file = own_speakers / name / "model.safetensors"
+        tensors = load_file(file)
+        rows = len(tensors["model.embed_tokens.weight"])
+        save_file(tensors | {"words_per_layer.weight": torch.zeros(rows, 3)}, file)
+    base, one = str(own_speakers / "base"), str(own_speakers / "one")
+    with pytest.raises(CheckpointError, match="one: tensor 'words_per_layer.weight' of .* rows: one for each token"):
+        Pool.open(base, [one], tokenizer=Tokenizer("base"))
