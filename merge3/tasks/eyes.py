@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+KEPT = 1 << 30  # bytes of what a model's eyes said that are kept from one candidate to the next
 _EYES: WeakKeyDictionary = WeakKeyDictionary()  # model -> its Eyes
 
 
@@ -22,11 +23,28 @@ def eyes_of(model) -> Eyes:
     return _EYES[model]
 
 
+class Said:
+    """What a model's eyes said of one batch, and with which weights. Empty at first."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """As at first."""
+        self.version, self.pixels, self.output = -1, None, None
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return sum(tensor.nbytes for tensor in tensors_in((self.pixels, self.output)))
+
+
 class Eyes:
     """version: another number whenever weights that images pass through have changed since they were looked at."""
 
     def __init__(self):
         self.version = 0
+        self._held: list[tuple[int, Said]] = []  # by the question that asked, in the order of use
         self._copies: dict[str, torch.Tensor] | None = None
 
     def look(self, model) -> None:
@@ -38,6 +56,15 @@ class Eyes:
             if not torch.equal(now[name], copy):
                 copy.copy_(now[name])
                 self.version += 1
+
+    def hold(self, said: Said, question: object) -> None:
+        """Keep this, and of what other questions were told as much as there is room for, the oldest least."""
+        self._held = [entry for entry in self._held if entry[1] is not said] + [(id(question), said)]
+        while sum(entry.nbytes for _, entry in self._held) > KEPT:
+            others = (entry for entry in self._held if entry[0] != id(question))
+            oldest = next(others, self._held[-1])
+            self._held.remove(oldest)
+            oldest[1].forget()
 
     def learn(self, model, features: Callable[..., Any], *args, **kwargs) -> None:
         """Find out, once, which weights these are. features: as get_image_features, with its arguments."""

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 from merge3.tasks.decoder import cut
-from merge3.tasks.eyes import Eyes, eyes_of, tensors_in
+from merge3.tasks.eyes import Eyes, Said, eyes_of
 from merge3.tasks.forward import last_logits, likeliest
 from merge3.tasks.requests import Choices, Likelihoods, Start, Written, batches
-
-KEPT = 1 << 30  # bytes of what the eyes said that a question keeps from one candidate to the next
 
 
 def sees(model) -> bool:
@@ -59,7 +57,8 @@ class SeenChoices:
     """Choices after prompts with images: every choice in a row of its own, right padded. A Question whose results are
     Likelihoods, sums in float64.
 
-    All first choices of a batch are asked, then all second ones, and so on: images stay as they are.
+    All first choices of a batch are asked, then all second ones, and so on: images stay as they are. Choices whose
+    inputs are the same, such as those of one token, are asked once.
     """
 
     def __init__(self, requests: Sequence[Choices], device, dtype: torch.dtype, batch_tokens: int, pad: int = 0):
@@ -68,7 +67,10 @@ class SeenChoices:
             own = [requests[i] for i in group]
             for batch in batches(own, lambda r: len(r.tokens) + max(map(len, r.choices)), batch_tokens):
                 asked = [(group[at], request) for at, request in batch]
-                rounds = [_Rows(asked, dtype, pad, choice=i) for i in range(len(batch[0][1].choices))]
+                same: dict[tuple, list[int]] = {}
+                for i in range(len(batch[0][1].choices)):
+                    same.setdefault(tuple(request.choices[i][:-1] for _, request in asked), []).append(i)
+                rounds = [(_Rows(asked, dtype, pad, choice=own[0]), own) for own in same.values()]
                 self.batches.append((asked, rounds, Said()))
 
     @torch.inference_mode()
@@ -77,29 +79,32 @@ class SeenChoices:
         eyes = eyes_of(model)
         eyes.look(model)
         for asked, rounds, said in self.batches:
-            sums = [self._sums(model, rows, asked, i, eyes, said) for i, rows in enumerate(rounds)]
-            said.limit(KEPT // len(self.batches))
+            sums: dict[int, list[float]] = {}
+            for rows, own in rounds:
+                shortest = min(len(request.tokens) for _, request in asked)
+                with seen(model, eyes, said):
+                    logits = last_logits(model, rows.width - shortest + 1, **rows.inputs(self.device)).cpu()
+                sums |= {choice: _sums(logits, asked, choice, shortest) for choice in own}
+            eyes.hold(said, self)
             for row, (index, request) in enumerate(asked):
-                found = torch.tensor([of_choice[row] for of_choice in sums], dtype=torch.float64)
+                found = torch.tensor([sums[i][row] for i in range(len(sums))], dtype=torch.float64)
                 lengths = torch.tensor([len(choice) for choice in request.choices])
                 yield index, None if found.isnan().any() else Likelihoods(found, lengths)
 
-    def _sums(self, model, rows: _Rows, asked, choice: int, eyes: Eyes, said: Said) -> list[float]:
-        """Each row's log-likelihood of its choice, NaN where there is none."""
-        shortest = min(len(request.tokens) for _, request in asked)
-        with seen(model, eyes, said):
-            logits = last_logits(model, rows.width - shortest + 1, **rows.inputs(self.device)).cpu()
-        sums = []
-        for row, (_, request) in zip(logits, asked):
-            start, tokens = len(request.tokens) - shortest, request.choices[choice]
-            log_p = row[start : start + len(tokens)].log_softmax(-1)
-            sums.append(sum(float(log_p[at, token]) for at, token in enumerate(tokens)))
-        return sums
+
+def _sums(logits: torch.Tensor, asked: Sequence[tuple[int, Choices]], choice: int, shortest: int) -> list[float]:
+    """Each row's log-likelihood of its choice, NaN where there is none. logits: from the end of the shortest prompt."""
+    sums = []
+    for row, (_, request) in zip(logits, asked):
+        start, tokens = len(request.tokens) - shortest, request.choices[choice]
+        log_p = row[start : start + len(tokens)].log_softmax(-1)
+        sums.append(sum(float(log_p[at, token]) for at, token in enumerate(tokens)))
+    return sums
 
 
 class SeenContinuations:
-    """What follows prompts with images, left padded, by transformers' own generate, greedily and whatever else the
-    checkpoint's generation settings say. A Question whose results are Written."""
+    """What follows prompts with images, left padded, by transformers' own generate, greedily; of the checkpoint's
+    generation settings only where a text ends counts. A Question whose results are Written."""
 
     def __init__(
         self,
@@ -124,7 +129,7 @@ class SeenContinuations:
         eyes = eyes_of(model)
         eyes.look(model)
         for asked, rows, said in self.batches:
-            writing = Writing([request for _, request in asked], self.tokenizer, self.end, rows.width)
+            writing = Writing([request for _, request in asked], self.tokenizer, self.end)
             with seen(model, eyes, said), greedily(model, self.end, self.pad):
                 model.generate(
                     **rows.inputs(self.device),
@@ -132,7 +137,7 @@ class SeenContinuations:
                     logits_processor=[writing.watch],
                     stopping_criteria=[writing.stop],
                 )
-            said.limit(KEPT // len(self.batches))
+            eyes.hold(said, self)
             for (index, request), tokens in zip(asked, writing.results()):
                 if tokens is None:
                     yield index, None
@@ -144,8 +149,8 @@ class SeenContinuations:
 class Writing:
     """Follows a batch that is being continued: which rows have ended, and where; which had no usable logits."""
 
-    def __init__(self, requests: Sequence[Start], tokenizer, end: frozenset[int], width: int):
-        self.requests, self.tokenizer, self.end, self.width = requests, tokenizer, end, width
+    def __init__(self, requests: Sequence[Start], tokenizer, end: frozenset[int]):
+        self.requests, self.tokenizer, self.end = requests, tokenizer, end
         self._written: list[list[int]] = [[] for _ in requests]
         self._ended, self._broken = [False] * len(requests), [False] * len(requests)
 
@@ -173,18 +178,6 @@ class Writing:
     def results(self) -> list[list[int] | None]:
         """Each row's tokens, those that end a text left out; None without usable logits."""
         return [None if broken else written for written, broken in zip(self._written, self._broken)]
-
-
-class Said:
-    """What a model's eyes said of one batch, and with which weights. Empty at first."""
-
-    def __init__(self):
-        self.version, self.pixels, self.output = -1, None, None
-
-    def limit(self, size: int) -> None:
-        """Forget it if it takes more bytes."""
-        if sum(tensor.nbytes for tensor in tensors_in((self.pixels, self.output))) > size:
-            self.__init__()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from merge3.errors import ItemsError
 from merge3.tasks import Scorer, fit_to_model, read_items
-from merge3.tasks.eyes import eyes_of
+from merge3.tasks.eyes import Eyes, Said, eyes_of
 from merge3.tasks.lm import LM
 from merge3.tasks.requests import Choices, Start
 from merge3.tasks.vision import SeenChoices, SeenContinuations
@@ -125,6 +125,26 @@ def test_the_eyes_are_asked_once_as_long_as_they_do_not_change(sights, items, mo
     noisy(model.model.multi_modal_projector, seed=4)
     scorer.score(model)
     assert len(calls) > first
+
+
+def test_choices_with_the_same_inputs_are_asked_once(sights, items, model):
+    own = [replace(item, choices=(" red", " blue", " red two"), answer=0) for item in items if item.choices][:2]
+    scorer = Scorer(own, model, sights / "base")
+    calls = []
+    hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    scorer.score(model)
+    hook.remove()
+    assert len(calls) == 2, "one forward for the choices of a token, one for the longer"
+
+
+def test_what_is_kept_is_bounded_and_what_others_asked_goes_first(monkeypatch):
+    monkeypatch.setattr("merge3.tasks.eyes.KEPT", 100)
+    eyes, mine, other = Eyes(), object(), object()
+    said = [Said() for _ in range(4)]
+    for one, question in zip(said, (other, mine, mine, mine)):
+        one.pixels = torch.zeros(10)
+        eyes.hold(one, question)
+    assert [one.nbytes for one in said] == [0, 40, 40, 0]
 
 
 @pytest.mark.parametrize("newer", [False, True])
