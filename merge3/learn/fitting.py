@@ -1,0 +1,166 @@
+"""The loop that learns weights: merge, ask, one gradient, one step of Adam.
+
+Which items a step asks follows from the seed and the step alone, merging and gradients are summed in a fixed order: a
+fit that was stopped goes on from its State as if it had not been, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from merge3.errors import BadInput
+from merge3.learn.coefficients import Coefficients
+from merge3.learn.distributions import Asked, batches, log_probabilities
+from merge3.learn.losses import Loss, Target
+from merge3.learn.settings import FitSettings
+from merge3.learn.weighted import Weighted
+from merge3.tasks.items import place
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
+
+
+class FitError(BadInput):
+    """A loss, or a gradient of it, that is NaN or infinite: nothing could be learned from here on."""
+
+    reason = "fit"
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a fit is after some steps: raw numbers and Adam's moments, float32 [experts, groups] each."""
+
+    step: int
+    raw: torch.Tensor
+    moments: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """number: from 1. loss: the mean of tasks' losses, before the step; state: after it; weights: what `state` merges
+    with, float32 [experts, tensors]."""
+
+    number: int
+    loss: float
+    losses: dict[str, float]
+    state: State
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned of one task. head: the endpoint whose head answers; targets: of each item, on the CPU."""
+
+    task: str
+    asked: Sequence[Asked]
+    targets: Sequence[Target]
+    head: str | None = None
+
+
+@dataclass
+class Fitting:
+    """A fit over a live model. batch_tokens: padded tokens of a forward pass.
+
+    for step in Fitting(weighted, coefficients, lessons, LOSSES["entropy"], settings).steps(): ...
+    """
+
+    weighted: Weighted
+    coefficients: Coefficients
+    lessons: Sequence[Lesson]
+    loss: Loss
+    settings: FitSettings
+    pad: int = 0
+    batch_tokens: int = 4096
+    forwards: int = field(default=0, init=False)  # rows that were fed, for the cost
+
+    def steps(self, state: State | None = None) -> Iterator[Step]:
+        """Steps after `state`'s. Raises FitError naming the step and an item where a loss is no number."""
+        raw = self.coefficients.raw
+        optimizer = torch.optim.Adam([raw], lr=self.settings.learning_rate, foreach=False)
+        first = 0
+        if state is not None:
+            first = self._restore(optimizer, state)
+        for number in range(first + 1, self.settings.steps + 1):
+            weights = self.coefficients.weights()
+            self.weighted.write(weights.detach())
+            losses = self._ask(number)
+            gradient = self.weighted.gradient.float()
+            if not gradient.isfinite().all():
+                where = f"fit: step {number}"
+                raise FitError(where, "gradients that are NaN or infinite", "finite ones", _HINT)
+            optimizer.zero_grad()
+            weights.backward(gradient)
+            optimizer.step()
+            after = self._state(optimizer, number)
+            mean = sum(losses.values()) / len(losses)
+            yield Step(number, mean, losses, after, self.coefficients.weights().detach())
+
+    def _ask(self, number: int) -> dict[str, float]:
+        """Task -> its loss; the gradient of their mean is left in `weighted`."""
+        model, losses = self.weighted.slot.model, {}
+        with self.weighted.gradients():
+            for index, lesson in enumerate(self.lessons):
+                self.weighted.slot.use_head(lesson.head)
+                chosen = drawn(len(lesson.asked), self.settings.batch, number, [self.settings.seed, index])
+                total = 0.0
+                for batch in batches(chosen, lesson.asked, self.batch_tokens):
+                    found = log_probabilities(model, [lesson.asked[at] for at in batch], self.pad)
+                    costs = []
+                    for at, log_p in zip(batch, found):
+                        target = lesson.targets[at]
+                        costs.append(self.loss.cost(log_p, None if target is None else target.to(log_p.device)))
+                    costs = torch.stack(costs)
+                    if not costs.isfinite().all():
+                        bad = batch[int((~costs.isfinite()).nonzero()[0])]
+                        where = f"fit: step {number}, {place(lesson.asked[bad].item)}"
+                        raise FitError(where, f"a loss of {float(costs[batch.index(bad)])}", "a finite one", _HINT)
+                    part = costs.sum() / len(chosen)
+                    (part / len(self.lessons)).backward()
+                    total += float(part.detach())
+                    self.forwards += sum(lesson.asked[at].rows for at in batch)
+                losses[lesson.task] = total
+        return losses
+
+    def _restore(self, optimizer: torch.optim.Adam, state: State) -> int:
+        raw = self.coefficients.raw
+        if state.raw.shape != raw.shape:
+            raise BadInput("state", f"coefficients {list(state.raw.shape)}", f"{list(raw.shape)}, this fit's")
+        with torch.no_grad():
+            raw.copy_(state.raw)
+        known = {"step": torch.tensor(float(state.step))}
+        known |= {name: moment.clone() for name, moment in zip(_MOMENTS, state.moments)}
+        optimizer.state[raw] = known
+        return state.step
+
+    def _state(self, optimizer: torch.optim.Adam, number: int) -> State:
+        raw = self.coefficients.raw
+        moments = tuple(optimizer.state[raw][name].clone() for name in _MOMENTS)
+        return State(number, raw.detach().clone(), moments)
+
+
+_HINT = "a smaller learning_rate, or a dtype with more room"
+
+
+def drawn(count: int, size: int, number: int, seed: Sequence[int]) -> list[int]:
+    """Which of `count` items step `number` (from 1) asks: `size` of them, every item once before any comes again."""
+    size = min(size, count)
+    chosen: list[int] = []
+    for position in range((number - 1) * size, number * size):
+        epoch, at = divmod(position, count)
+        chosen.append(int(_order(count, (*seed, epoch))[at]))
+    return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def _order(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(list(seed)).permutation(count)
+
+
+def say(step: Step) -> Mapping[str, Any]:
+    """A step as a line of a run's history."""
+    return {"step": step.number, "loss": step.loss, "losses": step.losses}
