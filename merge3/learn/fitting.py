@@ -125,7 +125,9 @@ class Fitting:
                     if not costs.isfinite().all():
                         bad = batch[int((~costs.isfinite()).nonzero()[0])]
                         where = f"fit: step {number}, {place(lesson.asked[bad].item)}"
-                        raise FitError(where, f"a loss of {float(costs[batch.index(bad)])}", "a finite one", _HINT)
+                        raise FitError(
+                            where, f"a loss of {float(costs[batch.index(bad)].detach())}", "a finite one", _HINT
+                        )
                     part = costs.sum() / len(chosen)
                     (part / len(self.lessons)).backward()
                     total += float(part.detach())
