@@ -146,8 +146,7 @@ class LocalEngine:
         known, fitting = self._fit
         if known != (asked, fit):
             self._fit = None, None  # room before another
-            for task, head in asked.heads.items():
-                self._check_endpoint(f"heads: {task}", head)
+            self._check_heads(asked)
             template = chat_template(fit.recipe, self.pool) if asked.chat else None
             tasks = []
             for task, positions in asked.tasks().items():
@@ -184,6 +183,11 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
+    def _check_heads(self, asked: Registration) -> None:
+        for task, head in asked.heads.items():
+            if head not in self.slot.lent_heads:
+                self._check_endpoint(f"heads: {task}", head)
+
     def _check_endpoint(self, where: str, name: str) -> None:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
@@ -196,8 +200,7 @@ class LocalEngine:
         key = (asked, endpoint, template_key(recipe) if asked.chat else None)
         if key not in self._prepared:
             check_objectives(asked)
-            for task, head in asked.heads.items():
-                self._check_endpoint(f"heads: {task}", head)
+            self._check_heads(asked)
             space = None if asked.space is None else self.space(asked.space)
             spoken = recipe or (space and space.uniform_recipe())
             template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
