@@ -64,18 +64,21 @@ def fit(
         line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
         print(line, file=sys.stderr)
         return None
-    fitted, history, engine = outcome.recipe, outcome.history, outcome.engine
-    with closing(engine):
+    fitted, seconds = outcome.recipe, time.perf_counter() - began
+    with closing(outcome.engine) as engine:
         write_atomically(directory / "fitted.yaml", fitted.to_yaml())
-        files.tell(history)  # of groups it is the last one's
-        seconds = time.perf_counter() - began
-        held = registration(taught.heldout, taught, engine.info().own_heads)
+        files.tell(outcome.history)  # of groups it is the last one's
+        held = registration(taught.heldout, outcome.taught, engine.info().own_heads)
         measurement = measure(engine, held, fitted)
-        beside = baselines(engine, recipe, held)
         if export and not (directory / "model").exists():
             engine.export(fitted, directory / "model")
+        beside = {} if outcome.elsewhere else baselines(engine, recipe, held)
+    if outcome.elsewhere:
+        with closing(run.open(recipe)) as engine:
+            held = registration(taught.heldout, taught, engine.info().own_heads)
+            beside = baselines(engine, recipe, held)
     cost = {"merges": outcome.steps, "items": outcome.asked}
-    result = summary(recipe, taught, history, cost, measurement, beside, others, seconds)
+    result = summary(recipe, taught, outcome.history, cost, measurement, beside, others, seconds)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_fit_report(directory)
     return result
@@ -121,14 +124,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was fitted. engine: over its models, open. steps, asked: merges that were asked, and items that were fed
-    forward and backward, in all."""
+    """What was fitted. engine: over its models, open; elsewhere: whether these are not those that the run was asked
+    for; taught: with the models' names there. steps, asked: merges that were asked, and items that were fed forward and
+    backward, in all."""
 
     recipe: Recipe
     history: list[dict[str, Any]]
     engine: Engine
+    taught: Taught
     steps: int
     asked: int
+    elsewhere: bool = False
 
 
 def _fitted(run: Run) -> Outcome | None:
@@ -155,7 +161,8 @@ def _over_survivors(run: Run) -> Outcome | None:
     places = dict(zip(experts_of(recipe), experts_of(made)))
     taught = replace(run.taught, experts={task: places[model] for task, model in run.taught.experts.items()})
     engine = run.open(made)
-    return learned(engine, made, taught, run, engine.info().own_heads)
+    outcome = learned(engine, made, taught, run, engine.info().own_heads)
+    return outcome and replace(outcome, elsewhere=True)
 
 
 def begin(run: Run, hashes: Mapping[str, str]) -> None:
@@ -176,7 +183,7 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     state = files.state()
     history = files.history(state.step if state else 0)
     if state is not None and state.step >= steps:
-        return Outcome(files.latest(), history, engine, steps, steps * each)
+        return Outcome(files.latest(), history, engine, taught, steps, steps * each)
     fitted = None
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
         for step in engine.fit(asked, what, state):
@@ -191,7 +198,7 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
                 if run.stopping() and step.number < steps:
                     engine.close()
                     return None
-    return Outcome(fitted, history, engine, steps, steps * each)
+    return Outcome(fitted, history, engine, taught, steps, steps * each)
 
 
 def registration(items: Sequence[Item], taught: Taught, own_heads: bool) -> Registration:

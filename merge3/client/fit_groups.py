@@ -50,7 +50,7 @@ def fit_groups(run: Run) -> Outcome | None:
         copy = sum(info.nbytes for info in lender.base_checkpoint.tensors.values())
         budget = str(copy * (2 + max(len(node.parts) for node in grouping.inner())))
     steps, asked = sum(outcome.steps for outcome in made), sum(outcome.asked for outcome in made)
-    return Outcome(result, made[-1].history, run.open(recipe, budget), steps, asked)
+    return Outcome(result, made[-1].history, run.open(recipe, budget), run.taught, steps, asked)
 
 
 def _merge_group(
