@@ -40,6 +40,7 @@ _REGISTRATIONS = 64
 
 __all__ = ["Engine", "Evaluation", "LocalEngine", "PoolInfo", "Subject"]
 
+
 class _Round(NamedTuple):
     """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
     merge's own), what asks."""
@@ -154,15 +155,12 @@ class LocalEngine:
         known, fitting = self._fit
         if known != (asked, fit):
             self.forget_fit()  # room before another
-            for task, head in asked.heads.items():
-                self._check_endpoint(f"heads: {task}", head)
+            self._check_heads(asked)
             template = chat_template(fit.recipe, self.pool) if asked.chat else None
             tasks = []
             for task, positions in asked.tasks().items():
                 items = [asked.items[i] for i in positions]
-                tasks.append(
-                    TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task))
-                )
+                tasks.append(TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task)))
             fitting = prepare(self.slot, fit, tasks, self.pool.words.folder(template))
             self._fit = (asked, fit), fitting
         return fitting
@@ -192,6 +190,11 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
+    def _check_heads(self, asked: Registration) -> None:
+        for task, head in asked.heads.items():
+            if head not in self.slot.lent_heads:
+                self._check_endpoint(f"heads: {task}", head)
+
     def _check_endpoint(self, where: str, name: str) -> None:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
@@ -204,8 +207,7 @@ class LocalEngine:
         key = (asked, endpoint, template_key(recipe) if asked.chat else None)
         if key not in self._prepared:
             check_objectives(asked)
-            for task, head in asked.heads.items():
-                self._check_endpoint(f"heads: {task}", head)
+            self._check_heads(asked)
             space = None if asked.space is None else self.space(asked.space)
             spoken = recipe or (space and space.uniform_recipe())
             template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None

@@ -80,6 +80,12 @@ def experts_of(recipe: Recipe) -> list[str]:
     return [str(s.model) for s in recipe.slices[0].sources if s.model != recipe.base_model]
 
 
+def of_experts(recipe: Recipe, experts: Sequence[str]) -> Recipe:
+    """The recipe with these of its models alone."""
+    sources = tuple(source for source in recipe.slices[0].sources if str(source.model) in experts)
+    return replace(recipe, slices=(Slice(sources),))
+
+
 def merged_with(recipe: Recipe, weights: Mapping[str, float | Sequence[tuple[str, float]]]) -> Recipe:
     """The task_arithmetic recipe with these weights: model -> one weight, or (tensor, weight) of each tensor."""
     sources = []
