@@ -71,7 +71,7 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ):
-    """Merge a recipe to a checkpoint on disk."""
+    """Merge a recipe to a checkpoint on disk. Weights that a recipe learns (`fit:`) are fitted first."""
     from merge3.client.options import prefixes
     from merge3.client.terminal import bar, in_few_lines
     from merge3.export import merge_to_disk
@@ -79,6 +79,12 @@ def merge(
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
     asked = Recipe.from_yaml(recipe)
+    if asked.fit:
+        from merge3.checkpoint import check_free
+        from merge3.client.fit import fitted_recipe
+
+        check_free(out)
+        asked = fitted_recipe(recipe, as_json, quiet)
     result = merge_to_disk(
         replace(asked, tower=prefixes(tower)) if tower else asked,
         out,
