@@ -26,6 +26,7 @@ from merge3.kernels import (
 from merge3.methods.base import WEIGHT_OF_MODEL, ByHand, Fused, Gene, Job, Method, Parameter, equal_share, neutral
 from merge3.statistics import Statistics
 
+PLAIN_SUM = "task_arithmetic"  # the member of the family that sparsifies, elects and normalizes nothing
 _TINY = 1e-7  # L1 norms below this are not rescaled
 _DENSITY = Gene(0.05, 1.0, start=0.5, steps=256, folded=True)
 _LAMBDA = Gene(0.0, 2.0, start=1.0)
@@ -34,7 +35,7 @@ _EPSILON = Gene(0.01, 0.2, start=0.1)
 
 #          name                sparsify     elect   normalize rescale  reference
 FAMILY = {
-    "task_arithmetic": ("all", "none", False, False, "https://arxiv.org/abs/2212.04089"),
+    PLAIN_SUM: ("all", "none", False, False, "https://arxiv.org/abs/2212.04089"),
     "ties": ("magnitude", "sum", True, False, "https://arxiv.org/abs/2306.01708"),
     "dare_linear": ("random", "none", False, True, "https://arxiv.org/abs/2311.03099"),
     "dare_ties": ("random", "sum", False, True, "https://arxiv.org/abs/2311.03099"),
