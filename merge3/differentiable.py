@@ -46,6 +46,22 @@ def merged(
     return kernels.call(_merged, list(base), list(experts), coefficients, lambda_, ids, *how)
 
 
+def weight_gradient(gradient: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """dL/dw_k = <dL/dθ, θ_k − θ₀> of a plain sum of weighted task vectors: float64 [experts], on the CPU.
+
+    gradient: dL/dθ of one merged tensor; base, experts: that tensor's, all in one shape, dtype and device. Summed in
+    float64, in a fixed order. Moves (K + 2) · numel · itemsize bytes.
+    """
+    weight, rescale = (torch.zeros(1, len(experts), dtype=torch.float64) for _ in range(2))
+    lambda_gradient, lambda_ = torch.zeros(1, dtype=torch.float64), torch.ones(1)
+    neutral = kernels.coefficients(1, len(experts))
+    sparsify, elect, seed = kernels.numbers(Modes())
+    values = [base], list(experts), neutral, lambda_, torch.zeros(1, dtype=torch.int64), []
+    outputs = weight, rescale, lambda_gradient, [gradient]
+    kernels.call(torch.ops.merge3.merge_backward_, *outputs, *values, sparsify, elect, False, seed)
+    return weight[0]
+
+
 @torch.library.custom_op("merge3::merged", mutates_args=())
 def _merged(
     base: Sequence[torch.Tensor],

@@ -8,125 +8,36 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from merge3.checkpoint.layout import Layout
-from merge3.errors import BadInput, ConfigError, Merge3Error
+from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.fitness import check_objectives, estimates, judged
+from merge3.learn.fit import Fit, FitStep, prepare, steps
+from merge3.learn.fitting import Fitting, State
+from merge3.learn.lessons import TaskToLearn
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
 from merge3.methods import METHODS
 from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
 from merge3.program import compile
+from merge3.protocol import Engine, Evaluation, PoolInfo, Subject
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, LogitsError, Scorer
-from merge3.tasks.documents import Raw
 from merge3.tasks.score import Answers
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 _REGISTRATIONS = 64
 
-Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a recipe, an endpoint's name
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One subject's answers.
-
-    index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
-    [objectives], NaN where there are no responses; error: why not. raw: position -> what the asks of a document came
-    to, where its judge is not here (whose response is then NaN).
-    """
-
-    index: int
-    recipe_hash: str
-    responses: np.ndarray | None
-    objectives: tuple[str, ...]
-    values: np.ndarray
-    stderrs: np.ndarray
-    seconds: float
-    swap_seconds: float = 0.0
-    error: Merge3Error | None = None
-    raw: Mapping[int, Raw] = field(default_factory=dict)
-
-    @property
-    def value(self) -> float:
-        """Of the first objective."""
-        return float(self.values[0])
-
-    @property
-    def stderr(self) -> float:
-        """Of the first objective."""
-        return float(self.stderrs[0])
-
-    def answers(self) -> np.ndarray:
-        """The responses; raises what kept the subject from giving any."""
-        if self.error is not None:
-            raise self.error
-        if self.raw:
-            raise BadInput("documents", f"{len(self.raw)} without a judge", "judges in the registration")
-        return self.responses
-
-
-@dataclass(frozen=True)
-class PoolInfo:
-    """What a driver may know of a pool.
-
-    endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
-    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
-    notes: where language models are merged into one with eyes or ears.
-    """
-
-    endpoints: tuple[str, ...]
-    content_hashes: dict[str, str]
-    parameters: int
-    kept: dict[str, str]
-    device: str
-    layout: Layout
-    host: str = "local"
-    warnings: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-class Engine(Protocol):
-    """The protocol of LocalEngine and of an engine behind a wire."""
-
-    def info(self) -> PoolInfo:
-        """What the pool is; asks nothing of the models."""
-
-    def prepare(self, registration: Registration) -> None:
-        """Tokenise items, open the space, compute its statistics. Raises BadInput for what evaluating would refuse.
-        `evaluate` does it by itself; what can be refused at the start should be."""
-
-    def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
-        """Merge, ask and estimate each subject; evaluations come as they are ready, `index` says whose.
-
-        A subject that cannot be merged or asked has its error in the evaluation; what is no subject's fault (memory, a
-        caller who left, a daemon that is away) is raised.
-        """
-
-    def check(self, recipe: Recipe) -> None:
-        """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
-
-    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
-        """Write the merged checkpoint; see export.merge_to_disk.
-
-        Raises RecipeError, CheckpointError or ResourceError.
-        """
-
-    def close(self) -> None:
-        """Give up what the engine holds elsewhere."""
-
+__all__ = ["Engine", "Evaluation", "LocalEngine", "PoolInfo", "Subject"]
 
 class _Round(NamedTuple):
     """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
@@ -159,6 +70,7 @@ class LocalEngine:
         self._spaces: dict[str, Space] = {}
         self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
         self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
+        self._fit: tuple[tuple[Registration, Fit] | None, Fitting | None] = None, None
 
     def info(self) -> PoolInfo:
         """See Engine."""
@@ -172,6 +84,7 @@ class LocalEngine:
             self.pool.searched,
             warnings=tuple(self.pool.warnings),
             notes=tuple(self.pool.notes),
+            own_heads=any(name in self.pool.fixed for name in self.pool.heads.get(self.pool.base, ())),
         )
 
     def prepare(self, registration: Registration) -> None:
@@ -222,6 +135,29 @@ class LocalEngine:
             error = problem
         seconds = time.perf_counter() - start
         return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
+
+    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
+        """See Engine."""
+        with enough_memory(self.pool.device):
+            yield from steps(fit, self._fitting(registration, fit), state)
+
+    def _fitting(self, asked: Registration, fit: Fit) -> Fitting:
+        """Prepared once; only the last one is kept, as what experts said takes memory."""
+        known, fitting = self._fit
+        if known != (asked, fit):
+            self._fit = None, None  # room before another
+            for task, head in asked.heads.items():
+                self._check_endpoint(f"heads: {task}", head)
+            template = chat_template(fit.recipe, self.pool) if asked.chat else None
+            tasks = []
+            for task, positions in asked.tasks().items():
+                items = [asked.items[i] for i in positions]
+                tasks.append(
+                    TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task))
+                )
+            fitting = prepare(self.slot, fit, tasks, self.pool.words.folder(template))
+            self._fit = (asked, fit), fitting
+        return fitting
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""

@@ -76,6 +76,10 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     Raises RecipeError for what does not fit: an unknown method, parameters, layers, tensors.
     """
     method = method_named(recipe.method, f"{where}: merge_method")
+    for section in ("fit", "surgery"):
+        if getattr(recipe, section):
+            found = f"`{section}:` in a recipe of {method.name}, to be fitted first"
+            raise RecipeError(f"{where}: {section}", found, "a recipe without", "`merge3-client fit RECIPE`")
     _check_tokenizer(recipe, view, where)
     if dict(recipe.tower) != dict(view.tower):
         found, expected = dict(recipe.tower) or "none", dict(view.tower) or "none"

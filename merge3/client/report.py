@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def fitness_curve(candidates: list[Candidate]) -> str:
     x = lambda i: PAD + (WIDTH - PAD - 12) * i / max(1, len(candidates) - 1)
     y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
     parts = [
-        _axis(low, high, y),
+        axis(low, high, y),
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>',
     ]
     parts += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="1.8" class="dot"/>' for i, v in known]
@@ -73,7 +74,7 @@ def fitness_curve(candidates: list[Candidate]) -> str:
     means = [tuple(map(statistics.fmean, zip(*own))) for own in generations.values()]
     for name, points in (("mean", means), ("best", line)):
         parts.append(f'<polyline class="{name}" points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in points)}"/>')
-    return _svg(parts, WIDTH, HEIGHT, "Fitness of every candidate")
+    return svg(parts, WIDTH, HEIGHT, "Fitness of every candidate")
 
 
 def spot_checks(made: list) -> str:
@@ -86,7 +87,7 @@ def spot_checks(made: list) -> str:
     low, high = min(v - e for *_, v, e in marks) - 0.01, max(v + e for *_, v, e in marks) + 0.01
     x = lambda i: PAD + (WIDTH - PAD - 12) * (i + 0.5) / len(made)
     y = lambda v: 10 + (HEIGHT - PAD) * (high - v) / (high - low)
-    parts = [_axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">generation</text>']
+    parts = [axis(low, high, y), f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">generation</text>']
     parts += [
         f'<text x="{x(i):.1f}" y="{HEIGHT - 20}" class="label">{generation}</text>'
         for i, (generation, *_) in enumerate(made)
@@ -94,7 +95,7 @@ def spot_checks(made: list) -> str:
     for name, i, v, e in marks:
         parts.append(f'<line class="{name}" x1="{x(i):.1f}" x2="{x(i):.1f}" y1="{y(v - e):.1f}" y2="{y(v + e):.1f}"/>')
         parts.append(f'<circle class="{name}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.5"/>')
-    return _svg(parts, WIDTH, HEIGHT, "Spot checks")
+    return svg(parts, WIDTH, HEIGHT, "Spot checks")
 
 
 def bars(rows) -> str:
@@ -111,13 +112,13 @@ def bars(rows) -> str:
             f'<line x1="{end - error:.1f}" x2="{end + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
             f'<text x="{212 + length + error:.1f}" y="{y + 14}">{detail["accuracy"]:.3f}</text>',
         ]
-    return _svg(parts, WIDTH, height, "Held-out accuracy")
+    return svg(parts, WIDTH, height, "Held-out accuracy")
 
 
 def heat_maps(recipe: Recipe) -> list[tuple[str, str]]:
     """(parameter, SVG) of the winner's coefficients: a row per model, a column per layer group and filter."""
     table = coefficients(recipe)
-    return [(name, _heat_map(columns, rows)) for name, (columns, rows) in table.items()]
+    return [(name, heat_map(columns, rows)) for name, (columns, rows) in table.items()]
 
 
 def coefficients(recipe: Recipe) -> dict[str, tuple[list[str], dict[str, list[float]]]]:
@@ -165,9 +166,10 @@ def _cells(setting, span: str):
             yield name, float(value), outside
 
 
-def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
+def heat_map(columns: list[str], rows: Mapping[str, Sequence[float | None]]) -> str:
+    """Coefficients as colours and numbers: a row each of `rows`, whose cells follow the columns; None: an empty one."""
     cell, left, top = max(30, min(64, 640 // max(1, len(columns)))), 150, 110
-    values = [v for row in rows.values() for v in row]
+    values = [v for row in rows.values() for v in row if v is not None]
     highest = max(1e-9, *map(abs, values))
     parts = []
     for j, column in enumerate(columns):
@@ -179,13 +181,15 @@ def _heat_map(columns: list[str], rows: dict[str, list[float]]) -> str:
         y = top + i * 28
         parts.append(f'<text x="{left - 8}" y="{y + 19}" class="name">{_escape(name)}</text>')
         for j, value in enumerate(row):
+            if value is None:
+                continue
             ink = "#fff" if abs(value) > 0.6 * highest else "#222"
             middle = left + j * cell + cell / 2 - 1
             parts.append(
                 f'<rect x="{left + j * cell}" y="{y}" width="{cell - 2}" height="26" fill="{_color(value / highest)}"/>'
                 f'<text x="{middle:.0f}" y="{y + 17}" class="cell" fill="{ink}">{value:.2f}</text>'
             )
-    return _svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
+    return svg(parts, left + cell * len(columns) + 90, top + 28 * len(rows) + 8, "Coefficients of the winner")
 
 
 def _color(share: float) -> str:
@@ -194,7 +198,8 @@ def _color(share: float) -> str:
     return "#" + "".join(f"{round(255 + (s - 255) * min(1, abs(share))):02x}" for s in strong)
 
 
-def _axis(low: float, high: float, y) -> str:
+def axis(low: float, high: float, y) -> str:
+    """Five lines across a picture with their values. y: from a value to its place."""
     parts = []
     for i in range(5):
         v = low + (high - low) * i / 4
@@ -203,7 +208,8 @@ def _axis(low: float, high: float, y) -> str:
     return "".join(parts)
 
 
-def _svg(parts: list[str], width: float, height: float, title: str) -> str:
+def svg(parts: Sequence[str], width: float, height: float, title: str) -> str:
+    """A picture of these parts."""
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
     )

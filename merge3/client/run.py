@@ -55,7 +55,7 @@ def evolve(
     with closing(open_engine(config, device, quiet, target, memory_budget, directory / "derived")) as engine:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
-        stopping = _StopOnInterrupt()
+        stopping = StopOnInterrupt()
         with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
             outcome = run(config, questions, engine, journal, resume, report, stopping)
         if outcome is None:
@@ -106,11 +106,27 @@ def open_engine(
     derived: Path | None = None,
 ) -> Engine:
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
-    tokenizer = config.genome.recipe_tokenizer()
+    genome = config.genome
+    words = genome.recipe_tokenizer(), genome.tower
+    return open_models(config.models, genome.dtype, device, quiet, target, memory_budget, derived, *words)
+
+
+def open_models(
+    models: Sequence[str],
+    dtype: str | None = None,
+    device: str = "cpu",
+    quiet: bool = False,
+    target: Target | None = None,
+    memory_budget: str | None = None,
+    derived: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    tower: Mapping[str, str] | None = None,
+) -> Engine:
+    """An engine over these models, base first, in this process or on a daemon. dtype: of the live model. The others:
+    see open_pool."""
     if target is None:
-        dtype = getattr(torch, config.genome.dtype) if config.genome.dtype else None
-        words = tokenizer, config.genome.tower
-        return LocalEngine(open_pool(config.models, device, quiet, memory_budget, derived, *words), dtype)
+        pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower)
+        return LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     if memory_budget is not None:
         raise BadInput(
             "--memory-budget",
@@ -119,8 +135,7 @@ def open_engine(
         )
     from merge3.client.remote import RemoteEngine
 
-    words = {"tokenizer": tokenizer, "tower": config.genome.tower}
-    engine = RemoteEngine(target, config.models, config.genome.dtype, **words)
+    engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower)
     _warn(engine.info().warnings)
     _say_kept(engine.info().notes, engine.info().kept, quiet)
     return engine
@@ -183,20 +198,11 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dic
 def print_result(result: dict[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
     from rich.console import Console
-    from rich.table import Table
 
-    tasks = list(result["heldout_detail"]["tasks"])
-    table = Table(title=f"held-out accuracy, {result['heldout_items']} items the search never saw")
-    table.add_column("merge")
-    for name in ("mean", "± se", *tasks):
-        table.add_column(name, justify="right")
     rows = [("evolved", result["heldout_detail"])]
     rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
-    for name, detail in rows:
-        cells = [f"{detail['accuracy']:.3f}", f"{detail['stderr']:.3f}", *(f"{detail['tasks'][t]:.3f}" for t in tasks)]
-        table.add_row(name, *cells, style="bold" if name == "evolved" else None)
     console = Console()
-    console.print(table)
+    console.print(accuracy_table(rows, result["heldout_items"], "the search", "evolved"))
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
         f"{result['candidates']} candidates in {result['seconds']:.0f} s, "
@@ -218,7 +224,23 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     console.print(f"recipe {directory / 'best.yaml'}, {model}report {directory / 'report.html'}")
 
 
-class _StopOnInterrupt:
+def accuracy_table(rows: Sequence[tuple[str, Mapping[str, Any]]], items: int, unseen_by: str, ours: str):
+    """(name, accuracy with its tasks) of several merges as a table of rich's; the row `ours` stands out."""
+    from rich.table import Table
+
+    tasks = list(rows[0][1]["tasks"])
+    table = Table(title=f"held-out accuracy, {items} items {unseen_by} never saw")
+    table.add_column("merge")
+    for name in ("mean", "± se", *tasks):
+        table.add_column(name, justify="right")
+    for name, detail in rows:
+        of_tasks = [f"{detail['tasks'][t]:.3f}" if t in detail["tasks"] else "" for t in tasks]
+        cells = [f"{detail['accuracy']:.3f}", f"{detail['stderr']:.3f}", *of_tasks]
+        table.add_row(name, *cells, style="bold" if name == ours else None)
+    return table
+
+
+class StopOnInterrupt:
     """Ctrl-C once: finish the candidate at hand and leave; twice: leave now."""
 
     def __init__(self):

@@ -60,10 +60,12 @@ class Slot:
         Raises RecipeError if the recipe makes another number of layers than the base has.
         """
         program = self.compile(recipe, where)
-        # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
-        own = set(self.pool.heads.get(self.pool.base, ()))
-        written = {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
-        outputs = program.outputs(written, self.pool.statistics)
+        self.run(program, seed)
+        return program.kept
+
+    def run(self, program: Program, seed: int = 0) -> None:
+        """Overwrite the model with what a program of this pool makes; see `swap`."""
+        outputs = program.outputs(self.written(), self.pool.statistics)
         if self._overlap:
             self._run_by_layer(outputs, seed)
         else:
@@ -72,7 +74,13 @@ class Slot:
         if self._heads.merged:
             self._settle()
             self._heads.show(None)
-        return program.kept
+
+    def written(self) -> dict[str, torch.Tensor]:
+        """What a swap writes: checkpoint name -> the live tensor. Of a head that recipes merge it is the merge's own,
+        which is shown afterwards."""
+        # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
+        own = set(self.pool.heads.get(self.pool.base, ()))
+        return {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
 
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
         """What `swap` would run. Raises RecipeError for what it would refuse."""

@@ -7,6 +7,7 @@ from merge3.errors import RecipeError
 from merge3.methods import averages, rules, spherical, task_arithmetic
 from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
 from merge3.methods.execute import execute
+from merge3.methods.learned import LEARNED
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -16,8 +17,11 @@ METHODS: dict[str, Method] = {
 
 def method_named(name: str, where: str = "merge_method") -> Method:
     """The method of a recipe, or a RecipeError with the nearest name."""
+    if name in LEARNED:
+        found = f"{name!r}, which learns its weights from items"
+        raise RecipeError(where, found, "a recipe with weights", "`merge3-client fit RECIPE` with `fit:` makes one")
     if name not in METHODS:
-        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), nearest(name, METHODS))
+        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), nearest(name, (*METHODS, *LEARNED)))
     return METHODS[name]
 
 
@@ -29,4 +33,16 @@ def gene_names() -> list[str]:
     return list(names)
 
 
-__all__ = ["METHODS", "Copy", "Gene", "Job", "Method", "Parameter", "Step", "execute", "gene_names", "method_named"]
+__all__ = [
+    "LEARNED",
+    "METHODS",
+    "Copy",
+    "Gene",
+    "Job",
+    "Method",
+    "Parameter",
+    "Step",
+    "execute",
+    "gene_names",
+    "method_named",
+]

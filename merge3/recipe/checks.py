@@ -16,7 +16,7 @@ from merge3.recipe.text import nearest
 
 TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "tokenizer", "tower",
+    "chat_template", "tokenizer", "tower", "fit", "surgery",
 )  # fmt: skip
 # Keys at the top level that mean something, but not here.
 _ELSEWHERE = {
@@ -114,6 +114,13 @@ def parameters(data: Any, where: str) -> dict[str, settings.Setting]:
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"{where}.{name}", f"found {value}", "a finite number")
     return data
+
+
+def section(data: Mapping, key: str, where: str) -> dict[str, Any]:
+    """A section of its own, as it stands; empty where there is none."""
+    if key not in data:
+        return {}
+    return mapping(data[key], f"{where}: {key}")
 
 
 def tower(data: Any, where: str) -> dict[str, str]:

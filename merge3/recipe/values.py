@@ -44,6 +44,9 @@ class Recipe:
     sources = [{"model": "math", "parameters": {"weight": 0.7}}, {"model": "code", "parameters": {"weight": 0.3}}]
     recipe = Recipe.parse({"merge_method": "linear", "models": sources})
     print(recipe.to_yaml())
+
+    fit: how the weights of a learned method are found; surgery: adapters on top of the merge. Both as they stand in the
+    file; what they may hold is known to those who fit.
     """
 
     method: str
@@ -55,6 +58,8 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     tower: Mapping[str, str] = field(default_factory=dict)
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    surgery: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -92,12 +97,14 @@ class Recipe:
             data |= self.tokenizer.to_dict()
         if self.chat_template is not None:
             data["chat_template"] = self.chat_template
-        if self.tower:
-            data["tower"] = dict(self.tower)
+        for key in ("tower", "fit", "surgery"):
+            if getattr(self, key):
+                data[key] = plain(getattr(self, key))
         return data
 
     def to_yaml(self) -> str:
-        """YAML that mergekit reads as the same merge, but for `tower`, which it has not; floats survive exactly."""
+        """YAML that mergekit reads as the same merge, but for `tower`, `fit` and `surgery`, which it has not; floats
+        survive exactly."""
         return dump_yaml(self.to_dict())
 
     def hash(self) -> str:
@@ -158,6 +165,8 @@ class Recipe:
             out_dtype,
             chat_template=checks.chat_template(data.get("chat_template"), f"{where}: chat_template"),
             tower=checks.tower(data.get("tower"), f"{where}: tower"),
+            fit=checks.section(data, "fit", where),
+            surgery=checks.section(data, "surgery", where),
         )
         tokenizer = read_tokenizer(data, where)
         if tokenizer is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
 
 def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured:
     """Accuracy of one subject. Raises LogitsError where it has no answers."""
-    responses = search.answers(subject, items)
-    value, stderr = mean_over_tasks(responses, items, search.weights)
+    return measured(search.answers(subject, items), items, search.weights)
+
+
+def measured(responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None) -> Measured:
+    """Accuracy of responses, float64 [items]. weights: of tasks, default equal."""
+    value, stderr = mean_over_tasks(responses, items, weights)
     tasks = {}
     for task in dict.fromkeys(item.task for item in items):
         tasks[task] = float(np.mean([r for r, item in zip(responses, items) if item.task == task]))
@@ -62,7 +66,7 @@ def possible_baselines(search: Search) -> list[Baseline]:
 
 def _baselines(search: Search) -> Iterator[Baseline]:
     genome, models = search.config.genome, search.config.models
-    names = _short_names(models)
+    names = short_names(models)
     for model in models:
         yield names[model], model
     experts = [m for m in genome.models if m != genome.base_model]
@@ -71,7 +75,7 @@ def _baselines(search: Search) -> Iterator[Baseline]:
         yield name, replace(recipe, tokenizer=definition.tokenizer, chat_template=definition.chat_template)
 
 
-def _short_names(models: Sequence[str]) -> dict[str, str]:
+def short_names(models: Sequence[str]) -> dict[str, str]:
     """The last part of each path, or the whole where that is not unique."""
     last = [Path(m).name for m in models]
     return {m: n if last.count(n) == 1 else m for m, n in zip(models, last)}

@@ -46,6 +46,11 @@ def request(item: Item, reader: Reader) -> Choices:
     return Choices(tokens, choices, image=image[0] if image else {})
 
 
+def target(item: Item, asked: Choices, reader: Reader) -> tuple[int, ...]:
+    """The right choice's token ids."""
+    return asked.choices[item.answer]
+
+
 def acc_norm(item: Item, found: Likelihoods) -> float:
     """1.0 if the right choice has the highest log-likelihood per token, else 0.0."""
     return _right((found.sums / found.lengths).float(), item)

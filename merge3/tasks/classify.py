@@ -41,6 +41,11 @@ def resolve(item: Item, labels: Mapping[str, int]) -> Item:
     return replace(item, answer=labels[item.answer])
 
 
+def target(item: Item, asked: Text | Image, reader: Reader) -> int:
+    """The right label's index, of an item that `resolve` gave."""
+    return item.answer
+
+
 def acc(item: Item, found: torch.Tensor) -> float:
     """1.0 if the right label has the highest logit, else 0.0. found: logits [labels]."""
     return float(int(found.argmax()) == item.answer)

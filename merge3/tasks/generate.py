@@ -44,6 +44,21 @@ def request(item: Item, reader: Reader) -> Start:
     return Start(tokens, item.max_tokens, item.stop, image=image[0] if image else {})
 
 
+def target(item: Item, asked: Start, reader: Reader) -> tuple[int, ...]:
+    """Token ids of the first accepted text, with the space before it that a prompt without one leaves open, and the
+    token that ends a text where there is room. Raises ItemsError for a pattern, which is no text to be learned."""
+    if item.metric == "regex":
+        raise ItemsError(place(item), "its answer is a pattern", "a text or a number, where answers are learned from")
+    text, answer = reader.wrapped(item.prompt), item.answer[0]
+    if not (reader.chat or text[-1:].isspace() or answer[:1].isspace()):
+        answer = f" {answer}"
+    tokens = reader.following(text, reader.tokens(text), answer)[: item.max_tokens]
+    end = reader.tokenizer.eos_token_id
+    if not tokens:
+        raise ItemsError(place(item), f"answer {shown(item.answer[0])} without tokens", "text the tokenizer knows")
+    return (*tokens, end) if end is not None and len(tokens) < item.max_tokens else tokens
+
+
 def exact(item: Item, found: Written) -> float:
     """1.0 if the text, but for outer white space, is one of the accepted, else 0.0."""
     return float(found.text.strip() in {text.strip() for text in item.answer})

@@ -32,6 +32,8 @@ class Kind:
     request: (item, reader) -> what the model is asked. Raises ItemsError naming the item.
     asks: which of an LM's functions takes such requests.
     resolve: (item, labels of the head) -> the item as its results will name the answer. Raises ItemsError.
+    target: (item, request, reader) -> what a supervised loss learns: token ids of the right answer as it follows the
+    prompt, or the index of the right label. None: there is nothing to learn. Raises ItemsError naming the item.
     raw: of kinds whose answers a judge has to weigh, who stays with the driver: (item, the results of all its requests)
     -> what the judge is told. Such a kind has no metrics, several requests an item, and does not stand in item files.
     """
@@ -43,6 +45,7 @@ class Kind:
     asks: Literal["loglikelihoods", "generate", "logits", "embeddings"]
     resolve: Callable[[Item, Mapping[str, int]], Item] = as_it_is
     raw: Callable[[Item, Sequence[Any]], Raw] | None = None
+    target: Callable[[Item, Any, Reader], tuple[int, ...] | int] | None = None
 
     @property
     def default(self) -> str:
@@ -59,15 +62,19 @@ class Kind:
         return self.metrics[item.metric or self.default](item, result)
 
 
+def _in_files(own: ModuleType, keys: tuple[str, ...], asks: str, **more: Any) -> Kind:
+    return Kind(keys, own.METRICS, own.answer, own.request, asks, **more)
+
+
 def _judged(own: ModuleType, asks: str) -> Kind:
     return Kind((), {}, own.answer, own.request, asks, raw=own.raw)
 
 
 KINDS: dict[str, Kind] = {
-    "choice": Kind(("choices", "image"), choice.METRICS, choice.answer, choice.request, "loglikelihoods"),
-    "generate": Kind(("max_tokens", "stop", "image"), generate.METRICS, generate.answer, generate.request, "generate"),
-    "classify": Kind(("image",), classify.METRICS, classify.answer, classify.request, "logits", classify.resolve),
-    "rank": Kind(("choices",), rank.METRICS, rank.answer, rank.request, "embeddings"),
+    "choice": _in_files(choice, ("choices", "image"), "loglikelihoods", target=choice.target),
+    "generate": _in_files(generate, ("max_tokens", "stop", "image"), "generate", target=generate.target),
+    "classify": _in_files(classify, ("image",), "logits", resolve=classify.resolve, target=classify.target),
+    "rank": _in_files(rank, ("choices",), "embeddings"),
     "loglikelihood": _judged(loglikelihood, "loglikelihoods"),
     "loglikelihood_rolling": _judged(loglikelihood_rolling, "loglikelihoods"),
     "generate_until": _judged(generate_until, "generate"),

@@ -65,13 +65,8 @@ class Scorer:
         system: str = "",
     ):
         self.items = list(items)
-        _check_kinds(items, model)
-        if has_head(model) and len({bool(item.image) for item in items}) > 1:
-            raise ItemsError("items", "texts and images together", "one kind of input per run")
-        reads = any(not item.image or KINDS[item.kind].asks != "logits" for item in items)
-        tokenizer = _tokenizer(model, folder) if reads else None
-        reader = Reader(tokenizer, chat, Path(folder), positions(model.config), system, is_pair(model))
-        lm = LM(model, tokenizer, batch_tokens)
+        reader = reader_of(items, model, folder, chat, system)
+        lm = LM(model, reader.tokenizer, batch_tokens)
         self.asked = [_asked(own, items, reader, lm, model.config) for own in _groups(items)]
 
     def score(self, model) -> np.ndarray:
@@ -105,6 +100,16 @@ class Scorer:
                     raw[index] = asked.kind.raw(item, found)
         assert np.isnan(responses).sum() == len(raw), "an item was left without a response"
         return Answers(responses, raw)
+
+
+def reader_of(items: Sequence[Item], model, folder: str | Path, chat: bool = False, system: str = "") -> Reader:
+    """What reads these items for a live model. Raises ItemsError for a kind that the model does not answer."""
+    _check_kinds(items, model)
+    if has_head(model) and len({bool(item.image) for item in items}) > 1:
+        raise ItemsError("items", "texts and images together", "one kind of input per run")
+    reads = any(not item.image or KINDS[item.kind].asks != "logits" for item in items)
+    tokenizer = _tokenizer(model, folder) if reads else None
+    return Reader(tokenizer, chat, Path(folder), positions(model.config), system, is_pair(model))
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:

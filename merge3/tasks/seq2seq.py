@@ -29,7 +29,7 @@ class Steps:
         self.model, self.mask = model, inputs["attention_mask"]
         self._given: dict[str, Any] = {"input_ids": inputs["input_ids"]}
         self._cache, self._forced = None, _setting(model, "forced_bos_token_id")
-        self._next = self.mask.new_full((len(self.mask), 1), _start(model))
+        self._next = self.mask.new_full((len(self.mask), 1), start_token(model))
 
     def logits(self) -> torch.Tensor:
         """Of the next token: float32 [rows, vocabulary]."""
@@ -79,7 +79,7 @@ class PairedRows:
     float32."""
 
     def __init__(self, requests: Sequence[Choices], model, device, batch_tokens: int, pad: int = 0):
-        start = _start(model)
+        start = start_token(model)
         self.batches = [_prepared(asked, start, device, pad) for asked in batches(requests, _width, batch_tokens)]
 
     @torch.inference_mode()
@@ -133,7 +133,8 @@ def _encoded(states: torch.Tensor):
     return BaseModelOutput(last_hidden_state=states)
 
 
-def _start(model) -> int:
+def start_token(model) -> int:
+    """What a decoder starts with. Raises CheckpointError where nothing says it."""
     start = _setting(model, "decoder_start_token_id")
     if start is None:
         start = _setting(model, "bos_token_id")

@@ -1,0 +1,93 @@
+"""A fit's run directory: what it is a run of, how far it has come, and every step's loss.
+
+    fit.json             what must be equal for a run to be continued
+    state.safetensors    the latest step from which it can be continued
+    history.jsonl        a line a step, up to that one and perhaps further
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from merge3 import __version__
+from merge3.errors import ResumeMismatch
+from merge3.files import write_atomically
+from merge3.learn.fitting import State
+from merge3.recipe import Recipe
+
+IDENTITY, STATE, HISTORY = "fit.json", "state.safetensors", "history.jsonl"
+
+
+def identity(recipe: Recipe, hashes: Mapping[str, str], items: Mapping[str, str]) -> dict[str, str]:
+    """Name -> what it is for this run. By place, not by path: a folder that was moved is the same run.
+
+    hashes: of every endpoint's contents; items: name -> hash of items.
+    """
+    places = {str(model): f"model {i}" for i, model in enumerate(recipe.models())}
+    data = recipe.to_dict()
+    for section in ("fit", "surgery"):  # files count by their content, models by their place
+        data.pop(section, None)
+        if own := getattr(recipe, section):
+            data[section] = {key: value for key, value in own.items() if key != "items"}
+    text = json.dumps(data, sort_keys=True)
+    for name, place in sorted(places.items(), key=lambda entry: -len(entry[0])):
+        text = text.replace(json.dumps(name), json.dumps(place))
+    found = {"merge3": __version__, "recipe": hashlib.sha256(text.encode()).hexdigest()[:16], **items}
+    for place, content in enumerate(hashes.values()):
+        found[f"checkpoint {place}"] = content
+    return found
+
+
+class FitFiles:
+    """The files of one run. Raises ResumeMismatch where there is another run, or none to resume."""
+
+    def __init__(self, directory: Path, resume: bool):
+        self.directory = directory
+        there = (directory / IDENTITY).exists()
+        if resume and not there:
+            raise ResumeMismatch(directory, f"no {IDENTITY}", "the directory of a fit to resume")
+        if not resume and directory.exists() and any(directory.iterdir()):
+            expected = "a new or empty directory" if not there else "a new directory, or --resume"
+            raise ResumeMismatch(directory, "not empty", expected)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, found: Mapping[str, str]) -> None:
+        """Write down what this is a run of; of a run that is resumed, compare."""
+        file = self.directory / IDENTITY
+        if not file.exists():
+            write_atomically(file, json.dumps(dict(found), indent=2))
+            return
+        before = json.loads(file.read_text())
+        for key in sorted({*before, *found}):
+            if before.get(key) != found.get(key):
+                where = f"{self.directory}: {key}"
+                raise ResumeMismatch(where, f"found {found.get(key)}", f"{before.get(key)}, as this run began with")
+
+    def state(self) -> State | None:
+        """The latest step that was saved."""
+        file = self.directory / STATE
+        if not file.exists():
+            return None
+        found = load_file(file)
+        return State(int(found["step"]), found["raw"], (found["exp_avg"], found["exp_avg_sq"]))
+
+    def save(self, state: State, lines: Iterable[Mapping[str, Any]]) -> None:
+        """State and history, in an order in which neither can be ahead of what can be continued."""
+        import torch
+
+        write_atomically(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
+        first, second = state.moments
+        tensors = {"step": torch.tensor(state.step), "raw": state.raw, "exp_avg": first, "exp_avg_sq": second}
+        write_atomically(self.directory / STATE, save(tensors))
+
+    def history(self, until: int) -> list[dict[str, Any]]:
+        """Lines of steps up to `until`."""
+        file = self.directory / HISTORY
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [line for line in lines if line["step"] <= until]

@@ -1,0 +1,130 @@
+"""The live model as a function of the weights of task vectors, and the gradient of a loss with respect to them.
+
+The merged weights are the slot's, written in place before a step. Backward gives one parameter's gradient at a time;
+as soon as it is there it becomes a number for each expert, dL/dw_k = <dL/dθ, τ_k>, and is dropped. So what is resident
+is the pool, one set of merged weights, and one gradient: never the task vectors times their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from merge3 import differentiable
+from merge3.errors import RecipeError
+from merge3.live.slot import Slot
+from merge3.methods import Job
+from merge3.program import Program
+
+
+class _Part(NamedTuple):
+    """Where a merged tensor and a parameter are the same memory. at: of the jobs. of_parameter, of_tensor: (size,
+    stride, offset) of the shared part within each; None: all of it."""
+
+    at: int
+    of_parameter: tuple | None
+    of_tensor: tuple | None
+
+
+class Weighted:
+    """program: of a task_arithmetic recipe over the slot's pool. Raises RecipeError where a tensor that it merges is no
+    part of a parameter that has a gradient."""
+
+    def __init__(self, slot: Slot, program: Program):
+        self.slot, self.program = slot, program
+        self.jobs: tuple[Job, ...] = program.jobs
+        self.gradient = torch.zeros(len(self.jobs[0].sources), len(self.jobs), dtype=torch.float64)
+        self._parts: list[tuple[torch.nn.Parameter, list[_Part]]] = []
+        slot.use_head(None)
+        tensors, parameters = slot.written(), _by_memory(slot.model)
+        for name in slot.pool.heads.get(slot.pool.base, ()):
+            if name in tensors:  # the merge's own, which is copied to where the model has it
+                tensors[name] = slot.model.get_parameter(name).data
+        found: dict[int, list[_Part]] = {}
+        for at, job in enumerate(self.jobs):
+            for parameter, part in _shared(at, tensors[job.name], parameters):
+                found.setdefault(id(parameter), []).append(part)
+        by_id = {id(p): p for own in parameters.values() for p in own}
+        self._parts = [(by_id[key], parts) for key, parts in found.items()]
+        covered = {part.at for _, parts in self._parts for part in parts}
+        self.constant = [job.name for at, job in enumerate(self.jobs) if at not in covered]  # buffers: no gradient
+
+    def write(self, weights: torch.Tensor) -> None:
+        """Merge with these weights, float32 [experts, tensors], in place: the bits of the recipe's own merge."""
+        jobs = []
+        for at, job in enumerate(self.jobs):
+            own = zip(job.per_source, weights[:, at].tolist())
+            jobs.append(replace(job, per_source=tuple({**known, "weight": weight} for known, weight in own)))
+        self.slot.run(replace(self.program, jobs=tuple(jobs)))
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """While it lasts parameters have gradients, and every backward adds to `gradient`, float64 [experts, tensors],
+        which begins at 0. Heads that are shown meanwhile are constants."""
+        self.gradient.zero_()
+        handles = []
+        try:
+            for parameter, parts in self._parts:
+                parameter.requires_grad_(True)
+                hook = lambda own, parts=parts: self._take(own, parts)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, _ in self._parts:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def _take(self, parameter: torch.nn.Parameter, parts: Sequence[_Part]) -> None:
+        whole, parameter.grad = parameter.grad, None
+        pool = self.slot.pool
+        for part in parts:
+            job = self.jobs[part.at]
+            gradient = _of(whole, part.of_parameter)
+            base, *experts = (_of(pool.get(ref), part.of_tensor) for ref in job.refs)
+            # A live model may be wider than what is stored: gradients are not rounded to that.
+            kind = torch.promote_types(gradient.dtype, base.dtype)
+            inputs = [tensor.to(kind) for tensor in (gradient, base, *experts)]
+            found = differentiable.weight_gradient(inputs[0], inputs[1], inputs[2:])
+            self.gradient[:, part.at] += found
+            if not pool.resident(job.refs):
+                pool.give_back(job.refs)
+
+
+def check_refs(jobs: Sequence[Job]) -> None:
+    """Raises RecipeError for a program that has no weights to learn."""
+    if not jobs or jobs[0].base is None:
+        raise RecipeError("fit", "no tensor that a weight could be learned for", "a base and experts that differ")
+
+
+def _by_memory(model: torch.nn.Module) -> dict[int, list[torch.nn.Parameter]]:
+    """Storage's address -> the parameters in it."""
+    found: dict[int, list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        found.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+    return found
+
+
+def _shared(at: int, tensor: torch.Tensor, parameters) -> Iterator[tuple[torch.nn.Parameter, _Part]]:
+    """The parameters that a merged tensor is, is a part of (experts that transformers fuses), or is made of (tensors
+    that it splits)."""
+    for parameter in parameters.get(tensor.untyped_storage().data_ptr(), ()):
+        if not parameter.is_floating_point() or parameter.numel() == 0:
+            continue
+        offset = tensor.storage_offset() - parameter.storage_offset()
+        if offset == 0 and tensor.shape == parameter.shape and tensor.stride() == parameter.stride():
+            yield parameter, _Part(at, None, None)
+        elif parameter.is_contiguous() and 0 <= offset < parameter.numel() and tensor.numel() <= parameter.numel():
+            yield parameter, _Part(at, (tensor.shape, tensor.stride(), offset), None)
+        elif tensor.is_contiguous() and 0 <= -offset < tensor.numel() and parameter.numel() < tensor.numel():
+            yield parameter, _Part(at, None, (parameter.shape, parameter.stride(), -offset))
+
+
+def _of(tensor: torch.Tensor, part: tuple | None) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    return tensor if part is None else tensor.as_strided(*part).contiguous()

@@ -1,0 +1,118 @@
+"""What a search asks of an engine, and what it is told: the protocol and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from merge3.checkpoint.layout import Layout
+from merge3.errors import BadInput, Merge3Error
+from merge3.learn.fit import Fit, FitStep
+from merge3.learn.fitting import State
+from merge3.recipe import Recipe
+from merge3.registration import Registration
+from merge3.tasks.documents import Raw
+
+Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a recipe, an endpoint's name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One subject's answers.
+
+    index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
+    [objectives], NaN where there are no responses; error: why not. raw: position -> what the asks of a document came
+    to, where its judge is not here (whose response is then NaN).
+    """
+
+    index: int
+    recipe_hash: str
+    responses: np.ndarray | None
+    objectives: tuple[str, ...]
+    values: np.ndarray
+    stderrs: np.ndarray
+    seconds: float
+    swap_seconds: float = 0.0
+    error: Merge3Error | None = None
+    raw: Mapping[int, Raw] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """Of the first objective."""
+        return float(self.values[0])
+
+    @property
+    def stderr(self) -> float:
+        """Of the first objective."""
+        return float(self.stderrs[0])
+
+    def answers(self) -> np.ndarray:
+        """The responses; raises what kept the subject from giving any."""
+        if self.error is not None:
+            raise self.error
+        if self.raw:
+            raise BadInput("documents", f"{len(self.raw)} without a judge", "judges in the registration")
+        return self.responses
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """What a driver may know of a pool.
+
+    endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
+    reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
+    notes: where language models are merged into one with eyes or ears. own_heads: whether endpoints answer with heads
+    of their own, which no recipe merges.
+    """
+
+    endpoints: tuple[str, ...]
+    content_hashes: dict[str, str]
+    parameters: int
+    kept: dict[str, str]
+    device: str
+    layout: Layout
+    host: str = "local"
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    own_heads: bool = False
+
+
+class Engine(Protocol):
+    """The protocol of LocalEngine and of an engine behind a wire."""
+
+    def info(self) -> PoolInfo:
+        """What the pool is; asks nothing of the models."""
+
+    def prepare(self, registration: Registration) -> None:
+        """Tokenise items, open the space, compute its statistics. Raises BadInput for what evaluating would refuse.
+        `evaluate` does it by itself; what can be refused at the start should be."""
+
+    def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
+        """Merge, ask and estimate each subject; evaluations come as they are ready, `index` says whose.
+
+        A subject that cannot be merged or asked has its error in the evaluation; what is no subject's fault (memory, a
+        caller who left, a daemon that is away) is raised.
+        """
+
+    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
+        """Learn weights from the registration's items; steps come as they are done, after `state`'s.
+
+        Between two steps other subjects may be evaluated. Raises RecipeError or ItemsError for what cannot be learned,
+        FitError where a loss is no number.
+        """
+
+    def check(self, recipe: Recipe) -> None:
+        """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
+
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
+        """Write the merged checkpoint; see export.merge_to_disk.
+
+        Raises RecipeError, CheckpointError or ResourceError.
+        """
+
+    def close(self) -> None:
+        """Give up what the engine holds elsewhere."""
