@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from merge3.errors import ConfigError, RecipeError
+from merge3.errors import ConfigError, Merge3Warning, RecipeError
 from merge3.recipe import ModelRef, Recipe
 from merge3.search.config_files import model_path
 from merge3.search.context import Search
@@ -28,11 +29,13 @@ def started(search: Search) -> Search:
         return replace(search, start=np.array(json.loads(known["start"]), dtype=np.float64))
     path, definition = search.config.genome.start, search.space.definition
     recipe = read_start(path, search.config.models)
+    if recipe.surgery:
+        warnings.warn(f"{path}: surgery: left out, a search varies the merge below it", Merge3Warning, stacklevel=2)
     genome = search.space.project(recipe, path)
     # A start says parameters. How its merge would be stored and what its tokenizer would be is the genome's to say.
     words = {"tokenizer": definition.tokenizer, "chat_template": definition.chat_template, "tower": definition.tower}
     try:
-        search.engine.check(replace(recipe, dtype=definition.dtype, out_dtype=None, **words))
+        search.engine.check(replace(recipe, dtype=definition.dtype, out_dtype=None, surgery={}, **words))
     except RecipeError as error:
         raise ConfigError(f"{path}: {error.where}", error.found, error.expected, error.hint) from None
     return replace(search, start=genome)

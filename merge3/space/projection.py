@@ -4,12 +4,15 @@ A space writes settings, so which genes govern which tensor is found by writing 
 what a tensor looks up says how far each gene governs it. A gene that governs its tensors alone then takes the mean of
 the recipe's values for them, all tensors alike (a layout knows no sizes); those of `smooth` spaces, which share
 tensors, the least squares. A gene that governs no tensor starts as usual.
+
+A layout also has tensors that are never merged (tied, or kept from the base). Fitted recipes, which name all others one
+by one, have some value for these rests as well: it counts for nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +22,7 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError, Merge3Warning
 from merge3.methods import Method, method_named
 from merge3.methods.base import REQUIRED
-from merge3.parameters import evaluate, lookup
+from merge3.parameters import Setting, evaluate, lookup
 from merge3.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
@@ -166,16 +169,26 @@ class _Values:
     def of(self, name: str, model: str | None) -> list[Any]:
         """A parameter's values; REQUIRED where there is none but should be. model: whose; None for a shared one."""
         parameter, found = self.method.parameters[name], []
-        own = [{str(source.model): source.parameters for source in part.sources} for part in self.recipe.slices]
+        levels = []
+        for part in self.recipe.slices:
+            own = [source.parameters for source in part.sources if str(source.model) == model]
+            told = [at[name] for at in (*own, part.parameters, self.recipe.parameters) if name in at]
+            levels.append([{name: self._without_rest(setting)} for setting in told])
         for tensor in self.tensors:
-            levels = [self.recipe.slices[tensor.part].parameters, self.recipe.parameters]
-            if model is not None:
-                levels.insert(0, own[tensor.part].get(model, {}))
-            value = lookup(name, levels, tensor.name, tensor.t, parameter.default)
+            value = lookup(name, levels[tensor.part], tensor.name, tensor.t, parameter.default)
             if value is not parameter.default:
                 value = self.method.validate(name, value, f"{self.where}: {model or 'parameters'}")
             found.append(value)
         return found
+
+    def _without_rest(self, setting: Setting) -> Setting:
+        """A setting that has more than half of all tensors by their whole names, without its value for the rest."""
+        if not isinstance(setting, (list, tuple)) or not isinstance(setting[-1], Mapping):
+            return setting
+        *named, last = setting
+        known = {tensor.name for tensor in self.tensors}.intersection(condition.get("filter") for condition in named)
+        rest = last.get("filter") in (None, "*") and 2 * len(known) > len(self.tensors)
+        return named if rest else setting
 
     def numbers(self, name: str, model: str | None) -> np.ndarray:
         """The same as float64 [tensors], NaN for none."""

@@ -136,6 +136,19 @@ def test_tensors_that_a_recipe_leaves_out_do_not_count():
         s.project(recipe(a=[{"filter": "nowhere", "value": 1}]), "x.yaml")
 
 
+def test_what_a_fitted_recipe_has_for_the_rest_does_not_count():
+    """It names what it merges; a tied head, say, is all the same in the layout. By hand the rest is most of a model."""
+    values, setting = fitted(7)
+    tied = [entry for entry in setting if entry["filter"] != HEAD]
+    s = space(layer_granularity=2)
+    for rest in ({"filter": "*", "value": 0.0}, {"value": 0.0}):
+        genome = s.project(recipe(a=[*tied, rest])).reshape(s.shape)[:, 0].ravel()
+        assert genome[-1] == values[NORM] and genome[0] == values[EMBED]
+        assert genome[1] == pytest.approx(mean(values, "layers.0", "layers.1"), abs=1e-15)
+    by_hand = s.project(recipe(a=[{"filter": HEAD, "value": 1.0}, {"filter": NORM, "value": 0.5}, {"value": 0.25}]))
+    assert by_hand.reshape(s.shape)[:, 0].ravel().tolist() == [0.25, 0.25, 0.25, 0.75]
+
+
 def test_the_bases_own_genes_are_nobodys():
     """A space may list the base among its models: where it is no expert its genes move nothing."""
     s = space(models=("base", "a", "b"), layer_granularity=0)

@@ -11,6 +11,7 @@ import yaml
 from merge3.client import run
 from merge3.engine import LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, RecipeError, ResumeMismatch
+from merge3.learn.fit import merged_with
 from merge3.pool import Pool
 from merge3.program import compile
 from merge3.recipe import Recipe
@@ -74,14 +75,12 @@ def test_the_first_candidate_has_the_mean_weights_of_a_fitted_recipe(own_world, 
     layout, rng = pool.layouts[pool.base], np.random.default_rng(0)
     tensors = [*layout.pre, *layout.post]
     tensors += [layout.layer_tensor(i, name) for i in range(layout.layers) for name in layout.layer_names]
-    fitted, listed = {}, []
-    for expert in EXPERTS:
-        fitted[expert] = {name: float(rng.uniform(0, 1)) for name in tensors}
-        weight = [{"filter": name, "value": value} for name, value in fitted[expert].items()]
-        listed.append({"model": f"../{expert}", "parameters": {"weight": weight}})
+    fitted = {expert: {name: float(rng.uniform(0, 1)) for name in tensors} for expert in EXPERTS}
+    listed = [{"model": f"../{expert}"} for expert in EXPERTS]
+    recipe = Recipe.parse({"merge_method": "supermerge", "base_model": "../base", "models": listed})
+    weights = {f"../{expert}": list(own.items()) for expert, own in fitted.items()}
     (own_world / "fits").mkdir()
-    recipe = {"merge_method": "task_arithmetic", "base_model": "../base", "models": listed}
-    (own_world / "fits" / "fitted.yaml").write_text(yaml.safe_dump(recipe))
+    (own_world / "fits" / "fitted.yaml").write_text(merged_with(recipe, weights).to_yaml())
     config = configuration(own_world, {"merge_method": "task_arithmetic", "start": "./fits/fitted.yaml"})
     with warnings.catch_warnings():
         warnings.simplefilter("error", Merge3Warning)
@@ -268,8 +267,9 @@ def test_files_that_are_no_recipe_are_refused_with_the_configuration(own_world):
 
 def test_another_tokenizer_and_dtype_do_not_matter(own_world, tmp_path):
     """A start says parameters; words and files are the genome's."""
-    start = hand(own_world, dtype="bfloat16", tokenizer_source="./italian", chat_template="chatml")
+    start = hand(own_world, dtype="bfloat16", tokenizer_source="./italian", chat_template="chatml", surgery={"rank": 4})
     config = configuration(own_world, {"start": start}, optimizer=SMALL | {"budget": 2})
-    run.evolve(config, tmp_path / "run", quiet=True, export=False)
+    with pytest.warns(Merge3Warning, match=r"hand\.yaml: surgery: left out"):
+        run.evolve(config, tmp_path / "run", quiet=True, export=False)
     best = Recipe.from_yaml(tmp_path / "run" / "best.yaml")
-    assert (best.dtype, best.tokenizer, best.chat_template) == (None, None, None)
+    assert (best.dtype, best.tokenizer, best.chat_template, best.surgery) == (None, None, None, {})
