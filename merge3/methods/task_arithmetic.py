@@ -62,6 +62,8 @@ _BY_HAND = {
     "dare_ties": {"dare_ties": ByHand({"weight": equal_share}, {"density": 0.5})},
 }
 _EVOLVE_NORMALIZES = ("ties", "dare_ties")
+# What the others make of the method that drops nothing: the same sum, of what they keep.
+_LIKE = {"task_arithmetic": ("weight", "lambda", "normalize")}
 
 
 def methods() -> list[Method]:
@@ -70,13 +72,15 @@ def methods() -> list[Method]:
 
 
 def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool, reference: str) -> Method:
+    whole = sparsify == "all"  # nothing is dropped: there is nothing to make up for either
+    kept = "share of a task vector that is kept"
     parameters = {
         "weight": Parameter(float, "expert", help="scale of an expert's task vector", gene=WEIGHT_OF_MODEL),
-        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help="share of a task vector that is kept", gene=_DENSITY),
+        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help=kept, gene=_DENSITY, idle=whole),
         "lambda": Parameter(float, "shared", 1.0, help="scale of the merged task vector", gene=_LAMBDA),
         "normalize": Parameter(bool, "shared", normalize, help="divide by the sum of weights"),
-        "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)"),
-        "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
+        "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)", idle=whole),
+        "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing", idle=True),
     }
     if sparsify == "band":
         dropped = "share of the largest that is dropped"
@@ -93,10 +97,11 @@ def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool
         partial(_step, sparsify=sparsify, elect=elect),
         prefetch=partial(_prefetch, sparsify=sparsify),
         stochastic=sparsify in ("random", "ranked"),
-        searched=("weight",) if sparsify == "all" else ("weight", "density"),
+        searched=("weight",) if whole else ("weight", "density"),
         prefetch_search={"density": _prefetch_densities} if sparsify == "magnitude" else {},
         by_hand=_BY_HAND.get(name, {}),
         evolve_normalizes=name in _EVOLVE_NORMALIZES,
+        like={} if whole else _LIKE,
     )
 
 
