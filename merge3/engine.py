@@ -6,6 +6,7 @@ prompts and the space never cross again. Several engines may stand behind this p
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 _REGISTRATIONS = 64
 
 __all__ = ["Engine", "Evaluation", "LocalEngine", "PoolInfo", "Subject"]
+
 
 class _Round(NamedTuple):
     """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
@@ -136,24 +138,29 @@ class LocalEngine:
         seconds = time.perf_counter() - start
         return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
 
-    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
-        """See Engine."""
+    def fit(
+        self, registration: Registration, fit: Fit, state: State | None = None, seconds: float = math.inf
+    ) -> Iterator[FitStep]:
+        """See Engine. seconds: end with the first step that is done later, and say what it can be continued from; what
+        was prepared for a fit is kept for when the same two objects are given again, or until `forget_fit`."""
         with enough_memory(self.pool.device):
-            yield from steps(fit, self._fitting(registration, fit), state)
+            yield from steps(fit, self._fitting(registration, fit), state, seconds)
+
+    def forget_fit(self) -> None:
+        """Give up what was prepared for a fit: what experts said takes memory."""
+        self._fit = None, None
 
     def _fitting(self, asked: Registration, fit: Fit) -> Fitting:
-        """Prepared once; only the last one is kept, as what experts said takes memory."""
+        """Prepared once; only the last one is kept."""
         known, fitting = self._fit
         if known != (asked, fit):
-            self._fit = None, None  # room before another
+            self.forget_fit()  # room before another
             self._check_heads(asked)
             template = chat_template(fit.recipe, self.pool) if asked.chat else None
             tasks = []
             for task, positions in asked.tasks().items():
                 items = [asked.items[i] for i in positions]
-                tasks.append(
-                    TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task))
-                )
+                tasks.append(TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task)))
             fitting = prepare(self.slot, fit, tasks, self.pool.words.folder(template))
             self._fit = (asked, fit), fitting
         return fitting

@@ -25,10 +25,13 @@ from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
 from merge3.client.register import Registrar
+from merge3.client.remote_fit import fit_steps
 from merge3.engine import Evaluation, PoolInfo, Subject
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
 from merge3.fitness import estimates, judged
+from merge3.learn.fit import Fit, FitStep
+from merge3.learn.fitting import State
 from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
@@ -102,6 +105,16 @@ class RemoteEngine:
                 self._recover(error, until, failures)
                 failures += 1
 
+    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
+        """See Engine. One stream; after a broken one the daemon goes on from the last state that it sent."""
+
+        def begin(request: pb.FitRequest) -> grpc.Call:
+            self._persist(lambda: self._address(registration, [request]))
+            return self._stub.Fit(request, metadata=self._metadata)
+
+        where = self.target.address, self.patience
+        return fit_steps(registration, fit, state, begin, self._recover, *where)
+
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
@@ -158,7 +171,7 @@ class RemoteEngine:
             request.genome.values.extend(subject)
         return request
 
-    def _address(self, registration: Registration, requests: Iterable[pb.EvaluateRequest]) -> None:
+    def _address(self, registration: Registration, requests: Iterable[pb.EvaluateRequest | pb.FitRequest]) -> None:
         items_id = self._register(registration)
         for request in requests:
             request.pool_id, request.items_id = self._pool_id, items_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,18 +119,22 @@ def fitted(fit: Fit, fitting: Fitting, weights: torch.Tensor) -> Recipe:
     return merged_with(fit.recipe, named)
 
 
-def steps(fit: Fit, fitting: Fitting, state: State | None = None) -> Iterator[FitStep]:
-    """The steps after `state`'s. Those that are measured, the last, and one every SAVED seconds bring along what is
-    learned so far."""
-    settings, saved = fitting.settings, time.monotonic()
-    every = settings.measured_every
+def steps(fit: Fit, fitting: Fitting, state: State | None = None, seconds: float = math.inf) -> Iterator[FitStep]:
+    """The steps after `state`'s, up to the first that ends after so many seconds. Those that are measured, the last
+    ones, and one every SAVED seconds bring along what is learned so far."""
+    settings, began = fitting.settings, time.monotonic()
+    every, saved = settings.measured_every, began
     for step in fitting.steps(state):
-        marked = step.number == settings.steps or (every > 0 and step.number % every == 0)
-        if not marked and time.monotonic() < saved + SAVED:
+        now = time.monotonic()
+        last = step.number == settings.steps or now >= began + seconds
+        marked = last or (every > 0 and step.number % every == 0)
+        if not marked and now < saved + SAVED:
             yield FitStep(step.number, step.loss, step.losses)
             continue
-        saved = time.monotonic()
+        saved = now
         yield FitStep(step.number, step.loss, step.losses, step.state, fitted(fit, fitting, step.weights))
+        if last:
+            return
 
 
 def prepare(

@@ -87,12 +87,19 @@ class Fitting:
     pad: int = 0
     batch_tokens: int = 4096
 
+    def __post_init__(self):
+        self._start = self.coefficients.raw.detach().clone()
+
     def steps(self, state: State | None = None) -> Iterator[Step]:
-        """Steps after `state`'s. Raises FitError naming the step and an item where a loss is no number."""
+        """Steps after `state`'s; without one from the start, whatever was fitted before. Raises FitError naming the
+        step and an item where a loss is no number."""
         raw = self.coefficients.raw
         optimizer = torch.optim.Adam([raw], lr=self.settings.learning_rate, foreach=False)
         first = 0
-        if state is not None:
+        if state is None:
+            with torch.no_grad():
+                raw.copy_(self._start)
+        else:
             first = self._restore(optimizer, state)
         for number in range(first + 1, self.settings.steps + 1):
             weights = self.coefficients.weights()
