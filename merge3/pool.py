@@ -67,6 +67,7 @@ class Pool:
     _ties: Ties = field(init=False, repr=False)
     _residence: Residence = field(init=False, repr=False)
     _limits: tuple[int | None, int] = field(default=(None, 0), repr=False)  # the budget; bytes of host memory to pin
+    _reserved: int = field(default=0, repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -290,10 +291,10 @@ class Pool:
         return [name for name in self.endpoints[model].tensors if Ref(model, name) not in self.left_out]
 
     def reserve(self, size: int) -> None:
-        """Leave so many bytes of the budget to others, such as activations of a fit. Raises BadInput where what must be
-        there then has no room; without a budget nothing changes."""
-        if self._limits[0] is not None:
-            self._limits = self._limits[0] - size, self._limits[1]
+        """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked
+        before. Raises BadInput where what must be there then has no room; without a budget nothing changes."""
+        if self._limits[0] is not None and size != self._reserved:
+            self._reserved = size
             self._plan()
 
     def _plan(self) -> None:
@@ -307,6 +308,7 @@ class Pool:
             groups.append({ref: self._size(ref) for ref in refs})
         slot = sum(self._size(Ref(self.base, name)) for name in self.base_checkpoint.tensors)
         budget, host = self._limits
+        budget = budget and budget - self._reserved
         self._residence.follow(plan_memory(groups, slot, str(self.device), budget, host))
 
     def _size(self, ref: Ref) -> int:

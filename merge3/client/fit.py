@@ -204,7 +204,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
         return Outcome(files.latest(), history, engine, taught, steps, steps * each)
     fitted = None
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
-        for step in engine.fit(asked, what, state):
+        told = lambda line: run.quiet or print(line, file=sys.stderr)
+        for step in engine.fit(asked, what, state, told):
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
             if step.number == steps or (every and step.number % every == 0):
                 line["heldout"] = measure(engine, held, step.recipe)

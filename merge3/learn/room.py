@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,10 @@ class Room:
         """Bytes beside the pool and the live model."""
         return self.activations + self.gradient
 
+    def kept(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """While it lasts forward passes with gradients remember as little as was planned."""
+        return recomputed(model) if self.again else nullcontext()
+
     def describe(self) -> str:
         """One line."""
         how = ", computed again in backward" if self.again else ""
@@ -46,21 +50,33 @@ class Room:
         return f"{found}; largest gradient {_mib(self.gradient)}; {_mib(self.free)} free"
 
 
+def make_room(weighted: Weighted, asked: Sequence[Asked], most: int) -> Room:
+    """A plan within the pool's budget, which then leaves as much, or else within what is free. Raises ResourceError, or
+    BadInput for a budget in which the live model and what is planned have no place."""
+    pool = weighted.slot.pool
+    pool.reserve(0)
+    weighted.write(torch.zeros(weighted.gradient.shape))  # what is resident on a device is so from here on
+    weighted.slot.use_head(None)
+    memory = pool.memory
+    free = available(pool.device) if memory.budget is None else memory.budget - memory.slot - memory.window
+    room = plan_room(weighted, asked, most, free)
+    pool.reserve(room.size)
+    return room
+
+
 def plan_room(weighted: Weighted, asked: Sequence[Asked], most: int, free: int) -> Room:
     """For passes of at most `most` padded tokens of these items; free: bytes beside the pool and the live model.
 
     Raises ResourceError where one item alone does not fit.
     """
-    model, slot = weighted.slot.model, weighted.slot
+    model = weighted.slot.model
     longest = max(asked, key=lambda one: one.rows * max(1, one.width))
     least = longest.rows * max(1, longest.width)
     gradient = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     needed = min(most, _tokens(asked))
     found = None
     for again in (False, True):
-        with recomputed(model) if again else _as_it_is():
-            weighted.write(torch.zeros(weighted.gradient.shape))
-            slot.use_head(None)
+        with recomputed(model) if again else nullcontext():
             per_token = MARGIN * _remembered(weighted, longest) / least
         if again:  # one layer's at a time come back, beside what all were given
             per_token += found / max(1, len(_layers(model)))
@@ -146,11 +162,6 @@ def _remembered(weighted: Weighted, asked: Asked) -> int:
 
 def _tokens(asked: Sequence[Asked]) -> int:
     return sum(one.rows * max(1, one.width) for one in asked)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def _mib(size: int) -> str:
