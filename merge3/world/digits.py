@@ -19,7 +19,8 @@ import torch
 LABELS, SIDE, WIDTH = 10, 8, 64
 STEPS = {"base": 500, "expert": 200}
 RATES = {"base": 1e-3, "expert": 1e-4}
-BATCH = 64  # of an expert; the base sees half as many of every task
+BATCHES = {"base": 12, "expert": 32}  # images of every task in a step
+LEARNED = 450  # images that all models are trained on: with more of them experts are hardly ever wrong
 TURN = 2.5  # how far a head is turned away, in lengths of its rows
 ITEMS = 250  # images that no model is trained on, the same for every task
 _ORDER = np.random.default_rng(0).permutation(SIDE * SIDE)  # the same in every world
@@ -49,28 +50,28 @@ def make_digits(
     as many images that no model has learned, folder/<task>.jsonl. progress(what, step, steps)."""
     torch.manual_seed(seed)
     images, digits = _digits()
-    train, asked = split(len(images), items, seed)
+    train, asked = split(len(images), LEARNED, items, seed)
     shown = torch.stack([torch.from_numpy(pixels(task, images[train])) for task in TASKS])
     labels = torch.from_numpy(digits[train])
     model, heads = _model(), _directions(len(TASKS))
     turned = heads + TURN * _directions(len(TASKS))
     told = lambda what, kind: lambda step: progress(what, step, steps[kind])
     g = torch.Generator().manual_seed(seed)
-    _train(model.vit, heads, shown, labels, BATCH // 2, steps["base"], RATES["base"], g, told("base", "base"))
+    _train(model.vit, heads, shown, labels, BATCHES["base"], steps["base"], RATES["base"], g, told("base", "base"))
     start = {name: p.clone() for name, p in model.vit.state_dict().items()}
     _save(model, heads[0], "digit", folder / "base")
     for i, task in enumerate(TASKS):
         model.vit.load_state_dict(start)
         own = turned[i : i + 1], shown[i : i + 1], labels
-        _train(model.vit, *own, BATCH, steps["expert"], RATES["expert"], g, told(task, "expert"))
+        _train(model.vit, *own, BATCHES["expert"], steps["expert"], RATES["expert"], g, told(task, "expert"))
         _save(model, turned[i], task, folder / task)
         _write_items(folder, task, images, digits, asked)
 
 
-def split(count: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of the images that models learn, those of the items) of so many images."""
+def split(count: int, learned: int, items: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the `learned` images that models are trained on, those of the items) of `count` images."""
     order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[items:]), np.sort(order[:items])
+    return np.sort(order[items : items + learned]), np.sort(order[:items])
 
 
 def pixels(task: str, ink: np.ndarray) -> np.ndarray:
