@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,12 +139,19 @@ class LocalEngine:
         return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
 
     def fit(
-        self, registration: Registration, fit: Fit, state: State | None = None, seconds: float = math.inf
+        self,
+        registration: Registration,
+        fit: Fit,
+        state: State | None = None,
+        told: Callable[[str], None] = lambda line: None,
+        seconds: float = math.inf,
     ) -> Iterator[FitStep]:
         """See Engine. seconds: end with the first step that is done later, and say what it can be continued from; what
         was prepared for a fit is kept for when the same two objects are given again, or until `forget_fit`."""
         with enough_memory(self.pool.device):
-            yield from steps(fit, self._fitting(registration, fit), state, seconds)
+            fitting = self._fitting(registration, fit)
+            told(fitting.room.describe())
+            yield from steps(fit, fitting, state, seconds)
 
     def forget_fit(self) -> None:
         """Give up what was prepared for a fit: what experts said takes memory."""

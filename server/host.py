@@ -115,7 +115,7 @@ class Host:
             known = fit
             self._fits[spec.pool_id] = known_as, known
         with self._stopping(stop):
-            for step in engine.fit(self._registration(registered), known, state, seconds):
+            for step in engine.fit(self._registration(registered), known, state, log.debug, seconds):
                 emit(step)
                 state = step.state or state
         return state

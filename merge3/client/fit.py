@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -82,6 +83,23 @@ def fit(
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_fit_report(directory)
     return result
+
+
+def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Recipe:
+    """What a recipe with `fit:` is fitted to, where nothing else of the run is wanted."""
+    recipe = Recipe.from_yaml(file)
+    check_learned(recipe, str(file))
+    if Fit(recipe).method.survivors:
+        expected = "`merge3-client fit`, whose run directory keeps them"
+        raise RecipeError(f"{file}: merge_method", f"{recipe.method} makes experts of its own", expected)
+    settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
+    taught = load_items(recipe, settings, f"{file}: fit")
+    check_possible(recipe, taught, None, f"{file}: fit")
+    with tempfile.TemporaryDirectory(prefix="merge3-fit-") as folder:
+        files = FitFiles(Path(folder), resume=False)
+        outcome = _fitted(Run(recipe, taught, files, "cpu", None, None, quiet, as_json, lambda: False))
+        with closing(outcome.engine):
+            return outcome.recipe
 
 
 def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where: str) -> None:
@@ -186,7 +204,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
         return Outcome(files.latest(), history, engine, taught, steps, steps * each)
     fitted = None
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
-        for step in engine.fit(asked, what, state):
+        told = lambda line: run.quiet or print(line, file=sys.stderr)
+        for step in engine.fit(asked, what, state, told):
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
             if step.number == steps or (every and step.number % every == 0):
                 line["heldout"] = measure(engine, held, step.recipe)

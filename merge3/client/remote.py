@@ -105,7 +105,13 @@ class RemoteEngine:
                 self._recover(error, until, failures)
                 failures += 1
 
-    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
+    def fit(
+        self,
+        registration: Registration,
+        fit: Fit,
+        state: State | None = None,
+        told: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[FitStep]:
         """See Engine. One stream; after a broken one the daemon goes on from the last state that it sent."""
 
         def begin(request: pb.FitRequest) -> grpc.Call:

@@ -15,6 +15,7 @@ from merge3.learn.coefficients import Coefficients
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn, lessons
 from merge3.learn.losses import LOSSES
+from merge3.learn.room import make_room
 from merge3.learn.settings import FitSettings, read_fit
 from merge3.learn.weighted import Weighted, check_refs
 from merge3.live.slot import Slot
@@ -142,7 +143,8 @@ def prepare(
 ) -> Fitting:
     """A fit over a live model, its items tokenised and its experts asked. folder: of the tokenizer.
 
-    Raises RecipeError, ItemsError or LogitsError for what cannot be learned. Overwrites the live model.
+    batch_tokens: padded tokens of a forward pass, at most. Overwrites the live model. Raises RecipeError, ItemsError or
+    LogitsError for what cannot be learned, ResourceError or BadInput where memory is too short.
     """
     check_learned(fit.recipe, "recipe")
     method, settings, loss = fit.method, fit.settings, LOSSES[fit.method.loss]
@@ -160,4 +162,5 @@ def prepare(
     if not tasks:
         raise RecipeError("fit: items", f"none, and {method.name} learns from items", "files of items")
     taught = lessons(slot, tasks, loss, folder, settings.over, batch_tokens)
-    return Fitting(weighted, coefficients, taught, loss, settings, batch_tokens=batch_tokens)
+    room = make_room(weighted, [one for lesson in taught for one in lesson.asked], batch_tokens)
+    return Fitting(weighted, coefficients, taught, loss, settings, room)
