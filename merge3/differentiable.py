@@ -6,6 +6,7 @@ tensor's lambda. What is kept and the elected signs count as constants: they cha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -52,14 +53,20 @@ def weight_gradient(gradient: torch.Tensor, base: torch.Tensor, experts: Sequenc
     gradient: dL/dθ of one merged tensor; base, experts: that tensor's, all in one shape, dtype and device. Summed in
     float64, in a fixed order. Moves (K + 2) · numel · itemsize bytes.
     """
-    weight, rescale = (torch.zeros(1, len(experts), dtype=torch.float64) for _ in range(2))
-    lambda_gradient, lambda_ = torch.zeros(1, dtype=torch.float64), torch.ones(1)
-    neutral = kernels.coefficients(1, len(experts))
-    sparsify, elect, seed = kernels.numbers(Modes())
-    values = [base], list(experts), neutral, lambda_, torch.zeros(1, dtype=torch.int64), []
+    found = torch.zeros(2 * len(experts) + 1, dtype=torch.float64)
+    weight, rescale, lambda_gradient = found[: len(experts)], found[len(experts) : -1], found[-1:]
+    how = _plain_sum(len(experts))
     outputs = weight, rescale, lambda_gradient, [gradient]
-    kernels.call(torch.ops.merge3.merge_backward_, *outputs, *values, sparsify, elect, False, seed)
-    return weight[0]
+    kernels.call(torch.ops.merge3.merge_backward_, *outputs, [base], list(experts), *how)
+    return weight
+
+
+@functools.cache  # asked for every parameter in every step
+def _plain_sum(experts: int) -> tuple:
+    """What the kernel is told of one tensor whose weighted task vectors are added."""
+    sparsify, elect, seed = kernels.numbers(Modes())
+    coefficients, one = kernels.coefficients(1, experts), torch.zeros(1, dtype=torch.int64)
+    return coefficients, torch.ones(1), one, [], sparsify, elect, False, seed
 
 
 @torch.library.custom_op("merge3::merged", mutates_args=())

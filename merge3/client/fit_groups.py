@@ -22,6 +22,7 @@ from merge3.recipe import ModelRef, Recipe, Slice
 
 # Where merges of groups are merged their weights start nearly whole: within them experts were weighed already.
 _START = {"tanh": 0.8, "clamp": 1.0, "none": 1.0}
+_SMALL = 2**28  # bytes: nothing is streamed to save less
 
 
 def fit_groups(run: Run) -> Outcome | None:
@@ -53,7 +54,7 @@ def fit_groups(run: Run) -> Outcome | None:
     budget = None
     if run.memory_budget is None:
         copy = sum(info.nbytes for info in lender.base_checkpoint.tensors.values())
-        budget = str(copy * (2 + max(len(node.parts) for node in grouping.inner())))
+        budget = str(max(_SMALL, copy * (2 + max(len(node.parts) for node in grouping.inner()))))
     return Outcome(result, history, run.open(recipe, budget), run.taught, steps, asked)
 
 

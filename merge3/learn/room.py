@@ -144,20 +144,33 @@ def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _remembered(weighted: Weighted, asked: Asked) -> int:
-    """Bytes that autograd keeps of one item's forward pass, without the parameters themselves."""
+    """Bytes that autograd keeps of one item's forward pass, without the parameters themselves; of layers that compute
+    again what they are given."""
     own = {parameter.untyped_storage().data_ptr() for parameter in weighted.slot.model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: torch.Tensor) -> None:  # what autograd keeps would keep itself: there is no backward to free it
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
-    with weighted.gradients(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        (found,) = log_probabilities(weighted.slot.model, [asked])
-        kept[0] = 3 * found.numel() * found.element_size()  # the loss's own, and logits before it
-    return sum(kept.values())
+    def given(layer: torch.nn.Module, arguments: tuple, named: dict) -> None:
+        for value in (*arguments, *named.values()):
+            if torch.is_tensor(value):
+                keep(value)
+
+    handles = [layer.register_forward_pre_hook(given, with_kwargs=True) for layer in _layers(weighted.slot.model)]
+    try:
+        with weighted.gradients(), torch.autograd.graph.saved_tensors_hooks(keep, _never):
+            (found,) = log_probabilities(weighted.slot.model, [asked])
+            loss = 3 * found.numel() * found.element_size()  # the loss's own, and logits before it
+    finally:
+        for handle in handles:
+            handle.remove()
+    return loss + sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _never(packed: None) -> torch.Tensor:
+    raise AssertionError("a pass that is measured has no backward")
 
 
 def _tokens(asked: Sequence[Asked]) -> int:

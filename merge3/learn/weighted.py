@@ -39,6 +39,8 @@ class Weighted:
         self.jobs: tuple[Job, ...] = program.jobs
         self.gradient = torch.zeros(len(self.jobs[0].sources), len(self.jobs), dtype=torch.float64)
         self._parts: list[tuple[torch.nn.Parameter, list[_Part]]] = []
+        self._known: dict[_Part, list[torch.Tensor]] = {}
+        self._memory = slot.pool.memory  # the plan under which these are resident
         slot.use_head(None)
         tensors, parameters = slot.written(), _by_memory(slot.model)
         for name in slot.pool.heads.get(slot.pool.base, ()):
@@ -86,14 +88,26 @@ class Weighted:
         for part in parts:
             job = self.jobs[part.at]
             gradient = _of(whole, part.of_parameter)
-            base, *experts = (_of(pool.get(ref), part.of_tensor) for ref in job.refs)
+            base, *experts = self._inputs(part)
             # A live model may be wider than what is stored: gradients are not rounded to that.
             kind = torch.promote_types(gradient.dtype, base.dtype)
-            inputs = [tensor.to(kind) for tensor in (gradient, base, *experts)]
-            found = differentiable.weight_gradient(inputs[0], inputs[1], inputs[2:])
-            self.gradient[:, part.at] += found
+            if base.dtype != kind:
+                base, *experts = (tensor.to(kind) for tensor in (base, *experts))
+            self.gradient[:, part.at] += differentiable.weight_gradient(gradient.to(kind), base, experts)
             if not pool.resident(job.refs):
                 pool.give_back(job.refs)
+
+    def _inputs(self, part: _Part) -> list[torch.Tensor]:
+        """Base and experts; what is resident is looked up once."""
+        pool, job = self.slot.pool, self.jobs[part.at]
+        if pool.memory is not self._memory:
+            self._known, self._memory = {}, pool.memory
+        if part in self._known:
+            return self._known[part]
+        found = [_of(pool.get(ref), part.of_tensor) for ref in job.refs]
+        if part.of_tensor is None and pool.resident(job.refs):
+            self._known[part] = found
+        return found
 
 
 def check_refs(jobs: Sequence[Job]) -> None:

@@ -108,13 +108,16 @@ def test_groups_hold_a_base_and_one_group_at_once(tiny_world, tmp_path, monkeypa
 
     alive, write = [], Weighted.write
 
-    def counting(self, weights):
-        write(self, weights)
-        storages = {}
+    def storages():
+        found = {}
         for thing in gc.get_objects():
             if torch.is_tensor(thing) and thing.is_floating_point() and thing.numel() > 1000:
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        alive.append(sum(storages.values()))
+                found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        return found
+
+    def counting(self, weights):
+        write(self, weights)
+        alive.append(sum(size for place, size in storages().items() if place not in before))
 
     monkeypatch.setattr(Weighted, "write", counting)
     one = sum(tensor.nbytes for tensor in weights(tiny_world / "base").values())
@@ -122,6 +125,7 @@ def test_groups_hold_a_base_and_one_group_at_once(tiny_world, tmp_path, monkeypa
     for name, settings in (("flat", {}), ("groups", {"groups": {"size": 2}})):
         gc.collect()
         alive.clear()
+        before = storages()  # of tests that came before
         recipe = write_recipe(tiny_world, tmp_path / f"{name}.yaml", steps=2, check_every=0, **settings)
         done = client("fit", recipe, "--run-dir", tmp_path / name)
         assert done.returncode == 0, done.stderr
