@@ -25,10 +25,11 @@ from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
 from merge3.client.register import Registrar
-from merge3.engine import Evaluation, PoolInfo, Subject
+from merge3.engine import Evaluation, Operated, PoolInfo, Subject
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
 from merge3.fitness import estimates, judged
+from merge3.learn.surgery import Operation, Surgery
 from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
@@ -102,6 +103,10 @@ class RemoteEngine:
                 self._recover(error, until, failures)
                 failures += 1
 
+    def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
+        """See Engine. Not there yet: raises Unavailable."""
+        raise _not_there(self.target.address)
+
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
@@ -154,6 +159,8 @@ class RemoteEngine:
             request.recipe = convert.recipe_to(subject)
         elif isinstance(subject, str):
             request.endpoint = subject
+        elif isinstance(subject, Operated):
+            raise _not_there(self.target.address)
         else:
             request.genome.values.extend(subject)
         return request
@@ -264,6 +271,10 @@ class RemoteEngine:
 
     def _translated(self):
         return translated(self.target.address)
+
+
+def _not_there(address: str) -> Unavailable:
+    return Unavailable(address, "a daemon answers without adapters", "surgery in this process: no --server")
 
 
 def _inside(name: str) -> bool:
