@@ -20,12 +20,12 @@ from merge3.client.fit_files import FitFiles, identity
 from merge3.client.fit_progress import chosen
 from merge3.client.fit_report import write_fit_report
 from merge3.client.run import StopOnInterrupt, open_models
-from merge3.engine import Engine
+from merge3.engine import Engine, Subject
 from merge3.errors import BadInput, ItemsError, Merge3Warning, RecipeError
 from merge3.files import write_atomically
 from merge3.learn.fit import Fit, check_learned, experts_of
 from merge3.learn.losses import LOSSES
-from merge3.learn.settings import FitSettings, located, read_fit
+from merge3.learn.settings import FitSettings, SurgerySettings, located, read_fit
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.search.baselines import default_merges
@@ -66,10 +66,15 @@ def fit(
     fits, to stand beside this one in the table.
     """
     recipe = Recipe.from_yaml(file)
+    if recipe.surgery:
+        from merge3.client.surgery import fit_with_surgery
+
+        how = device, export, target, memory_budget, compare
+        return fit_with_surgery(recipe, file, directory, resume, as_json, quiet, *how)
     check_learned(recipe, str(file))
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
-    taught = load_items(recipe, settings, f"{file}: fit")
-    others = {str(run): _other(run) for run in compare}
+    taught = load_items(experts_of(recipe), settings, f"{file}: fit", LOSSES[Fit(recipe).method.loss].expert)
+    others = {str(run): other_run(run) for run in compare}
     files = FitFiles(directory, resume)
     models, dtype = [str(model) for model in recipe.models()], recipe.out_dtype or recipe.dtype
     opened = open_models(models, dtype, device, quiet, target, memory_budget, None, recipe.tokenizer, recipe.tower)
@@ -78,30 +83,28 @@ def fit(
         files.begin(identity(recipe, engine.info().content_hashes, found))
         write_atomically(directory / "recipe.yaml", recipe.to_yaml())
         with StopOnInterrupt() as stopping:
-            outcome = _learned(engine, recipe, taught, files, stopping, as_json, quiet)
+            outcome = learned(engine, recipe, taught, files, stopping, as_json, quiet)
             if outcome is None:
-                line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
-                print(line, file=sys.stderr)
+                say_stopped(file, directory)
                 return None
         fitted, history, seconds = outcome
         write_atomically(directory / "fitted.yaml", fitted.to_yaml())
-        baselines = _baselines(engine, recipe, taught)
+        baselines = measured_baselines(engine, recipe, taught)
         if export and not (directory / "model").exists():
             engine.export(fitted, directory / "model")
-    result = _summary(recipe, taught, history, baselines, others, seconds)
+    result = summary(recipe, taught, history, baselines, others, seconds)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_fit_report(directory)
     return result
 
 
-def load_items(recipe: Recipe, settings: FitSettings, where: str) -> Taught:
-    """Items of every task, split as a search with the same seed splits them. Raises ItemsError or RecipeError."""
+def load_items(models: Sequence[str], settings: FitSettings | SurgerySettings, where: str, matched: bool) -> Taught:
+    """Items of every task, split as a search with the same seed splits them. models: the experts; matched: whether
+    every task needs one, whose outputs are matched. Raises ItemsError or RecipeError."""
     if not settings.items:
         raise RecipeError(f"{where}.items", "none", "files of items, one for each task")
     if settings.system_instruction and not settings.apply_chat_template:
         raise RecipeError(f"{where}.system_instruction", "without apply_chat_template", "both, or neither")
-    models = experts_of(recipe)
-    needed = LOSSES[Fit(recipe).method.loss].expert
     items: list[Item] = []
     experts: dict[str, str] = {}
     for at, entry in enumerate(settings.items):
@@ -110,7 +113,7 @@ def load_items(recipe: Recipe, settings: FitSettings, where: str) -> Taught:
             own = [replace(item, task=entry.name) for item in own]
         model = _model_of(entry.model, at, len(settings.items), models, f"{where}.items[{at}].model")
         tasks = dict.fromkeys(item.task for item in own)
-        if model is None and needed:
+        if model is None and matched:
             expected = "the expert whose outputs are matched, as `model`; or as many files as models, in their order"
             raise RecipeError(f"{where}.items[{at}]", f"no model for task {', '.join(tasks)}", expected)
         for task in tasks:
@@ -142,6 +145,11 @@ def _model_of(said: str | None, at: int, files: int, models: Sequence[str], wher
     raise RecipeError(where, f"found {said!r}", ", ".join(models))
 
 
+def others_of(recipe: Recipe) -> list[str]:
+    """Names of the models of any recipe, in order, without its base."""
+    return [str(model) for model in recipe.models() if model != recipe.base_model]
+
+
 def _check_unique(items: Sequence[Item]) -> None:
     seen: set[tuple[str, str]] = set()
     for item in items:
@@ -150,9 +158,15 @@ def _check_unique(items: Sequence[Item]) -> None:
         seen.add((item.task, item.id))
 
 
-def _learned(engine: Engine, recipe: Recipe, taught: Taught, files: FitFiles, stopping, as_json: bool, quiet: bool):
+def say_stopped(file: Path, directory: Path) -> None:
+    """How a run that was interrupted goes on."""
+    line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
+    print(line, file=sys.stderr)
+
+
+def learned(engine: Engine, recipe: Recipe, taught: Taught, files: FitFiles, stopping, as_json: bool, quiet: bool):
     """(the fitted recipe, the history, seconds), or None when interrupted."""
-    heads = _heads(engine, taught)
+    heads = own_heads(engine, taught)
     asked = Registration(tuple(taught.learned), heads=heads, chat=taught.chat)
     held = Registration(tuple(taught.heldout), heads=heads, chat=taught.chat)
     what = Fit(recipe, taught.experts)
@@ -167,7 +181,7 @@ def _learned(engine: Engine, recipe: Recipe, taught: Taught, files: FitFiles, st
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
             every = what.settings.measured_every
             if step.number == steps or (every and step.number % every == 0):
-                line["heldout"] = _measure(engine, held, step.recipe)
+                line["heldout"] = measure(engine, held, step.recipe)
             history.append(line)
             report(line)
             if step.state is not None:
@@ -179,37 +193,39 @@ def _learned(engine: Engine, recipe: Recipe, taught: Taught, files: FitFiles, st
     return fitted, history, time.perf_counter() - began
 
 
-def _heads(engine: Engine, taught: Taught) -> dict[str, str]:
+def own_heads(engine: Engine, taught: Taught) -> dict[str, str]:
     """Every task is answered by its own expert's head where endpoints have heads of their own; elsewhere there is
     one."""
     return dict(taught.experts) if engine.info().own_heads else {}
 
 
-def _measure(engine: Engine, held: Registration, subject: Recipe | str) -> Measured:
+def measure(engine: Engine, held: Registration, subject: Subject) -> Measured:
+    """Accuracy of one subject. Raises what keeps it from answering."""
     (evaluation,) = engine.evaluate(held, [subject])
     return measured(evaluation.answers(), held.items)
 
 
-def _baselines(engine: Engine, recipe: Recipe, taught: Taught) -> dict[str, Measured]:
+def measured_baselines(engine: Engine, recipe: Recipe, taught: Taught) -> dict[str, Measured]:
     """Held-out accuracy of the endpoints and the default merges; what has no answers is named and left out."""
-    held = Registration(tuple(taught.heldout), heads=_heads(engine, taught), chat=taught.chat)
+    held = Registration(tuple(taught.heldout), heads=own_heads(engine, taught), chat=taught.chat)
     models = [str(model) for model in recipe.models()]
     names = short_names(models)
     subjects: list[tuple[str, Recipe | str]] = [(names[model], model) for model in models]
-    for name, merge in default_merges(str(recipe.base_model), experts_of(recipe), recipe.dtype, dict(recipe.tower)):
+    base = None if recipe.base_model is None else str(recipe.base_model)
+    for name, merge in default_merges(base, others_of(recipe), recipe.dtype, dict(recipe.tower)):
         subjects.append((name, replace(merge, tokenizer=recipe.tokenizer, chat_template=recipe.chat_template)))
     found = {}
     for name, subject in subjects:
         try:
             if isinstance(subject, Recipe):
                 engine.check(subject)
-            found[name] = _measure(engine, held, subject)
+            found[name] = measure(engine, held, subject)
         except (LogitsError, BadInput) as error:
             warnings.warn(f"baseline {name} is left out: {error}", Merge3Warning, stacklevel=2)
     return found
 
 
-def _other(run: Path) -> dict[str, Any]:
+def other_run(run: Path) -> dict[str, Any]:
     """What another run's result.json says. Raises BadInput."""
     try:
         result = json.loads((run / "result.json").read_text())
@@ -219,7 +235,7 @@ def _other(run: Path) -> dict[str, Any]:
     return {"detail": detail, "answers": result.get("item_answers"), "items": result.get("heldout_items")}
 
 
-def _summary(
+def summary(
     recipe: Recipe,
     taught: Taught,
     history: Sequence[Mapping[str, Any]],
@@ -254,11 +270,11 @@ def _summary(
         "losses": [line["loss"] for line in history],
         "others": dict(others),
         "seconds": seconds,
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
     }
 
 
-def _peak_memory() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """Bytes that this process had at most, in memory and on a GPU."""
     import resource
 

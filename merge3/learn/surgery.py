@@ -156,12 +156,12 @@ def operate(
         if task.expert is not None and task.expert not in slot.pool.endpoints:
             where = f"surgery: items: task {task.name!r}: model"
             raise RecipeError(where, f"found {task.expert!r}", ", ".join(slot.pool.endpoints))
-        asked[task] = questions(slot, task, LOSSES["expert_kl"], folder, settings.over, "surgery").asked
+        asked[task.name] = questions(slot, task, LOSSES["expert_kl"], folder, settings.over, "surgery").asked
         slot.use_head(task.head)
-        known[task] = features(slot.model, asked[task], task.expert, limit)
+        known[task.name] = features(slot.model, asked[task.name], task.expert, limit)
     slot.swap(recipe)
     found = {}
     for task in tasks:
         slot.use_head(task.head)
-        found[task.name] = Features.of(features(slot.model, asked[task], "merge", limit), known[task])
+        found[task.name] = Features.of(features(slot.model, asked[task.name], "merge", limit), known[task.name])
     return Operation(found, settings, {task.name: task.expert for task in tasks}, recipe.hash())
