@@ -102,18 +102,17 @@ def merge_to_disk(
             warnings.warn(line, Merge3Warning, stacklevel=2)
     _check_words(recipe, pool, where)
     ready = prepare(recipe, pool, where)
-    # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
-    with ThreadPoolExecutor(1) as aside:
-        checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
-        with CheckpointWriter(directory, ready.specs, shard_size) as writer:
-            try:
-                _write_tensors(writer, ready, pool, seed, streaming, progress, checked)
-            except RecipeError as error:  # what only values show, such as weights that sum to 0
-                raise RecipeError(f"{where}: {error.where}", error.found, error.expected, error.hint) from None
-            _write_beside(writer, ready, recipe, pool, seed)
-            checked.result()
-            writer.finish()
-            check_written(writer.temporary, ready.specs, ready.config)
+
+    def merge(jobs: list[Job]) -> dict[str, torch.Tensor]:
+        try:
+            merged = _merge_batch(jobs, ready, pool, seed)
+        except RecipeError as error:  # what only values show, such as weights that sum to 0
+            raise RecipeError(f"{where}: {error.where}", error.found, error.expected, error.hint) from None
+        for job in jobs if streaming else ():
+            pool.release(job.refs)
+        return merged
+
+    write_checkpoint(ready, recipe, pool, directory, merge, seed, shard_size, progress, where)
     left_out = {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()}
     for model, count in (pool.vocabulary.unused if pool.vocabulary is not None else {}).items():
         left_out[f"{model}: {count:,} rows of embeddings"] = "no token of its tokenizer has them"
@@ -125,6 +124,30 @@ def merge_to_disk(
         "left_out": left_out,
         "notes": list(pool.notes),
     }
+
+
+def write_checkpoint(
+    ready: Prepared,
+    recipe: Recipe,
+    pool: Pool,
+    directory: Path,
+    merge: Callable[[list[Job]], dict[str, torch.Tensor]],
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    where: str = "recipe",
+) -> None:
+    """Write what `merge` makes of the jobs, and all that a checkpoint has beside, atomically. merge: of some jobs,
+    name -> tensor in the dtype and shape of `ready.specs`. The others are as of merge_to_disk."""
+    # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
+    with ThreadPoolExecutor(1) as aside:
+        checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
+        with CheckpointWriter(directory, ready.specs, shard_size) as writer:
+            _write_tensors(writer, ready, pool, merge, progress, checked)
+            _write_beside(writer, ready, recipe, pool, seed)
+            checked.result()
+            writer.finish()
+            check_written(writer.temporary, ready.specs, ready.config)
 
 
 def _check_words(recipe: Recipe, pool: Pool, where: str) -> None:
@@ -144,8 +167,7 @@ def _write_tensors(
     writer: CheckpointWriter,
     ready: Prepared,
     pool: Pool,
-    seed: int,
-    streaming: bool,
+    merge: Callable[[list[Job]], dict[str, torch.Tensor]],
     progress: Callable[[int, int], None],
     checked: Future,
 ) -> None:
@@ -155,7 +177,7 @@ def _write_tensors(
         if checked.done():
             checked.result()
         jobs = [queue[name] for name in batch if name in queue]
-        merged = _merge_batch(jobs, ready, pool, seed)
+        merged = merge(jobs)
         for name in batch:
             if name in copies:
                 tensor = pool.get(copies[name]).cpu().to(ready.specs[name][0])
@@ -164,10 +186,7 @@ def _write_tensors(
             if name not in pool.fixed:  # a mask may well hold infinities
                 _check_output(name, tensor)
             writer.put(name, tensor)
-        for job in jobs:
-            if streaming:
-                pool.release(job.refs)
-            done += job.numel
+        done += sum(job.numel for job in jobs)
         progress(done, total)
 
 

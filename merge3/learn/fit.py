@@ -126,7 +126,9 @@ def steps(fit: Fit, fitting: Fitting, state: State | None = None) -> Iterator[Fi
         yield FitStep(step.number, step.loss, step.losses, step.state, fitted(fit, fitting, step.weights))
 
 
-def prepare(slot: Slot, fit: Fit, tasks: Sequence[TaskToLearn], folder: str | Path, batch_tokens: int = 4096) -> Fitting:
+def prepare(
+    slot: Slot, fit: Fit, tasks: Sequence[TaskToLearn], folder: str | Path, batch_tokens: int = 4096
+) -> Fitting:
     """A fit over a live model, its items tokenised and its experts asked. folder: of the tokenizer.
 
     Raises RecipeError, ItemsError or LogitsError for what cannot be learned. Overwrites the live model.

@@ -7,9 +7,10 @@ fit that was stopped goes on from its State as if it had not been, bit for bit o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,15 @@ class Lesson:
     head: str | None = None
 
 
+class _Question(NamedTuple):
+    """An item of a step. share: of its task's loss."""
+
+    task: str
+    asked: Asked
+    target: Target
+    share: float
+
+
 @dataclass
 class Fitting:
     """A fit over a live model. batch_tokens: padded tokens of a forward pass.
@@ -76,7 +86,6 @@ class Fitting:
     settings: FitSettings
     pad: int = 0
     batch_tokens: int = 4096
-    forwards: int = field(default=0, init=False)  # rows that were fed, for the cost
 
     def steps(self, state: State | None = None) -> Iterator[Step]:
         """Steps after `state`'s. Raises FitError naming the step and an item where a loss is no number."""
@@ -101,30 +110,44 @@ class Fitting:
             yield Step(number, mean, losses, after, self.coefficients.weights().detach())
 
     def _ask(self, number: int) -> dict[str, float]:
-        """Task -> its loss; the gradient of their mean is left in `weighted`."""
-        model, losses = self.weighted.slot.model, {}
+        """Task -> its loss; the gradient of their mean is left in `weighted`. Tasks that one head answers share
+        forward passes: the fewer there are, the fewer gradients become numbers."""
+        losses = dict.fromkeys((lesson.task for lesson in self.lessons), 0.0)
         with self.weighted.gradients():
-            for index, lesson in enumerate(self.lessons):
-                self.weighted.slot.use_head(lesson.head)
-                chosen = drawn(len(lesson.asked), self.settings.batch, number, [self.settings.seed, index])
-                total = 0.0
-                for batch in batches(chosen, lesson.asked, self.batch_tokens):
-                    found = log_probabilities(model, [lesson.asked[at] for at in batch], self.pad)
-                    costs = []
-                    for at, log_p in zip(batch, found):
-                        target = lesson.targets[at]
-                        costs.append(self.loss.cost(log_p, None if target is None else target.to(log_p.device)))
-                    costs = torch.stack(costs)
-                    if not costs.isfinite().all():
-                        bad = batch[int((~costs.isfinite()).nonzero()[0])]
-                        where = f"fit: step {number}, {place(lesson.asked[bad].item)}"
-                        raise FitError(where, f"a loss of {float(costs[batch.index(bad)])}", "a finite one", _HINT)
-                    part = costs.sum() / len(chosen)
-                    (part / len(self.lessons)).backward()
-                    total += float(part.detach())
-                    self.forwards += sum(lesson.asked[at].rows for at in batch)
-                losses[lesson.task] = total
+            for head, questions in self._drawn(number).items():
+                self.weighted.slot.use_head(head)
+                asked = [question.asked for question in questions]
+                order = sorted(range(len(asked)), key=lambda at: asked[at].width)
+                for batch in batches(order, asked, self.batch_tokens):
+                    own = [questions[at] for at in batch]
+                    for question, loss in zip(own, self._learn(number, own)):
+                        losses[question.task] += loss * question.share
         return losses
+
+    def _drawn(self, number: int) -> dict[str | None, list[_Question]]:
+        """Head -> what it is asked in this step."""
+        found: dict[str | None, list[_Question]] = {}
+        for index, lesson in enumerate(self.lessons):
+            chosen = drawn(len(lesson.asked), self.settings.batch, number, [self.settings.seed, index])
+            for at in chosen:
+                question = _Question(lesson.task, lesson.asked[at], lesson.targets[at], 1 / len(chosen))
+                found.setdefault(lesson.head, []).append(question)
+        return found
+
+    def _learn(self, number: int, own: Sequence[_Question]) -> list[float]:
+        """The loss of each, after a forward and a backward pass."""
+        costs = []
+        for question, log_p in zip(own, log_probabilities(self.weighted.slot.model, [q.asked for q in own], self.pad)):
+            target = question.target
+            costs.append(self.loss.cost(log_p, None if target is None else target.to(log_p.device)))
+        values = [float(cost.detach()) for cost in costs]
+        for question, value in zip(own, values):
+            if not math.isfinite(value):
+                where = f"fit: step {number}, {place(question.asked.item)}"
+                raise FitError(where, f"a loss of {value}", "a finite one", _HINT)
+        shares = torch.tensor([question.share / len(self.lessons) for question in own], device=costs[0].device)
+        (torch.stack(costs) * shares).sum().backward()
+        return values
 
     def _restore(self, optimizer: torch.optim.Adam, state: State) -> int:
         raw = self.coefficients.raw
