@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
-from merge3.engine import Evaluation, LocalEngine
+from merge3.engine import Evaluation, LocalEngine, Operated, Subject
 from merge3.errors import BadInput, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
+from merge3.learn.surgery import load
+from merge3.learn.surgery_file import FILE
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
@@ -58,12 +60,14 @@ def evaluate_files(
     responses_file: Path | None = None,
     memory_budget: str | None = None,
     skip_too_long: bool = False,
+    surgery: bool = True,
 ) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
     lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
 
     A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
-    positions for, say so, and count it in `skipped`.
+    positions for, say so, and count it in `skipped`. surgery: answer a task's items with its adapter where the folder
+    has one.
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
@@ -82,7 +86,8 @@ def evaluate_files(
         print(note, file=sys.stderr)
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
-    (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [subject])
+    asked_of = _with_adapters(what, subject, items) if surgery else subject
+    (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [asked_of])
     seconds = time.perf_counter() - start
     responses, metrics = _judged(evaluation, items, benchmarks)
     counted = [i for i, value in enumerate(responses) if not np.isnan(value)]
@@ -143,6 +148,18 @@ def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, R
     for note in pool.notes:
         print(note, file=sys.stderr)
     return pool, subject, dtype
+
+
+def _with_adapters(what: Path, subject: Recipe | str, items: Sequence[Item]) -> Subject:
+    """The subject with the adapters that lie in its folder; says which tasks have none."""
+    if isinstance(subject, Recipe) or not (what / FILE).is_file():
+        return subject
+    adapters = load(what)
+    tasks = dict.fromkeys(item.task for item in items)
+    without = [task for task in tasks if task not in adapters.tasks]
+    if without:
+        print(f"no adapter in {FILE} for {', '.join(without)}: answered by the merge alone", file=sys.stderr)
+    return Operated(subject, adapters.tasks)
 
 
 def _benchmarks(asked: Asked, folder: Path) -> dict[str, Benchmark]:

@@ -286,6 +286,10 @@ def peak_memory() -> dict[str, int]:
 
 def print_fit(result: Mapping[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
+    if "surgery" in result:
+        from merge3.client.surgery import print_surgery
+
+        return print_surgery(result, directory)
     from rich.console import Console
 
     from merge3.client.run import accuracy_table
