@@ -105,8 +105,8 @@ def fit_adapters(tasks: Mapping[str, Features], settings: SurgerySettings) -> It
             with torch.enable_grad():
                 loss = known.distance(adapters[task], chosen)
             if not loss.isfinite():
-                where = f"surgery: step {number}, task {task!r}"
-                raise FitError(where, f"a distance of {float(loss)}", "a finite one", "a smaller learning_rate")
+                where, found = f"surgery: step {number}, task {task!r}", f"a distance of {float(loss.detach())}"
+                raise FitError(where, found, "a finite one", "a smaller learning_rate")
             loss.backward()
             losses[task] = float(loss.detach())
         optimizer.step()

@@ -54,8 +54,8 @@ def save(adapters: Adapters, path: str | Path) -> Path:
     file = _file(path)
     tensors = {}
     for task, adapter in adapters.tasks.items():
-        tensors[f"{task}.down"] = adapter.down.detach().float().cpu().contiguous()
-        tensors[f"{task}.up"] = adapter.up.detach().float().cpu().contiguous()
+        for name, tensor in zip(("down", "up"), adapter):  # cloned: safetensors refuses what shares memory
+            tensors[f"{task}.{name}"] = tensor.detach().float().cpu().contiguous().clone()
     about = {
         "format": FORMAT,
         "rank": adapters.rank,
