@@ -35,7 +35,7 @@ def some_features(width=12, counts=(1, 3, 2, 1, 4, 2, 1), seed=0):
     generator = torch.Generator().manual_seed(seed)
     merged = [torch.randn(count, width, generator=generator) for count in counts]
     turn = torch.randn(width, width, generator=generator) * 0.3
-    return Features.of(merged, [states + (states @ turn).relu() for states in merged])
+    return Features.of(merged, [states + (states @ turn).relu() + 0.1 for states in merged])
 
 
 def settings_of(**given):
@@ -67,8 +67,7 @@ class Modules(torch.nn.Module):
 @pytest.mark.parametrize("counts", [(1,) * 7, (1, 3, 2, 1, 4, 2, 1)], ids=["pooled", "places of texts"])
 def test_a_fit_is_plain_torchs(counts):
     tasks = {"a": some_features(counts=counts), "b": some_features(counts=counts[:5], seed=1)}
-    # Few steps: where a difference is near 0 its sign, which is its gradient, is that of rounding.
-    settings = settings_of(seed=3, steps=8)
+    settings = settings_of(seed=3)
     steps = fitted(tasks, settings)
     modules = [Modules(started(12, 4, [3, index])) for index in range(2)]
     optimizer = torch.optim.Adam([p for module in modules for p in module.parameters()], lr=0.01)
@@ -85,56 +84,11 @@ def test_a_fit_is_plain_torchs(counts):
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
-    assert [step.adapters is not None for step in steps] == [False] * 7 + [True]
+    assert [step.adapters is not None for step in steps] == [False] * 29 + [True]
     for module, adapter in zip(modules, steps[-1].adapters.values()):
         torch.testing.assert_close(adapter.down, module.down.weight.detach(), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(adapter.up, module.up.weight.detach(), atol=1e-6, rtol=1e-5)
         assert adapter.up.abs().max() > 0.02
-
-
-def test_an_adapter_is_fusion_benchs():
-    """Start, formula and steps of fusion_bench 0.2.33, where it is installed; of its package one module is loaded, as
-    the rest needs many others."""
-    import importlib.util
-    import sys
-    import types
-    from pathlib import Path
-
-    found = importlib.util.find_spec("fusion_bench")
-    if found is None:
-        pytest.skip("fusion_bench is not installed")
-    names = {}
-    for name in ("fusion_bench", "fusion_bench.utils", "fusion_bench.utils.type"):
-        names[name] = sys.modules.get(name)
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules["fusion_bench.utils.type"].TorchModelType = torch.nn.Module
-    file = Path(found.submodule_search_locations[0]) / "models" / "surgery" / "surgerymodelwrapper.py"
-    source = file.read_text().replace("Generic[TorchModelType]", "object")
-    try:
-        module = types.ModuleType("surgerymodelwrapper")
-        exec(compile(source, str(file), "exec"), module.__dict__)
-    finally:
-        for name, before in names.items():
-            sys.modules.pop(name) if before is None else sys.modules.__setitem__(name, before)
-    wrapper = module.SurgeryModelWrapper(torch.nn.Identity(), ["a"], projection_dim=12, hidden_dim=4)
-    theirs = wrapper.collect_trainable_params()
-    start = started(12, 4, [0, 0])
-    assert [p.shape for p in theirs] == [start.down.shape, start.up.shape]
-    assert theirs[0].abs().max() <= 1 / math.sqrt(12) and start.down.abs().max() <= 1 / math.sqrt(12)
-    assert torch.equal(theirs[1].detach(), start.up)
-    theirs[0].data.copy_(start.down)
-    known, settings = some_features(counts=(1,) * 8), settings_of(batch=4, learning_rate=1e-3, steps=10)
-    optimizer = torch.optim.Adam(theirs, lr=1e-3)
-    for step in fit_adapters({"a": known}, settings):
-        chosen = drawn(8, 4, step.number, [0, 0])
-        changed, _, _ = wrapper.compute_surgery_features(known.merged[chosen], "a")
-        loss = torch.nn.L1Loss()(changed, known.expert[chosen])
-        assert step.loss == pytest.approx(float(loss.detach()), rel=1e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for ours, their in zip(step.adapters["a"], theirs):
-        torch.testing.assert_close(ours, their.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_it_begins_with_no_change_within_the_bound_of_kaiming():
