@@ -170,8 +170,7 @@ class LocalEngine:
         self, asked: Registration, recipe: Recipe, experts: Mapping[str, str]
     ) -> tuple[list[TaskToLearn], Path]:
         """(every task of a registration, the folder of the tokenizer that reads its items)"""
-        for task, head in asked.heads.items():
-            self._check_endpoint(f"heads: {task}", head)
+        self._check_heads(asked)
         template = chat_template(recipe, self.pool) if asked.chat else None
         tasks = []
         for task, positions in asked.tasks().items():
@@ -204,6 +203,11 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
+    def _check_heads(self, asked: Registration) -> None:
+        for task, head in asked.heads.items():
+            if head not in self.slot.lent_heads:
+                self._check_endpoint(f"heads: {task}", head)
+
     def _check_endpoint(self, where: str, name: str) -> None:
         if name not in self.pool.endpoints:
             raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
@@ -216,8 +220,7 @@ class LocalEngine:
         key = (asked, endpoint, template_key(recipe) if asked.chat else None)
         if key not in self._prepared:
             check_objectives(asked)
-            for task, head in asked.heads.items():
-                self._check_endpoint(f"heads: {task}", head)
+            self._check_heads(asked)
             space = None if asked.space is None else self.space(asked.space)
             spoken = recipe or (space and space.uniform_recipe())
             template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None

@@ -155,6 +155,7 @@ def fit(
 ):
     """Learn a merge's weights from items, by gradient, in this process or on a daemon."""
     from merge3.client import fit as command
+    from merge3.client.fit_result import print_fit
 
     target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
     result = command.fit(
@@ -165,7 +166,7 @@ def fit(
     if as_json:
         print(json.dumps(result))
     else:
-        command.print_fit(result, run_dir)
+        print_fit(result, run_dir)
 
 
 for _command, _example in (*evaluation_commands.COMMANDS, *calibration_commands.COMMANDS):

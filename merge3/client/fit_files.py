@@ -2,6 +2,7 @@
 
     fit.json             what must be equal for a run to be continued
     state.safetensors    the latest step from which it can be continued
+    latest.yaml          the recipe that it merges
     history.jsonl        a line a step, up to that one and perhaps further
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 
 from merge3 import __version__
@@ -21,7 +23,7 @@ from merge3.files import write_atomically
 from merge3.learn.fitting import State
 from merge3.recipe import Recipe
 
-IDENTITY, STATE, HISTORY = "fit.json", "state.safetensors", "history.jsonl"
+IDENTITY, STATE, HISTORY, LATEST = "fit.json", "state.safetensors", "history.jsonl", "latest.yaml"
 
 
 def identity(recipe: Recipe, hashes: Mapping[str, str], items: Mapping[str, str]) -> dict[str, str]:
@@ -77,14 +79,21 @@ class FitFiles:
         found = load_file(file)
         return State(int(found["step"]), found["raw"], (found["exp_avg"], found["exp_avg_sq"]))
 
-    def save(self, state: State, lines: Iterable[Mapping[str, Any]]) -> None:
-        """State and history, in an order in which neither can be ahead of what can be continued."""
-        import torch
+    def latest(self) -> Recipe:
+        """What the state that was saved last merges."""
+        return Recipe.from_yaml(self.directory / LATEST)
 
-        write_atomically(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
+    def save(self, state: State, lines: Iterable[Mapping[str, Any]], recipe: Recipe) -> None:
+        """State, history and recipe, in an order in which none can lack what the state has."""
+        write_atomically(self.directory / LATEST, recipe.to_yaml())
+        self.tell(lines)
         first, second = state.moments
         tensors = {"step": torch.tensor(state.step), "raw": state.raw, "exp_avg": first, "exp_avg_sq": second}
         write_atomically(self.directory / STATE, save(tensors))
+
+    def tell(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write the history."""
+        write_atomically(self.directory / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
 
     def history(self, until: int) -> list[dict[str, Any]]:
         """Lines of steps up to `until`."""

@@ -14,22 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge3.checkpoint import check_free
-from merge3.client import fit as fits
-from merge3.client.fit_files import FitFiles, identity
+from merge3.client.fit import Run, begin, check_possible, fitted_host, registration, say_stopped
+from merge3.client.fit_files import FitFiles
+from merge3.client.fit_items import Taught, load_items
 from merge3.client.fit_progress import chosen
 from merge3.client.fit_report import write_fit_report
-from merge3.client.run import StopOnInterrupt, open_models
+from merge3.client.fit_result import baselines, measure, other_run, peak_memory
+from merge3.client.run import StopOnInterrupt
 from merge3.engine import Engine, Operated
 from merge3.errors import BadInput
 from merge3.files import resource_error, sync, write_atomically
 from merge3.learn.fit import Fit, check_learned
-from merge3.learn.losses import LOSSES
 from merge3.learn.settings import SurgerySettings, located, read_fit, read_surgery
 from merge3.learn.surgery import Adapters, Surgery, check_surgery, save
+from merge3.live.slot import Slot
 from merge3.methods import method_named
 from merge3.methods.learned import LEARNED
+from merge3.pool import Pool
 from merge3.recipe import Recipe
-from merge3.registration import Registration
 from merge3.search.measure import Measured
 from merge3.tasks import items_hash
 
@@ -41,14 +43,23 @@ STEPS = "surgery.jsonl"  # a line a step
 
 @dataclass(frozen=True)
 class Asked:
-    """host: the recipe below the adapters, learned or not. settings, taught: of the surgery; learned: what the host
-    learns from, None where it is an ordinary recipe."""
+    """settings, taught: of the surgery. learned: what a learned host is fitted with, None where the recipe below the
+    adapters is an ordinary one."""
 
     recipe: Recipe
-    host: Recipe
     settings: SurgerySettings
-    taught: fits.Taught
-    learned: fits.Taught | None
+    taught: Taught
+    learned: Taught | None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the adapters are put on. engine: over its models and the experts, open. told: what result.json says of the
+    fit of a learned one."""
+
+    recipe: Recipe
+    engine: Engine
+    told: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,36 +89,27 @@ def fit_with_surgery(
     if target is not None:
         raise BadInput("--server", "given with a recipe that has `surgery:`", "surgery in this process: no --server")
     asked = _read(recipe, file)
-    others = {str(run): fits.other_run(run) for run in compare}
+    others = {str(run): other_run(run) for run in compare}
     files = FitFiles(directory, resume)
-    models, dtype = [str(model) for model in recipe.models()], recipe.out_dtype or recipe.dtype
-    opened = open_models(models, dtype, device, quiet, None, memory_budget, None, recipe.tokenizer, recipe.tower)
-    with closing(opened) as engine:
-        check_surgery(asked.settings, engine.slot.model)  # before a fit that takes minutes
-        if asked.learned is None:
-            engine.check(asked.host)
-        files.begin(identity(recipe, engine.info().content_hashes, _hashes(asked)))
-        write_atomically(directory / "recipe.yaml", recipe.to_yaml())
-        host, of_host, outcome = asked.host, {}, None
-        with StopOnInterrupt() as stopping:
-            if asked.learned is not None:
-                fitted = fits.learned(engine, host, asked.learned, files, stopping, as_json, quiet)
-                if fitted is None:
-                    return fits.say_stopped(file, directory)
-                host, *told = fitted
-                of_host = _of_host(asked.host, asked.learned, *told)
-            if not stopping():
-                outcome = _operated(engine, host, asked, stopping, as_json, quiet)
-        if outcome is None:
-            return fits.say_stopped(file, directory)
-        write_atomically(directory / "fitted.yaml", host.to_yaml())
-        write_atomically(directory / STEPS, "".join(json.dumps(line) + "\n" for line in outcome.history))
-        held = _registration(engine, asked.taught, asked.taught.heldout)
-        measured = fits.measure(engine, held, Operated(host, outcome.adapters.tasks))
-        alone = fits.measure(engine, held, host)
-        baselines = {f"{recipe.method} alone": alone, **fits.measured_baselines(engine, host, asked.taught)}
-        _write(engine, host, outcome.adapters, directory, export)
-    result = _summary(asked, outcome, measured, baselines, others) | of_host
+    hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
+    with StopOnInterrupt() as stopping:
+        taught = asked.learned or asked.taught
+        run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
+        host = _host(run, asked)
+        if host is None:
+            return say_stopped(file, directory)
+        with closing(host.engine) as engine:
+            outcome = None if stopping() else _operated(host, asked, stopping, as_json, quiet)
+            if outcome is None:
+                return say_stopped(file, directory)
+            write_atomically(directory / "fitted.yaml", host.recipe.to_yaml())
+            write_atomically(directory / STEPS, "".join(json.dumps(line) + "\n" for line in outcome.history))
+            held = registration(asked.taught.heldout, asked.taught, engine.info().own_heads)
+            measured = measure(engine, held, Operated(host.recipe, outcome.adapters.tasks))
+            beside = {f"{recipe.method} alone": measure(engine, held, host.recipe)}
+            beside |= baselines(engine, recipe, held)
+            _write(host, outcome.adapters, directory, export)
+    result = _summary(asked, outcome, measured, beside, others) | host.told
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_fit_report(directory)
     return result
@@ -115,40 +117,64 @@ def fit_with_surgery(
 
 def _read(recipe: Recipe, file: Path) -> Asked:
     """Raises RecipeError or ItemsError."""
-    host, where, folder = replace(recipe, surgery={}), f"{file}: surgery", Path(file).parent
+    where, folder = f"{file}: surgery", Path(file).parent
     settings, learned = read_surgery(recipe.surgery, where), None
     if recipe.fit or recipe.method in LEARNED:
-        check_learned(host, str(file))
+        check_learned(recipe, str(file))
         of_fit = located(read_fit(recipe.fit, f"{file}: fit"), folder)
-        loss = LOSSES[Fit(host).method.loss]
-        learned = fits.load_items(fits.others_of(recipe), of_fit, f"{file}: fit", loss.expert)
+        learned = load_items(recipe, of_fit, f"{file}: fit")
+        check_possible(recipe, learned, None, f"{file}: fit")
         settings = settings.after(of_fit)
     else:
         method_named(recipe.method, f"{file}: merge_method")
     settings = located(settings, folder)
-    taught = fits.load_items(fits.others_of(recipe), settings, where, matched=True)
+    taught = load_items(recipe, settings, where)
     if learned is not None:  # what either has learned from measures neither
         seen = {(item.task, item.id) for item in learned.learned}
         unseen = [item for item in taught.heldout if (item.task, item.id) not in seen]
         taught = replace(taught, heldout=unseen or taught.heldout)
-    return Asked(recipe, host, settings, taught, learned)
+    return Asked(recipe, settings, taught, learned)
 
 
-def _hashes(asked: Asked) -> dict[str, str]:
-    taught, learned = asked.taught, asked.learned
-    found = {"surgery's items": items_hash(taught.learned), "held-out items": items_hash(taught.heldout)}
-    return found if learned is None else found | {"learned items": items_hash(learned.learned)}
+def _host(run: Run, asked: Asked) -> Host | None:
+    """None when interrupted."""
+    if asked.learned is None:
+        alone, engine = replace(asked.recipe, surgery={}), run.open(asked.recipe)
+        check_surgery(asked.settings, engine.slot.model)
+        engine.check(alone)
+        begin(run, engine.info().content_hashes)
+        return Host(alone, engine, {})
+    _check_width(asked)
+    began = time.perf_counter()
+    found = fitted_host(run)
+    if found is None:
+        return None
+    fit = {
+        "learned_items": len(asked.learned.learned),
+        "settings": Fit(asked.recipe, asked.learned.experts).settings.model_dump(mode="json"),
+        "passes": {"merges": found.steps, "forward": found.asked, "backward": found.asked},
+        "losses": [line["loss"] for line in found.history],
+        "seconds": time.perf_counter() - began,
+    }
+    run.files.tell(found.history)
+    engine = found.engine
+    if found.elsewhere:  # over models of its own: the experts are needed too
+        engine.close()
+        engine = run.open(replace(found.recipe, slices=(*found.recipe.slices, *asked.recipe.slices)))
+    return Host(found.recipe, engine, {"fit": fit})
 
 
-def _registration(engine: Engine, taught: fits.Taught, items) -> Registration:
-    return Registration(tuple(items), heads=fits.own_heads(engine, taught), chat=taught.chat)
+def _check_width(asked: Asked) -> None:
+    """A rank that is refused is refused before a fit that takes minutes, on the base alone."""
+    base = str(asked.recipe.base_model)
+    check_surgery(asked.settings, Slot(Pool.open(base, [])).model)
 
 
-def _operated(engine: Engine, host: Recipe, asked: Asked, stopping, as_json: bool, quiet: bool) -> Outcome | None:
+def _operated(host: Host, asked: Asked, stopping, as_json: bool, quiet: bool) -> Outcome | None:
     """None when interrupted."""
     taught, began = asked.taught, time.perf_counter()
-    registration = _registration(engine, taught, taught.learned)
-    operation = engine.operate(registration, host, Surgery(asked.settings, taught.experts))
+    items = registration(taught.learned, taught, host.engine.info().own_heads)
+    operation = host.engine.operate(items, host.recipe, Surgery(asked.settings, taught.experts))
     history: list[Mapping[str, Any]] = []
     found = None
     with chosen(as_json, quiet, asked.settings.steps, 0) as report:
@@ -164,7 +190,7 @@ def _operated(engine: Engine, host: Recipe, asked: Asked, stopping, as_json: boo
     return Outcome(adapters, history, distances, time.perf_counter() - began)
 
 
-def _write(engine: Engine, host: Recipe, adapters: Adapters, directory: Path, export: bool) -> None:
+def _write(host: Host, adapters: Adapters, directory: Path, export: bool) -> None:
     """The checkpoint with its adapters in model/, there whole or not at all; without it the adapters alone."""
     model = directory / "model"
     if not export:
@@ -176,7 +202,7 @@ def _write(engine: Engine, host: Recipe, adapters: Adapters, directory: Path, ex
     partial = directory / f".model.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        engine.export(host, partial)
+        host.engine.export(host.recipe, partial)
         save(adapters, partial)
         os.rename(partial, model)
         sync(directory)
@@ -186,15 +212,8 @@ def _write(engine: Engine, host: Recipe, adapters: Adapters, directory: Path, ex
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _of_host(host: Recipe, taught: fits.Taught, history: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """What result.json says of a host that was learned."""
-    settings = Fit(host, taught.experts).settings.model_dump(mode="json")
-    found = {"learned_items": len(taught.learned), "settings": settings, "seconds": seconds}
-    return {"fit": found | {"losses": [line["loss"] for line in history]}}
-
-
 def _summary(
-    asked: Asked, outcome: Outcome, heldout: Measured, baselines: Mapping[str, Measured], others: Mapping[str, Any]
+    asked: Asked, outcome: Outcome, heldout: Measured, beside: Mapping[str, Measured], others: Mapping[str, Any]
 ) -> dict[str, Any]:
     """result.json."""
     adapters, taught = outcome.adapters, asked.taught
@@ -206,10 +225,10 @@ def _summary(
         "heldout": heldout["accuracy"],
         "heldout_detail": heldout,
         "heldout_items": len(taught.heldout),
-        "baselines": {name: detail["accuracy"] for name, detail in baselines.items()},
-        "baselines_detail": dict(baselines),
-        "best_baseline": max(baselines, key=lambda name: baselines[name]["accuracy"]),
-        "host": next(iter(baselines)),
+        "baselines": {name: detail["accuracy"] for name, detail in beside.items()},
+        "baselines_detail": dict(beside),
+        "best_baseline": max(beside, key=lambda name: beside[name]["accuracy"]),
+        "host": next(iter(beside)),
         "learned_items": len(taught.learned),
         "labels": False,
         "settings": asked.settings.model_dump(mode="json"),
@@ -224,7 +243,7 @@ def _summary(
         "losses": [line["loss"] for line in outcome.history],
         "others": dict(others),
         "seconds": outcome.seconds,
-        "peak_memory": fits.peak_memory(),
+        "peak_memory": peak_memory(),
     }
 
 

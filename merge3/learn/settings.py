@@ -76,6 +76,12 @@ class FitSettings(_Learning):
     check_every: int | None = Field(None, ge=0)
     groups: Groups | None = None
 
+    @model_validator(mode="after")
+    def _one_level(self):
+        if self.groups is not None and self.level == "task":
+            raise ValueError("level: task: with groups every tensor has a weight of its own; expected tensor or layer")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _groups(cls, data: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from merge3.checkpoint.layout import Ref
 from merge3.errors import RecipeError
 from merge3.export import Prepared, prepare, write_checkpoint
-from merge3.learn.fit import experts_of, merged_with
+from merge3.learn.fit import experts_of, merged_with, of_experts
 from merge3.methods import Job
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Slice
@@ -120,8 +120,7 @@ def _majority(jobs: Sequence[Job], pool: Pool, thresholds: Sequence[float]) -> f
 
 def _whole(recipe: Recipe, experts: Sequence[str]) -> Recipe:
     """One or more experts in full, float32."""
-    sources = tuple(s for s in recipe.slices[0].sources if str(s.model) in experts)
-    narrowed = replace(recipe, slices=(Slice(sources),))
+    narrowed = of_experts(recipe, experts)
     return replace(merged_with(narrowed, dict.fromkeys(experts, 1.0)), dtype="float32", out_dtype=None, surgery={})
 
 

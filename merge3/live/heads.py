@@ -3,15 +3,17 @@ recipe merges them like any tensor; else every endpoint has its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from merge3.checkpoint import Checkpoint
 from merge3.pool import Pool
 
 
 class Heads:
     """Which head a live model has. shown: the endpoint whose it is, None for the merge's own; the base's at first.
+    lent: heads of models that are no endpoints of the pool: name -> (its checkpoint, the head's tensors).
     merged: the merge's own, for a swap to write: base's names -> tensors; empty where no recipe merges heads.
 
     A head's tensors have one Parameter for each shape they come in, for as long as this lives: an endpoint's head is
@@ -21,6 +23,7 @@ class Heads:
     def __init__(self, model: torch.nn.Module, pool: Pool, weights: Mapping[str, torch.Tensor]):
         self.model, self.pool = model, pool
         self.shown: str | None = pool.base
+        self.lent: dict[str, tuple[Checkpoint, Sequence[str]]] = {}
         names = [name for name in pool.heads.get(pool.base, ()) if name in weights and name not in pool.fixed]
         self.merged = {name: weights[name].clone() for name in names}
         self._parameters: dict[tuple[str, torch.Size], torch.nn.Parameter] = {}
@@ -29,18 +32,20 @@ class Heads:
         """Put an endpoint's head on the model, with its labels; an endpoint without one changes nothing. None: the
         merge's own, which is the base's where no recipe merges heads."""
         if endpoint is None and self.merged:
-            self._put(self.pool.base, self.merged)
+            self._put(self.pool.base_checkpoint, self.merged)
             self.shown = None
             return
         endpoint = endpoint or self.pool.base
-        if endpoint == self.shown or endpoint not in self.pool.heads:
+        checkpoint, names = self.lent.get(endpoint, (None, ()))
+        if endpoint in self.pool.heads:
+            checkpoint, names = self.pool.endpoints[endpoint], self.pool.heads[endpoint]
+        if endpoint == self.shown or not names:
             return
-        checkpoint = self.pool.endpoints[endpoint]
-        self._put(endpoint, {name: checkpoint.get(name) for name in self.pool.heads[endpoint]})
+        self._put(checkpoint, {name: checkpoint.get(name) for name in names})
         self.shown = endpoint
 
-    def _put(self, labelled: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """labelled: the endpoint whose labels these are."""
+    def _put(self, labelled: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+        """labelled: the checkpoint whose labels these are."""
         for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -49,7 +54,7 @@ class Heads:
             setattr(module, attribute, parameter)
             if isinstance(module, torch.nn.Linear):
                 module.out_features, module.in_features = module.weight.shape
-        self.model.config.label2id = dict(self.pool.endpoints[labelled].config.get("label2id") or {})
+        self.model.config.label2id = dict(labelled.config.get("label2id") or {})
         labels = len(self.model.config.label2id) or self.model.config.num_labels
         if hasattr(self.model, "num_labels"):
             self.model.num_labels = labels

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 
+from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
@@ -122,6 +123,11 @@ class Slot:
         """Put an endpoint's own head (tensors outside the backbone) on the live model, or (None) the head of the merge
         that was swapped in last: the base's where heads answer different questions. See Heads for its addresses."""
         self._heads.show(model)
+
+    @property
+    def lent_heads(self) -> dict[str, tuple[Checkpoint, Sequence[str]]]:
+        """Heads of models that are no endpoints, to be put on as theirs are: name -> (checkpoint, head's tensors)."""
+        return self._heads.lent
 
     def _run(self, outputs: list[Output], seed: int) -> None:
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
