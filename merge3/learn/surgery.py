@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,12 +38,12 @@ class Surgery:
 
 @dataclass(frozen=True)
 class Features:
-    """Of one task's items. merged, expert: float32 [places, width]; starts: where each item's places begin, and after
-    the last one where they end, int64 [items + 1]."""
+    """Of one task's items. merged, expert: float32 [places, width]; starts: where each item's places begin, and where
+    the last one's end, int64 [items + 1]."""
 
     merged: torch.Tensor
     expert: torch.Tensor
-    starts: torch.Tensor
+    starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -51,7 +52,7 @@ class Features:
     def of(merged: Sequence[torch.Tensor], expert: Sequence[torch.Tensor]) -> Features:
         """From float32 [places, width] of each item."""
         starts = np.cumsum([0, *(len(states) for states in merged)])
-        return Features(torch.cat(list(merged)), torch.cat(list(expert)), torch.from_numpy(starts))
+        return Features(torch.cat(list(merged)), torch.cat(list(expert)), starts)
 
     def distance(self, adapter: Adapter | None, items: Sequence[int] | None = None) -> torch.Tensor:
         """L1: mean over items (all by default) of the mean over their places of the mean over the width of |z' − z_e|;
@@ -61,9 +62,10 @@ class Features:
         return (weights * (states - self.expert[rows]).abs().mean(-1)).sum()
 
     def _rows(self, items: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        own = [torch.arange(self.starts[i], self.starts[i + 1]) for i in items]
-        weights = [torch.full((len(rows),), 1.0 / (len(rows) * len(own))) for rows in own]
-        return torch.cat(own), torch.cat(weights)
+        own = [np.arange(self.starts[i], self.starts[i + 1]) for i in items]
+        counts = np.array([len(rows) for rows in own])
+        weights = np.repeat(1.0 / (counts * len(own)), counts).astype(np.float32)
+        return torch.from_numpy(np.concatenate(own)), torch.from_numpy(weights)
 
 
 @dataclass(frozen=True)
@@ -99,21 +101,33 @@ def fit_adapters(tasks: Mapping[str, Features], settings: SurgerySettings) -> It
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, foreach=False)
     for number in range(1, settings.steps + 1):
         losses = {}
-        optimizer.zero_grad()
-        for index, (task, known) in enumerate(tasks.items()):
-            chosen = drawn(len(known), settings.batch, number, [settings.seed, index])
-            with torch.enable_grad():
-                loss = known.distance(adapters[task], chosen)
-            if not loss.isfinite():
-                where, found = f"surgery: step {number}, task {task!r}", f"a distance of {float(loss.detach())}"
-                raise FitError(where, found, "a finite one", "a smaller learning_rate")
-            loss.backward()
-            losses[task] = float(loss.detach())
-        optimizer.step()
+        with _one_thread():
+            optimizer.zero_grad()
+            for index, (task, known) in enumerate(tasks.items()):
+                chosen = drawn(len(known), settings.batch, number, [settings.seed, index])
+                with torch.enable_grad():
+                    loss = known.distance(adapters[task], chosen)
+                losses[task] = float(loss.detach())
+                if not math.isfinite(losses[task]):
+                    where, found = f"surgery: step {number}, task {task!r}", f"a distance of {losses[task]}"
+                    raise FitError(where, found, "a finite one", "a smaller learning_rate")
+                loss.backward()
+            optimizer.step()
         found = None
         if number == settings.steps:
             found = {task: Adapter(*(t.detach().clone() for t in adapter)) for task, adapter in adapters.items()}
         yield SurgeryStep(number, sum(losses.values()) / len(losses), losses, found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums of small products: others would be waited for longer than they help, and the bits are those of one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_surgery(settings: SurgerySettings, model: torch.nn.Module) -> None:
