@@ -158,6 +158,35 @@ def test_a_learned_host_is_fitted_first(world):
     assert [line["step"] for line in steps] == [*range(1, 5), *range(1, 41)]
 
 
+HOSTS = {
+    "without a base": {"merge_method": "linear", "parameters": {"weight": 0.5}, "models": True},
+    "of slices": {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [{"model": f"./{t}", "layer_range": r}]} for t, r in zip(TASKS, ([0, 2], [2, 4]))],
+    },
+    "over survivors": {"merge_method": "adamerging++", "base_model": "./base", "models": True, "fit": {"steps": 2}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_any_recipe_is_a_host(world, name):
+    """One without a base, one of slices, and one that is learned over models of its own."""
+    host, directory = dict(HOSTS[name]), world / name
+    if "models" in host:
+        host["models"] = [{"model": f"./{task}"} for task in TASKS]
+    section = {"items": FILES, "steps": 150, "rank": 8, "learning_rate": 0.003}
+    if "fit" in host:
+        host["fit"] = host["fit"] | {"items": section.pop("items")}
+    (world / "host.yaml").write_text(yaml.safe_dump(host | {"surgery": section, "dtype": "float32"}))
+    done = client("fit", world / "host.yaml", "--run-dir", directory, "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((directory / "result.json").read_text())
+    assert result["host"] == f"{host['merge_method']} alone" and result["heldout_items"] == 24
+    assert all(after < before for before, after in result["surgery"]["distances"].values())
+    assert load(directory).recipe == Recipe.from_yaml(directory / "fitted.yaml").hash()
+    assert ("base" in result["baselines"]) == ("base_model" in host)
+
+
 def test_what_is_wrong_is_one_line_before_anything_is_learned(world, tmp_path):
     def refused(**sections):
         sections = {"surgery": {"items": FILES}} | sections

@@ -25,6 +25,7 @@ from merge3.tasks.kinds import KINDS
 from merge3.tasks.prompts import Reader, load_tokenizer
 from merge3.tasks.requests import Image, Text
 from tests.classifiers import make_classifier
+from tests.encoders import make_tokenizer
 from tests.live.test_hooks import SMALL, made, random_adapter
 
 TASKS = ("english", "italian")
@@ -417,3 +418,56 @@ def test_an_adapter_moves_and_computes_in_float32():
     assert adapter.changed(z).dtype == torch.float32 and adapter.changed(z).tolist() == [[1 - 12.0] * 6]
     with adapted(torch.nn.Identity(), None):
         pass
+
+
+# -- classifiers whose endpoints answer with heads of their own
+
+
+@pytest.fixture
+def classifiers(tmp_path):
+    """(folder of a base and experts with 3 and 5 labels, items of both tasks)"""
+    rng = np.random.default_rng(0)
+    base = make_classifier(3, seed=0, vocabulary=60)
+    for at, (name, labels) in enumerate((("base", 3), ("a", 3), ("b", 5))):
+        model = make_classifier(labels, seed=at, vocabulary=60)
+        backbone = base.model.state_dict()
+        changed = {key: value + 0.2 * torch.randn_like(value) * (name != "base") for key, value in backbone.items()}
+        model.model.load_state_dict(changed)
+        model.save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    items = []
+    for task, labels in (("a", 3), ("b", 5)):
+        for i in range(20):
+            text = " ".join(f"w{rng.integers(57)}" for _ in range(1 + i % 6))
+            items.append(Item(f"{i}", task, "classify", text, int(rng.integers(labels))))
+    return tmp_path, tuple(items)
+
+
+def test_tasks_of_a_classifier_are_operated_before_their_own_experts_head(classifiers):
+    folder, items = classifiers
+    names = {task: str(folder / task) for task in ("a", "b")}
+    engine = LocalEngine(Pool.open(str(folder / "base"), list(names.values())))
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in names.values()]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(folder / "base"), "models": models}
+    recipe, asked = Recipe.parse(recipe), Registration(items, heads=names)
+    operation = engine.operate(asked, recipe, Surgery(settings_of(steps=400, batch=8), names))
+    adapters = list(operation.steps())[-1].adapters
+    before, after = operation.distances(), operation.distances(adapters)
+    tokenizer = load_tokenizer(folder / "base")
+    for task in names:
+        assert 0 < after[task] < 0.8 * before[task]
+        assert operation.features[task].merged.shape == (20, 16)
+        engine.slot.load(names[task])
+        for row, item in zip(operation.features[task].expert, [item for item in items if item.task == task]):
+            ids = torch.tensor([tokenizer(item.prompt)["input_ids"]])
+            expected = engine.slot.model.model(input_ids=ids).last_hidden_state[0, -1]
+            torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
+    # Answers: the merge's representation, changed, before the task's own head.
+    (found,) = engine.evaluate(asked, [Operated(recipe, adapters)])
+    engine.slot.swap(recipe)
+    for item, response in zip(items, found.answers()):
+        engine.slot.use_head(names[item.task])
+        ids = torch.tensor([tokenizer(item.prompt)["input_ids"]])
+        states = engine.slot.model.model(input_ids=ids).last_hidden_state[0, -1]
+        logits = engine.slot.model.score(adapters[item.task].changed(states))
+        assert response == float(int(logits.argmax()) == item.answer)
