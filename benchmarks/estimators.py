@@ -163,7 +163,7 @@ def gather(config, questions) -> Responses:
     all_items = Registration(tuple(questions.search), space.definition)
     names = [Path(m).name for m in config.models]
     rows = [evaluation.answers() for evaluation in engine.evaluate(all_items, config.models)]
-    genomes = random_genomes(space, RANDOM, 1, config.optimizer.sigma)
+    genomes = random_genomes(space, space.initial(), RANDOM, 1, config.optimizer.sigma)
     for evaluation in engine.evaluate(all_items, genomes):
         names.append(f"random-{evaluation.index}")
         rows.append(evaluation.responses)

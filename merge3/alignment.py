@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import loading
@@ -181,3 +182,20 @@ def check_finite(gram, base: Ref, experts: list[Ref]) -> None:
     for i, ref in enumerate((base, *experts)):
         if not (abs(gram[i][i]) < float("inf")):
             raise CheckpointError(ref.model, f"NaN or infinity in tensor {ref.tensor!r}", "finite weights")
+
+
+def check_task_vectors(pool: Any, name: str) -> None:
+    """Raises CheckpointError naming the first endpoint whose tensor of this name is not finite, base first. pool: whose
+    endpoints are aligned; see Pool."""
+    base = Ref(pool.base, name)
+    if not pool.has(base) or not pool.get(base).is_floating_point() or name in pool.fixed:
+        return
+    experts = [Ref(m, name) for m in list(pool.endpoints)[1:] if pool.has(Ref(m, name))]
+    experts = [e for e in experts if name not in pool.heads.get(e.model, ())][:8]
+    for ref in [e for e in experts if pool.shape(e) != pool.shape(base)]:  # in a tower, with words of its own
+        experts.remove(ref)
+        check_finite([[0.0], [0.0, float((pool.get(ref) * 0).sum())]], base, [ref])
+    if not experts:
+        return
+    pool.statistics.prefetch_gram([(base, tuple(experts))])
+    check_finite(pool.statistics.gram(base, tuple(experts)), base, experts)

@@ -6,9 +6,10 @@ prompts and the space never cross again. Several engines may stand behind this p
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,16 +146,30 @@ class LocalEngine:
         seconds = time.perf_counter() - start
         return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
 
-    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
-        """See Engine."""
+    def fit(
+        self,
+        registration: Registration,
+        fit: Fit,
+        state: State | None = None,
+        told: Callable[[str], None] = lambda line: None,
+        seconds: float = math.inf,
+    ) -> Iterator[FitStep]:
+        """See Engine. seconds: end with the first step that is done later, and say what it can be continued from; what
+        was prepared for a fit is kept for when the same two objects are given again, or until `forget_fit`."""
         with enough_memory(self.pool.device):
-            yield from steps(fit, self._fitting(registration, fit), state)
+            fitting = self._fitting(registration, fit)
+            told(fitting.room.describe())
+            yield from steps(fit, fitting, state, seconds)
+
+    def forget_fit(self) -> None:
+        """Give up what was prepared for a fit: what experts said takes memory."""
+        self._fit = None, None
 
     def _fitting(self, asked: Registration, fit: Fit) -> Fitting:
-        """Prepared once; only the last one is kept, as what experts said takes memory."""
+        """Prepared once; only the last one is kept."""
         known, fitting = self._fit
         if known != (asked, fit):
-            self._fit = None, None  # room before another
+            self.forget_fit()  # room before another
             tasks, folder = self._to_learn(asked, fit.recipe, fit.experts)
             fitting = prepare(self.slot, fit, tasks, folder)
             self._fit = (asked, fit), fitting

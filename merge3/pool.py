@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from merge3.alignment import align, check_finite
+from merge3.alignment import align, check_task_vectors
 from merge3.checkpoint import Checkpoint, TensorInfo
 from merge3.checkpoint.beside import Words
 from merge3.checkpoint.layout import Layout, Ref, layout
@@ -67,6 +67,7 @@ class Pool:
     _ties: Ties = field(init=False, repr=False)
     _residence: Residence = field(init=False, repr=False)
     _limits: tuple[int | None, int] = field(default=(None, 0), repr=False)  # the budget; bytes of host memory to pin
+    _reserved: int = field(default=0, repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -260,7 +261,7 @@ class Pool:
                 if name in checkpoint.tensors:
                     hashes[model][name] = self._hash(Ref(model, name))
                     done += checkpoint.tensors[name].nbytes
-            self._check_finite(name)
+            check_task_vectors(self, name)
             progress(done, total)
         self._hashes = {model: combine_hashes(h) for model, h in hashes.items()}
 
@@ -277,20 +278,6 @@ class Pool:
             self._residence.use(ref)
         return self.endpoints[ref.model].tensor_hash(ref.tensor)
 
-    def _check_finite(self, name: str) -> None:
-        base = Ref(self.base, name)
-        if not self.has(base) or not self.get(base).is_floating_point() or name in self.fixed:
-            return
-        experts = [Ref(m, name) for m in list(self.endpoints)[1:] if self.has(Ref(m, name))]
-        experts = [e for e in experts if name not in self.heads.get(e.model, ())][:8]
-        for ref in [e for e in experts if self.shape(e) != self.shape(base)]:  # in a tower, with words of its own
-            experts.remove(ref)
-            check_finite([[0.0], [0.0, float((self.get(ref) * 0).sum())]], base, [ref])
-        if not experts:
-            return
-        self.statistics.prefetch_gram([(base, tuple(experts))])
-        check_finite(self.statistics.gram(base, tuple(experts)), base, experts)
-
     def _info(self, ref: Ref) -> TensorInfo:
         checkpoint = self.endpoints.get(ref.model)
         if checkpoint is None:
@@ -303,6 +290,13 @@ class Pool:
     def _stored_names(self, model: str) -> list[str]:
         return [name for name in self.endpoints[model].tensors if Ref(model, name) not in self.left_out]
 
+    def reserve(self, size: int) -> None:
+        """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked
+        before. Raises BadInput where what must be there then has no room; without a budget nothing changes."""
+        if self._limits[0] is not None and size != self._reserved:
+            self._reserved = size
+            self._plan()
+
     def _plan(self) -> None:
         """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
 
@@ -314,6 +308,7 @@ class Pool:
             groups.append({ref: self._size(ref) for ref in refs})
         slot = sum(self._size(Ref(self.base, name)) for name in self.base_checkpoint.tensors)
         budget, host = self._limits
+        budget = budget and budget - self._reserved
         self._residence.follow(plan_memory(groups, slot, str(self.device), budget, host))
 
     def _size(self, ref: Ref) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -111,11 +111,18 @@ class Engine(Protocol):
         caller who left, a daemon that is away) is raised.
         """
 
-    def fit(self, registration: Registration, fit: Fit, state: State | None = None) -> Iterator[FitStep]:
+    def fit(
+        self,
+        registration: Registration,
+        fit: Fit,
+        state: State | None = None,
+        told: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[FitStep]:
         """Learn weights from the registration's items; steps come as they are done, after `state`'s.
 
-        Between two steps other subjects may be evaluated. Raises RecipeError or ItemsError for what cannot be learned,
-        FitError where a loss is no number.
+        told: called before the first with what they take of memory, where the models are in this process. Between two
+        steps other subjects may be evaluated. Raises RecipeError or ItemsError for what cannot be learned, FitError
+        where a loss is no number, ResourceError where memory is too short.
         """
 
     def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:

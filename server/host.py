@@ -19,6 +19,8 @@ import torch
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
+from merge3.learn.fit import Fit
+from merge3.learn.fitting import State
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe, Tokenizer
@@ -63,6 +65,7 @@ class Host:
         self._opened: dict[str, LocalEngine] = {}
         self._closed: set[str] = set()  # what still waits for a pool that was closed must not open it again
         self._registrations: OrderedDict[str, tuple[str, Registration]] = OrderedDict()  # items_id -> (pool_id, it)
+        self._fits: dict[str, tuple[str, Fit]] = {}  # pool_id -> (what it is known as, the object the engine knows)
         self._stop: Callable[[], bool] = lambda: False
 
     def open(self, spec: PoolSpec, stop=None, emit=None) -> tuple[PoolInfo, int]:
@@ -75,6 +78,7 @@ class Host:
     def close(self, pool_id: str, stop=None, emit=None) -> None:
         """Forget a pool, its live model and its registrations."""
         self._opened.pop(pool_id, None)
+        self._fits.pop(pool_id, None)
         self._closed.add(pool_id)
         self._registrations = OrderedDict((i, r) for i, r in self._registrations.items() if r[0] != pool_id)
 
@@ -89,6 +93,38 @@ class Host:
         engine = self._engine(spec)
         with self._stopping(stop):
             return next(engine.evaluate(self._registration(registered), [subject]))
+
+    def fit(
+        self,
+        spec: PoolSpec,
+        registered: Registered,
+        known_as: str,
+        fit: Fit,
+        state: State | None,
+        seconds: float,
+        stop=None,
+        emit=None,
+    ) -> State | None:
+        """Steps after `state`'s, each emitted; those of `seconds`, or one. Returns the state after them.
+
+        known_as: the same for the same fit; what is prepared for the last one of a pool is kept, until `forget_fit`.
+        """
+        engine = self._engine(spec)
+        key, known = self._fits.get(spec.pool_id, ("", fit))
+        if key != known_as:
+            known = fit
+            self._fits[spec.pool_id] = known_as, known
+        with self._stopping(stop):
+            for step in engine.fit(self._registration(registered), known, state, log.debug, seconds):
+                emit(step)
+                state = step.state or state
+        return state
+
+    def forget_fit(self, pool_id: str, stop=None, emit=None) -> None:
+        """Give up what was prepared for a fit."""
+        self._fits.pop(pool_id, None)
+        if pool_id in self._opened:
+            self._opened[pool_id].forget_fit()
 
     def export(self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, stop=None, emit=None) -> dict[str, Any]:
         """Write the merged checkpoint; emits (done, total). Returns what merge_to_disk does. Raises Cancelled."""

@@ -21,6 +21,7 @@ from merge3_server.security import Tokens
 log = logging.getLogger("merge3.calls")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 _OPEN = ("/grpc.health.v1.Health/",)  # whoever can reach the port may ask whether it serves
+_MOST = 1000  # bytes of a text in metadata
 _KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -118,7 +119,7 @@ class _Call:
         self._ended(error.code, error)
         trailing = [
             ("x-request-id", self.id),
-            (statuses.ERROR_KEY, statuses.error_to(error, self.id).SerializeToString()),
+            (statuses.ERROR_KEY, statuses.error_to(error, self.id, _MOST).SerializeToString()),
         ]
         if isinstance(error, Busy) and error.retry_after:
             trailing.append(("retry-after-ms", str(round(1000 * error.retry_after))))
@@ -139,4 +140,4 @@ class _Call:
 
 def _printable(text: str) -> str:
     """A status message travels in a header: of bounded length and without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text)[:1000]
+    return statuses.shortened("".join(c if c.isprintable() else " " for c in text), _MOST)

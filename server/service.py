@@ -26,6 +26,7 @@ from merge3_server import streams
 from merge3_server.answers import Answers
 from merge3_server.catalog import Accepted, Catalog, Gathering
 from merge3_server.export import sent_files
+from merge3_server.fit import Fits
 from merge3_server.metrics import Metrics, resident_bytes
 from merge3_server.pools import Pools
 from merge3_server.scheduler import Done, Scheduler
@@ -44,6 +45,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         self.catalog = Catalog(self.limits, lambda name, where: self.pools.roots.file(name, where))
         self.pools = Pools(settings, scheduler, self.catalog)
         self.answers = Answers(self.limits.retention, self.limits.answers)
+        self.fits = Fits(self.pools, scheduler, self.limits)
         self.began = time.monotonic()
         metrics.watch(lambda: scheduler.queued, lambda: len(self.pools.list()))
 
@@ -153,6 +155,18 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                 raise RecipeError("recipe", f"model {str(model)!r} is not in the pool", ", ".join(models))
         return recipe
 
+    # -- learned merges
+
+    async def Fit(self, request, context):
+        """See the proto."""
+        entry = self.pools.get(request.pool_id)
+        accepted = self.catalog.accepted(request.pool_id, request.items_id)
+        recipe = await self._recipe_or_endpoint(request, "recipe", entry.spec.models)
+        asked = self.fits.steps(_driver(context), entry.spec, accepted.registered, recipe, request)
+        async with contextlib.aclosing(asked) as steps:
+            async for step in steps:
+                yield step
+
     # -- checkpoints and text
 
     async def Export(self, request, context):
@@ -210,18 +224,8 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                 if kind == "emitted":
                     yield pb.GenerateResponse(text=value)
 
-    async def _emitting(self, driver: str, call: str, *arguments: Any) -> AsyncIterator[tuple[str, Any]]:
-        """("emitted", value) for what the host emits while it works, then ("result", value)."""
-        loop, emitted = asyncio.get_running_loop(), asyncio.Queue()
-        emit = lambda value: loop.call_soon_threadsafe(emitted.put_nowait, ("emitted", value))
-        task = asyncio.create_task(self.scheduler.run(driver, call, *arguments, emit=emit))
-        task.add_done_callback(lambda _: loop.call_soon(emitted.put_nowait, ("done", None)))
-        try:
-            while (found := await emitted.get())[0] != "done":
-                yield found
-            yield "result", (await task).result
-        finally:
-            task.cancel()
+    def _emitting(self, driver: str, call: str, *arguments: Any) -> AsyncIterator[tuple[str, Any]]:
+        return streams.emitting(lambda emit: self.scheduler.run(driver, call, *arguments, emit=emit))
 
     # -- status
 

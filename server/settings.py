@@ -17,7 +17,8 @@ _POOL_KEYS = ("models", "dtype", "tokenizer_source", "tokenizer")
 @dataclass(frozen=True)
 class Limits:
     """queue, driver_queue: requests waiting, in all and of one driver. items: of one registration. store: bytes
-    of items and item banks remembered. tokens: of one Generate. recipe: characters. pools: open at once.
+    of items and item banks remembered. tokens: of one Generate. recipe: characters. steps, coefficients: of one Fit,
+    whose turns take `turn` seconds or one step. pools: open at once.
     retention, idle: seconds that answers are remembered, and that a pool nobody uses keeps its place."""
 
     queue: int = 1024
@@ -26,6 +27,9 @@ class Limits:
     store: int = 1 << 30
     tokens: int = 1024
     recipe: int = 1_000_000
+    steps: int = 1_000_000
+    coefficients: int = 250_000  # with their moments three megabytes, which leaves room in a message of four
+    turn: float = 1.0
     pools: int = 4
     registrations: int = 256
     retention: float = 600.0

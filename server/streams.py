@@ -1,4 +1,5 @@
-"""Streams of requests: answered as they come, with patience where the queue is full, ended where nothing comes."""
+"""Streams: requests answered as they come, with patience where the queue is full, ended where nothing comes; and what
+a job emits while it works."""
 
 from __future__ import annotations
 
@@ -53,6 +54,20 @@ async def answered(
     finally:
         for task in (reader, *tasks):
             task.cancel()
+
+
+async def emitting(run: Callable[[Callable[[Any], None]], Awaitable[Any]]) -> AsyncIterator[tuple[str, Any]]:
+    """("emitted", value) for what `run(emit)` emits while it works, from whatever thread, then ("result", value)."""
+    loop, emitted = asyncio.get_running_loop(), asyncio.Queue()
+    emit = lambda value: loop.call_soon_threadsafe(emitted.put_nowait, ("emitted", value))
+    task = asyncio.ensure_future(run(emit))
+    task.add_done_callback(lambda _: loop.call_soon(emitted.put_nowait, ("done", None)))
+    try:
+        while (found := await emitted.get())[0] != "done":
+            yield found
+        yield "result", (await task).result
+    finally:
+        task.cancel()
 
 
 async def patiently(run: Callable[[], Awaitable[Any]]) -> Any:

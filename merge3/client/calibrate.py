@@ -79,6 +79,7 @@ def _configured(
     from merge3.search.gathering import gather
     from merge3.search.journal import Journal
     from merge3.search.questions import load_questions
+    from merge3.search.start import started
     from merge3.space import Space
 
     config = load_config(config_file, skip_too_long, task_path)
@@ -96,7 +97,7 @@ def _configured(
         identity = {f"checkpoint {name}": digest for name, digest in engine.info().content_hashes.items()}
         journal.begin({"calibration of": config.hash()} | identity)
         show = lambda done, total: quiet or bar("models answering", done, total)
-        responses = gather(Search(config, questions, engine, space, journal), show)
+        responses = gather(started(Search(config, questions, engine, space, journal)), show)
     return responses, *settings
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client import calibration_commands, evaluation_commands
+from merge3.client import calibration_commands, evaluation_commands, fit_commands
 from merge3.client.options import (
     Ca,
     Certificate,
@@ -28,6 +28,7 @@ from merge3.client.options import (
     TaskPath,
     Threads,
     TokenFile,
+    target_of,
 )
 from merge3.threads import configure
 
@@ -71,7 +72,7 @@ def merge(
     as_json: Json = False,
     quiet: Quiet = False,
 ):
-    """Merge a recipe to a checkpoint on disk."""
+    """Merge a recipe to a checkpoint on disk. Weights that a recipe learns (`fit:`) are fitted first."""
     from merge3.client.options import prefixes
     from merge3.client.terminal import bar, in_few_lines
     from merge3.export import merge_to_disk
@@ -79,6 +80,12 @@ def merge(
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
     asked = Recipe.from_yaml(recipe)
+    if asked.fit:
+        from merge3.checkpoint import check_free
+        from merge3.client.fit import fitted_recipe
+
+        check_free(out)
+        asked = fitted_recipe(recipe, as_json, quiet)
     result = merge_to_disk(
         replace(asked, tower=prefixes(tower)) if tower else asked,
         out,
@@ -126,50 +133,13 @@ def evolve(
     from merge3.client import run
     from merge3.search.config_files import load_config
 
-    target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
+    target = target_of(server, tls_ca, tls_cert, tls_key, token_file) if server else None
     asked = load_config(config, skip_too_long, task_path or (), budget=budget, seed=seed)
     result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget)
     _finish(result, run_dir, as_json)
 
 
-@app.command(epilog="Example: merge3-client fit supermerge.yaml --run-dir runs/fitted")
-def fit(
-    recipe: Annotated[Path, typer.Argument(help="A recipe of a learned method, with `fit:`; see docs/learned.md.")],
-    run_dir: Annotated[Path, typer.Option(help="Where the run lives: fitted.yaml, model, result.json, report.html.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped or killed.")] = False,
-    compare: Annotated[
-        list[Path] | None, typer.Option(help="Another finished run directory, to stand in the table; repeat.")
-    ] = None,
-    device: Device = "cpu",
-    memory_budget: MemoryBudget = None,
-    export: Annotated[bool, typer.Option(help="Write the merged checkpoint.")] = True,
-    strict: Strict = False,
-    server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
-    tls_ca: Ca = None,
-    tls_cert: Certificate = None,
-    tls_key: Key = None,
-    token_file: TokenFile = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-):
-    """Learn a merge's weights from items, by gradient, in this process or on a daemon."""
-    from merge3.client import fit as command
-    from merge3.client.fit_result import print_fit
-
-    target = _target(server, tls_ca, tls_cert, tls_key, token_file) if server else None
-    result = command.fit(
-        recipe, run_dir, resume, as_json, quiet, device, export, target, memory_budget, compare or ()
-    )
-    if result is None:
-        sys.exit(130)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print_fit(result, run_dir)
-
-
-for _command, _example in (*evaluation_commands.COMMANDS, *calibration_commands.COMMANDS):
+for _command, _example in (*fit_commands.COMMANDS, *evaluation_commands.COMMANDS, *calibration_commands.COMMANDS):
     app.command(epilog=f"Example: merge3-client {_example}")(_command)
 
 
@@ -196,7 +166,7 @@ def status(
     """What a daemon holds and does, once."""
     from merge3.client import status as command
 
-    command.show(_target(server, tls_ca, tls_cert, tls_key, token_file), as_json)
+    command.show(target_of(server, tls_ca, tls_cert, tls_key, token_file), as_json)
 
 
 @app.command(epilog="Example: merge3-client watch --server 127.0.0.1:50051 --interval 2")
@@ -212,7 +182,7 @@ def watch(
     """What a daemon does, until Ctrl-C."""
     from merge3.client import status as command
 
-    command.watch(_target(server, tls_ca, tls_cert, tls_key, token_file), interval, as_json)
+    command.watch(target_of(server, tls_ca, tls_cert, tls_key, token_file), interval, as_json)
 
 
 @app.command(epilog="Example: merge3-client demo --seed 1 --run-dir runs/demo")
@@ -315,12 +285,6 @@ def _finish(result: dict | None, directory: Path, as_json: bool) -> None:
     from merge3.client.run import print_result
 
     print_result(result, directory)
-
-
-def _target(server: str, ca: str | None, certificate: Path | None, key: Path | None, token_file: Path | None):
-    from merge3.client.channel import Target
-
-    return Target(server, ca, certificate, key, token_file)
 
 
 def _free(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,26 @@ def say_stopped(file: Path, directory: Path) -> None:
     """How a run that was interrupted goes on."""
     line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
     print(line, file=sys.stderr)
+
+
+def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Recipe:
+    """What a recipe with `fit:` is fitted to, where nothing else of the run is wanted."""
+    recipe = Recipe.from_yaml(file)
+    check_learned(recipe, str(file))
+    if recipe.surgery:
+        found = f"`surgery:` in a recipe of {recipe.method}, to be fitted too"
+        raise RecipeError(f"{file}: surgery", found, "a recipe without", "`merge3-client fit RECIPE`")
+    if Fit(recipe).method.survivors:
+        expected = "`merge3-client fit`, whose run directory keeps them"
+        raise RecipeError(f"{file}: merge_method", f"{recipe.method} makes experts of its own", expected)
+    settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
+    taught = load_items(recipe, settings, f"{file}: fit")
+    check_possible(recipe, taught, None, f"{file}: fit")
+    with tempfile.TemporaryDirectory(prefix="merge3-fit-") as folder:
+        files = FitFiles(Path(folder), resume=False)
+        outcome = fitted_host(Run(recipe, taught, files, "cpu", None, None, quiet, as_json, lambda: False))
+        with closing(outcome.engine):
+            return outcome.recipe
 
 
 def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where: str) -> None:
@@ -197,7 +218,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
         return Outcome(files.latest(), history, engine, taught, steps, steps * each)
     fitted = None
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
-        for step in engine.fit(asked, what, state):
+        told = lambda line: run.quiet or print(line, file=sys.stderr)
+        for step in engine.fit(asked, what, state, told):
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
             if step.number == steps or (every and step.number % every == 0):
                 line["heldout"] = measure(engine, held, step.recipe)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from merge3.client.fit import Outcome, Run, begin, learned
 from merge3.client.fit_files import FitFiles
@@ -33,7 +35,8 @@ def fit_groups(run: Run) -> Outcome | None:
     lender = Pool.open(models[0], models[1:], tokenizer=recipe.tokenizer, tower=recipe.tower)  # reads no weights
     inside: dict[str, Weights | None] = {expert: None for expert in models}
     places = {expert: expert for expert in models}
-    made: list[Outcome] = []
+    steps = asked = 0
+    history: list[dict[str, Any]] = []
     for node in grouping.inner():
         names = ", ".join(Path(part.name).name for part in node.parts)
         if not run.quiet:
@@ -43,14 +46,15 @@ def fit_groups(run: Run) -> Outcome | None:
             return None
         outcome, weights, places[node.name] = found
         inside[node.name] = composed(inside, weights)
-        made.append(outcome)
+        steps, asked, history = steps + outcome.steps, asked + outcome.asked, outcome.history
+        del outcome, found  # they hold the group's models
+        gc.collect()
     result = merged_with(recipe, inside[grouping.name])
     budget = None
     if run.memory_budget is None:
         copy = sum(info.nbytes for info in lender.base_checkpoint.tensors.values())
         budget = str(copy * (2 + max(len(node.parts) for node in grouping.inner())))
-    steps, asked = sum(outcome.steps for outcome in made), sum(outcome.asked for outcome in made)
-    return Outcome(result, made[-1].history, run.open(recipe, budget), run.taught, steps, asked)
+    return Outcome(result, history, run.open(recipe, budget), run.taught, steps, asked)
 
 
 def _merge_group(

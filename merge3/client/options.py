@@ -20,6 +20,13 @@ def _strict(on: bool) -> bool:
     return on
 
 
+def target_of(server: str, ca: str | None, certificate: Path | None, key: Path | None, token_file: Path | None):
+    """A daemon, as channel.Target."""
+    from merge3.client.channel import Target
+
+    return Target(server, ca, certificate, key, token_file)
+
+
 def prefixes(pairs: Iterable[str]) -> dict[str, str]:
     """`--tower FROM=TO ..` as FROM -> TO. Raises BadInput for what is no such pair, and a FROM that occurs twice."""
     from merge3.errors import BadInput

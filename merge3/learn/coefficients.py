@@ -26,10 +26,11 @@ class Bound(NamedTuple):
     open: bool = False  # whether low and high themselves are out of reach
 
 
+_LARGEST = torch.finfo(torch.float32).max
 BOUNDS: dict[str, Bound] = {
     "tanh": Bound(torch.tanh, math.atanh, -1.0, 1.0, open=True),
     "clamp": Bound(lambda raw: raw.clamp(0.0, 1.0), float, 0.0, 1.0),
-    "none": Bound(lambda raw: raw, float, -math.inf, math.inf),
+    "none": Bound(lambda raw: raw, float, -_LARGEST, _LARGEST),
 }
 
 

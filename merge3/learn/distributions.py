@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from merge3.errors import ItemsError
-from merge3.tasks.forward import logits_at, right_padded
+from merge3.tasks.forward import logits_at, right_padded, without_cache
 from merge3.tasks.items import Item, place
 from merge3.tasks.requests import Choices, Image, Start, Text
 from merge3.tasks.seq2seq import is_pair, start_token
@@ -72,7 +72,8 @@ def log_probabilities(model, asked: Sequence[Asked], pad: int = 0) -> list[torch
     """Of each item: float32 [places, vocabulary], [1, choices] or [1, labels]; one forward pass."""
     device = next(model.parameters()).device
     if asked[0].head is not None:
-        return list(model(**before_head(asked, pad, device)).logits.float().log_softmax(-1)[:, None])
+        inputs = before_head(asked, pad, device)
+        return list(model(**inputs, **without_cache(model)).logits.float().log_softmax(-1)[:, None])
     rows = [(one.prompt, answer) for one in asked for answer in one.answers]
     logits = iter(_logits(model, rows, pad, device))
     found = []
@@ -130,7 +131,7 @@ def _logits(model, rows: Sequence[tuple[Tokens, Tokens]], pad: int, device) -> l
     places = []
     for row, (first, count) in enumerate(zip(firsts, counts)):
         places += range(row * width + first, row * width + first + count)
-    logits = logits_at(model, torch.tensor(places, device=device), use_cache=False, **inputs)
+    logits = logits_at(model, torch.tensor(places, device=device), **without_cache(model), **inputs)
     return list(logits.split(counts))
 
 

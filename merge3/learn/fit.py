@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from merge3.learn.coefficients import Coefficients
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn, lessons
 from merge3.learn.losses import LOSSES
+from merge3.learn.room import make_room
 from merge3.learn.settings import FitSettings, read_fit
 from merge3.learn.weighted import Weighted, check_refs
 from merge3.live.slot import Slot
@@ -123,18 +125,22 @@ def fitted(fit: Fit, fitting: Fitting, weights: torch.Tensor) -> Recipe:
     return merged_with(fit.recipe, named)
 
 
-def steps(fit: Fit, fitting: Fitting, state: State | None = None) -> Iterator[FitStep]:
-    """The steps after `state`'s. Those that are measured, the last, and one every SAVED seconds bring along what is
-    learned so far."""
-    settings, saved = fitting.settings, time.monotonic()
-    every = settings.measured_every
+def steps(fit: Fit, fitting: Fitting, state: State | None = None, seconds: float = math.inf) -> Iterator[FitStep]:
+    """The steps after `state`'s, up to the first that ends after so many seconds. Those that are measured, the last
+    ones, and one every SAVED seconds bring along what is learned so far."""
+    settings, began = fitting.settings, time.monotonic()
+    every, saved = settings.measured_every, began
     for step in fitting.steps(state):
-        marked = step.number == settings.steps or (every > 0 and step.number % every == 0)
-        if not marked and time.monotonic() < saved + SAVED:
+        now = time.monotonic()
+        last = step.number == settings.steps or now >= began + seconds
+        marked = last or (every > 0 and step.number % every == 0)
+        if not marked and now < saved + SAVED:
             yield FitStep(step.number, step.loss, step.losses)
             continue
-        saved = time.monotonic()
+        saved = now
         yield FitStep(step.number, step.loss, step.losses, step.state, fitted(fit, fitting, step.weights))
+        if last:
+            return
 
 
 def prepare(
@@ -142,7 +148,8 @@ def prepare(
 ) -> Fitting:
     """A fit over a live model, its items tokenised and its experts asked. folder: of the tokenizer.
 
-    Raises RecipeError, ItemsError or LogitsError for what cannot be learned. Overwrites the live model.
+    batch_tokens: padded tokens of a forward pass, at most. Overwrites the live model. Raises RecipeError, ItemsError or
+    LogitsError for what cannot be learned, ResourceError or BadInput where memory is too short.
     """
     check_learned(fit.recipe, "recipe")
     method, settings, loss = fit.method, fit.settings, LOSSES[fit.method.loss]
@@ -160,4 +167,5 @@ def prepare(
     if not tasks:
         raise RecipeError("fit: items", f"none, and {method.name} learns from items", "files of items")
     taught = lessons(slot, tasks, loss, folder, settings.over, batch_tokens)
-    return Fitting(weighted, coefficients, taught, loss, settings, batch_tokens=batch_tokens)
+    room = make_room(weighted, [one for lesson in taught for one in lesson.asked], batch_tokens)
+    return Fitting(weighted, coefficients, taught, loss, settings, room)

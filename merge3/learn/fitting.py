@@ -19,6 +19,7 @@ from merge3.errors import BadInput
 from merge3.learn.coefficients import Coefficients
 from merge3.learn.distributions import Asked, batches, log_probabilities
 from merge3.learn.losses import Loss, Target
+from merge3.learn.room import Room
 from merge3.learn.settings import FitSettings
 from merge3.learn.weighted import Weighted
 from merge3.tasks.items import place
@@ -74,9 +75,9 @@ class _Question(NamedTuple):
 
 @dataclass
 class Fitting:
-    """A fit over a live model. batch_tokens: padded tokens of a forward pass.
+    """A fit over a live model.
 
-    for step in Fitting(weighted, coefficients, lessons, LOSSES["entropy"], settings).steps(): ...
+    for step in Fitting(weighted, coefficients, lessons, LOSSES["entropy"], settings, room).steps(): ...
     """
 
     weighted: Weighted
@@ -84,15 +85,22 @@ class Fitting:
     lessons: Sequence[Lesson]
     loss: Loss
     settings: FitSettings
+    room: Room
     pad: int = 0
-    batch_tokens: int = 4096
+
+    def __post_init__(self):
+        self._start = self.coefficients.raw.detach().clone()
 
     def steps(self, state: State | None = None) -> Iterator[Step]:
-        """Steps after `state`'s. Raises FitError naming the step and an item where a loss is no number."""
+        """Steps after `state`'s; without one from the start, whatever was fitted before. Raises FitError naming the
+        step and an item where a loss is no number."""
         raw = self.coefficients.raw
         optimizer = torch.optim.Adam([raw], lr=self.settings.learning_rate, foreach=False)
         first = 0
-        if state is not None:
+        if state is None:
+            with torch.no_grad():
+                raw.copy_(self._start)
+        else:
             first = self._restore(optimizer, state)
         for number in range(first + 1, self.settings.steps + 1):
             weights = self.coefficients.weights()
@@ -113,12 +121,12 @@ class Fitting:
         """Task -> its loss; the gradient of their mean is left in `weighted`. Tasks that one head answers share
         forward passes: the fewer there are, the fewer gradients become numbers."""
         losses = dict.fromkeys((lesson.task for lesson in self.lessons), 0.0)
-        with self.weighted.gradients():
+        with self.weighted.gradients(), self.room.kept(self.weighted.slot.model):
             for head, questions in self._drawn(number).items():
                 self.weighted.slot.use_head(head)
                 asked = [question.asked for question in questions]
                 order = sorted(range(len(asked)), key=lambda at: asked[at].width)
-                for batch in batches(order, asked, self.batch_tokens):
+                for batch in batches(order, asked, self.room.batch_tokens):
                     own = [questions[at] for at in batch]
                     for question, loss in zip(own, self._learn(number, own)):
                         losses[question.task] += loss * question.share

@@ -13,6 +13,8 @@ from merge3.learn.coefficients import BOUNDS, LEVELS, check_start
 from merge3.methods.learned import Learned
 from merge3.recipe import nearest
 
+MOST_RATE = 1e6  # steps of Adam are numbers of float32
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +68,7 @@ class FitSettings(_Learning):
     share of task vectors that adamerging++ keeps."""
 
     steps: int | None = Field(None, ge=1)
-    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(None, gt=0, le=MOST_RATE)
     level: Literal[tuple(LEVELS)] = "tensor"
     bound: Literal[tuple(BOUNDS)] | None = None
     start: float | None = Field(None, allow_inf_nan=False)
@@ -108,7 +110,7 @@ class SurgerySettings(_Learning):
 
     rank: int = Field(16, ge=1)
     steps: int = Field(1000, ge=1)
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(1e-3, gt=0, le=MOST_RATE)
     batch: int = Field(16, ge=1)
     over: Literal["answer", "next"] = "answer"
 

@@ -66,7 +66,7 @@ def methods() -> list[Method]:
                     help="share of elements, by variance, merged",
                     gene=Gene(0.05, 1.0, start=1.0, steps=256),
                 ),
-                "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
+                "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing", idle=True),
             },
             _sce,
             prefetch=_prefetch_sce,

@@ -51,7 +51,8 @@ WEIGHT_OF_MODEL = Gene(-0.5, 2.0, equal_share, weighs=True)  # of every method t
 
 class Parameter(NamedTuple):
     """scope: `shared` (one value per tensor), `expert` (one per non-base source), `source` (per source).
-    low, high: inclusive bounds; open_low excludes low itself. gene: None where no search varies it."""
+    low, high: inclusive bounds; open_low excludes low itself. gene: None where no search varies it. idle: accepted, and
+    changes nothing."""
 
     kind: type
     scope: str
@@ -61,6 +62,7 @@ class Parameter(NamedTuple):
     open_low: bool = False
     help: str = ""
     gene: Gene | None = None
+    idle: bool = False
 
 
 class ByHand(NamedTuple):
@@ -183,6 +185,7 @@ class Method:
     searched: the parameters that a search varies unless told otherwise. prefetch_search: parameter -> as prefetch,
     but for every value that a search can give this parameter. by_hand: name -> a merge that searches are measured
     against. evolve_normalizes: the preset `evolve` sets `normalize`, as mergekit-evolve does for this method.
+    like: another method -> the parameters that mean the same there, so that a search can begin at its recipes.
 
     derive(job, tensors): for methods that first make one expert of all, see derived.py. A pure function of a job and
     its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
@@ -203,6 +206,7 @@ class Method:
     prefetch_search: dict[str, Callable[[list[Job], Statistics], None]] = field(default_factory=dict)
     by_hand: dict[str, ByHand] = field(default_factory=dict)
     evolve_normalizes: bool = False
+    like: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
     deriving: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Learned merges: task arithmetic whose weights are fitted to items by gradient, a row each.
 
-A row says what is learned from and how; nothing here computes. The result is an ordinary task_arithmetic recipe with a
-weight for every tensor, which mergekit merges too.
+A row says what is learned from and how; nothing here computes. The result is an ordinary recipe with a weight for every
+tensor, which mergekit merges too.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from merge3.errors import RecipeError
+from merge3.methods.task_arithmetic import PLAIN_SUM
 
-RESULT = "task_arithmetic"  # the method of the recipe that a fit ends in
+RESULT = PLAIN_SUM  # the method of the recipe that a fit ends in
 
 
 @dataclass(frozen=True)

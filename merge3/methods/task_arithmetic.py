@@ -26,6 +26,7 @@ from merge3.kernels import (
 from merge3.methods.base import WEIGHT_OF_MODEL, ByHand, Fused, Gene, Job, Method, Parameter, equal_share, neutral
 from merge3.statistics import Statistics
 
+PLAIN_SUM = "task_arithmetic"  # the member of the family that sparsifies, elects and normalizes nothing
 _TINY = 1e-7  # L1 norms below this are not rescaled
 _DENSITY = Gene(0.05, 1.0, start=0.5, steps=256, folded=True)
 _LAMBDA = Gene(0.0, 2.0, start=1.0)
@@ -34,7 +35,7 @@ _EPSILON = Gene(0.01, 0.2, start=0.1)
 
 #          name                sparsify     elect   normalize rescale  reference
 FAMILY = {
-    "task_arithmetic": ("all", "none", False, False, "https://arxiv.org/abs/2212.04089"),
+    PLAIN_SUM: ("all", "none", False, False, "https://arxiv.org/abs/2212.04089"),
     "ties": ("magnitude", "sum", True, False, "https://arxiv.org/abs/2306.01708"),
     "dare_linear": ("random", "none", False, True, "https://arxiv.org/abs/2311.03099"),
     "dare_ties": ("random", "sum", False, True, "https://arxiv.org/abs/2311.03099"),
@@ -61,6 +62,8 @@ _BY_HAND = {
     "dare_ties": {"dare_ties": ByHand({"weight": equal_share}, {"density": 0.5})},
 }
 _EVOLVE_NORMALIZES = ("ties", "dare_ties")
+# What the others make of the method that drops nothing: the same sum, of what they keep.
+_LIKE = {"task_arithmetic": ("weight", "lambda", "normalize")}
 
 
 def methods() -> list[Method]:
@@ -69,13 +72,15 @@ def methods() -> list[Method]:
 
 
 def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool, reference: str) -> Method:
+    whole = sparsify == "all"  # nothing is dropped: there is nothing to make up for either
+    kept = "share of a task vector that is kept"
     parameters = {
         "weight": Parameter(float, "expert", help="scale of an expert's task vector", gene=WEIGHT_OF_MODEL),
-        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help="share of a task vector that is kept", gene=_DENSITY),
+        "density": Parameter(float, "expert", 1.0, 0.0, 1.0, help=kept, gene=_DENSITY, idle=whole),
         "lambda": Parameter(float, "shared", 1.0, help="scale of the merged task vector", gene=_LAMBDA),
         "normalize": Parameter(bool, "shared", normalize, help="divide by the sum of weights"),
-        "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)"),
-        "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing"),
+        "rescale": Parameter(bool, "shared", rescale, help="make up for what was dropped (L1 norm)", idle=whole),
+        "int8_mask": Parameter(bool, "shared", False, help="accepted; changes nothing", idle=True),
     }
     if sparsify == "band":
         dropped = "share of the largest that is dropped"
@@ -92,10 +97,11 @@ def _method(name: str, sparsify: str, elect: str, normalize: bool, rescale: bool
         partial(_step, sparsify=sparsify, elect=elect),
         prefetch=partial(_prefetch, sparsify=sparsify),
         stochastic=sparsify in ("random", "ranked"),
-        searched=("weight",) if sparsify == "all" else ("weight", "density"),
+        searched=("weight",) if whole else ("weight", "density"),
         prefetch_search={"density": _prefetch_densities} if sparsify == "magnitude" else {},
         by_hand=_BY_HAND.get(name, {}),
         evolve_normalizes=name in _EVOLVE_NORMALIZES,
+        like={} if whole else _LIKE,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,18 +125,22 @@ class Recipe:
     def located(self, folder: Path) -> Recipe:
         """The recipe with absolute paths for models that lie beside it, in `folder`, and not where the process runs."""
 
-        def find(ref: ModelRef | None) -> ModelRef | None:
-            if ref is None:
-                return None
+        def find(ref: ModelRef) -> ModelRef:
             beside = not Path(ref.path).expanduser().exists() and (folder / ref.path).exists()
-            return replace(ref, path=str((folder / ref.path).resolve()) if beside else ref.path, lora=find(ref.lora))
+            path = str((folder / ref.path).resolve()) if beside else ref.path
+            return replace(ref, path=path, lora=ref.lora and find(ref.lora))
 
+        return self.renamed(find)
+
+    def renamed(self, name: Callable[[ModelRef], ModelRef]) -> Recipe:
+        """The same with other names for models."""
         slices = []
         for part in self.slices:
-            sources = tuple(replace(s, model=find(s.model)) for s in part.sources)
-            slices.append(replace(part, base_model=find(part.base_model), sources=sources))
-        tokenizer = self.tokenizer and self.tokenizer.renamed(lambda model: str(find(ModelRef.parse(model))))
-        return replace(self, slices=tuple(slices), base_model=find(self.base_model), tokenizer=tokenizer)
+            sources = tuple(replace(s, model=name(s.model)) for s in part.sources)
+            slices.append(replace(part, base_model=part.base_model and name(part.base_model), sources=sources))
+        tokenizer = self.tokenizer and self.tokenizer.renamed(lambda model: str(name(ModelRef.parse(model))))
+        base = self.base_model and name(self.base_model)
+        return replace(self, slices=tuple(slices), base_model=base, tokenizer=tokenizer)
 
     @staticmethod
     def parse(data: Any, where: str = "recipe") -> Recipe:

@@ -177,6 +177,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         device=info.device,
         warnings=info.warnings,
         notes=info.notes,
+        own_heads=info.own_heads,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -186,9 +187,9 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     """where: the daemon's address, which becomes the pool's host."""
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
-    hashes, kept = dict(m.content_hashes), dict(m.kept)
-    said = tuple(m.warnings), tuple(m.notes)
-    return PoolInfo(tuple(m.models), hashes, m.parameters, kept, m.device, layout, where, *said)
+    hashes = {model: m.content_hashes[model] for model in m.models}  # base first: maps have no order on the wire
+    said = tuple(m.warnings), tuple(m.notes), m.own_heads
+    return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said)
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:

@@ -18,17 +18,26 @@ def _register(kind: type[errors.Merge3Error]) -> None:
         _register(child)
 
 
-def error_to(error: errors.Merge3Error, request_id: str = "") -> pb.Error:
-    """The message that trailing metadata (under ERROR_KEY) and evaluations carry."""
+def error_to(error: errors.Merge3Error, request_id: str = "", most: int | None = None) -> pb.Error:
+    """The message that trailing metadata (under ERROR_KEY) and evaluations carry. most: bytes of each text; metadata of
+    more than eight kilobytes in all does not arrive."""
     return pb.Error(
         reason=error.reason,
-        where=error.where,
-        found=error.found,
-        expected=error.expected,
-        hint=error.hint,
+        where=shortened(error.where, most),
+        found=shortened(error.found, most),
+        expected=shortened(error.expected, most),
+        hint=shortened(error.hint, most),
         retry_after_ms=round(1000 * getattr(error, "retry_after", 0)),
         request_id=request_id,
     )
+
+
+def shortened(text: str, most: int | None) -> str:
+    """Its beginning, in so many bytes of UTF-8; a request may hold any text, and an error tells what it found."""
+    data = text.encode(errors="replace")  # JSON may name halves of characters
+    if most is None or len(data) <= most:
+        return data.decode()
+    return data[: most - 3].decode(errors="ignore") + "..."
 
 
 def error_of(message: pb.Error) -> errors.Merge3Error:

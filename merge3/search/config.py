@@ -128,7 +128,7 @@ class EvolveConfig(Section):
     race: RaceSettings = RaceSettings()
     heldout: Heldout = Heldout()
     objective: Literal[tuple(OBJECTIVES)] = ACCURACY
-    random_init: bool = False
+    random_init: bool = False  # instead of the uniform merge or `genome.start`
     # mergekit-evolve's lm-eval settings, of every task that has none of its own. limit: of each task's search items,
     # the first or (shuffle) random ones. task_path: folders of lm-eval tasks beside lm-eval's own.
     apply_chat_template: bool = False
@@ -145,6 +145,12 @@ class EvolveConfig(Section):
         if isinstance(data, dict) and isinstance(data.get("task_path"), str):
             return data | {"task_path": [data["task_path"]]}
         return data
+
+    @model_validator(mode="after")
+    def _one_start(self):
+        if self.random_init and self.genome.start is not None:
+            raise ValueError(f"random_init: true beside genome.start ({self.genome.start}): expected one of them")
+        return self
 
     @model_validator(mode="after")
     def _no_fewshot(self):
@@ -175,7 +181,9 @@ class EvolveConfig(Section):
         data["genome"] |= {"tokenizer_source": None, "tokenizer": None}
         if tokenizer := self.genome.recipe_tokenizer():
             data["genome"] |= tokenizer.renamed(lambda model: place.get(model, model)).to_dict()
-        for key in ("tokenizer", "chat_template", "tower"):  # as above
+        if self.genome.start is not None:
+            data["genome"]["start"] = _content(Path(self.genome.start))
+        for key in ("tokenizer", "chat_template", "tower", "start"):  # as above
             if not data["genome"][key]:
                 del data["genome"][key]
         del data["task_path"]

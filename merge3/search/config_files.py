@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from merge3.errors import ConfigError
-from merge3.recipe import load_yaml, nearest
+from merge3.recipe import Recipe, load_yaml, nearest
 from merge3.search.config import EvolveConfig, Task
 
 
@@ -42,11 +42,14 @@ def load_config(
 def _resolved(config: EvolveConfig, path: Path, skip_too_long: bool, task_path: Sequence[str]) -> EvolveConfig:
     data, folder = config.model_dump(), path.parent
     genome = data["genome"]
-    genome["models"] = [_model_path(m, folder) for m in genome["models"]]
+    genome["models"] = [model_path(m, folder) for m in genome["models"]]
     if genome["base_model"]:
-        genome["base_model"] = _model_path(genome["base_model"], folder)
+        genome["base_model"] = model_path(genome["base_model"], folder)
+    if genome["start"] is not None:
+        genome["start"] = str((folder / Path(genome["start"]).expanduser()).resolve())
+        Recipe.from_yaml(genome["start"])  # what is no recipe is found before any model is opened
     if tokenizer := config.genome.recipe_tokenizer():
-        tokenizer = tokenizer.renamed(lambda model: _model_path(model, folder))
+        tokenizer = tokenizer.renamed(lambda model: model_path(model, folder))
         named = [genome["base_model"]] if genome["base_model"] else []
         tokenizer.check_models(dict.fromkeys([*named, *genome["models"]]), f"{path}: genome.")
         genome |= {"tokenizer_source": None, "tokenizer": None} | tokenizer.to_dict()
@@ -55,7 +58,7 @@ def _resolved(config: EvolveConfig, path: Path, skip_too_long: bool, task_path: 
         if task["items"] is not None:
             task["items"] = str((folder / task["items"]).resolve())
         if task["head"]:
-            task["head"] = _model_path(task["head"], folder)
+            task["head"] = model_path(task["head"], folder)
         if skip_too_long and task["too_long"] == "error":
             task["too_long"] = "skip"
     if data["estimate"]["calibration"] != "auto":
@@ -63,7 +66,7 @@ def _resolved(config: EvolveConfig, path: Path, skip_too_long: bool, task_path: 
     return EvolveConfig.model_validate(data)
 
 
-def _model_path(model: str, folder: Path) -> str:
+def model_path(model: str, folder: Path) -> str:
     """Local paths become absolute, hub ids stay; each side of `model+adapter` by itself."""
     parts = []
     for part in model.split("+"):

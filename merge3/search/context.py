@@ -38,7 +38,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Search:
-    """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all)."""
+    """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).
+    start: the genome that `genome.start` comes to, see start.py; None for the space's own."""
 
     config: EvolveConfig
     questions: Questions
@@ -47,6 +48,12 @@ class Search:
     journal: Journal
     report: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
+    start: np.ndarray | None = None
+
+    @property
+    def initial(self) -> np.ndarray:
+        """The genome that a search without random_init begins at."""
+        return self.space.initial() if self.start is None else self.start
 
     @property
     def weights(self) -> Mapping[str, float]:

@@ -40,9 +40,8 @@ def gather(search: Search, report: Callable[[int, int], None]) -> Responses | No
     """
     settings, items = search.config.estimate, search.questions.search
     models = search.config.models
-    genomes = random_genomes(
-        search.space, settings.models, search.seed("calibration merges"), search.config.optimizer.sigma
-    )
+    seed, sigma = search.seed("calibration merges"), search.config.optimizer.sigma
+    genomes = random_genomes(search.space, search.initial, settings.models, seed, sigma)
     subjects = [*((name, name) for name in models), *((f"random-{i}", genome) for i, genome in enumerate(genomes))]
     names, rows = [], []
     rng = np.random.default_rng(search.seed("calibration items"))
@@ -67,13 +66,12 @@ def gather(search: Search, report: Callable[[int, int], None]) -> Responses | No
     return Responses(tuple(names), tuple(map(item_key, items)), np.array(rows))
 
 
-def random_genomes(space: Space, count: int, seed: int, sigma: float) -> list[np.ndarray]:
-    """Merges around the search's start, up to two and a half of its steps away: the abilities that a
+def random_genomes(space: Space, start: np.ndarray, count: int, seed: int, sigma: float) -> list[np.ndarray]:
+    """Merges around the search's start [size], up to two and a half of its steps away: the abilities that a
     search will meet, not those of merges that collapse."""
     low, high = space.bounds()
     span = np.where(np.isfinite(high - low), high - low, 1.0)
     rng = np.random.default_rng(seed)
-    start = space.initial()
     genomes = []
     for _ in range(count):
         step = rng.normal(size=len(start)) * span * sigma * rng.uniform(0, 2.5)

@@ -22,7 +22,10 @@ class Section(BaseModel):
 
 
 class Genome(Section):
-    """What to search over; names as in mergekit-evolve, then ours (space, preset, genes, bounds, dtype, tower)."""
+    """What to search over; names as in mergekit-evolve, then ours (from `space` on).
+
+    start: a recipe, where a search begins instead of at the uniform merge.
+    """
 
     models: tuple[str, ...] = Field(min_length=1)
     merge_method: str
@@ -41,6 +44,7 @@ class Genome(Section):
     bounds: dict[str, tuple[float, float]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tower: dict[str, str] = {}
+    start: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib import metadata
 
@@ -27,6 +28,8 @@ def identity(search: Search) -> dict[str, str]:
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }
+    if search.start is not None:  # a resumed run reads it here
+        found["start"] = json.dumps(search.start.tolist())
     if questions.judges:  # what answers are worth is lm-eval's to say
         found["lm-eval"] = metadata.version("lm_eval")
     for place, name in enumerate(info.endpoints):

@@ -99,7 +99,7 @@ class Journal:
 
         Raises ResumeMismatch naming the first entry of `identity` that differs.
         """
-        stored = dict(self._db.execute("SELECT key, value FROM run"))
+        stored = self.identity()
         begun = self.count() > 0 or self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0] > 0
         if not begun:  # one that ended before anything was asked leaves nothing to keep
             with self._db:
@@ -115,6 +115,10 @@ class Journal:
                     "start another run directory",
                 )
         return self.count() > 0
+
+    def identity(self) -> dict[str, str]:
+        """What `begin` was told when the run began; empty in a new directory."""
+        return dict(self._db.execute("SELECT key, value FROM run"))
 
     def append(self, c: Candidate) -> None:
         """Commit one candidate."""

@@ -32,7 +32,9 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
     told = _Told(search, Progress(budget=budget, item_answers=asking.answers, full_answers=full))
     generation = 0
     while told.progress.done < budget:
-        genomes = _asked(optimizer, budget - told.progress.done)
+        genomes = asked = _asked(optimizer, budget - told.progress.done)
+        if generation == 0 and search.start is not None:  # as it was given, whatever the optimizer makes of it
+            genomes = [search.start, *asked[1:]]
         answered = search.journal.generation(generation)
         _check_replay(search.journal, answered, genomes, generation)
         for position in sorted(answered):
@@ -49,7 +51,7 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
                     return None
         fitness = _fitness(generation, answered, len(genomes))
         told.progress.mean = float(np.mean([f for f in fitness if not math.isnan(f)]))
-        optimizer.tell(genomes, fitness, [answered[p].stderr for p in range(len(genomes))])
+        optimizer.tell(asked, fitness, [answered[p].stderr for p in range(len(genomes))])
         generation += 1
         if told.progress.done < budget and due(asking, generation, genomes, answered):
             renew(asking)
@@ -58,15 +60,15 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
 
 
 def make_optimizer(search: Search) -> optimizers.Optimizer:
-    """The configuration's, at the space's start (a random one with random_init)."""
+    """The configuration's, at the search's start (a random one with random_init)."""
     settings, (low, high) = search.config.optimizer, search.space.bounds()
-    start = search.space.initial()
+    start = search.initial
     if search.config.random_init:
         lowest, highest = np.where(np.isfinite(low), low, 0), np.where(np.isfinite(high), high, 1)
         start = np.random.default_rng(search.seed("start")).uniform(lowest, highest)
     assisted = search.questions.policy.subset if settings.surrogate == "auto" else settings.surrogate
-    seed = search.seed("optimizer")
-    return optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, seed, assisted)
+    seed, given = search.seed("optimizer"), search.start is not None
+    return optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, seed, assisted, given)
 
 
 def _asked(optimizer: optimizers.Optimizer, left: int) -> list[np.ndarray]:

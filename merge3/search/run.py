@@ -23,6 +23,7 @@ from merge3.search.optimizers import Optimizer
 from merge3.search.policy import Policy
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
+from merge3.search.start import started
 from merge3.space import Space
 
 
@@ -81,6 +82,7 @@ def run(
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
     engine.check(space.uniform_recipe())
+    search = started(search)
     baselines = possible_baselines(search)
     if journal.begin(identity(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")

@@ -46,6 +46,10 @@ class Space(Protocol):
     def genome(self, recipe: Recipe) -> np.ndarray:
         """The genome of a recipe this space made: the inverse of `recipe`, exact to the last bit."""
 
+    def project(self, recipe: Recipe, where: str = "recipe") -> np.ndarray:
+        """The genome whose recipe is nearest to any recipe of these models, as far as bounds let it; see projection.py.
+        where: what messages call the recipe. Raises ConfigError naming what no genome of this space can be near to."""
+
     def uniform_recipe(self) -> Recipe:
         """The recipe of `initial`."""
 

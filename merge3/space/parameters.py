@@ -17,7 +17,7 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError
 from merge3.methods import Method, method_named
 from merge3.recipe import ModelRef, Recipe, Slice, Source
-from merge3.space import settings
+from merge3.space import projection, settings
 from merge3.space.definition import SpaceDefinition
 from merge3.space.presets import PRESETS, Preset
 
@@ -26,7 +26,8 @@ Values = dict[str, np.ndarray]  # by gene: of every model [groups, models, filte
 
 class ParameterSpace:
     """See merge3.space.Space. own: genes of every model; shared: genes of all; ranges: [first, last) of each run of
-    layers; outside: whether embedding, and norm and head, are groups; shape: of the genome's first part."""
+    layers; outside: whether embedding, and norm and head, are groups; whole: whether recipes have one slice, of all
+    layers; shape: of the genome's first part."""
 
     def __init__(self, definition: SpaceDefinition, layout: Layout):
         self.definition, self.layout = definition, layout
@@ -41,6 +42,7 @@ class ParameterSpace:
         self.shared = tuple(g for g in self.genes if self.method.parameters[g].scope == "shared")
         self.ranges = _layer_ranges(layout.layers, definition.layer_granularity, self.preset)
         self.outside = self.preset.outside and len(self.ranges) > 1 and not definition.smooth
+        self.whole = definition.smooth or len(self.ranges) == 1
         self.groups = len(self.ranges) + (2 if self.outside else 0)
         self.sets = len(definition.filters) + 1
         self.shape = (self.groups, len(definition.models), self.sets, len(self.own))
@@ -68,8 +70,8 @@ class ParameterSpace:
 
     def recipe(self, genome: Sequence[float]) -> Recipe:
         """The recipe of a genome. Raises ConfigError on a wrong length or a value that is not finite."""
-        own, shared = self._decoded(self._checked(genome))
-        if self.definition.smooth or len(self.ranges) == 1:
+        own, shared = self.decoded(self._checked(genome))
+        if self.whole:
             slices, parameters = (self._whole(own),), self._of_all_layers(shared)
         else:
             slices, parameters = tuple(self._slice(i, own, shared) for i in range(len(self.ranges))), {}
@@ -104,6 +106,10 @@ class ParameterSpace:
                 shared[group, i] = settings.read(setting, group, self.sets, tensor)[-1]
         return np.concatenate([own.ravel(), shared.ravel()])
 
+    def project(self, recipe: Recipe, where: str = "recipe") -> np.ndarray:
+        """See Space."""
+        return projection.project(self, recipe, where)
+
     def uniform_recipe(self) -> Recipe:
         """The recipe of `initial`."""
         return self.recipe(self.initial())
@@ -125,8 +131,8 @@ class ParameterSpace:
             raise ConfigError("genome", f"value {position} is not finite", "numbers")
         return genome
 
-    def _decoded(self, genome: np.ndarray) -> tuple[Values, Values]:
-        """(own, shared)"""
+    def decoded(self, genome: np.ndarray) -> tuple[Values, Values]:
+        """The parameters' values: (own, shared)"""
 
         def decode(name: str, values: np.ndarray) -> np.ndarray:
             return self.preset.decode(self._genes[name], values, self.definition.allow_negative_weights)
@@ -138,7 +144,24 @@ class ParameterSpace:
             {name: decode(name, shared[:, i]) for i, name in enumerate(self.shared)},
         )
 
+    def encoded(self, own: Values, shared: Values) -> np.ndarray:
+        """The genome, bounds aside, that is decoded to values as near to these as can be. NaN stays."""
+
+        def encode(name: str, values: np.ndarray) -> np.ndarray:
+            return self.preset.encode(self._genes[name], values, self.definition.allow_negative_weights)
+
+        parts = []
+        for values in (own, shared):
+            parts.append(np.stack([encode(*one) for one in values.items()], axis=-1).ravel() if values else np.empty(0))
+        return np.concatenate(parts)
+
     # -- values to settings, and where to find them again
+
+    def written(self, values: np.ndarray) -> list[settings.Setting]:
+        """The setting in every slice of a recipe. values: of one model and parameter, [groups, filter sets]."""
+        if self.whole:
+            return [settings.by_layer(values, self.definition.filters)]
+        return [self._setting(index, values) for index in range(len(self.ranges))]
 
     def _slice(self, index: int, own: Values, shared: Values) -> Slice:
         """One run of layers; the first has the tensors before the stack too, the last those after it."""
@@ -158,9 +181,9 @@ class ParameterSpace:
             return settings.by_name(values[index], {}, self.definition.filters)
         others: dict[str, float] = {}
         if index == 0:
-            others |= dict.fromkeys(self.layout.pre, float(values[0, -1]))
+            others |= dict.fromkeys(self.layout.pre, values[0].tolist()[-1])
         if index == len(self.ranges) - 1:
-            others |= dict.fromkeys(self.layout.post, float(values[-1, -1]))
+            others |= dict.fromkeys(self.layout.post, values[-1].tolist()[-1])
         return settings.by_name(values[index + 1], others, self.definition.filters)
 
     def _whole(self, own: Values) -> Slice:

@@ -49,12 +49,17 @@ def expanded(prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int):
 
 def takes_logits_to_keep(model) -> bool:
     """Whether forward computes the head only where asked. It is most of a small model's work."""
-    return _takes_logits_to_keep(type(model))
+    return _takes(type(model), "logits_to_keep")
+
+
+def without_cache(model) -> dict[str, bool]:
+    """What tells a forward to keep nothing for tokens to come, of a model that would."""
+    return {"use_cache": False} if _takes(type(model), "use_cache") else {}
 
 
 @functools.cache  # asked at every forward, and inspecting takes as long as a small one
-def _takes_logits_to_keep(kind: type) -> bool:
-    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+def _takes(kind: type, argument: str) -> bool:
+    return argument in inspect.signature(kind.forward).parameters
 
 
 def last_logits(model, count: int, **inputs) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merge3.errors import ItemsError
+from merge3.errors import BadInput, ItemsError
 
 MOST = 2**31 - 1  # what a whole number may be on the wire to a daemon
 
@@ -44,11 +44,14 @@ def place(item: Item) -> str:
     return f"{item.source}: {name}" if item.source else name
 
 
-def located(error: ItemsError, items: Sequence[Item]) -> ItemsError:
-    """A daemon's error about one of these items, with the file and line that only the driver knows."""
+def located(error: BadInput, items: Sequence[Item]) -> BadInput:
+    """A daemon's error about one of these items, with the file and line that only the driver knows. What it says before
+    the item, an endpoint or a step, stays."""
     for item in items:
-        if item.source and error.where == place(replace(item, source="")):
-            return type(error)(place(item), error.found, error.expected, error.hint)
+        bare = place(replace(item, source=""))
+        before = error.where.removesuffix(bare)
+        if item.source and before != error.where and (not before or before.endswith((": ", ", "))):
+            return type(error)(before + place(item), error.found, error.expected, error.hint)
     return error
 
 

@@ -195,10 +195,13 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, and calibration's part in it."""
+    """The page's whole one, the part with a start, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
-    whole, part = (yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml")
+    shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
+    whole, started, part = shown
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
+    assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
+    assert started["genome"].items() > whole["genome"].items()
     assert part.keys() == {"extract", "estimate", "optimizer", "race"}
 
 

@@ -46,7 +46,7 @@ def _starting(kind):
 def daemon(tiny_world, tmp_path_factory):
     """One for all tests that leave it as it was."""
     exports = tmp_path_factory.mktemp("exports")
-    daemon = Thread(tiny_world, export_root=exports, metrics="127.0.0.1:0", limits={"pools": 100})
+    daemon = Thread(tiny_world, export_root=exports, metrics="127.0.0.1:0", limits={"pools": 100, "steps": 1000})
     daemon.exports = exports
     yield daemon
     daemon.kill()

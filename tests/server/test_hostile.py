@@ -1,5 +1,6 @@
 """What comes over the wire from those who do not mean well, or do not know better."""
 
+import json
 import random
 import socket
 import threading
@@ -20,11 +21,12 @@ METHODS = (
     "RegisterItems",
     "Evaluate",
     "EvaluateStream",
+    "Fit",
     "Export",
     "Generate",
     "Status",
 )
-STREAMED = ("EvaluateStream", "Export", "Generate")
+STREAMED = ("EvaluateStream", "Fit", "Export", "Generate")
 
 
 def still_serves(world):
@@ -261,10 +263,23 @@ def seeds(world, by_hand):
             pb.EvaluateRequest(**at, items_id=world.items_id, recipe=recipe),
         ],
         "EvaluateStream": [world.request(index=3)],
+        "Fit": fitting(world),
         "Export": [pb.ExportRequest(**at, recipe=recipe, directory="fuzz")],
         "Generate": [pb.GenerateRequest(**at, endpoint=models[0], prompt="english one plus", max_tokens=1)],
         "Status": [pb.StatusRequest()],
     }
+
+
+def fitting(world):
+    """Two short fits, from the start and from a state."""
+    base, expert, *_ = world.config.models
+    sources = {"base_model": base, "models": [{"model": expert}]}
+    asked = dict(pool_id=world.pool.pool_id, items_id=world.items_id, experts={"words": expert})
+    whole = pb.FitRequest(**asked, recipe=json.dumps({"merge_method": "expert_kl", **sources, "fit": {"steps": 2}}))
+    first = next(step for step in world.stub.Fit(whole) if step.number == 2)
+    half = pb.FitRequest(**asked, recipe=whole.recipe, state=first.state)
+    half.state.step = 1
+    return [whole, half]
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

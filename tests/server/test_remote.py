@@ -52,6 +52,13 @@ VARIANTS = {
         "estimate": {"models": 8, "check_every": 1},
         "optimizer": {"budget": 18, "population": 6, "seed": 1},
     },
+    # what the recipe comes to is found here, with the layout that the daemon tells
+    "started": {
+        "genome": {"start": "hand.yaml"},
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"models": 4},
+        "optimizer": {"budget": 6, "population": 6, "seed": 1},
+    },
     # DELLA refuses some densities: failed candidates fail with the same words
     "failing": {
         "genome": {"merge_method": "della", "genes": ["weight", "density"]},
@@ -68,6 +75,10 @@ VARIANTS = {
 def embedded(tiny_world, tmp_path_factory):
     """name -> (configuration, directory, result) of the run in this process, made once."""
     made = {}
+    weights = [{"filter": "mlp", "value": 0.25}, {"value": [0.75, 0.5]}]
+    models = [{"model": f"./{m}", "parameters": {"weight": weights}} for m in ("english", "italian", "translation")]
+    hand = {"merge_method": "ties", "base_model": "./base", "models": models, "parameters": {"density": 0.5}}
+    (tiny_world / "hand.yaml").write_text(yaml.safe_dump(hand))
 
     def run_once(name):
         if name not in made:

@@ -75,6 +75,25 @@ def test_a_search_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_p
     assert journal(tmp_path / "local") == journal(tmp_path / "two")
 
 
+def test_turns_of_a_fit_run_anywhere_and_make_the_same_steps(two, tiny_world):
+    """Also in a process that was not there when it began."""
+    from tests.server.test_fit import learning, local, told
+
+    what = learning(tiny_world, "expert_kl", steps=60)
+    expected = told(local(what))
+    engine = RemoteEngine(two.address, what.models)
+    killed, steps = [], []
+    for step in engine.fit(what.asked, what.fit):
+        steps.append(step)
+        while step.number == 1 and not killed:
+            busy = [w for w in two.stub().Status(pb.StatusRequest()).workers if w.busy_with.startswith("fit for")]
+            killed = [w.pid for w in busy]
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+    assert told(steps) == expected
+    assert killed[0] not in [w.pid for w in two.stub().Status(pb.StatusRequest()).workers]
+
+
 def test_who_leaves_stops_a_worker_too(two, asked, by_hand):
     config, registration, genomes, _ = asked
     _, some_items = by_hand

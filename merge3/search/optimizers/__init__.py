@@ -35,7 +35,8 @@ class Optimizer(Protocol):
 @dataclass(frozen=True)
 class Start:
     """What every optimizer is made from. initial, low, high: float64 [d]; sigma: the first step, a share of each gene's
-    range; population: of a generation; assisted: whether estimates are noisy enough for a surrogate to pay."""
+    range; population: of a generation; assisted: whether estimates are noisy enough for a surrogate to pay; given:
+    whether somebody chose `initial`, which is then the first candidate, close to a bound too."""
 
     initial: np.ndarray
     low: np.ndarray
@@ -44,11 +45,12 @@ class Start:
     population: int
     seed: int
     assisted: bool = False
+    given: bool = False
 
 
 def _cma(start: Start) -> Optimizer:
     kind = AssistedCMA if start.assisted else CMA
-    return kind(start.initial, start.low, start.high, start.sigma, start.population, start.seed)
+    return kind(start.initial, start.low, start.high, start.sigma, start.population, start.seed, start.given)
 
 
 def _random(start: Start) -> Optimizer:
@@ -67,8 +69,9 @@ def make(
     population: int | None,
     seed: int,
     assisted: bool = False,
+    given: bool = False,
 ) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))
-    return OPTIMIZERS[name](Start(initial, low, high, sigma, count, seed, assisted))
+    return OPTIMIZERS[name](Start(initial, low, high, sigma, count, seed, assisted, given))

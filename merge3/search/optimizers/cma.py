@@ -16,7 +16,7 @@ POOL = 200  # genomes of an assisted generation, of which few are asked
 class CMA:
     """CMA-ES by pycma (Hansen & Ostermeier 2001). Maximises; a NaN fitness counts as the worst."""
 
-    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it misses matplotlib, which nobody here asks for
             import cma
@@ -48,7 +48,9 @@ class CMA:
             warnings.simplefilter("ignore")
             self._strategy = cma.CMAEvolutionStrategy(list(initial), sigma, options)
             # The start is a candidate like any other, so a run never ends below the uniform merge.
-            self._strategy.inject([list(initial)], force=True)
+            # A given one in the strategy's own coordinates, which are bent near bounds; the others stay what they
+            # were, for the sake of runs that have begun.
+            self._strategy.inject([self._strategy.mean.copy() if given else list(initial)], force=True)
 
     def ask(self) -> list[np.ndarray]:
         """See Optimizer."""
@@ -94,8 +96,8 @@ class AssistedCMA(CMA):
     population, which noise calls for (Arnold and Beyer 2002), costs no answers.
     """
 
-    def __init__(self, initial, low, high, sigma: float, population: int, seed: int):
-        super().__init__(initial, low, high, sigma, max(POOL, population), seed)
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False):
+        super().__init__(initial, low, high, sigma, max(POOL, population), seed, given)
         self._asked = population
         self._surrogate = Surrogate(low, high, sigma)
 

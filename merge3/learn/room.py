@@ -1,0 +1,168 @@
+"""Room for what a backward pass remembers: measured once, planned before a fit begins.
+
+Beside the pool and the live model a step needs the activations of one forward pass, the largest parameter's gradient,
+and nothing else that grows: weights are merged in place, and gradients become numbers one by one. Where activations of
+a whole pass do not fit, layers forget theirs and compute them again in backward; where that is not enough either, a
+pass takes fewer tokens, which changes no result but for rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from merge3.errors import ResourceError
+from merge3.learn.distributions import Asked, log_probabilities
+from merge3.learn.weighted import Weighted
+
+MARGIN = 1.3  # over what was measured: passes differ, and allocators waste
+
+
+@dataclass(frozen=True)
+class Room:
+    """batch_tokens: padded tokens of a pass. again: whether layers compute their activations again in backward.
+    activations, gradient: bytes that a pass, and the largest gradient, take at most; free: bytes that there were."""
+
+    batch_tokens: int
+    again: bool
+    activations: int
+    gradient: int
+    free: int
+
+    @property
+    def size(self) -> int:
+        """Bytes beside the pool and the live model."""
+        return self.activations + self.gradient
+
+    def kept(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """While it lasts forward passes with gradients remember as little as was planned."""
+        return recomputed(model) if self.again else nullcontext()
+
+    def describe(self) -> str:
+        """One line."""
+        how = ", computed again in backward" if self.again else ""
+        found = f"learning: activations {_mib(self.activations)} of {self.batch_tokens:,} tokens a pass{how}"
+        return f"{found}; largest gradient {_mib(self.gradient)}; {_mib(self.free)} free"
+
+
+def make_room(weighted: Weighted, asked: Sequence[Asked], most: int) -> Room:
+    """A plan within the pool's budget, which then leaves as much, or else within what is free. Raises ResourceError, or
+    BadInput for a budget in which the live model and what is planned have no place."""
+    pool = weighted.slot.pool
+    pool.reserve(0)
+    weighted.write(torch.zeros(weighted.gradient.shape))  # what is resident on a device is so from here on
+    weighted.slot.use_head(None)
+    memory = pool.memory
+    free = available(pool.device) if memory.budget is None else memory.budget - memory.slot - memory.window
+    room = plan_room(weighted, asked, most, free)
+    pool.reserve(room.size)
+    return room
+
+
+def plan_room(weighted: Weighted, asked: Sequence[Asked], most: int, free: int) -> Room:
+    """For passes of at most `most` padded tokens of these items; free: bytes beside the pool and the live model.
+
+    Raises ResourceError where one item alone does not fit.
+    """
+    model = weighted.slot.model
+    longest = max(asked, key=lambda one: one.rows * max(1, one.width))
+    least = longest.rows * max(1, longest.width)
+    gradient = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    needed = min(most, _tokens(asked))
+    found = None
+    for again in (False, True):
+        with recomputed(model) if again else nullcontext():
+            per_token = MARGIN * _remembered(weighted, longest) / least
+        if again:  # one layer's at a time come back, beside what all were given
+            per_token += found / max(1, len(_layers(model)))
+        found = per_token
+        fit = int((free - gradient) / per_token)
+        if fit >= needed:
+            return Room(max(needed, least), again, int(per_token * max(needed, least)), gradient, free)
+    if fit >= least:
+        return Room(fit, True, int(per_token * fit), gradient, free)
+    wanted = _mib(int(per_token * least) + gradient)
+    where = longest.item.id
+    raise ResourceError(
+        "fit",
+        f"item {where!r} alone needs {wanted} beside the models, and {_mib(max(0, free))} are free",
+        "a larger --memory-budget, or shorter items",
+    )
+
+
+@contextmanager
+def recomputed(model: torch.nn.Module) -> Iterator[None]:
+    """While it lasts every layer of the model's stacks remembers what it was given alone, and computes the rest again
+    when backward needs it: the same bits, one forward pass more."""
+    layers = _layers(model)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = _again(layer.forward)
+        yield
+    finally:
+        for layer, own in zip(layers, before):
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU in memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _again(forward):
+    def run(*arguments, **named):
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+    return run
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of the stacks that are in no other stack."""
+    found, within = [], set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and id(module) not in within and len(module) > 1:
+            found += list(module)
+            within.update(id(inner) for inner in module.modules())
+    return found
+
+
+def _remembered(weighted: Weighted, asked: Asked) -> int:
+    """Bytes that autograd keeps of one item's forward pass, without the parameters themselves."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in weighted.slot.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with weighted.gradients(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        (found,) = log_probabilities(weighted.slot.model, [asked])
+        kept[0] = 3 * found.numel() * found.element_size()  # the loss's own, and logits before it
+    return sum(kept.values())
+
+
+def _tokens(asked: Sequence[Asked]) -> int:
+    return sum(one.rows * max(1, one.width) for one in asked)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,60 @@
+"""Where a search begins, if not at the uniform merge: the genome nearest to a recipe (`genome.start`)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from merge3.errors import ConfigError, Merge3Warning, RecipeError
+from merge3.recipe import ModelRef, Recipe
+from merge3.search.config_files import model_path
+from merge3.search.context import Search
+
+
+def started(search: Search) -> Search:
+    """The search with the genome it begins at; as it is where `genome.start` names no recipe.
+
+    A run that has begun keeps its genome, wherever the models that the recipe names lie by now. Raises BadInput for a
+    recipe that no genome is near to, or that would be refused as a merge.
+    """
+    if search.config.genome.start is None:
+        return search
+    known = search.journal.identity()
+    if known.get("config") == search.config.hash() and "start" in known:
+        return replace(search, start=np.array(json.loads(known["start"]), dtype=np.float64))
+    path, definition = search.config.genome.start, search.space.definition
+    recipe = read_start(path, search.config.models)
+    if recipe.surgery:
+        warnings.warn(f"{path}: surgery: left out, a search varies the merge below it", Merge3Warning, stacklevel=2)
+    genome = search.space.project(recipe, path)
+    # A start says parameters. How its merge would be stored and what its tokenizer would be is the genome's to say.
+    words = {"tokenizer": definition.tokenizer, "chat_template": definition.chat_template, "tower": definition.tower}
+    try:
+        search.engine.check(replace(recipe, dtype=definition.dtype, out_dtype=None, surgery={}, **words))
+    except RecipeError as error:
+        raise ConfigError(f"{path}: {error.where}", error.found, error.expected, error.hint) from None
+    return replace(search, start=genome)
+
+
+def read_start(path: str | Path, models: Sequence[str]) -> Recipe:
+    """A recipe whose models bear the names they have in the configuration, where they are the same.
+
+    models: as load_config names them. A relative path means what lies beside the recipe, else, as for mergekit, beside
+    where the process runs. Raises RecipeError naming the file and key.
+    """
+    known = {str(ModelRef.parse(model)) for model in models}
+    return Recipe.from_yaml(path).renamed(lambda ref: _known(ref, Path(path).parent, known))
+
+
+def _known(ref: ModelRef, folder: Path, known: set[str]) -> ModelRef:
+    """A model by the name that is known, if one is."""
+    for place in (folder, Path.cwd()):
+        name = model_path(str(ref), place)
+        if name in known:
+            return ModelRef.parse(name)
+    return ref

@@ -1,0 +1,203 @@
+"""`merge3-client fit` as a person meets it: run directories, stops, what is refused before a model is opened."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from tests.commands import client
+
+EXPERTS = ("english", "italian", "translation", "sorting")
+
+
+def write_recipe(world, file, method="supermerge", experts=EXPERTS, **settings):
+    data = {"merge_method": method, "base_model": str(world / "base"), "dtype": "float32"}
+    data["models"] = [{"model": str(world / name)} for name in experts]
+    data["fit"] = {"items": [str(world / f"{name}.jsonl") for name in experts], "steps": 4, "per_task": 6}
+    data["fit"] |= {"heldout": 0.02} | settings
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    return file
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_from_a_recipe_to_a_page(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", check_every=2)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "step 4/4  loss" in done.stderr and "held-out accuracy" in done.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["passes"] == {"merges": 4, "forward": 4 * 24, "backward": 4 * 24}
+    assert result["learned_items"] == 24 and len(result["losses"]) == 4 and result["labels"] is True
+    assert set(EXPERTS) < set(result["baselines"]) and "uniform_linear" in result["baselines"]
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert ["heldout" in line for line in history] == [False, True, False, True]
+    assert history[-1]["heldout"]["accuracy"] == result["heldout"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") == 3 + len(EXPERTS) and "supermerge" in page
+    merged = client("merge", tmp_path / "run" / "fitted.yaml", tmp_path / "again")
+    assert merged.returncode == 0, merged.stderr
+    here, there = weights(tmp_path / "run" / "model"), weights(tmp_path / "again")
+    assert all(torch.equal(here[name], there[name]) for name in here | there)
+    at_once = client("merge", recipe, tmp_path / "at-once", "--quiet")
+    assert at_once.returncode == 0, at_once.stderr
+    assert all(torch.equal(here[name], tensor) for name, tensor in weights(tmp_path / "at-once").items())
+    written = yaml.safe_load((tmp_path / "at-once" / "mergekit_config.yml").read_text())
+    assert written["merge_method"] == "task_arithmetic"
+    compared = client("fit", recipe, "--run-dir", tmp_path / "second", "--compare", tmp_path / "run", "--no-export")
+    assert str(tmp_path / "run") in json.loads((tmp_path / "second" / "result.json").read_text())["others"]
+    assert compared.returncode == 0 and not (tmp_path / "second" / "model").exists()
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=40, check_every=1)
+    whole = client("fit", recipe, "--run-dir", tmp_path / "whole", "--quiet", "--no-export")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-m", "merge3.client", "fit", recipe, "--run-dir", tmp_path / "killed", "--quiet"]
+    process = subprocess.Popen([*map(str, command), "--no-export"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = tmp_path / "killed" / "state.safetensors"
+    try:
+        deadline = time.monotonic() + 120
+        while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    from safetensors.torch import load_file
+
+    assert 1 <= int(load_file(state)["step"]) < 40
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "killed", moved)
+    again = client("fit", recipe, "--run-dir", moved, "--resume", "--quiet", "--no-export")
+    assert again.returncode == 0, again.stderr
+    for name in ("history.jsonl", "fitted.yaml", "state.safetensors"):
+        assert (moved / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    done = client("fit", recipe, "--run-dir", moved, "--resume", "--quiet", "--no-export")
+    assert done.returncode == 0
+    assert (moved / "fitted.yaml").read_bytes() == (tmp_path / "whole" / "fitted.yaml").read_bytes()
+
+
+def test_another_run_is_not_continued(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=1)
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 2 and "not empty; expected a new directory, or --resume" in done.stderr
+    other = write_recipe(tiny_world, tmp_path / "other.yaml", steps=2)
+    done = client("fit", other, "--run-dir", tmp_path / "run", "--resume", "--quiet")
+    assert done.returncode == 2 and "run: recipe: found" in done.stderr
+    done = client("fit", recipe, "--run-dir", tmp_path / "none", "--resume", "--quiet")
+    assert done.returncode == 2 and "no fit.json" in done.stderr and not (tmp_path / "none").exists()
+
+
+def test_groups_hold_a_base_and_one_group_at_once(tiny_world, tmp_path, monkeypatch):
+    """Copies are counted as tensors that are alive, whoever holds them, in bytes of their storages."""
+    from merge3.learn.weighted import Weighted
+
+    alive, write = [], Weighted.write
+
+    def counting(self, weights):
+        write(self, weights)
+        storages = {}
+        for thing in gc.get_objects():
+            if torch.is_tensor(thing) and thing.is_floating_point() and thing.numel() > 1000:
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        alive.append(sum(storages.values()))
+
+    monkeypatch.setattr(Weighted, "write", counting)
+    one = sum(tensor.nbytes for tensor in weights(tiny_world / "base").values())
+    most = {}
+    for name, settings in (("flat", {}), ("groups", {"groups": {"size": 2}})):
+        gc.collect()
+        alive.clear()
+        recipe = write_recipe(tiny_world, tmp_path / f"{name}.yaml", steps=2, check_every=0, **settings)
+        done = client("fit", recipe, "--run-dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        most[name] = max(alive) / one
+    # The live model, and T + 1 or g + 1 copies.
+    assert most["flat"] == pytest.approx(1 + 5, abs=0.2)
+    assert most["groups"] == pytest.approx(1 + 3, abs=0.2)
+    result = json.loads((tmp_path / "groups" / "result.json").read_text())
+    assert result["passes"]["merges"] == 3 * 2 and result["passes"]["forward"] == 2 * 2 * 24
+    fitted = yaml.safe_load((tmp_path / "groups" / "fitted.yaml").read_text())
+    assert [source["model"] for source in fitted["models"]] == [str(tiny_world / name) for name in EXPERTS]
+    again = client("fit", tmp_path / "groups.yaml", "--run-dir", tmp_path / "groups", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert yaml.safe_load((tmp_path / "groups" / "fitted.yaml").read_text()) == fitted
+
+
+def test_survivors_are_experts_of_their_own(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", "adamerging++", steps=2)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 0, done.stderr
+    fitted = yaml.safe_load((tmp_path / "run" / "fitted.yaml").read_text())
+    assert [source["model"] for source in fitted["models"]] == [
+        str(tmp_path / "run" / "survivors" / name) for name in EXPERTS
+    ]
+    assert client("merge", tmp_path / "run" / "fitted.yaml", tmp_path / "again").returncode == 0
+    here, there = weights(tmp_path / "run" / "model"), weights(tmp_path / "again")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    refused = client("merge", recipe, tmp_path / "once")
+    assert refused.returncode == 2 and "adamerging++ makes experts of its own; expected" in refused.stderr
+    assert not (tmp_path / "once").exists()
+
+
+def test_one_expert_is_enough(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", experts=("english",), steps=2)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fit": {"items": ["none.jsonl"]}}, "none.jsonl: No such file or directory"),
+        ({"fit": {"items": []}}, "recipe.yaml: fit.items: none; expected files of items"),
+        ({"fit": None}, "recipe.yaml: fit: found nothing; expected a mapping"),
+        ({"merge_method": "supermerg"}, "'supermerg' learns nothing, and there is `fit:`"),
+        ({"merge_method": "ties"}, "'ties' learns nothing, and there is `fit:`; expected supermerge or adamerging"),
+        ({"fit": {"learning_rate": 0}}, "fit.learning_rate: found 0"),
+        ({"fit": {"steps": 0}}, "fit.steps: found 0"),
+        ({"merge_method": "expert_kl", "fit": {"items": ["english.jsonl"]}}, "no model for task english; expected the"),
+        ({"merge_method": "expert_kl", "fit": {"groups": {"size": 2}}}, "groups: with expert_kl, which asks every"),
+        ({"fit": {"items": [{"items": "english.jsonl", "model": "inglese"}]}}, "items[0].model: found 'inglese'"),
+        ({"fit": {"system_instruction": "Be brief."}}, "system_instruction: without apply_chat_template"),
+        ({"slices": 1}, "both `models` and `slices`"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_opened(tiny_world, tmp_path, monkeypatch, change, message):
+    file = write_recipe(tiny_world, tmp_path / "recipe.yaml")
+    data = yaml.safe_load(file.read_text())
+    for key, value in change.items():
+        data[key] = data[key] | value if key == "fit" and value is not None else value
+    for name in EXPERTS:
+        shutil.copy(tiny_world / f"{name}.jsonl", tmp_path)
+    file.write_text(yaml.safe_dump(data))
+    monkeypatch.setattr("merge3.pool.Pool.open", lambda *a, **k: pytest.fail("a model was opened"))
+    done = client("fit", file, "--run-dir", tmp_path / "run")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_groups_that_are_not_the_experts(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", groups=[["english", "italian"]])
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 2 and "is not in exactly one group; expected every model in one group" in done.stderr
+
+
+def test_a_learned_recipe_is_no_candidate(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml")
+    done = client("evaluate", recipe, tiny_world / "english.jsonl", "--limit", 2)
+    assert done.returncode == 2 and "which learns its weights from items" in done.stderr

@@ -1,0 +1,476 @@
+"""A fit on a daemon is the fit in this process, bit for bit, also when the daemon dies in the middle of it."""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from merge3.client import remote_fit
+from merge3.client.remote import RemoteEngine
+from merge3.engine import LocalEngine
+from merge3.errors import Busy, ItemsError, Merge3Error, RecipeError
+from merge3.learn.fit import Fit
+from merge3.learn.fitting import FitError
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+from merge3.registration import Registration
+from merge3.rpc import fits
+from merge3.rpc import merge3_pb2 as pb
+from merge3.tasks import LogitsError, read_items
+from merge3_server.host import Host
+from tests.commands import client
+from tests.server.calling import refused
+
+TASKS = ("english", "italian")
+METHODS = ("supermerge", "adamerging", "expert_kl")
+
+
+def learning(folder, method="supermerge", items=12, **settings):
+    """(models, what is fitted, what it is learned from) of a folder with the world in it."""
+    models = [str(folder / name) for name in ("base", *TASKS)]
+    data = {"merge_method": method, "base_model": models[0], "models": [{"model": m} for m in models[1:]]}
+    recipe = Recipe.parse(data | {"fit": {"batch": 4, "items": [f"{task}.jsonl" for task in TASKS]} | settings})
+    asked = [item for task in TASKS for item in read_items(folder / f"{task}.jsonl")[:items]]
+    return SimpleNamespace(
+        models=models,
+        fit=Fit(recipe, dict(zip(TASKS, models[1:]))),
+        asked=Registration(tuple(asked)),
+        held=Registration(tuple(read_items(folder / "english.jsonl")[30:])),
+    )
+
+
+def local(what):
+    return list(LocalEngine(Pool.open(what.models[0], what.models[1:])).fit(what.asked, what.fit))
+
+
+def remote(address, what, **options):
+    return RemoteEngine(address, what.models, note=lambda text: None, **options)
+
+
+def told(steps):
+    """What a run's history and its result are made of, to compare as text: every bit, and the order of tasks."""
+    found = [json.dumps([step.number, step.loss, dict(step.losses)]) for step in steps]
+    return found, steps[-1].recipe.to_yaml(), steps[-1].state.raw.tolist()
+
+
+@pytest.fixture(scope="module")
+def long(tiny_world):
+    """A fit of many turns, and its steps in this process."""
+    what = learning(tiny_world, steps=48, check_every=16)
+    return SimpleNamespace(**vars(what), steps=local(what))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_weights_and_states_are_those_of_this_process(daemon, tiny_world, method):
+    what = learning(tiny_world, method, steps=25, check_every=10)
+    mine = local(what)
+    engine = remote(daemon.address, what)
+    theirs = list(engine.fit(what.asked, what.fit))
+    assert told(mine) == told(theirs)
+    assert {s.number for s in mine if s.recipe} <= {s.number for s in theirs if s.recipe} >= {10, 20, 25}
+    for step in theirs:
+        assert (step.state is None) == (step.recipe is None)
+    # From a state of either, the other goes on to the same end.
+    half = next(step for step in theirs if step.number == 10)
+    assert half.recipe == next(step for step in mine if step.number == 10).recipe
+    rest = list(engine.fit(what.asked, what.fit, half.state))
+    assert [step.number for step in rest] == list(range(11, 26)) and told(rest)[1:] == told(mine)[1:]
+    assert told(rest)[0] == told(mine)[0][10:]
+    assert list(engine.fit(what.asked, what.fit, rest[-1].state)) == []
+    engine.close()
+
+
+def test_the_same_fit_twice_begins_at_the_start(tiny_world):
+    what = learning(tiny_world, steps=6)
+    engine = LocalEngine(Pool.open(what.models[0], what.models[1:]))
+    first = list(engine.fit(what.asked, what.fit))
+    assert told(first) == told(list(engine.fit(what.asked, what.fit)))
+    some = list(engine.fit(what.asked, what.fit, seconds=0))
+    assert [step.number for step in some] == [1] and some[0].state.step == 1
+
+
+def test_others_are_answered_while_a_fit_lasts(daemon, long):
+    """Its own driver between two steps, as held-out items are measured, and another one all the while."""
+    engine, other = remote(daemon.address, long), remote(daemon.address, long)
+    (alone,) = engine.evaluate(long.held, [long.models[1]])
+    answers, ended = [], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            answers.extend(other.evaluate(long.held, [long.models[1]]))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    steps = []
+    for step in engine.fit(long.asked, long.fit):
+        steps.append(step)
+        if step.number == 1:
+            asking.start()
+        if step.number % 16 == 0:
+            (measured,) = engine.evaluate(long.held, [step.recipe])
+            assert measured.error is None and measured.recipe_hash == step.recipe.hash()
+    ended.set()
+    asking.join(60)
+    assert told(steps) == told(long.steps)
+    assert len(answers) >= 3 and all(np.array_equal(a.responses, alone.responses) for a in answers)
+
+
+def test_a_driver_that_measures_for_long_is_no_stalled_reader(start, tiny_world):
+    what = learning(tiny_world, steps=60, check_every=1)  # a recipe a step: more than flow control lets pass unread
+    daemon = start(tiny_world, limits={"stalled": 0.5, "turn": 0.1})
+    steps = []
+    for step in remote(daemon.address, what).fit(what.asked, what.fit):
+        steps.append(step)
+        if step.number == 1:
+            time.sleep(4)
+    assert [step.number for step in steps] == list(range(1, 61))
+    assert not [line for line in daemon.lines if "not read for" in line]
+
+
+def by_hand(world, folder, **settings):
+    """A request for the daemon's own world."""
+    what = learning(folder, **settings)
+    engine = RemoteEngine(world.address, what.models)
+    request = fits.fit_to(what.fit)
+    engine._persist(lambda: engine._address(what.asked, [request]))
+    return engine, what, request
+
+
+def test_a_second_fit_is_refused_and_one_that_is_left_leaves_room(daemon, tiny_world):
+    engine, what, request = by_hand(daemon, tiny_world, steps=1000)
+    stub, began = daemon.stub(), time.monotonic()
+    stream = stub.Fit(request)
+    assert next(stream).number == 1
+    refused(lambda: stub.Fit(request), "RESOURCE_EXHAUSTED", "fit: one is under way with this pool", reason="busy")
+    with pytest.raises(Busy, match="one is under way with this pool, for .*; expected one at a time"):
+        next(remote(daemon.address, what).fit(what.asked, what.fit))
+    stream.cancel()
+    short = replace(what.fit, recipe=replace(what.fit.recipe, fit={"steps": 3, "batch": 4}))
+    expected = told(local(SimpleNamespace(models=what.models, fit=short, asked=what.asked)))
+    assert told(free(lambda: list(engine.fit(what.asked, short)))) == expected
+    # A driver that leaves by closing its generator, and one whose connection is gone.
+    steps = engine.fit(what.asked, what.fit)
+    assert next(steps).number == 1
+    steps.close()
+    channel = grpc.insecure_channel(daemon.address, options=(("grpc.use_local_subchannel_pool", 1),))
+    lost = free(lambda: begun(daemon.stub(channel).Fit(request)))
+    channel.close()
+    assert told(free(lambda: list(engine.fit(what.asked, short)))) == expected
+    del lost
+    assert time.monotonic() - began < 60
+    daemon.wait_for("fit driver=")
+    assert "steps=" in [line for line in daemon.lines if "fit driver=" in line][-1]
+
+
+def begun(stream):
+    next(stream)
+    return stream
+
+
+def free(act, seconds=10):
+    """What `act` gives as soon as the pool has no fit under way."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return act()
+        except (Busy, grpc.RpcError) as error:
+            busy = isinstance(error, Busy) or error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            if not busy or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+def test_what_was_prepared_is_given_up_when_the_fit_ends(tiny_world, start, monkeypatch):
+    hosts, prepared, given = [], Host.fit, Host.forget_fit
+
+    def fitting(self, *arguments, **more):
+        found = prepared(self, *arguments, **more)
+        hosts.append((self, len(self._fits), [engine._fit[1] for engine in self._opened.values()]))
+        return found
+
+    forgotten = threading.Event()
+    monkeypatch.setattr(Host, "fit", fitting)
+    monkeypatch.setattr(Host, "forget_fit", lambda *told, **more: (given(*told, **more), forgotten.set()))
+    what = learning(tiny_world, steps=12, items=4)
+    list(remote(start(tiny_world, limits={"turn": 0.1}).address, what).fit(what.asked, what.fit))
+    assert len(hosts) > 2 and all(count == 1 for _, count, _ in hosts)  # turns, of one fit
+    assert len({id(fitting) for _, _, (fitting,) in hosts}) == 1  # prepared once
+    assert forgotten.wait(10)
+    host = hosts[0][0]
+    assert not host._fits and [engine._fit for engine in host._opened.values()] == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [("sigterm", 25), ("kill", 25), pytest.param("kill", 3, marks=pytest.mark.heavy)],  # 3: before the first state
+)
+def test_a_daemon_that_goes_away_in_the_middle(long, tiny_world, start_process, free_port, how, at):
+    """Waited for, and the steps are those of a fit that was never interrupted, each told once."""
+    options = ("--root", tiny_world, "--listen", f"127.0.0.1:{free_port}", "--threads", "1")
+    daemons, codes, notes, steps = [start_process(*options)], [], [], []
+
+    def restart():
+        codes.append(daemons[0].stop() if how == "sigterm" else daemons[0].kill())
+        daemons.append(start_process(*options))
+
+    restarting = threading.Thread(target=restart, daemon=True)
+    engine = RemoteEngine(f"127.0.0.1:{free_port}", long.models, note=notes.append)
+    for step in engine.fit(long.asked, long.fit):
+        steps.append(step)
+        if step.number == at:
+            restarting.start()
+            if how == "kill" and at == 25:  # what is asked meanwhile comes back by itself, and the fit after it
+                restarting.join()
+                (measured,) = engine.evaluate(long.held, [long.models[1]])
+                assert measured.error is None
+    restarting.join(60)
+    assert codes == [0 if how == "sigterm" else -9] and len(daemons) == 2 and "is away" in notes[0]
+    assert told(steps) == told(long.steps)
+
+
+def test_sigterm_ends_the_stream_with_unavailable(tiny_world, start):
+    daemon = start(tiny_world, grace=20)
+    _, _, request = by_hand(daemon, tiny_world, steps=1000)
+    stream = daemon.stub().Fit(request)
+    found, began = [next(stream)], time.monotonic()
+    daemon.ask()
+    with pytest.raises(grpc.RpcError) as caught:
+        found.extend(stream)
+    daemon.wait(30)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE and "stopping" in caught.value.details()
+    assert found[-1].HasField("state") and found[-1].state.step == found[-1].number  # nothing that was done is lost
+    assert time.monotonic() - began < 15
+
+
+def test_a_stream_of_before_that_the_daemon_takes_for_alive(monkeypatch, daemon, tiny_world):
+    """Whose connection broke comes back at once, perhaps before the daemon has missed it."""
+    monkeypatch.setattr(remote_fit, "_AGAIN", 0.1)
+    engine, what, _ = by_hand(daemon, tiny_world, steps=12, check_every=1)
+    _, _, request = by_hand(daemon, tiny_world, steps=1000)
+    held = []
+
+    def broken(stream, engine=engine):
+        yield next(stream)
+        stream.cancel()
+        held.append(free(lambda: begun(daemon.stub().Fit(request))))
+        threading.Timer(0.5, held[0].cancel).start()
+        yield from stream
+
+    real, streams = engine._stub.Fit, []
+
+    def fit(request, metadata):
+        streams.append(real(request, metadata=metadata))
+        return Broken(streams[-1], broken) if len(streams) == 1 else streams[-1]
+
+    engine._stub.Fit = fit
+    steps = list(engine.fit(what.asked, what.fit))
+    assert [step.number for step in steps] == list(range(1, 13)) and len(streams) > 2
+    assert told(steps) == told(local(what))
+
+
+class Broken:
+    """A stream that goes through `through`."""
+
+    def __init__(self, stream, through):
+        self._stream, self._through = stream, through
+
+    def __iter__(self):
+        return self._through(self._stream)
+
+    def cancel(self):
+        return self._stream.cancel()
+
+
+# -- what is refused
+
+
+def numbers(count=2, groups=39, value=0.1):
+    return np.full((count, groups), value, "<f4").tobytes()
+
+
+def state(step=1, shape=(2, 39), **more):
+    """Of this world's pool, but for what is said."""
+    fields = {"raw": numbers(), "exp_avg": numbers(), "exp_avg_sq": numbers()} | more
+    return pb.FitState(step=step, shape=shape, **fields)
+
+
+NAN = np.full((2, 39), np.nan, "<f4").tobytes()
+HOSTILE_STATES = {
+    "empty": (pb.FitState(), "state: shape: found []; expected [2 experts, groups]"),
+    "step": (state(step=9), "state: step: found 9; expected at most 8, the fit's"),
+    "ranks": (state(shape=(78,)), "state: shape: found [78]"),
+    "many ranks": (state(shape=(1,) * 1000), "state: shape: found [1, 1, 1, 1]"),
+    "experts": (state(shape=(39, 2)), "state: shape: found [39, 2]"),
+    "no groups": (state(shape=(2, 0), raw=b"", exp_avg=b"", exp_avg_sq=b""), "state: shape: found [2, 0]"),
+    "short": (state(exp_avg=numbers()[:-1]), "state: exp_avg: 311 bytes; expected 312, float32 [2, 39]"),
+    "long": (state(raw=numbers() + b"\0"), "state: raw: 313 bytes"),
+    "missing": (state(exp_avg_sq=b""), "state: exp_avg_sq: 0 bytes"),
+    "nan": (state(raw=NAN), "state: raw: numbers that are NaN or infinite"),
+    "infinite": (state(exp_avg=numbers(value=np.inf)), "state: exp_avg: numbers that are NaN or infinite"),
+    "negative": (state(exp_avg_sq=numbers(value=-1.0)), "state: exp_avg_sq: negative numbers"),
+    "groups": (
+        state(shape=(2, 7), **dict.fromkeys(("raw", "exp_avg", "exp_avg_sq"), numbers(groups=7))),
+        "state: coefficients [2, 7]; expected [2, ",
+    ),
+    "overflowing": (state(shape=(2, 2**32 - 1)), "numbers; expected at most 250000"),
+    "large": (
+        state(shape=(2, 130_000), raw=numbers(groups=130_000)),
+        "state: shape: 260000 numbers; expected at most 250000",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_STATES)
+def test_states_that_are_none(daemon, tiny_world, case):
+    bad, words = HOSTILE_STATES[case]
+    _, _, request = by_hand(daemon, tiny_world, steps=8)
+    request.state.CopyFrom(bad)
+    code = "RESOURCE_EXHAUSTED" if "at most 250000" in words else "INVALID_ARGUMENT"
+    refused(lambda: daemon.stub().Fit(request, timeout=60), code, words)
+
+
+def test_huge_numbers_are_no_numbers_at_the_end(daemon, tiny_world):
+    """What a float can hold is a state; where a loss is none, that is said, and the daemon goes on."""
+    engine, what, _ = by_hand(daemon, tiny_world, method="expert_kl", steps=8)
+    first = next(step for step in engine.fit(what.asked, what.fit) if step.state is not None).state
+    huge = replace(first, raw=torch.full_like(first.raw, 3e38))
+    with pytest.raises(FitError, match=rf"fit: step {first.step + 1}\b.*; expected (a )?finite"):
+        free(lambda: list(engine.fit(what.asked, what.fit, huge)))
+    assert told(free(lambda: list(engine.fit(what.asked, what.fit)))) == told(local(what))
+
+
+REFUSED = {
+    "pool": (dict(pool_id="nowhere"), "NOT_FOUND", "'nowhere' is not open"),
+    "items": (dict(items_id="nothing"), "NOT_FOUND", "'nothing' is not registered with this pool"),
+    "task": (dict(experts={"french": "{base}"}), "INVALID_ARGUMENT", "experts: task 'french': none of the items'"),
+    "expert": (dict(experts={"english": "nobody"}), "INVALID_ARGUMENT", "task 'english': model: found 'nobody'"),
+    "long names": (dict(experts={"e" * 100_000: "n"}), "INVALID_ARGUMENT", "experts: task 'eeee"),
+    "empty": (dict(recipe=""), "INVALID_ARGUMENT", "recipe"),
+    "no yaml": (dict(recipe="{" * 50), "INVALID_ARGUMENT", "recipe"),
+    "large": (dict(recipe="x" * 1_000_001), "RESOURCE_EXHAUSTED", "recipe: 1000001 characters"),
+}
+RECIPES = {
+    "no learned method": (dict(merge_method="linear"), "'linear' learns nothing"),
+    "no base": (dict(base_model=None), "base_model: missing"),
+    "weights": (dict(parameters={"weight": 1}), "parameters.weight: given, and supermerge learns all weights"),
+    "model": (dict(models=[{"model": "/etc"}]), "model '/etc' is not in the pool"),
+    "key": (dict(fit={"stepss": 1}), "fit.stepss: unknown key"),
+    "long key": (dict(fit={"x" * 100_000: 1}), "fit.xxxx"),
+    "start": (dict(fit={"start": 1.0}), "fit: start: found 1"),
+    "huge start": (dict(fit={"start": 1e308, "bound": "none"}), "fit: start: found 1e+308"),
+    "huge rate": (dict(fit={"learning_rate": 1e300}), "fit.learning_rate: found 1e+300"),
+}
+
+
+@pytest.mark.parametrize("case", [*REFUSED, *RECIPES])
+def test_what_is_no_fit_is_one_line_and_a_code(daemon, tiny_world, case):
+    _, what, request = by_hand(daemon, tiny_world, steps=8)
+    if case in RECIPES:
+        changes, words = RECIPES[case]
+        code, data = "INVALID_ARGUMENT", what.fit.recipe.to_dict() | changes
+        request.recipe = yaml.safe_dump({key: value for key, value in data.items() if value is not None})
+    else:
+        changes, code, words = REFUSED[case]
+        for name, value in changes.items():
+            if name == "experts":
+                request.experts.clear()
+                request.experts.update({task: m.format(base=what.models[0]) for task, m in value.items()})
+            else:
+                setattr(request, name, value)
+    refused(lambda: daemon.stub().Fit(request, timeout=60), code, words)
+
+
+def test_more_steps_than_the_daemon_gives(daemon, tiny_world):
+    _, _, request = by_hand(daemon, tiny_world, steps=10**12)
+    act = lambda: daemon.stub().Fit(request, timeout=60)
+    refused(act, "RESOURCE_EXHAUSTED", "fit: steps: 1000000000000; expected at most 1000")
+
+
+def test_a_fit_that_is_refused_leaves_room(daemon, tiny_world):
+    engine, what, request = by_hand(daemon, tiny_world, steps=3)
+    request.state.CopyFrom(HOSTILE_STATES["groups"][0])
+    for _ in range(3):
+        refused(
+            lambda: free(lambda: begun(daemon.stub().Fit(request, timeout=60))),
+            "INVALID_ARGUMENT",
+            "state: coefficients",
+        )
+    assert len(free(lambda: list(engine.fit(what.asked, what.fit)))) == 3
+
+
+def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, tmp_path):
+    """Items are named by the file and line that only the driver has."""
+    row = {"id": "a", "task": "english", "kind": "generate", "prompt": "one", "answer": "t.*", "metric": "regex"}
+    row["max_tokens"] = 2
+    (tmp_path / "items.jsonl").write_text(json.dumps(row) + "\n")
+    what = learning(tiny_world, steps=3)
+    asked = Registration((*what.asked.items, *read_items(tmp_path / "items.jsonl")))
+    kl = learning(tiny_world, "expert_kl", steps=3)
+    unknown = Fit(kl.fit.recipe, dict(kl.fit.experts) | {"english": "nobody"})
+    none = Fit(kl.fit.recipe, {"english": kl.models[1]})
+    engines = LocalEngine(Pool.open(what.models[0], what.models[1:])), remote(daemon.address, what)
+    for question, fit, kind, words in (
+        (asked, what.fit, ItemsError, "items.jsonl, line 1: item 'a' of task 'english': its answer is a pattern"),
+        (kl.asked, unknown, RecipeError, "task 'english': model: found 'nobody'"),
+        (kl.asked, none, RecipeError, "no model for task 'italian'"),
+    ):
+        both = []
+        for engine in engines:
+            with pytest.raises(Merge3Error) as caught:
+                free(lambda: list(engine.fit(question, fit)))  # noqa: B023
+            both.append((type(caught.value), str(caught.value)))
+        assert both[0] == both[1] and both[0][0] is kind and words in both[0][1], both
+
+
+def test_losses_that_are_no_numbers(tiny_world, start, tmp_path):
+    """An expert whose logits overflow, and a merge with it: named alike, here and there, by file and line."""
+    for name in ("base", *TASKS):
+        shutil.copytree(tiny_world / name, tmp_path / name)
+    for task in TASKS:
+        shutil.copy(tiny_world / f"{task}.jsonl", tmp_path)
+    file = tmp_path / "english" / "model.safetensors"
+    tensors = load_file(file)
+    large = {name: tensor * 1e16 for name, tensor in tensors.items() if "layers.0.mlp" in name}  # its product is not
+    save_file(tensors | large, file, metadata={"format": "pt"})
+    daemon = start(tmp_path)
+    for method, kind, words in (
+        ("expert_kl", LogitsError, f"{tmp_path / 'english'}: "),
+        ("supermerge", FitError, "fit: step 1, "),
+    ):
+        what = learning(tmp_path, method, steps=3, level="task")
+        both = []
+        for engine in (LocalEngine(Pool.open(what.models[0], what.models[1:])), remote(daemon.address, what)):
+            with pytest.raises(Merge3Error) as caught:
+                list(engine.fit(what.asked, what.fit))
+            both.append((type(caught.value), str(caught.value)))
+        assert both[0] == both[1] and both[0][0] is kind, both
+        assert both[0][1].startswith(f"{words}{tmp_path / 'english.jsonl'}, line "), both
+
+
+# -- the command
+
+
+def test_the_command_with_server_is_the_command_without(daemon, tiny_world, tmp_path):
+    what = learning(tiny_world, steps=30, per_task=8, check_every=10)
+    data = what.fit.recipe.to_dict()
+    data["fit"]["items"] = [str(tiny_world / f"{task}.jsonl") for task in TASKS]
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(data))
+    arguments = ["fit", str(tmp_path / "fit.yaml"), "--quiet", "--json"]
+    for name, more in (("local", []), ("remote", ["--server", daemon.address])):
+        done = client(*arguments, "--run-dir", str(tmp_path / name), *more)
+        assert done.returncode == 0, done.stderr
+    for file in ("fitted.yaml", "latest.yaml", "history.jsonl", "fit.json", "model/model.safetensors"):
+        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "remote" / file).read_bytes(), file
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("local", "remote")]
+    for result in results:
+        assert result.pop("seconds") > 0 and result.pop("peak_memory")
+    assert results[0] == results[1]
+    assert (tmp_path / "remote" / "report.html").exists()
