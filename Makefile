@@ -33,11 +33,12 @@ $(VENV)/.tests: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group test
 	touch $@
 
-# mergekit and py-irt are only ever run by tests, which skip without them. py-irt asks for old versions of
-# packages that its models do not use, so it comes alone.
+# mergekit, py-irt and fusion-bench are only ever run by tests, which skip without them. py-irt asks for old versions of
+# packages that its models do not use, fusion-bench for many that single functions of it do not: they come alone.
 $(VENV)/.parity: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group parity
 	$(BIN)/python -m pip install --quiet --no-deps py-irt==0.7.1 || echo "no py-irt: its test will be skipped"
+	$(BIN)/python -m pip install --quiet --no-deps fusion-bench==0.2.33 || echo "no fusion-bench: its tests will be skipped"
 	touch $@
 
 demo: $(VENV)/.installed

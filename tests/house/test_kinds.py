@@ -12,6 +12,7 @@ OTHER_MEANINGS = [
     ("server/service.py", "generate", "the host's method behind the RPC Generate"),
     ("server/generate.py", "generate", "the RPC Generate, as its messages name it"),
     ("merge3/world/*.py", "generate", "data: the demo's item files, as a user writes them"),
+    ("merge3/world/digits.py", "classify", "data: that world's item files, as a user writes them"),
 ]
 
 

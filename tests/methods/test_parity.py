@@ -2,6 +2,7 @@
 methods by the statistics of what they keep. mergekit runs in a process of its own."""
 
 import importlib.util
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,7 @@ def merged(family, bf16_family, tmp_path_factory):
         recipes[method] = recipe(family, method, experts=1, weights=[1.0], density=0.5, normalize=False)
     for method in ("ties", "linear"):  # what a search writes as best.yaml
         recipes[f"searched_{method}"] = searched(family, method)
+    recipes["fitted"] = fitted(family)
     for name, data in recipes.items():
         (root / "in" / f"{name}.yaml").write_text(yaml.safe_dump(data))
     runner = Path(__file__).with_name("run_mergekit.py")
@@ -164,6 +166,24 @@ def searched(root, method):
     space = Space(definition, Pool.open(models[0], []).layouts[models[0]])
     genome = np.random.default_rng(0).uniform(*space.bounds())
     return yaml.safe_load(space.recipe(genome).to_yaml())
+
+
+def fitted(root):
+    """What a fit ends in: a weight for every tensor of every expert."""
+    from merge3.learn.fit import merged_with
+
+    rng, models = random.Random(0), [str(root / f"e{i}") for i in range(3)]
+    data = {"merge_method": "supermerge", "base_model": str(root / "base"), "dtype": "float32"}
+    recipe = Recipe.parse(data | {"models": [{"model": model} for model in models], "fit": {"items": ["i.jsonl"]}})
+    names = load_file(root / "base" / "model.safetensors")
+    made = merged_with(recipe, {model: [(name, rng.uniform(-0.5, 1.0)) for name in names] for model in models})
+    return yaml.safe_load(made.to_yaml())
+
+
+def test_a_fitted_recipe_means_the_same_to_mergekit(merged):
+    ours, theirs = pair(merged, "fitted")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["searched_ties", "searched_linear"])
