@@ -226,14 +226,14 @@ def test_merge_says_that_surgery_is_fitted_first(world):
 
 def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(world):
     """To the same bytes as one that was never stopped."""
-    surgery = {"items": FILES, "steps": 800, "rank": 8}
+    surgery = {"items": FILES, "steps": 400, "rank": 8}
     recipe = write(world, "long.yaml", surgery=surgery)
     command = [sys.executable, "-m", "merge3.client", "fit", str(recipe), "--run-dir", str(world / "stopped")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("step 1/800"):
+        if line.startswith("step 1/400"):
             process.send_signal(signal.SIGINT)
             break
     _, rest = process.communicate(timeout=120)
