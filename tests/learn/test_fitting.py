@@ -334,10 +334,10 @@ def test_an_experts_own_divergence_is_nothing(tiny_world):
 
 def test_a_loss_that_is_no_number_names_step_and_item(tiny_world):
     _, fitting = fitting_of(recipe_of(tiny_world))
-    with torch.no_grad():
-        fitting.coefficients.raw.fill_(torch.nan)
+    raw = torch.full_like(fitting.coefficients.raw.detach(), torch.nan)
+    nothing = State(0, raw, (torch.zeros_like(raw), torch.zeros_like(raw)))
     with pytest.raises(FitError, match=r"fit: step 1, item '\d' of task 'task \d': a loss of nan; expected a finite"):
-        next(fitting.steps())
+        next(fitting.steps(nothing))
 
 
 @pytest.mark.parametrize(

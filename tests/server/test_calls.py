@@ -31,6 +31,7 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
         "RegisterItems",
         "Evaluate",
         "EvaluateStream",
+        "Fit",
         "Export",
         "Generate",
         "Status",

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from merge3.client import remote_fit
 from merge3.client.remote import RemoteEngine
@@ -27,6 +28,7 @@ from merge3.rpc import fits
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import LogitsError, read_items
 from merge3_server.host import Host
+from tests.classifiers import make_classifier
 from tests.commands import client
 from tests.server.calling import refused
 
@@ -166,8 +168,7 @@ def test_a_second_fit_is_refused_and_one_that_is_left_leaves_room(daemon, tiny_w
     assert told(free(lambda: list(engine.fit(what.asked, short)))) == expected
     del lost
     assert time.monotonic() - began < 60
-    daemon.wait_for("fit driver=")
-    assert "steps=" in [line for line in daemon.lines if "fit driver=" in line][-1]
+    daemon.wait_for(" steps=3 of=3 ")
 
 
 def begun(stream):
@@ -474,3 +475,24 @@ def test_the_command_with_server_is_the_command_without(daemon, tiny_world, tmp_
         assert result.pop("seconds") > 0 and result.pop("peak_memory")
     assert results[0] == results[1]
     assert (tmp_path / "remote" / "report.html").exists()
+
+
+def test_heads_that_are_each_expert_s_own(tiny_world, tmp_path, start):
+    """Classifiers of other questions: the pool says so, and every task is learned through its own head."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "base")
+    for seed, (name, labels) in enumerate((("base", 2), *zip(TASKS, (3, 4)))):
+        make_classifier(labels, seed, len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for task, labels in zip(TASKS, (3, 4)):
+        rows = [json.loads(line) for line in (tiny_world / f"{task}.jsonl").read_text().splitlines()[:20]]
+        for i, row in enumerate(rows):
+            rows[i] = {"id": row["id"], "kind": "classify", "prompt": row["prompt"], "answer": i % labels}
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    what = learning(tmp_path, steps=6)
+    what.asked = replace(what.asked, heads=dict(zip(TASKS, what.models[1:])))
+    engines = LocalEngine(Pool.open(what.models[0], what.models[1:])), remote(start(tmp_path).address, what)
+    assert [engine.info().own_heads for engine in engines] == [True, True]
+    assert list(engines[0].info().content_hashes) == list(engines[1].info().content_hashes) == what.models
+    found = [list(engine.fit(what.asked, what.fit)) for engine in engines]
+    assert [step.loss for step in found[0]] == [step.loss for step in found[1]]
+    assert found[0][-1].recipe == found[1][-1].recipe
