@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,15 @@ from merge3.fitness import check_objectives, estimates, judged
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
+from merge3.learn.surgery import Operation, Surgery, operate
+from merge3.live.hooks import Adapter, adapted
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
 from merge3.methods import METHODS
 from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
 from merge3.program import compile
-from merge3.protocol import Engine, Evaluation, PoolInfo, Subject
+from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.space import Space, SpaceDefinition
@@ -38,13 +40,14 @@ from merge3.tasks.score import Answers
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
 _REGISTRATIONS = 64
 
-__all__ = ["Engine", "Evaluation", "LocalEngine", "PoolInfo", "Subject"]
+__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Subject"]
 
 
 class _Round(NamedTuple):
     """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
     merge's own), what asks."""
 
+    task: str
     positions: list[int]
     head: str | None
     scorer: Scorer
@@ -106,10 +109,15 @@ class LocalEngine:
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine."""
         for index, subject in enumerate(subjects):
+            adapters: Mapping[str, Adapter] = {}
+            if isinstance(subject, Operated):
+                subject, adapters = subject.subject, subject.adapters
             prepared = self._prepare(registration, subject)  # what is wrong with items is raised
-            yield self._evaluate(registration, prepared, index, subject)
+            yield self._evaluate(registration, prepared, index, subject, adapters)
 
-    def _evaluate(self, asked: Registration, prepared: _Prepared, index: int, subject: Subject) -> Evaluation:
+    def _evaluate(
+        self, asked: Registration, prepared: _Prepared, index: int, subject: Subject, adapters: Mapping[str, Adapter]
+    ) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
         responses, raw, error = None, {}, None
@@ -124,7 +132,7 @@ class LocalEngine:
                 else:
                     self.slot.swap(recipe, asked.seed, "candidate" if isinstance(subject, np.ndarray) else "recipe")
                 swap = time.perf_counter() - before
-                answers = self._ask(prepared.rounds, len(asked.items))
+                answers = self._ask(prepared.rounds, len(asked.items), adapters)
             responses = judged(asked, answers)
             if responses is None:
                 responses, raw = answers
@@ -162,15 +170,28 @@ class LocalEngine:
         known, fitting = self._fit
         if known != (asked, fit):
             self.forget_fit()  # room before another
-            self._check_heads(asked)
-            template = chat_template(fit.recipe, self.pool) if asked.chat else None
-            tasks = []
-            for task, positions in asked.tasks().items():
-                items = [asked.items[i] for i in positions]
-                tasks.append(TaskToLearn(task, items, asked.heads.get(task), fit.experts.get(task), asked.system(task)))
-            fitting = prepare(self.slot, fit, tasks, self.pool.words.folder(template))
+            tasks, folder = self._to_learn(asked, fit.recipe, fit.experts)
+            fitting = prepare(self.slot, fit, tasks, folder)
             self._fit = (asked, fit), fitting
         return fitting
+
+    def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
+        """See Engine."""
+        tasks, folder = self._to_learn(registration, recipe, surgery.experts)
+        with enough_memory(self.pool.device):
+            return operate(self.slot, recipe, tasks, surgery.settings, folder)
+
+    def _to_learn(
+        self, asked: Registration, recipe: Recipe, experts: Mapping[str, str]
+    ) -> tuple[list[TaskToLearn], Path]:
+        """(every task of a registration, the folder of the tokenizer that reads its items)"""
+        self._check_heads(asked)
+        template = chat_template(recipe, self.pool) if asked.chat else None
+        tasks = []
+        for task, positions in asked.tasks().items():
+            items = [asked.items[i] for i in positions]
+            tasks.append(TaskToLearn(task, items, asked.heads.get(task), experts.get(task), asked.system(task)))
+        return tasks, self.pool.words.folder(template)
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""
@@ -222,7 +243,7 @@ class LocalEngine:
             for task, positions in asked.tasks().items():
                 head = asked.heads.get(task) or endpoint
                 items = tuple(asked.items[i] for i in positions)
-                rounds.append(_Round(positions, head, self._scorer(items, head, asked.system(task), template)))
+                rounds.append(_Round(task, positions, head, self._scorer(items, head, asked.system(task), template)))
             self._prepared[key] = _Prepared(space, rounds)
             while len(self._prepared) > _REGISTRATIONS:
                 self._prepared.popitem(last=False)
@@ -239,11 +260,12 @@ class LocalEngine:
                 self._scorers.popitem(last=False)
         return self._scorers[key]
 
-    def _ask(self, rounds: list[_Round], count: int) -> Answers:
+    def _ask(self, rounds: list[_Round], count: int, adapters: Mapping[str, Adapter]) -> Answers:
         responses, raw = np.empty(count), {}
-        for positions, head, scorer in rounds:
+        for task, positions, head, scorer in rounds:
             self.slot.use_head(head)
-            answers = scorer.ask(self.slot.model)
+            with adapted(self.slot.model, adapters.get(task)):
+                answers = scorer.ask(self.slot.model)
             responses[positions] = answers.responses
             raw |= {positions[at]: found for at, found in answers.raw.items()}
         return Answers(responses, raw)

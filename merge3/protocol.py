@@ -13,11 +13,24 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import BadInput, Merge3Error
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
+from merge3.learn.surgery import Operation, Surgery
+from merge3.live.hooks import Adapter
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.tasks.documents import Raw
 
-Subject = np.ndarray | Recipe | str  # a genome of the registration's space, a recipe, an endpoint's name
+
+@dataclass(frozen=True, eq=False)
+class Operated:
+    """A merge with an adapter for each task: every item is answered with its task's, those of other tasks without.
+    subject: a recipe, or the endpoint whose folder has the adapters beside its weights."""
+
+    subject: Recipe | str
+    adapters: Mapping[str, Adapter]
+
+
+# A genome of the registration's space, a recipe, an endpoint's name, or one of the latter with adapters.
+Subject = np.ndarray | Recipe | str | Operated
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,13 @@ class Engine(Protocol):
         told: called before the first with what they take of memory, where the models are in this process. Between two
         steps other subjects may be evaluated. Raises RecipeError or ItemsError for what cannot be learned, FitError
         where a loss is no number, ResourceError where memory is too short.
+        """
+
+    def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
+        """Adapters on a recipe's merge: the merge and the experts are asked the registration's items; the operation's
+        steps then fit. In this process alone so far.
+
+        Raises RecipeError, ItemsError, BadInput or LogitsError for what cannot be fitted.
         """
 
     def check(self, recipe: Recipe) -> None:

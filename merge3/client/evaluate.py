@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
-from merge3.engine import Evaluation, LocalEngine
+from merge3.engine import Evaluation, LocalEngine, Operated
 from merge3.errors import BadInput, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
+from merge3.learn.surgery import load
+from merge3.learn.surgery_file import FILE
+from merge3.live.hooks import Adapter
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
@@ -58,16 +61,19 @@ def evaluate_files(
     responses_file: Path | None = None,
     memory_budget: str | None = None,
     skip_too_long: bool = False,
+    surgery: bool = True,
 ) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
     lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
 
     A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
-    positions for, say so, and count it in `skipped`.
+    positions for, say so, and count it in `skipped`. surgery: answer a task's items with its adapter where the folder
+    has one.
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
-    items = _from_files(asked)  # bad items before any model is opened
+    items = _from_files(asked)  # bad items and bad adapters before any model is opened
+    adapters = load(what).tasks if surgery and (what / FILE).is_file() else None
     chat = asked.chat(items)
     pool, subject, dtype = _opened(what, device, memory_budget)
     folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
@@ -82,6 +88,8 @@ def evaluate_files(
         print(note, file=sys.stderr)
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
+    if adapters is not None:
+        subject = _with_adapters(subject, adapters, items)
     (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [subject])
     seconds = time.perf_counter() - start
     responses, metrics = _judged(evaluation, items, benchmarks)
@@ -143,6 +151,14 @@ def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, R
     for note in pool.notes:
         print(note, file=sys.stderr)
     return pool, subject, dtype
+
+
+def _with_adapters(subject: Recipe | str, adapters: Mapping[str, Adapter], items: Sequence[Item]) -> Operated:
+    """The subject with its folder's adapters; says which tasks have none."""
+    without = [task for task in dict.fromkeys(item.task for item in items) if task not in adapters]
+    if without:
+        print(f"no adapter in {FILE} for {', '.join(without)}: answered by the merge alone", file=sys.stderr)
+    return Operated(subject, adapters)
 
 
 def _benchmarks(asked: Asked, folder: Path) -> dict[str, Benchmark]:

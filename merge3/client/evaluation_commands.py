@@ -34,6 +34,7 @@ def evaluate(
     memory_budget: MemoryBudget = None,
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
     skip_too_long: SkipTooLong = False,
+    surgery: Annotated[bool, typer.Option(help="By task, with the adapters that lie in the folder.")] = True,
     strict: Strict = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -46,7 +47,7 @@ def evaluate(
         metric, num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn, _mapping(gen_kwargs)
     )
     asked = Asked(items or (), task or (), task_path or (), settings, limit)
-    result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long)
+    result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long, surgery)
     print(json.dumps(result)) if as_json else show(result)
 
 

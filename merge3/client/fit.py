@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,11 @@ def fit(
     fits, to stand beside this one in the table.
     """
     recipe = Recipe.from_yaml(file)
+    if recipe.surgery:
+        from merge3.client.surgery import fit_with_surgery
+
+        how = device, export, target, memory_budget, compare
+        return fit_with_surgery(recipe, file, directory, resume, as_json, quiet, *how)
     check_learned(recipe, str(file))
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
     taught = load_items(recipe, settings, f"{file}: fit")
@@ -60,11 +65,9 @@ def fit(
     began = time.perf_counter()
     with StopOnInterrupt() as stopping:
         run = Run(recipe, taught, files, device, target, memory_budget, quiet, as_json, stopping)
-        outcome = _fitted(run)
+        outcome = fitted_host(run)
     if outcome is None:
-        line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
-        print(line, file=sys.stderr)
-        return None
+        return say_stopped(file, directory)
     fitted, seconds = outcome.recipe, time.perf_counter() - began
     with closing(outcome.engine) as engine:
         write_atomically(directory / "fitted.yaml", fitted.to_yaml())
@@ -85,10 +88,19 @@ def fit(
     return result
 
 
+def say_stopped(file: Path, directory: Path) -> None:
+    """How a run that was interrupted goes on."""
+    line = f"stopped; continue with: merge3-client fit {file} --run-dir {directory} --resume"
+    print(line, file=sys.stderr)
+
+
 def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Recipe:
     """What a recipe with `fit:` is fitted to, where nothing else of the run is wanted."""
     recipe = Recipe.from_yaml(file)
     check_learned(recipe, str(file))
+    if recipe.surgery:
+        found = f"`surgery:` in a recipe of {recipe.method}, to be fitted too"
+        raise RecipeError(f"{file}: surgery", found, "a recipe without", "`merge3-client fit RECIPE`")
     if Fit(recipe).method.survivors:
         expected = "`merge3-client fit`, whose run directory keeps them"
         raise RecipeError(f"{file}: merge_method", f"{recipe.method} makes experts of its own", expected)
@@ -97,7 +109,7 @@ def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Rec
     check_possible(recipe, taught, None, f"{file}: fit")
     with tempfile.TemporaryDirectory(prefix="merge3-fit-") as folder:
         files = FitFiles(Path(folder), resume=False)
-        outcome = _fitted(Run(recipe, taught, files, "cpu", None, None, quiet, as_json, lambda: False))
+        outcome = fitted_host(Run(recipe, taught, files, "cpu", None, None, quiet, as_json, lambda: False))
         with closing(outcome.engine):
             return outcome.recipe
 
@@ -121,7 +133,8 @@ def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where:
 
 @dataclass(frozen=True)
 class Run:
-    """A fit on its way. stopping: whether it was asked to stop."""
+    """A fit on its way. stopping: whether it was asked to stop. more: name -> hash of items for what is fitted
+    afterwards."""
 
     recipe: Recipe
     taught: Taught
@@ -132,6 +145,7 @@ class Run:
     quiet: bool
     as_json: bool
     stopping: Callable[[], bool]
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def open(self, recipe: Recipe, memory_budget: str | None = None) -> Engine:
         """An engine over a recipe's models."""
@@ -155,8 +169,8 @@ class Outcome:
     elsewhere: bool = False
 
 
-def _fitted(run: Run) -> Outcome | None:
-    """None when interrupted."""
+def fitted_host(run: Run) -> Outcome | None:
+    """A learned recipe's fit, whatever is fitted on top of it; None when interrupted."""
     recipe, what = run.recipe, Fit(run.recipe)
     if what.settings.groups is not None:
         from merge3.client.fit_groups import fit_groups
@@ -186,7 +200,7 @@ def _over_survivors(run: Run) -> Outcome | None:
 def begin(run: Run, hashes: Mapping[str, str]) -> None:
     """Write down what this is a run of, or compare with what is there. hashes: of every endpoint's contents."""
     found = {"learned items": items_hash(run.taught.learned), "held-out items": items_hash(run.taught.heldout)}
-    run.files.begin(identity(run.recipe, hashes, found))
+    run.files.begin(identity(run.recipe, hashes, found | dict(run.more)))
     write_atomically(run.files.directory / "recipe.yaml", run.recipe.to_yaml())
 
 

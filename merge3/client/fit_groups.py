@@ -26,8 +26,8 @@ _SMALL = 2**28  # bytes: nothing is streamed to save less
 
 
 def fit_groups(run: Run) -> Outcome | None:
-    """See fit._fitted. What is in memory while weights are learned is a base, one group, and the live model; the result
-    is measured with as much, the rest streamed, unless a budget says otherwise."""
+    """See fit.fitted_host. What is in memory while weights are learned is a base, one group, and the live model; the
+    result is measured with as much, the rest streamed, unless a budget says otherwise."""
     recipe, settings = run.recipe, Fit(run.recipe).settings
     models = [str(model) for model in recipe.models()]
     hashes = {model: Pool.open(model, []).content_hashes()[model] for model in models}

@@ -18,16 +18,21 @@ _LAYER = re.compile(r"^(.*?\.)(\d+)\.(.+)$")
 
 
 def write_fit_report(directory: str | Path) -> Path:
-    """Draw report.html from history.jsonl, fitted.yaml and result.json. Raises ResumeMismatch if they are not there."""
+    """Draw report.html from history.jsonl (of a surgery surgery.jsonl), fitted.yaml and result.json. Raises
+    ResumeMismatch if they are not there."""
     import jinja2
 
     directory = Path(directory)
-    if not (directory / "result.json").exists() or not (directory / "history.jsonl").exists():
-        raise ResumeMismatch(directory, "no result.json and history.jsonl", "the directory of a finished fit")
-    result = json.loads((directory / "result.json").read_text())
-    history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    result = {}
+    if (directory / "result.json").exists():
+        result = json.loads((directory / "result.json").read_text())
+    operated = "surgery" in result
+    of_steps = directory / ("surgery.jsonl" if operated else "history.jsonl")
+    if not result or not of_steps.exists():
+        raise ResumeMismatch(directory, f"no result.json and {of_steps.name}", "the directory of a finished fit")
+    history = [json.loads(line) for line in of_steps.read_text().splitlines()]
     fitted = Recipe.from_yaml(directory / "fitted.yaml")
-    rows = [("fitted", result["heldout_detail"], True)]
+    rows = [("with surgery" if operated else "fitted", result["heldout_detail"], True)]
     rows += [(name, other["detail"], False) for name, other in result["others"].items()]
     rows += sorted(((n, b, False) for n, b in result["baselines_detail"].items()), key=lambda r: -r[1]["accuracy"])
     template = Path(__file__).with_name("fit_report.html.j2").read_text(encoding="utf-8")
@@ -38,7 +43,7 @@ def write_fit_report(directory: str | Path) -> Path:
         curve=loss_curve(history),
         heldout=heldout_curve(history),
         bars=bars(rows),
-        maps=weight_maps(fitted),
+        maps=[] if operated else weight_maps(fitted),
         recipe=(directory / "recipe.yaml").read_text(encoding="utf-8"),
     )
     write_atomically(directory / "report.html", page)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from merge3.client.fit_items import Taught
-from merge3.engine import Engine
+from merge3.engine import Engine, Subject
 from merge3.errors import BadInput, Merge3Warning
-from merge3.learn.fit import Fit, experts_of
+from merge3.learn.fit import Fit, others_of
 from merge3.learn.losses import LOSSES
 from merge3.recipe import Recipe
 from merge3.registration import Registration
@@ -23,7 +23,7 @@ from merge3.search.measure import Measured, measured, short_names
 from merge3.tasks import LogitsError
 
 
-def measure(engine: Engine, held: Registration, subject: Recipe | str) -> Measured:
+def measure(engine: Engine, held: Registration, subject: Subject) -> Measured:
     """Accuracy of one subject on a registration's items."""
     (evaluation,) = engine.evaluate(held, [subject])
     return measured(evaluation.answers(), held.items)
@@ -34,7 +34,8 @@ def baselines(engine: Engine, recipe: Recipe, held: Registration) -> dict[str, M
     models = [str(model) for model in recipe.models()]
     names = short_names(models)
     subjects: list[tuple[str, Recipe | str]] = [(names[model], model) for model in models]
-    for name, merge in default_merges(str(recipe.base_model), experts_of(recipe), recipe.dtype, dict(recipe.tower)):
+    base = None if recipe.base_model is None else str(recipe.base_model)
+    for name, merge in default_merges(base, others_of(recipe), recipe.dtype, dict(recipe.tower)):
         subjects.append((name, replace(merge, tokenizer=recipe.tokenizer, chat_template=recipe.chat_template)))
     found = {}
     for name, subject in subjects:
@@ -91,11 +92,11 @@ def summary(
         "losses": [line["loss"] for line in history],
         "others": dict(others),
         "seconds": seconds,
-        "peak_memory": _peak_memory(),
+        "peak_memory": peak_memory(),
     }
 
 
-def _peak_memory() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """Bytes that this process had at most, in memory and on a GPU."""
     import resource
 
@@ -107,6 +108,10 @@ def _peak_memory() -> dict[str, int]:
 
 def print_fit(result: Mapping[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
+    if "surgery" in result:
+        from merge3.client.surgery import print_surgery
+
+        return print_surgery(result, directory)
     from rich.console import Console
 
     from merge3.client.run import accuracy_table

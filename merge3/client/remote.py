@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -24,14 +24,16 @@ import grpc
 from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
+from merge3.client.received import received
 from merge3.client.register import Registrar
 from merge3.client.remote_fit import fit_steps
-from merge3.engine import Evaluation, PoolInfo, Subject
-from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResourceError, ResumeMismatch, Unavailable
+from merge3.engine import Evaluation, Operated, PoolInfo, Subject
+from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
 from merge3.fitness import estimates, judged
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
+from merge3.learn.surgery import Operation, Surgery
 from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
@@ -121,6 +123,10 @@ class RemoteEngine:
         where = self.target.address, self.patience
         return fit_steps(registration, fit, state, begin, self._recover, *where)
 
+    def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
+        """See Engine. Not there yet: raises Unavailable."""
+        raise _not_there(self.target.address)
+
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
@@ -173,6 +179,8 @@ class RemoteEngine:
             request.recipe = convert.recipe_to(subject)
         elif isinstance(subject, str):
             request.endpoint = subject
+        elif isinstance(subject, Operated):
+            raise _not_there(self.target.address)
         else:
             request.genome.values.extend(subject)
         return request
@@ -215,7 +223,7 @@ class RemoteEngine:
         try:
             partial.mkdir(parents=True)
             with self._translated():
-                result = _received(self._stub.Export(request, metadata=self._metadata), partial)
+                result = received(self._stub.Export(request, metadata=self._metadata), partial)
             for file in partial.rglob("*"):
                 sync(file)
             if directory.exists():
@@ -285,35 +293,5 @@ class RemoteEngine:
         return translated(self.target.address)
 
 
-def _inside(name: str) -> bool:
-    """Whether a file's name stays in the folder that it is relative to, and is spelled in one way only."""
-    path = PurePosixPath(name)
-    parts = path.parts and not path.is_absolute() and ".." not in path.parts
-    return bool(parts) and str(path) == name and "\\" not in name and "\0" not in name
-
-
-def _received(stream, directory: Path) -> pb.ExportResult:
-    """Files of an Export stream, checked against their digests."""
-    import hashlib
-
-    digests, offsets, result = {}, {}, None
-    for message in stream:
-        if message.HasField("result"):
-            result = message.result
-        elif message.HasField("chunk"):
-            chunk = message.chunk
-            if not _inside(chunk.file):
-                found = f"the daemon sent a file named {chunk.file!r}"
-                raise ResourceError("export", found, "a plain name, or one in a folder of the checkpoint")
-            if chunk.offset != offsets.get(chunk.file, 0):
-                raise ResourceError(
-                    "export", f"{chunk.file} continues at byte {chunk.offset}", f"{offsets.get(chunk.file, 0)}"
-                )
-            (directory / chunk.file).parent.mkdir(parents=True, exist_ok=True)
-            with open(directory / chunk.file, "ab") as handle:
-                handle.write(chunk.data)
-            offsets[chunk.file] = chunk.offset + len(chunk.data)
-            digests.setdefault(chunk.file, hashlib.sha256()).update(chunk.data)
-    if result is None or {f: d.digest() for f, d in digests.items()} != dict(result.files):
-        raise ResourceError("export", "files arrived incomplete", "what the daemon wrote")
-    return result
+def _not_there(address: str) -> Unavailable:
+    return Unavailable(address, "a daemon answers without adapters", "surgery in this process: no --server")

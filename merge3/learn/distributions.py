@@ -72,11 +72,7 @@ def log_probabilities(model, asked: Sequence[Asked], pad: int = 0) -> list[torch
     """Of each item: float32 [places, vocabulary], [1, choices] or [1, labels]; one forward pass."""
     device = next(model.parameters()).device
     if asked[0].head is not None:
-        heads = [one.head for one in asked]
-        if isinstance(heads[0], Image):
-            inputs = {"pixel_values": torch.stack([head.pixels for head in heads]).to(device)}
-        else:
-            inputs = right_padded([head.tokens for head in heads], pad, device)
+        inputs = before_head(asked, pad, device)
         return list(model(**inputs, **without_cache(model)).logits.float().log_softmax(-1)[:, None])
     rows = [(one.prompt, answer) for one in asked for answer in one.answers]
     logits = iter(_logits(model, rows, pad, device))
@@ -91,6 +87,14 @@ def log_probabilities(model, asked: Sequence[Asked], pad: int = 0) -> list[torch
             sums.append(row.gather(-1, torch.tensor(answer, device=device)[:, None]).sum())
         found.append(torch.stack(sums).log_softmax(-1)[None])
     return found
+
+
+def before_head(asked: Sequence[Asked], pad: int, device) -> dict[str, torch.Tensor]:
+    """Inputs of a forward whose logits are a head's, a row of each item."""
+    heads = [one.head for one in asked]
+    if isinstance(heads[0], Image):
+        return {"pixel_values": torch.stack([head.pixels for head in heads]).to(device)}
+    return right_padded([head.tokens for head in heads], pad, device)
 
 
 def batches(asked: Sequence[int], of: Sequence[Asked], limit: int) -> Iterator[list[int]]:

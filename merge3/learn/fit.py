@@ -81,6 +81,11 @@ def experts_of(recipe: Recipe) -> list[str]:
     return [str(s.model) for s in recipe.slices[0].sources if s.model != recipe.base_model]
 
 
+def others_of(recipe: Recipe) -> list[str]:
+    """Names of the models of any recipe, slices or not, in order, without its base."""
+    return [str(model) for model in recipe.models() if model != recipe.base_model]
+
+
 def of_experts(recipe: Recipe, experts: Sequence[str]) -> Recipe:
     """The recipe with these of its models alone."""
     sources = tuple(source for source in recipe.slices[0].sources if str(source.model) in experts)
@@ -95,7 +100,7 @@ def merged_with(recipe: Recipe, weights: Mapping[str, float | Sequence[tuple[str
             continue
         own = weights[str(source.model)]
         sources.append(replace(source, parameters={"weight": own if isinstance(own, float) else _filters(own)}))
-    return replace(recipe, method=RESULT, slices=(Slice(tuple(sources)),), parameters={}, fit={})
+    return replace(recipe, method=RESULT, slices=(Slice(tuple(sources)),), parameters={}, fit={}, surgery={})
 
 
 def _filters(weights: Sequence[tuple[str, float]]) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,32 @@ def lessons(
 
 
 def _lesson(slot: Slot, task: TaskToLearn, loss: Loss, folder: str | Path, over: str, limit: int) -> Lesson:
+    found = questions(slot, task, loss, folder, over)
+    targets: list[Target] = [None] * len(found.asked)
+    if loss.target is not None:
+        pairs = zip(found.items, found.requests)
+        targets = [loss.target(item, request, found.reader) for item, request in pairs]
+    if loss.expert:
+        targets = _said(slot.model, task, found.asked, limit)
+    return Lesson(task.name, found.asked, targets, task.head)
+
+
+class Questions(NamedTuple):
+    """Of one task's items: as a loss asks them, as they are resolved, their requests, and what has read them."""
+
+    asked: list[Asked]
+    items: list[Item]
+    requests: list[Any]
+    reader: Reader
+
+
+def questions(
+    slot: Slot, task: TaskToLearn, loss: Loss, folder: str | Path, over: str, where: str = "fit"
+) -> Questions:
+    """What a loss asks of a task. Where it is about the task's own expert, that is the live model afterwards.
+
+    Raises ItemsError for an item that cannot be learned from, RecipeError for a task without an expert.
+    """
     model = slot.model
     slot.use_head(task.head)
     Scorer(task.items, model, folder, task.system is not None, system=task.system or "")  # every item can be asked
@@ -66,19 +92,14 @@ def _lesson(slot: Slot, task: TaskToLearn, loss: Loss, folder: str | Path, over:
     written: Mapping[int, tuple[int, ...]] = {}
     if loss.expert:
         if task.expert is None:
-            raise RecipeError("fit: items", f"no model for task {task.name!r}", "its expert, as `model`")
+            raise RecipeError(f"{where}: items", f"no model for task {task.name!r}", "its expert, as `model`")
         slot.load(task.expert)
         if over == "answer":
             written = _written(model, reader, requests)
     asked = []
     for at, (item, request) in enumerate(zip(items, requests)):
         asked.append(loss.ask(item, request, reader, written.get(at)))
-    targets: list[Target] = [None] * len(asked)
-    if loss.target is not None:
-        targets = [loss.target(item, request, reader) for item, request in zip(items, requests)]
-    if loss.expert:
-        targets = _said(model, task, asked, limit)
-    return Lesson(task.name, asked, targets, task.head)
+    return Questions(asked, items, requests, reader)
 
 
 def _written(model, reader: Reader, requests: Sequence[Any]) -> dict[int, tuple[int, ...]]:

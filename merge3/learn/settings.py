@@ -106,12 +106,18 @@ class FitSettings(_Learning):
 
 class SurgerySettings(_Learning):
     """rank: of the adapter of each task, at most the width of the representation. steps: of Adam, `batch` inputs
-    each."""
+    each. over: as of a fit, the places of a text whose representations are matched."""
 
     rank: int = Field(16, ge=1)
     steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-3, gt=0, le=MOST_RATE)
     batch: int = Field(16, ge=1)
+    over: Literal["answer", "next"] = "answer"
+
+    def after(self, fit: FitSettings) -> SurgerySettings:
+        """On top of what `fit:` learns: its items and how they are asked and split, where nothing else is said."""
+        unsaid = [key for key in _Learning.model_fields if key not in self.model_fields_set]
+        return self.model_copy(update={key: getattr(fit, key) for key in unsaid})
 
 
 def read_fit(data: Mapping[str, Any] | None, where: str) -> FitSettings:

@@ -12,6 +12,8 @@ OTHER_MEANINGS = [
     ("server/service.py", "generate", "the host's method behind the RPC Generate"),
     ("server/generate.py", "generate", "the RPC Generate, as its messages name it"),
     ("merge3/world/*.py", "generate", "data: the demo's item files, as a user writes them"),
+    ("merge3/client/surgery.py", "rank", "of an adapter, as result.json and a file's metadata name it"),
+    ("merge3/learn/surgery_file.py", "rank", "of an adapter, as above"),
     ("merge3/world/digits.py", "classify", "data: that world's item files, as a user writes them"),
 ]
 

@@ -431,12 +431,12 @@ def test_a_search_and_a_daemon_agree(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/x", "../x", "a/../x", "a//b", "./a", "a/", "a\\b"])
 def test_a_daemon_cannot_write_elsewhere(tmp_path, name):
-    from merge3.client.remote import _received
+    from merge3.client.received import received
     from merge3.rpc import merge3_pb2 as pb
 
     sent = [pb.ExportResponse(chunk=pb.FileChunk(file=name, data=b"x"))]
     with pytest.raises(ResourceError, match="the daemon sent a file named"):
-        _received(iter(sent), tmp_path / "out")
+        received(iter(sent), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

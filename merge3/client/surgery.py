@@ -1,0 +1,271 @@
+"""`merge3-client fit` of a recipe with `surgery:`: the merge alone first, fitted where it is a learned one, then an
+adapter for each task on top of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge3.checkpoint import check_free
+from merge3.client.fit import Run, begin, check_possible, fitted_host, registration, say_stopped
+from merge3.client.fit_files import FitFiles
+from merge3.client.fit_items import Taught, load_items
+from merge3.client.fit_progress import chosen
+from merge3.client.fit_report import write_fit_report
+from merge3.client.fit_result import baselines, measure, other_run, peak_memory
+from merge3.client.run import StopOnInterrupt
+from merge3.engine import Engine, Operated
+from merge3.errors import BadInput
+from merge3.files import resource_error, sync, write_atomically
+from merge3.learn.fit import Fit, check_learned
+from merge3.learn.settings import SurgerySettings, located, read_fit, read_surgery
+from merge3.learn.surgery import Adapters, Surgery, check_surgery, save
+from merge3.live.slot import Slot
+from merge3.methods import method_named
+from merge3.methods.learned import LEARNED
+from merge3.pool import Pool
+from merge3.recipe import Recipe
+from merge3.search.measure import Measured
+from merge3.tasks import items_hash
+
+if TYPE_CHECKING:
+    from merge3.client.channel import Target
+
+STEPS = "surgery.jsonl"  # a line a step
+
+
+@dataclass(frozen=True)
+class Asked:
+    """settings, taught: of the surgery. learned: what a learned host is fitted with, None where the recipe below the
+    adapters is an ordinary one."""
+
+    recipe: Recipe
+    settings: SurgerySettings
+    taught: Taught
+    learned: Taught | None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the adapters are put on. engine: over its models and the experts, open. told: what result.json says of the
+    fit of a learned one."""
+
+    recipe: Recipe
+    engine: Engine
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """distances: task -> L1 distance from its expert (before, after) of the items that were learned from."""
+
+    adapters: Adapters
+    history: Sequence[Mapping[str, Any]]
+    distances: Mapping[str, tuple[float, float]]
+    seconds: float
+
+
+def fit_with_surgery(
+    recipe: Recipe,
+    file: Path,
+    directory: Path,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    device: str,
+    export: bool,
+    target: Target | None,
+    memory_budget: str | None,
+    compare: Sequence[Path],
+) -> dict[str, Any] | None:
+    """As fit.fit, which hands over to this. The surgery itself is begun anew by --resume: it takes seconds."""
+    if target is not None:
+        raise BadInput("--server", "given with a recipe that has `surgery:`", "surgery in this process: no --server")
+    asked = _read(recipe, file)
+    others = {str(run): other_run(run) for run in compare}
+    files = FitFiles(directory, resume)
+    hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
+    with StopOnInterrupt() as stopping:
+        taught = asked.learned or asked.taught
+        run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
+        host = _host(run, asked)
+        if host is None:
+            return say_stopped(file, directory)
+        with closing(host.engine) as engine:
+            outcome = None if stopping() else _operated(host, asked, stopping, as_json, quiet)
+            if outcome is None:
+                return say_stopped(file, directory)
+            write_atomically(directory / "fitted.yaml", host.recipe.to_yaml())
+            write_atomically(directory / STEPS, "".join(json.dumps(line) + "\n" for line in outcome.history))
+            held = registration(asked.taught.heldout, asked.taught, engine.info().own_heads)
+            measured = measure(engine, held, Operated(host.recipe, outcome.adapters.tasks))
+            beside = {f"{recipe.method} alone": measure(engine, held, host.recipe)}
+            beside |= baselines(engine, recipe, held)
+            _write(host, outcome.adapters, directory, export)
+    result = _summary(asked, outcome, measured, beside, others) | host.told
+    write_atomically(directory / "result.json", json.dumps(result, indent=2))
+    write_fit_report(directory)
+    return result
+
+
+def _read(recipe: Recipe, file: Path) -> Asked:
+    """Raises RecipeError or ItemsError."""
+    where, folder = f"{file}: surgery", Path(file).parent
+    settings, learned = read_surgery(recipe.surgery, where), None
+    if recipe.fit or recipe.method in LEARNED:
+        check_learned(recipe, str(file))
+        of_fit = located(read_fit(recipe.fit, f"{file}: fit"), folder)
+        learned = load_items(recipe, of_fit, f"{file}: fit")
+        check_possible(recipe, learned, None, f"{file}: fit")
+        settings = settings.after(of_fit)
+    else:
+        method_named(recipe.method, f"{file}: merge_method")
+    settings = located(settings, folder)
+    taught = load_items(recipe, settings, where)
+    if learned is not None:  # what either has learned from measures neither
+        seen = {(item.task, item.id) for item in learned.learned}
+        unseen = [item for item in taught.heldout if (item.task, item.id) not in seen]
+        taught = replace(taught, heldout=unseen or taught.heldout)
+    return Asked(recipe, settings, taught, learned)
+
+
+def _host(run: Run, asked: Asked) -> Host | None:
+    """None when interrupted."""
+    if asked.learned is None:
+        alone, engine = replace(asked.recipe, surgery={}), run.open(asked.recipe)
+        check_surgery(asked.settings, engine.slot.model)
+        engine.check(alone)
+        begin(run, engine.info().content_hashes)
+        return Host(alone, engine, {})
+    _check_width(asked)
+    began = time.perf_counter()
+    found = fitted_host(run)
+    if found is None:
+        return None
+    fit = {
+        "learned_items": len(asked.learned.learned),
+        "settings": Fit(asked.recipe, asked.learned.experts).settings.model_dump(mode="json"),
+        "passes": {"merges": found.steps, "forward": found.asked, "backward": found.asked},
+        "losses": [line["loss"] for line in found.history],
+        "seconds": time.perf_counter() - began,
+    }
+    run.files.tell(found.history)
+    engine = found.engine
+    if found.elsewhere:  # over models of its own: the experts are needed too
+        engine.close()
+        engine = run.open(replace(found.recipe, slices=(*found.recipe.slices, *asked.recipe.slices)))
+    return Host(found.recipe, engine, {"fit": fit})
+
+
+def _check_width(asked: Asked) -> None:
+    """A rank that is refused is refused before a fit that takes minutes, on the base alone."""
+    base = str(asked.recipe.base_model)
+    check_surgery(asked.settings, Slot(Pool.open(base, [])).model)
+
+
+def _operated(host: Host, asked: Asked, stopping, as_json: bool, quiet: bool) -> Outcome | None:
+    """None when interrupted."""
+    taught, began = asked.taught, time.perf_counter()
+    items = registration(taught.learned, taught, host.engine.info().own_heads)
+    operation = host.engine.operate(items, host.recipe, Surgery(asked.settings, taught.experts))
+    history: list[Mapping[str, Any]] = []
+    found = None
+    with chosen(as_json, quiet, asked.settings.steps, 0) as report:
+        for step in operation.steps():
+            history.append({"step": step.number, "loss": step.loss, "losses": dict(step.losses)})
+            report(history[-1])
+            found = step.adapters
+            if stopping() and found is None:
+                return None
+    before, after = operation.distances(), operation.distances(found)
+    distances = {task: (before[task], after[task]) for task in before}
+    adapters = Adapters(found, {task: taught.experts[task] for task in found}, operation.recipe)
+    return Outcome(adapters, history, distances, time.perf_counter() - began)
+
+
+def _write(host: Host, adapters: Adapters, directory: Path, export: bool) -> None:
+    """The checkpoint with its adapters in model/, there whole or not at all; without it the adapters alone."""
+    model = directory / "model"
+    if not export:
+        save(adapters, directory)
+        return
+    if model.exists():  # a run that is resumed had come so far
+        return
+    check_free(model)
+    partial = directory / f".model.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        host.engine.export(host.recipe, partial)
+        save(adapters, partial)
+        os.rename(partial, model)
+        sync(directory)
+    except OSError as error:
+        raise resource_error(model, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _summary(
+    asked: Asked, outcome: Outcome, heldout: Measured, beside: Mapping[str, Measured], others: Mapping[str, Any]
+) -> dict[str, Any]:
+    """result.json."""
+    adapters, taught = outcome.adapters, asked.taught
+    passes = {"forward of the merge": len(taught.learned), "forward of experts": len(taught.learned)}
+    return {
+        "method": asked.recipe.method,
+        "models": [str(model) for model in asked.recipe.models()],
+        "seed": asked.settings.seed,
+        "heldout": heldout["accuracy"],
+        "heldout_detail": heldout,
+        "heldout_items": len(taught.heldout),
+        "baselines": {name: detail["accuracy"] for name, detail in beside.items()},
+        "baselines_detail": dict(beside),
+        "best_baseline": max(beside, key=lambda name: beside[name]["accuracy"]),
+        "host": next(iter(beside)),
+        "learned_items": len(taught.learned),
+        "labels": False,
+        "settings": asked.settings.model_dump(mode="json"),
+        "surgery": {
+            "rank": adapters.rank,
+            "width": adapters.width,
+            "parameters": adapters.parameters,
+            "distances": {task: list(pair) for task, pair in outcome.distances.items()},
+        },
+        "passes": passes,
+        "item_answers": sum(passes.values()),
+        "losses": [line["loss"] for line in outcome.history],
+        "others": dict(others),
+        "seconds": outcome.seconds,
+        "peak_memory": peak_memory(),
+    }
+
+
+def print_surgery(result: Mapping[str, Any], directory: Path) -> None:
+    """The table a person reads at the end."""
+    from rich.console import Console
+
+    from merge3.client.run import accuracy_table
+
+    rows = [("with surgery", result["heldout_detail"])]
+    rows += [(name, other["detail"]) for name, other in result["others"].items()]
+    rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
+    console, surgery = Console(), result["surgery"]
+    console.print(accuracy_table(rows, result["heldout_items"], "the surgery", "with surgery"))
+    gains = []
+    for name in dict.fromkeys((result["host"], result["best_baseline"])):
+        gains.append(f"{result['heldout'] - result['baselines'][name]:+.3f} over {name}")
+    best = f", the best baseline is {result['best_baseline']}"
+    console.print(", ".join(gains) + best)
+    for task, (before, after) in surgery["distances"].items():
+        console.print(f"{task}: L1 distance from its expert {before:.4f} before, {after:.4f} after")
+    size = f"rank {surgery['rank']} of {surgery['width']}, {surgery['parameters']:,} numbers"
+    console.print(f"{size}, from {result['learned_items']} unlabelled items in {result['seconds']:.0f} s")
+    model = f"model {directory / 'model'}, " if (directory / "model").exists() else ""
+    console.print(f"recipe {directory / 'fitted.yaml'}, {model}report {directory / 'report.html'}")
