@@ -86,7 +86,7 @@ def measured(seed: int, only: list[str] | None) -> dict[str, float]:
         found["TIES, lambda tuned"] = tuned(ties, "ties", trimmed, weight=1.0, density=1.0, normalize=True)
         for name, (method, settings) in FITS.items():
             if only is None or name.startswith(tuple(only)):
-                found[name] = fitted(world, Path(folder) / name.replace(" ", "-"), method, settings)
+                found[name] = fitted(world, Path(folder) / str(len(found)), method, settings)
     for name, value in found.items():
         print(f"seed {seed}  {name:<36} {100 * value:.1f}", flush=True)
     return found

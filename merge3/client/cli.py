@@ -207,17 +207,20 @@ def demo(
 @app.command(epilog="Example: merge3-client methods")
 def methods(as_json: Json = False):
     """List the merge methods and their parameters."""
-    from merge3.methods import METHODS
+    from merge3.methods import LEARNED, METHODS
     from merge3.methods.base import REQUIRED
 
     if as_json:
-        print(json.dumps({n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in METHODS.items()}))
+        found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in METHODS.items()}
+        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in LEARNED.items()}))
         return
     for name, method in METHODS.items():
         print(f"{name}: {method.summary}")
         for parameter, spec in method.parameters.items():
             default = "required" if spec.default is REQUIRED else f"default {spec.default}"
             print(f"    {parameter:<18} {spec.help} ({default})")
+    for name, row in LEARNED.items():
+        print(f"{name}: {row.summary} (merge3-client fit)")
 
 
 def main() -> None:

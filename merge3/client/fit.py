@@ -20,9 +20,9 @@ from merge3.client.fit_report import write_fit_report
 from merge3.client.fit_result import baselines, measure, other_run, summary
 from merge3.client.run import StopOnInterrupt, open_models
 from merge3.engine import Engine
-from merge3.errors import RecipeError
+from merge3.errors import BadInput, RecipeError
 from merge3.files import write_atomically
-from merge3.learn.fit import Fit, check_learned, experts_of
+from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES
 from merge3.learn.settings import located, read_fit
 from merge3.recipe import Recipe
@@ -59,7 +59,7 @@ def fit(
     check_learned(recipe, str(file))
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
     taught = load_items(recipe, settings, f"{file}: fit")
-    check_possible(recipe, taught, target, f"{file}: fit")
+    check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run) for run in compare}
     files = FitFiles(directory, resume)
     began = time.perf_counter()
@@ -106,7 +106,7 @@ def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Rec
         raise RecipeError(f"{file}: merge_method", f"{recipe.method} makes experts of its own", expected)
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
     taught = load_items(recipe, settings, f"{file}: fit")
-    check_possible(recipe, taught, None, f"{file}: fit")
+    check_possible(recipe, taught, None, f"{file}: fit", Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix="merge3-fit-") as folder:
         files = FitFiles(Path(folder), resume=False)
         outcome = fitted_host(Run(recipe, taught, files, "cpu", None, None, quiet, as_json, lambda: False))
@@ -114,9 +114,13 @@ def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Rec
             return outcome.recipe
 
 
-def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where: str) -> None:
-    """Raises RecipeError for what only this process can do, asked of a daemon, and for groups that cannot be."""
+def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where: str, directory: Path) -> None:
+    """Raises RecipeError for what only this process can do, asked of a daemon, and for groups that cannot be; BadInput
+    for a directory whose models no recipe could name."""
     what = Fit(recipe)
+    if (what.method.survivors or what.settings.groups is not None) and set("+@") & set(str(directory.resolve())):
+        found = f"{str(directory)!r}, where models are made, and recipes read + and @ in a path as more than that"
+        raise BadInput("--run-dir", found, "a path without them")
     if target is not None and what.method.survivors:
         raise RecipeError(where, f"{recipe.method} with --server", "a fit in this process: it makes experts of its own")
     if target is not None and what.settings.groups is not None:
@@ -207,6 +211,8 @@ def begin(run: Run, hashes: Mapping[str, str]) -> None:
 def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads: bool) -> Outcome | None:
     """A fit of one recipe; None when interrupted, and the engine is closed. own_heads: see PoolInfo."""
     files = run.files
+    # What the export at the end would refuse is refused now.
+    engine.check(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(Fit(recipe).settings.start))))
     asked, held = (registration(items, taught, own_heads) for items in (taught.learned, taught.heldout))
     what = Fit(recipe, taught.experts if LOSSES[Fit(recipe).method.loss].expert else {})
     steps, every = what.settings.steps, what.settings.measured_every

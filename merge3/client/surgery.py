@@ -88,7 +88,7 @@ def fit_with_surgery(
     """As fit.fit, which hands over to this. The surgery itself is begun anew by --resume: it takes seconds."""
     if target is not None:
         raise BadInput("--server", "given with a recipe that has `surgery:`", "surgery in this process: no --server")
-    asked = _read(recipe, file)
+    asked = _read(recipe, file, directory)
     others = {str(run): other_run(run) for run in compare}
     files = FitFiles(directory, resume)
     hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
@@ -115,7 +115,7 @@ def fit_with_surgery(
     return result
 
 
-def _read(recipe: Recipe, file: Path) -> Asked:
+def _read(recipe: Recipe, file: Path, directory: Path) -> Asked:
     """Raises RecipeError or ItemsError."""
     where, folder = f"{file}: surgery", Path(file).parent
     settings, learned = read_surgery(recipe.surgery, where), None
@@ -123,7 +123,7 @@ def _read(recipe: Recipe, file: Path) -> Asked:
         check_learned(recipe, str(file))
         of_fit = located(read_fit(recipe.fit, f"{file}: fit"), folder)
         learned = load_items(recipe, of_fit, f"{file}: fit")
-        check_possible(recipe, learned, None, f"{file}: fit")
+        check_possible(recipe, learned, None, f"{file}: fit", directory)
         settings = settings.after(of_fit)
     else:
         method_named(recipe.method, f"{file}: merge_method")

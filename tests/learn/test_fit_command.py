@@ -158,6 +158,14 @@ def test_survivors_are_experts_of_their_own(tiny_world, tmp_path):
     assert not (tmp_path / "once").exists()
 
 
+def test_models_are_not_made_where_no_recipe_could_name_them(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", "adamerging++", steps=2)
+    done = client("fit", recipe, "--run-dir", tmp_path / "adamerging++")
+    assert done.returncode == 2
+    assert "recipes read + and @ in a path as more than that; expected a path without them" in done.stderr
+    assert not (tmp_path / "adamerging++").exists()
+
+
 def test_one_expert_is_enough(tiny_world, tmp_path):
     recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", experts=("english",), steps=2)
     done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export")
