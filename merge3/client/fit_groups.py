@@ -15,6 +15,7 @@ from merge3.client.fit import Outcome, Run, begin, learned
 from merge3.client.fit_files import FitFiles
 from merge3.client.fit_items import Taught
 from merge3.engine import LocalEngine
+from merge3.export import check_recipe
 from merge3.learn.fit import Fit, experts_of, merged_with, of_experts
 from merge3.learn.hierarchy import Node, Weights, composed, task_vector_cosine, tree, weights_of
 from merge3.pool import Pool
@@ -34,6 +35,8 @@ def fit_groups(run: Run) -> Outcome | None:
     begin(run, hashes)
     grouping = tree(experts_of(recipe), settings.groups, partial(task_vector_cosine, recipe))
     lender = Pool.open(models[0], models[1:], tokenizer=recipe.tokenizer, tower=recipe.tower)  # reads no weights
+    # What is merged at the end is all experts at once; what would be refused then is refused now.
+    check_recipe(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(settings.start))), lender)
     inside: dict[str, Weights | None] = {expert: None for expert in models}
     places = {expert: expert for expert in models}
     steps = asked = 0

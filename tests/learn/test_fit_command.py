@@ -209,6 +209,21 @@ def test_groups_that_are_not_the_experts(tiny_world, tmp_path):
     assert done.returncode == 2 and "is not in exactly one group; expected every model in one group" in done.stderr
 
 
+def test_more_experts_than_one_merge_takes_are_refused_before_any_group_is(family, tmp_path):
+    experts = []
+    for number in range(9):
+        shutil.copytree(family / f"e{number % 3}", tmp_path / f"x{number}")
+        experts.append(f"x{number}")
+        item = {"id": "1", "task": f"t{number}", "kind": "generate", "prompt": "a", "answer": "b"}
+        (tmp_path / f"x{number}.jsonl").write_text(json.dumps(item) + "\n")
+    shutil.copytree(family / "base", tmp_path / "base")
+    groups = {"size": 3, "by": "order"}
+    recipe = write_recipe(tmp_path, tmp_path / "recipe.yaml", experts=experts, groups=groups, heldout=0)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 2 and "9 models beside the base; expected 1 to 8 for task_arithmetic" in done.stderr
+    assert not (tmp_path / "run" / "groups").exists()
+
+
 def test_a_learned_recipe_is_no_candidate(tiny_world, tmp_path):
     recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml")
     done = client("evaluate", recipe, tiny_world / "english.jsonl", "--limit", 2)
