@@ -17,7 +17,7 @@ import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
 from merge3.engine import Evaluation, LocalEngine, Operated
-from merge3.errors import BadInput, ItemsError, Merge3Warning
+from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
 from merge3.learn.surgery import load
@@ -25,7 +25,7 @@ from merge3.learn.surgery_file import FILE
 from merge3.live.hooks import Adapter
 from merge3.packaging import chat_template
 from merge3.pool import Pool
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, load_yaml
 from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
@@ -73,7 +73,7 @@ def evaluate_files(
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
     items = _from_files(asked)  # bad items and bad adapters before any model is opened
-    adapters = load(what).tasks if surgery and (what / FILE).is_file() else None
+    adapters = _adapters(what) if surgery and (what / FILE).is_file() else None
     chat = asked.chat(items)
     pool, subject, dtype = _opened(what, device, memory_budget)
     folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
@@ -151,6 +151,17 @@ def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, R
     for note in pool.notes:
         print(note, file=sys.stderr)
     return pool, subject, dtype
+
+
+def _adapters(folder: Path) -> Mapping[str, Adapter]:
+    """Of the merge in a folder. Raises CheckpointError where they were fitted to another one."""
+    found, file = load(folder), folder / "mergekit_config.yml"
+    if found.recipe and file.is_file():
+        recipe = Recipe.parse(load_yaml(file.read_text(encoding="utf-8"), str(file)), str(file))
+        if recipe.hash() != found.recipe:
+            which = f"adapters of recipe {found.recipe}, beside the merge of recipe {recipe.hash()}"
+            raise CheckpointError(folder / FILE, which, "adapters of this merge", "--no-surgery asks it without")
+    return found.tasks
 
 
 def _with_adapters(subject: Recipe | str, adapters: Mapping[str, Adapter], items: Sequence[Item]) -> Operated:

@@ -139,6 +139,19 @@ def test_a_damaged_file_is_one_line(run, world):
     assert client("evaluate", copy, world / "english.jsonl", "--no-surgery").returncode == 0
 
 
+def test_adapters_beside_the_merge_of_another_recipe_are_refused(run, world, tmp_path):
+    import shutil
+
+    folder, _ = run
+    other = Recipe.from_yaml(folder / "fitted.yaml").to_dict() | {"parameters": {"weight": 0.3, "density": 0.5}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    assert client("merge", tmp_path / "other.yaml", tmp_path / "other", "--quiet").returncode == 0
+    shutil.copy(folder / "model" / "surgery.safetensors", tmp_path / "other")
+    done = client("evaluate", tmp_path / "other", world / FILES[0], "--limit", 2)
+    assert done.returncode == 2 and "beside the merge of recipe" in done.stderr and done.stderr.count("\n") == 1
+    assert client("evaluate", tmp_path / "other", world / FILES[0], "--limit", 2, "--no-surgery").returncode == 0
+
+
 def test_a_learned_host_is_fitted_first(world):
     fit = {"items": FILES, "steps": 4, "batch": 4, "per_task": 10, "heldout": 0.4, "seed": 5}
     recipe = write(world, "learned.yaml", "expert_kl", fit=fit, surgery={"steps": 40, "rank": 4})
