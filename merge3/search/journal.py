@@ -100,8 +100,7 @@ class Journal:
         Raises ResumeMismatch naming the first entry of `identity` that differs.
         """
         stored = self.identity()
-        begun = self.count() > 0 or self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0] > 0
-        if not begun:  # one that ended before anything was asked leaves nothing to keep
+        if not self.begun:  # one that ended before anything was asked leaves nothing to keep
             with self._db:
                 self._db.execute("DELETE FROM run")
                 self._db.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
@@ -115,6 +114,11 @@ class Journal:
                     "start another run directory",
                 )
         return self.count() > 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was asked; what `identity` says of a run that has not begun counts for nothing."""
+        return self.count() > 0 or self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0] > 0
 
     def identity(self) -> dict[str, str]:
         """What `begin` was told when the run began; empty in a new directory."""

@@ -23,7 +23,7 @@ from merge3.search.optimizers import Optimizer
 from merge3.search.policy import Policy
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
-from merge3.search.start import started
+from merge3.search.start import check_start, near_start
 from merge3.space import Space
 
 
@@ -78,11 +78,13 @@ def run(
     merging, asking or exporting would refuse at the end, before the first candidate.
     """
     space = Space(config.genome.definition(), engine.info().layout)
-    search = Search(config, questions, engine, space, journal, report, stop)
+    # A start that no genome is near to is refused before anything is read for the search.
+    search, start = near_start(Search(config, questions, engine, space, journal, report, stop))
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
     engine.check(space.uniform_recipe())
-    search = started(search)
+    if start is not None:
+        check_start(search, start)
     baselines = possible_baselines(search)
     if journal.begin(identity(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")

@@ -10,35 +10,52 @@ from pathlib import Path
 
 import numpy as np
 
-from merge3.errors import ConfigError, Merge3Warning, RecipeError
+from merge3.errors import ConfigError, Merge3Warning, RecipeError, ResumeMismatch
 from merge3.recipe import ModelRef, Recipe
 from merge3.search.config_files import model_path
 from merge3.search.context import Search
+from merge3.search.journal import Journal
 
 
 def started(search: Search) -> Search:
     """The search with the genome it begins at; as it is where `genome.start` names no recipe.
 
+    Raises BadInput for a recipe that no genome is near to, or that would be refused as a merge.
+    """
+    search, recipe = near_start(search)
+    if recipe is not None:
+        check_start(search, recipe)
+    return search
+
+
+def near_start(search: Search) -> tuple[Search, Recipe | None]:
+    """(the search with the genome it begins at, the recipe that this is near to), from the models' layouts alone; None:
+    there is none to check.
+
     A run that has begun keeps its genome, wherever the models that the recipe names lie by now. Raises BadInput for a
-    recipe that no genome is near to, or that would be refused as a merge.
+    recipe that no genome is near to.
     """
     if search.config.genome.start is None:
-        return search
+        return search, None
     known = search.journal.identity()
-    if known.get("config") == search.config.hash() and "start" in known:
-        return replace(search, start=np.array(json.loads(known["start"]), dtype=np.float64))
-    path, definition = search.config.genome.start, search.space.definition
+    if search.journal.begun and known.get("config") == search.config.hash() and "start" in known:
+        return replace(search, start=_kept(search.journal, known["start"], search.space.size)), None
+    path = search.config.genome.start
     recipe = read_start(path, search.config.models)
     if recipe.surgery:
         warnings.warn(f"{path}: surgery: left out, a search varies the merge below it", Merge3Warning, stacklevel=2)
-    genome = search.space.project(recipe, path)
+    return replace(search, start=search.space.project(recipe, path)), recipe
+
+
+def check_start(search: Search, recipe: Recipe) -> None:
+    """Raises ConfigError for a start that would be refused as a merge."""
+    path, definition = search.config.genome.start, search.space.definition
     # A start says parameters. How its merge would be stored and what its tokenizer would be is the genome's to say.
     words = {"tokenizer": definition.tokenizer, "chat_template": definition.chat_template, "tower": definition.tower}
     try:
         search.engine.check(replace(recipe, dtype=definition.dtype, out_dtype=None, surgery={}, **words))
     except RecipeError as error:
         raise ConfigError(f"{path}: {error.where}", error.found, error.expected, error.hint) from None
-    return replace(search, start=genome)
 
 
 def read_start(path: str | Path, models: Sequence[str]) -> Recipe:
@@ -49,6 +66,15 @@ def read_start(path: str | Path, models: Sequence[str]) -> Recipe:
     """
     known = {str(ModelRef.parse(model)) for model in models}
     return Recipe.from_yaml(path).renamed(lambda ref: _known(ref, Path(path).parent, known))
+
+
+def _kept(journal: Journal, text: str, size: int) -> np.ndarray:
+    """The genome that a run began at, float64 [size], from its journal."""
+    found = np.array(json.loads(text), dtype=np.float64)
+    if found.shape != (size,):
+        words = f"start is {found.size} numbers, was written when the run began", f"{size}, as a genome has"
+        raise ResumeMismatch(journal.directory, *words, "start another run directory")
+    return found
 
 
 def _known(ref: ModelRef, folder: Path, known: set[str]) -> ModelRef:

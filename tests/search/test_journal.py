@@ -56,6 +56,20 @@ def test_values_come_back_as_vectors_with_names(tmp_path):
     assert read[0].value == third and read[0].stderr == 0.01 and np.isnan(read[1].value)
 
 
+def test_a_run_has_begun_when_something_was_asked(tmp_path):
+    for stage in ("candidate", "answer"):
+        with closing(Journal(tmp_path / stage)) as journal:
+            assert not journal.begun
+            assert not journal.begin({"config": "x"}) and not journal.begun
+            if stage == "candidate":
+                journal.append(candidate(0, [0.5], [0.1], objectives=("accuracy",)))
+            else:
+                journal.remember("calibration", "base", [0], lambda: np.array([1.0]))
+            assert journal.begun
+        with closing(Journal(tmp_path / stage)) as journal:
+            assert journal.begun and journal.identity() == {"config": "x"}
+
+
 def test_a_journal_from_before_is_read_and_goes_on(tmp_path):
     genome, responses = np.array([0.3, 0.4]), np.array([1.0, 0.0])
     with sqlite3.connect(tmp_path / "run.db") as db:

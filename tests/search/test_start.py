@@ -1,6 +1,8 @@
 """`genome.start`: a search begins at a recipe, is one run wherever its folder lies, and refuses what fits nothing."""
 
+import json
 import shutil
+import sqlite3
 import warnings
 from contextlib import closing
 
@@ -42,7 +44,8 @@ def hand(folder, name="hand.yaml", models=EXPERTS, place="./", weight=None, **ch
     """A ties merge, every expert with this weight or one of its own; the path as a configuration beside it says it."""
     listed = [{"model": f"{place}{m}", "parameters": {"weight": weight or w}} for m, w in zip(models, (0.3, 0.5, 0.7))]
     data = {"merge_method": "ties", "base_model": f"{place}base", "models": listed, "parameters": {"density": 0.75}}
-    (folder / name).write_text(yaml.safe_dump({k: v for k, v in (data | changes).items() if v is not None}))
+    data = {k: v for k, v in (data | changes).items() if v is not None and v != []}
+    (folder / name).write_text(yaml.safe_dump(data))
     return f"./{name}"
 
 
@@ -202,6 +205,28 @@ def test_a_run_that_ended_before_anything_was_asked_keeps_no_start(own_world, tm
     assert (space.decoded(first(tmp_path / "run").genome)[0]["density"] == 0.5).all()
 
 
+@pytest.mark.parametrize("kept", ["[0.25]", "of this length"])
+def test_the_start_of_a_journal_that_never_began_is_not_used(own_world, tmp_path, kept):
+    """Which may be another version's, or of other checkpoints, whatever the configuration says."""
+    config = configuration(own_world, {"start": hand(own_world)})
+    _, space = opened(config)
+    stale = kept if kept != "of this length" else json.dumps([0.25] * space.size)
+    with closing(Journal(tmp_path / "run")) as journal:
+        journal.begin({"config": config.hash(), "merge3": "0.0", "start": stale})
+    search(tmp_path / "run", config)
+    decoded = space.decoded(first(tmp_path / "run").genome)[0]
+    assert (decoded["density"] == 0.75).all() and decoded["weight"].tolist() == [[[0.3], [0.5], [0.7]]] * space.groups
+
+
+def test_a_start_of_another_length_is_another_run(own_world, tmp_path):
+    config = configuration(own_world, {"start": hand(own_world)})
+    search(tmp_path / "run", config)
+    with sqlite3.connect(tmp_path / "run" / "run.db") as db:
+        db.execute("UPDATE run SET value = '[0.0]' WHERE key = 'start'")
+    with pytest.raises(ResumeMismatch, match="start is 1 numbers, was written when the run began; expected"):
+        search(tmp_path / "run", config, resume=True)
+
+
 def test_models_are_found_beside_the_recipe_or_where_the_process_runs(own_world, tmp_path, monkeypatch):
     """Each file's paths lead from its own folder; mergekit's lead from where it is called."""
     (own_world / "recipes").mkdir()
@@ -253,6 +278,35 @@ def test_recipes_that_fit_no_genome_are_refused_before_the_search(own_world, tmp
     assert str(error.value).startswith(f"{own_world / 'hand.yaml'}: ") and "\n" not in str(error.value)
     with closing(Journal(tmp_path / "run")) as journal:
         assert journal.count() == 0 and journal.identity() == {}
+
+
+ONE_LAYER = [{"sources": [{"model": f"./{m}", "layer_range": [0, 1], "parameters": {"weight": 1}} for m in EXPERTS]}]
+OTHERS = {name: REFUSED[name] for name in ("another model", "another base", "another method")} | {
+    "other layers": (dict(slices=ONE_LAYER, models=()), "slices: the first 1 layers; expected all")
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_layouts_tell_is_refused_before_the_search_is_prepared(own_world, tmp_path, case):
+    """Neither statistics nor tokens are made for it."""
+    config = configuration(own_world, {"start": hand(own_world, **OTHERS[case][0])})
+    engine = LocalEngine(opened(config)[0])
+    with closing(Journal(tmp_path / "run")) as journal, pytest.raises(BadInput, match=OTHERS[case][1]):
+        whole_run(config, load_questions(config), engine, journal)
+    assert not engine._spaces and not engine._prepared and not engine._scorers
+
+
+HUGE = {
+    "nested": (dict(weight=[[1, 2], [3, 4]]), r"models\[0\]: parameters\.weight: a list with more in it than plain"),
+    "long": (dict(weight=10**400), r"models\[0\]\.parameters\.weight: a number beyond float64"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_weights_that_are_none_are_refused_with_the_configuration(own_world, case):
+    changes, message = HUGE[case]
+    with pytest.raises(RecipeError, match=message):
+        configuration(own_world, {"start": hand(own_world, **changes)})
 
 
 def test_files_that_are_no_recipe_are_refused_with_the_configuration(own_world):
