@@ -59,6 +59,8 @@ def problem(setting: Setting) -> str | None:
             if not all(isinstance(v, Mapping) for v in setting):
                 return "a list that mixes values with {filter, value}"
             return next((p for v in setting if (p := problem(v))), None)
+        if any(v is None or isinstance(v, (list, tuple)) for v in setting):
+            return "a list with more in it than plain values"
         return next((p for v in setting if (p := problem(v))), None)
     if setting is None or isinstance(setting, (bool, int, float, str)):
         return None

@@ -234,9 +234,12 @@ class Method:
             return value
         try:
             number = p.kind(value) if not isinstance(value, bool) else None
+            unsaid = number is None or math.isnan(number)
+        except OverflowError:  # perhaps too long to be shown
+            raise RecipeError(f"{where}.{name}", "found a number beyond float64", "a smaller one") from None
         except (TypeError, ValueError):
-            number = None
-        if number is None or number != number:
+            unsaid = True
+        if unsaid:
             raise RecipeError(f"{where}.{name}", f"found {value!r}", "a number")
         if not (p.low <= number <= p.high) or (p.open_low and number == p.low):
             bracket = "(" if p.open_low else "["

@@ -6,6 +6,7 @@ Every check takes what was found and `where` it stands, returns it as it is used
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,29 @@ def top_keys(data: Mapping, where: str) -> None:
         if hint := nearest(key, TOP_KEYS, 0.75):
             raise RecipeError(where, f"unknown key {key!r}", ", ".join(TOP_KEYS), hint)
         warnings.warn(f"{at}: ignored, a recipe has no such key", Merge3Warning, stacklevel=3)
+
+
+def numbers(data: Mapping, where: str) -> None:
+    """Refuse whole numbers beyond float64, wherever they stand: some are too long even to be shown in an error."""
+    waiting: list[tuple[Any, str]] = [(data[key], f"{where}: {_shown(key, where)}") for key in data]
+    seen: set[int] = set()  # aliases: what is said once is looked at once
+    for value, at in waiting:  # which grows on the way
+        if isinstance(value, (Mapping, list, tuple)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += [(value[key], f"{at}.{_shown(key, at)}") for key in value]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(entry, f"{at}[{i}]") for i, entry in enumerate(value)]
+        else:
+            _shown(value, at)
+
+
+def _shown(value: Any, where: str) -> Any:
+    if isinstance(value, int) and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise RecipeError(where, "a number beyond float64", "a smaller one")
+    return value
 
 
 def models_or_slices(data: Mapping, where: str) -> None:

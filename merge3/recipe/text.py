@@ -26,6 +26,8 @@ def load_yaml(text: str, where: str) -> Any:
         elif "\t" in text:
             hint = "YAML is indented with spaces, not tabs"
         raise RecipeError(f"{where}{line}", found, "", hint) from None
+    except ValueError as error:  # a number with too many digits, a month that is none
+        raise RecipeError(where, f"not YAML ({error})"[:200], "a recipe in YAML") from None
 
 
 def dump_yaml(data: dict) -> str:

@@ -146,6 +146,7 @@ class Recipe:
     def parse(data: Any, where: str = "recipe") -> Recipe:
         """Validate a recipe's content. Raises RecipeError naming the key."""
         data = checks.mapping(data, where)
+        checks.numbers(data, where)
         checks.top_keys(data, where)
         method = checks.method_name(data.get("merge_method"), where)
         checks.models_or_slices(data, where)

@@ -83,6 +83,19 @@ BAD = {
     "dtype": (dict(dtype="float99"), "dtype: found 'float99'"),
     "empty models": (dict(models=[]), "a list with at least one entry"),
     "mixed list": (dict(parameters={"density": [0.5, {"value": 1}]}), "a list that mixes"),
+    "list in a list": (
+        dict(parameters={"density": [[0.5, 1], [1, 0.5]]}),
+        r"parameters\.density: a list with more in it than plain values",
+    ),
+    "list in a filter's list": (
+        dict(parameters={"density": [{"filter": "mlp", "value": [[0.5], [1]]}, {"value": 0.5}]}),
+        "density: a list with more in it than plain values",
+    ),
+    "nothing in a list": (dict(parameters={"density": [0.5, None, 1]}), "density: a list with more in it than plain"),
+    "huge weight": (dict(parameters={"density": 10**400}), r"parameters\.density: a number beyond float64"),
+    "huge in a list": (dict(parameters={"density": [0.5, 10**400]}), r"parameters\.density\[1\]: a number beyond"),
+    "huge range": (dict(slices=[{"sources": [{"layer_range": [0, 1 << 20_000]}]}], _drop=1), "a number beyond float64"),
+    "huge key": (dict(fit={1 << 20_000: 1}), "fit: a number beyond float64; expected a smaller one"),
     "tokenizer of another model": (
         dict(tokenizer_source="other"),
         "tokenizer_source: found 'other'; expected union, base",
@@ -95,12 +108,38 @@ def test_bad_recipes_are_one_clear_line(family, tmp_path, case):
     change, message = BAD[case]
     data = ties(family)
     data = {k: v for k, v in (data | change).items() if v is not None and k != "_drop"}
-    text = yaml.safe_dump(data).replace("E0", str(family / "e0"))
+    text = _dumped(data).replace("E0", str(family / "e0"))
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message.replace("E0", ".*")) as error:
         merge_to_disk(Recipe.from_yaml(tmp_path / "recipe.yaml"), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def _dumped(data):
+    """As YAML, with the longest numbers as a file can have them."""
+    Dumper = type("Dumper", (yaml.SafeDumper,), {})
+    hexadecimal = lambda dumper, n: dumper.represent_scalar("tag:yaml.org,2002:int", hex(n) if n > 99 else str(n))
+    Dumper.add_representer(int, hexadecimal)
+    return yaml.dump(data, Dumper=Dumper)
+
+
+def test_numbers_with_more_digits_than_python_reads(tmp_path):
+    (tmp_path / "r.yaml").write_text(f"merge_method: linear\nmodels: [{'9' * 5000}]\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: not YAML \(.*digits.*\); expected a recipe in YAML"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("name", [n for n, p in METHODS["ties"].parameters.items() if p.kind is not bool])
+@pytest.mark.parametrize("digits", [401, 5000])
+def test_a_number_beyond_float64_is_no_value_of_any_parameter(name, digits):
+    with pytest.raises(RecipeError, match=rf"^models: e0\.{name}: found a number beyond float64; expected a smaller"):
+        METHODS["ties"].validate(name, 10 ** (digits - 1), "models: e0")
+
+
+def test_aliases_that_lead_back_to_themselves_end(tmp_path):
+    (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [{model: a}]\nfit: &fit {again: *fit}\n")
+    assert Recipe.from_yaml(tmp_path / "r.yaml").method == "linear"
 
 
 def test_layer_ranges_are_checked(family):
