@@ -26,6 +26,7 @@ from merge3_server.settings import Limits
 from merge3_server.streams import emitting, patiently
 
 log = logging.getLogger("merge3.fits")
+_THERE = "a fit in the driver's process"
 
 
 class Fits:
@@ -44,17 +45,20 @@ class Fits:
         fit, state = await asyncio.to_thread(self._read, recipe, request, spec, registered)
         if spec.pool_id in self._drivers:
             found = f"one is under way with this pool, for {self._drivers[spec.pool_id]!r}"
-            raise Busy("fit", found, "one at a time", "come back when it has ended")
+            raise fits.Occupied("fit", found, "one at a time", "come back when it has ended")
         self._drivers[spec.pool_id] = driver
         steps, known_as = fit.settings.steps, fits.digest(request)
         first, began = state.step if state else 0, time.monotonic()
         try:
             while state is None or state.step < steps:
                 self.pools.get(spec.pool_id)  # in use; raises where it was closed meanwhile
-                turn = self._turn(driver, spec, registered, known_as, fit, state, self.limits.turn)
+                # The first step is a turn of its own, and brings its state: how large that is, is seen at once.
+                seconds = self.limits.turn if state else 0.0
+                turn = self._turn(driver, spec, registered, known_as, fit, state, seconds)
                 async with aclosing(turn) as told:
                     async for kind, value in told:
                         if kind == "emitted":
+                            self._check_size(value.state)
                             yield fits.step_to(value)
                         else:
                             state = value
@@ -71,6 +75,12 @@ class Fits:
         """What is wrong with the request itself is refused before it waits for a turn."""
         check_learned(recipe, "recipe")
         fit = Fit(recipe, dict(request.experts))
+        if fit.method.survivors:
+            raise RecipeError("recipe: merge_method", f"{recipe.method} makes experts of its own", _THERE)
+        if fit.settings.groups is not None:
+            raise RecipeError("recipe: fit.groups", "every group opens models of its own", _THERE)
+        if recipe.surgery:
+            raise RecipeError("recipe: surgery", "a daemon answers without adapters", _THERE)
         if fit.settings.steps > self.limits.steps:
             raise Busy("fit: steps", f"{fit.settings.steps}", f"at most {self.limits.steps}")
         tasks = registered.registration.tasks()
@@ -84,6 +94,12 @@ class Fits:
             return fit, None
         return fit, fits.state_from(request.state, fit, self.limits.coefficients)
 
+    def _check_size(self, state: State | None) -> None:
+        """What a daemon sends, a daemon must take again."""
+        if state is not None and state.raw.numel() > self.limits.coefficients:
+            found, expected = f"{state.raw.numel()} numbers to learn", f"at most {self.limits.coefficients}"
+            raise Busy("fit: level", found, expected, "a coarser level")
+
     def _turn(self, driver: str, *arguments: Any) -> AsyncIterator[tuple[str, Any]]:
         run = lambda emit: self.scheduler.run(driver, "fit", *arguments, emit=emit)
         return emitting(lambda emit: patiently(lambda: run(emit)))
@@ -93,4 +109,9 @@ class Fits:
         if not self.scheduler.stopping:
             task = asyncio.create_task(self.scheduler.broadcast(driver, "forget_fit", pool_id))
             self._forgetting.add(task)
-            task.add_done_callback(self._forgetting.discard)
+            task.add_done_callback(self._forgotten)
+
+    def _forgotten(self, task: asyncio.Task) -> None:
+        self._forgetting.discard(task)
+        if not task.cancelled() and (error := task.exception()):  # of a daemon that stops, or a worker that has died
+            log.debug("fit not forgotten: %s", error)

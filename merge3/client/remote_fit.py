@@ -42,7 +42,8 @@ def fit_steps(
     """Steps after `state`'s, each once, however often the daemon went away.
 
     begin: sends the request, with the pool and the registration in it. recover(error, until, attempt): waits until it
-    makes sense to begin again, or raises the error. patience: seconds that the daemon may be away.
+    makes sense to begin again, or raises the error. patience: seconds that the daemon may be away. Raises Unavailable
+    where the daemon ends before the last step as if it were done.
     """
     tasks = registration.tasks()
     experts = {task: expert for task, expert in fit.experts.items() if task in tasks}  # others have nothing to say
@@ -62,17 +63,21 @@ def fit_steps(
                     if step.number > seen:
                         seen = step.number
                         yield step
-            return
         except _PASSING as error:
             until = until if failures else time.monotonic() + patience
-            occupied = isinstance(error, Busy) and not error.retry_after
-            if broken and occupied and time.monotonic() < until:  # by our stream before this, which it takes for alive
+            occupied = broken and isinstance(error, fits.Occupied)  # by our stream before, which it takes for alive
+            if occupied and time.monotonic() < until:
                 time.sleep(_AGAIN)
             else:
                 recover(error, until, failures)
             broken, failures = True, failures + 1
         except BadInput as error:
             raise located(error, registration.items) from None
+        else:
+            break
+    reached, steps = state.step if state else 0, fit.settings.steps
+    if reached < steps:  # said to be well, so it would end there again
+        raise Unavailable(f"daemon {address}", f"ended a fit of {steps} steps after step {reached}", "all of them")
 
 
 def _read_ahead(stream: grpc.Call) -> Iterator[pb.FitStep]:
@@ -85,13 +90,13 @@ def _read_ahead(stream: grpc.Call) -> Iterator[pb.FitStep]:
             for message in stream:
                 found.put(message)
             found.put(None)
-        except grpc.RpcError as error:
+        except Exception as error:  # told to whoever waits for the next message, who would wait for ever
             found.put(error)
 
     threading.Thread(target=read, daemon=True, name="fit").start()
     try:
         while (message := found.get()) is not None:
-            if isinstance(message, grpc.RpcError):
+            if isinstance(message, Exception):
                 raise message
             yield message
     finally:

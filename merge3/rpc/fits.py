@@ -20,6 +20,13 @@ from merge3.rpc import merge3_pb2 as pb
 _FLOAT = np.dtype("<f4")
 
 
+class Occupied(Busy):
+    """A pool has a fit under way, and one at a time. It may be that of the stream before, which the daemon has not
+    missed yet."""
+
+    reason = "occupied"
+
+
 def fit_to(fit: Fit) -> pb.FitRequest:
     """Without pool, items and state. Files of items are the driver's, and stay with it."""
     settings = {key: value for key, value in fit.recipe.fit.items() if key != "items"}

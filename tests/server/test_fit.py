@@ -1,5 +1,6 @@
 """A fit on a daemon is the fit in this process, bit for bit, also when the daemon dies in the middle of it."""
 
+import gc
 import json
 import shutil
 import threading
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from merge3.client import remote_fit
 from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
-from merge3.errors import Busy, ItemsError, Merge3Error, RecipeError
+from merge3.errors import Busy, ItemsError, Merge3Error, RecipeError, Unavailable
 from merge3.learn.fit import Fit
 from merge3.learn.fitting import FitError
 from merge3.pool import Pool
@@ -151,7 +152,7 @@ def test_a_second_fit_is_refused_and_one_that_is_left_leaves_room(daemon, tiny_w
     stub, began = daemon.stub(), time.monotonic()
     stream = stub.Fit(request)
     assert next(stream).number == 1
-    refused(lambda: stub.Fit(request), "RESOURCE_EXHAUSTED", "fit: one is under way with this pool", reason="busy")
+    refused(lambda: stub.Fit(request), "RESOURCE_EXHAUSTED", "fit: one is under way with this pool", reason="occupied")
     with pytest.raises(Busy, match="one is under way with this pool, for .*; expected one at a time"):
         next(remote(daemon.address, what).fit(what.asked, what.fit))
     stream.cancel()
@@ -176,15 +177,15 @@ def begun(stream):
     return stream
 
 
-def free(act, seconds=10):
-    """What `act` gives as soon as the pool has no fit under way."""
+def free(act, seconds=10, until_words=""):
+    """What `act` gives as soon as the pool has no fit under way. until_words: what alone is waited for."""
     until = time.monotonic() + seconds
     while True:
         try:
             return act()
         except (Busy, grpc.RpcError) as error:
             busy = isinstance(error, Busy) or error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            if not busy or time.monotonic() > until:
+            if not busy or until_words not in str(error) or time.monotonic() > until:
                 raise
             time.sleep(0.05)
 
@@ -211,7 +212,7 @@ def test_what_was_prepared_is_given_up_when_the_fit_ends(tiny_world, start, monk
 
 @pytest.mark.parametrize(
     ("how", "at"),
-    [("sigterm", 25), ("kill", 25), pytest.param("kill", 3, marks=pytest.mark.heavy)],  # 3: before the first state
+    [("sigterm", 25), ("kill", 25), pytest.param("kill", 3, marks=pytest.mark.heavy)],  # 3: in the second turn
 )
 def test_a_daemon_that_goes_away_in_the_middle(long, tiny_world, start_process, free_port, how, at):
     """Waited for, and the steps are those of a fit that was never interrupted, each told once."""
@@ -275,6 +276,68 @@ def test_a_stream_of_before_that_the_daemon_takes_for_alive(monkeypatch, daemon,
     steps = list(engine.fit(what.asked, what.fit))
     assert [step.number for step in steps] == list(range(1, 13)) and len(streams) > 2
     assert told(steps) == told(local(what))
+
+
+def test_a_stream_that_ends_well_before_the_last_step_is_no_finished_fit(daemon, tiny_world):
+    engine, what, _ = by_hand(daemon, tiny_world, steps=12, check_every=1)
+
+    def ended(stream):
+        for message in stream:
+            yield message
+            if message.number == 5:
+                return
+
+    real = engine._stub.Fit
+    engine._stub.Fit = lambda request, metadata: Broken(real(request, metadata=metadata), ended)
+    steps = []
+    with pytest.raises(Unavailable, match="ended a fit of 12 steps after step 5; expected all of them"):
+        free(lambda: [steps.append(step) for step in engine.fit(what.asked, what.fit)])
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5]
+
+
+def test_a_reader_that_fails_leaves_nobody_waiting(daemon, tiny_world):
+    """Whatever it is that reading raises."""
+    engine, what, _ = by_hand(daemon, tiny_world, steps=12)
+
+    def failing(stream):
+        yield next(stream)
+        raise ValueError("no message")
+
+    real = engine._stub.Fit
+    engine._stub.Fit = lambda request, metadata: Broken(real(request, metadata=metadata), failing)
+    raised = []
+
+    def drive():
+        try:
+            free(lambda: list(engine.fit(what.asked, what.fit)))
+        except ValueError as error:
+            raised.append(str(error))
+
+    driver = threading.Thread(target=drive, daemon=True)
+    driver.start()
+    driver.join(30)
+    assert raised == ["no message"]
+
+
+def test_what_is_to_be_forgotten_when_a_daemon_is_killed_is_no_lost_error(tiny_world, start, monkeypatch, caplog):
+    entered, left = threading.Event(), threading.Event()
+
+    def forgetting(self, *told, **more):
+        entered.set()
+        left.wait(20)
+
+    monkeypatch.setattr(Host, "forget_fit", forgetting)
+    daemon = start(tiny_world)
+    engine, what, _ = by_hand(daemon, tiny_world, steps=2)
+    list(engine.fit(what.asked, what.fit))
+    assert entered.wait(10)
+    killing = threading.Thread(target=daemon.kill, daemon=True)
+    killing.start()
+    daemon.wait_for("fit not forgotten: daemon: stopped before this was done")
+    left.set()
+    killing.join(60)
+    gc.collect()
+    assert not [r for r in caplog.records if "never retrieved" in r.getMessage()]
 
 
 class Broken:
@@ -368,6 +431,9 @@ RECIPES = {
     "start": (dict(fit={"start": 1.0}), "fit: start: found 1"),
     "huge start": (dict(fit={"start": 1e308, "bound": "none"}), "fit: start: found 1e+308"),
     "huge rate": (dict(fit={"learning_rate": 1e300}), "fit.learning_rate: found 1e+300"),
+    "survivors": (dict(merge_method="adamerging++"), "merge_method: adamerging++ makes experts of its own; expected"),
+    "groups by size": (dict(fit={"groups": {"size": 2}}), "fit.groups: every group opens models of its own"),
+    "surgery": (dict(surgery={"rank": 2}), "surgery: a daemon answers without adapters"),
 }
 
 
@@ -387,6 +453,64 @@ def test_what_is_no_fit_is_one_line_and_a_code(daemon, tiny_world, case):
             else:
                 setattr(request, name, value)
     refused(lambda: daemon.stub().Fit(request, timeout=60), code, words)
+
+
+ENDLESS = "0x" + "F" * 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"fit: {{{key}: {ENDLESS}}}" for key in ("steps", "seed", "learning_rate", "start", "trim", "batch")),
+        f"fit: {{items: [{ENDLESS}]}}",
+        f"fit: {{groups: {{size: {ENDLESS}}}}}",
+        f"fit:\n  ? {ENDLESS}\n  : 1",
+        f"parameters: {{weight: {ENDLESS}}}",
+        f"? {ENDLESS}\n: 1",
+        f"merge_method: {ENDLESS}",
+    ],
+    ids=lambda text: text.replace(ENDLESS, "endless"),
+)
+def test_numbers_that_are_too_long_to_be_shown(daemon, tiny_world, text):
+    """Python writes no number of more than 4300 digits, and reads such ones in hexadecimal."""
+    _, what, request = by_hand(daemon, tiny_world, steps=8)
+    data = what.fit.recipe.to_dict()
+    for key in yaml.safe_load(text):
+        data.pop(key, None)
+    request.recipe = yaml.safe_dump(data) + text + "\n"
+    refused(lambda: daemon.stub().Fit(request, timeout=60), "INVALID_ARGUMENT", "a number beyond float64")
+
+
+def test_more_numbers_than_the_daemon_takes_again(tiny_world, start):
+    """A fit that could not be continued is refused before its first step is told, and the driver is told at once."""
+    daemon = start(tiny_world, limits={"coefficients": 70, "turn": 0.2})
+    engine, what, request = by_hand(daemon, tiny_world, steps=300)
+    stream, found = daemon.stub().Fit(request), []
+    words = "fit: level: 78 numbers to learn; expected at most 70 (a coarser level)"
+    refused(lambda: found.extend(stream), "RESOURCE_EXHAUSTED", words, reason="busy")
+    assert not found
+    for broken in (False, True):
+        if broken:  # what the driver waits for after that is its own fit of before, and nothing else
+            break_first(engine)
+        began = time.monotonic()
+        with pytest.raises(Busy, match="78 numbers to learn; expected at most 70"):
+            free(lambda: list(engine.fit(what.asked, what.fit)), until_words="one is under way")
+        assert time.monotonic() - began < 30
+    layers = learning(tiny_world, steps=3, level="layer")
+    assert len(free(lambda: list(engine.fit(layers.asked, layers.fit)))) == 3
+
+
+def break_first(engine):
+    """The engine's next stream of a fit breaks before it has told anything."""
+    real, streams = engine._stub.Fit, []
+
+    def fit(request, metadata):
+        streams.append(real(request, metadata=metadata))
+        if len(streams) == 1:
+            streams[0].cancel()
+        return streams[-1]
+
+    engine._stub.Fit = fit
 
 
 def test_more_steps_than_the_daemon_gives(daemon, tiny_world):
