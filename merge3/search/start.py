@@ -31,7 +31,7 @@ def started(search: Search) -> Search:
     recipe = read_start(path, search.config.models)
     if recipe.surgery:
         warnings.warn(f"{path}: surgery: left out, a search varies the merge below it", Merge3Warning, stacklevel=2)
-    genome = search.space.project(recipe, path)
+    genome = search.space.project(recipe, path, search.engine.info().unmerged)
     # A start says parameters. How its merge would be stored and what its tokenizer would be is the genome's to say.
     words = {"tokenizer": definition.tokenizer, "chat_template": definition.chat_template, "tower": definition.tower}
     try:
