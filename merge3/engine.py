@@ -29,7 +29,7 @@ from merge3.memory import enough_memory
 from merge3.methods import METHODS
 from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
-from merge3.program import compile
+from merge3.program import compile, tied_outputs
 from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject
 from merge3.recipe import Recipe
 from merge3.registration import Registration
@@ -90,6 +90,7 @@ class LocalEngine:
             warnings=tuple(self.pool.warnings),
             notes=tuple(self.pool.notes),
             own_heads=any(name in self.pool.fixed for name in self.pool.heads.get(self.pool.base, ())),
+            tied=tied_outputs(self.pool, self.pool.searched),
         )
 
     def prepare(self, registration: Registration) -> None:
@@ -162,8 +163,9 @@ class LocalEngine:
             yield from steps(fit, fitting, state, seconds)
 
     def forget_fit(self) -> None:
-        """Give up what was prepared for a fit: what experts said takes memory."""
+        """Give up what was prepared for a fit, and the room it took: what experts said takes memory."""
         self._fit = None, None
+        self.pool.reserve(0)
 
     def _fitting(self, asked: Registration, fit: Fit) -> Fitting:
         """Prepared once; only the last one is kept."""

@@ -293,9 +293,14 @@ class Pool:
     def reserve(self, size: int) -> None:
         """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked
         before. Raises BadInput where what must be there then has no room; without a budget nothing changes."""
-        if self._limits[0] is not None and size != self._reserved:
+        before = self._reserved
+        if self._limits[0] is not None and size != before:
             self._reserved = size
-            self._plan()
+            try:
+                self._plan()
+            except BadInput:
+                self._reserved = before
+                raise
 
     def _plan(self) -> None:
         """Which tensors are resident: derived ones before those they are derived of, then in the base's order.

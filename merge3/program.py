@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from merge3.checkpoint.layout import Ref
+from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import RecipeError
 from merge3.methods import Copy, Job, Method, Step, method_named
 from merge3.methods.execute import Output
@@ -105,6 +105,16 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     shapes |= {name: view.shape(source.whole) for name, source in rests.items()}
     shapes |= {name: view.shape(source) for name, source in copies.items()}
     return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes, rests)
+
+
+def tied_outputs(view: View, layout: Layout) -> tuple[str, ...]:
+    """Tensors outside the stack that every model shares with one other tensor: no merge of all of them is theirs."""
+    found = []
+    for name in (*layout.pre, *layout.post):
+        shared = {view.shared_with(Ref(model, name)) for model in view.layouts}
+        if len(shared) == 1 and None not in shared:
+            found.append(name)
+    return tuple(found)
 
 
 def _check_tokenizer(recipe: Recipe, view: View, where: str) -> None:

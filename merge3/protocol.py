@@ -79,7 +79,7 @@ class PoolInfo:
     endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
     reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
     notes: where language models are merged into one with eyes or ears. own_heads: whether endpoints answer with heads
-    of their own, which no recipe merges.
+    of their own, which no recipe merges. tied: outputs that every endpoint ties to one other tensor.
     """
 
     endpoints: tuple[str, ...]
@@ -92,6 +92,12 @@ class PoolInfo:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     own_heads: bool = False
+    tied: tuple[str, ...] = ()
+
+    @property
+    def unmerged(self) -> set[str]:
+        """Tensors of the layout that no merge changes."""
+        return {*self.kept, *self.tied}
 
 
 class Engine(Protocol):

@@ -60,7 +60,7 @@ def fit(
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
     taught = load_items(recipe, settings, f"{file}: fit")
     check_possible(recipe, taught, target, f"{file}: fit", directory)
-    others = {str(run): other_run(run) for run in compare}
+    others = {str(run): other_run(run, taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
     began = time.perf_counter()
     with StopOnInterrupt() as stopping:
@@ -129,10 +129,21 @@ def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where:
     if what.settings.groups is not None and LOSSES[what.method.loss].expert:
         found = f"with {recipe.method}, which asks every expert at every level"
         raise RecipeError(f"{where}.groups", found, "another method, or no groups")
+    if what.settings.groups is None:
+        return
+    if what.method.survivors:
+        raise RecipeError(f"{where}.groups", f"with {recipe.method}", "adamerging, or no groups")
+    expected = "its expert, as `model`; or as many files as models, in their order"
     for task in dict.fromkeys(item.task for item in taught.learned):
-        if what.settings.groups is not None and task not in taught.experts:
-            expected = "its expert, as `model`; or as many files as models, in their order"
+        if task not in taught.experts:
             raise RecipeError(f"{where}.items", f"no model for task {task!r}, and there are groups", expected)
+    experts = experts_of(recipe)
+    for expert in experts:
+        if expert not in taught.experts.values():
+            found = f"none of {expert}, and there are groups"
+            raise RecipeError(f"{where}.items", found, "items of every expert's task")
+    if len(experts) < 2:
+        raise RecipeError(f"{where}.groups", "with one expert", "at least two, or no groups")
 
 
 @dataclass(frozen=True)
@@ -204,6 +215,8 @@ def _over_survivors(run: Run) -> Outcome | None:
 def begin(run: Run, hashes: Mapping[str, str]) -> None:
     """Write down what this is a run of, or compare with what is there. hashes: of every endpoint's contents."""
     found = {"learned items": items_hash(run.taught.learned), "held-out items": items_hash(run.taught.heldout)}
+    places = {str(model): place for place, model in enumerate(run.recipe.models())}
+    found["experts"] = json.dumps({task: places.get(expert) for task, expert in run.taught.experts.items()})
     run.files.begin(identity(run.recipe, hashes, found | dict(run.more)))
     write_atomically(run.files.directory / "recipe.yaml", run.recipe.to_yaml())
 
@@ -211,9 +224,12 @@ def begin(run: Run, hashes: Mapping[str, str]) -> None:
 def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads: bool) -> Outcome | None:
     """A fit of one recipe; None when interrupted, and the engine is closed. own_heads: see PoolInfo."""
     files = run.files
-    # What the export at the end would refuse is refused now.
+    _check_heads(taught, own_heads)
+    # What the export and the measuring at the end would refuse is refused now.
     engine.check(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(Fit(recipe).settings.start))))
     asked, held = (registration(items, taught, own_heads) for items in (taught.learned, taught.heldout))
+    for question in (asked, held):
+        engine.prepare(question)
     what = Fit(recipe, taught.experts if LOSSES[Fit(recipe).method.loss].expert else {})
     steps, every = what.settings.steps, what.settings.measured_every
     counts = Counter(item.task for item in taught.learned)
@@ -221,7 +237,7 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     state = files.state()
     history = files.history(state.step if state else 0)
     if state is not None and state.step >= steps:
-        return Outcome(files.latest(), history, engine, taught, steps, steps * each)
+        return Outcome(files.latest(recipe), history, engine, taught, steps, steps * each)
     fitted = None
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
         told = lambda line: run.quiet or print(line, file=sys.stderr)
@@ -238,6 +254,14 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
                     engine.close()
                     return None
     return Outcome(fitted, history, engine, taught, steps, steps * each)
+
+
+def _check_heads(taught: Taught, own_heads: bool) -> None:
+    for task in dict.fromkeys(item.task for item in taught.learned):
+        if own_heads and task not in taught.experts:
+            expected = "whose head answers, as `model`; or as many files as models, in their order"
+            where = f"no model for task {task!r}, and every expert has a head of its own"
+            raise RecipeError("fit: items", where, expected)
 
 
 def registration(items: Sequence[Item], taught: Taught, own_heads: bool) -> Registration:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from merge3 import __version__
-from merge3.errors import ResumeMismatch
+from merge3.errors import ResourceError, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.learn.fitting import State
 from merge3.recipe import Recipe
@@ -51,21 +53,28 @@ class FitFiles:
 
     def __init__(self, directory: Path, resume: bool):
         self.directory = directory
-        there = (directory / IDENTITY).exists()
-        if resume and not there:
-            raise ResumeMismatch(directory, f"no {IDENTITY}", "the directory of a fit to resume")
-        if not resume and directory.exists() and any(directory.iterdir()):
-            expected = "a new or empty directory" if not there else "a new directory, or --resume"
-            raise ResumeMismatch(directory, "not empty", expected)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            there = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+            if resume and IDENTITY not in there:
+                raise ResumeMismatch(directory, f"no {IDENTITY}", "the directory of a fit to resume")
+            # A run that ended before its first state leaves nothing to keep.
+            left = {name for name in there if not name.startswith(".")} - {IDENTITY, "recipe.yaml"}
+            if not resume and left:
+                expected = "a new or empty directory" if IDENTITY not in there else "a new directory, or --resume"
+                raise ResumeMismatch(directory, "not empty", expected)
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(directory, error.strerror or str(error), "a directory that can be written") from None
 
     def begin(self, found: Mapping[str, str]) -> None:
         """Write down what this is a run of; of a run that is resumed, compare."""
         file = self.directory / IDENTITY
-        if not file.exists():
+        begun = any((self.directory / name).exists() for name in (STATE, "survivors", "groups", "surgery.jsonl"))
+        if not file.exists() or not begun:
             write_atomically(file, json.dumps(dict(found), indent=2))
             return
-        before = json.loads(file.read_text())
+        with _readable(file):
+            before = dict(json.loads(file.read_text()))
         for key in sorted({*before, *found}):
             if before.get(key) != found.get(key):
                 where = f"{self.directory}: {key}"
@@ -76,12 +85,15 @@ class FitFiles:
         file = self.directory / STATE
         if not file.exists():
             return None
-        found = load_file(file)
-        return State(int(found["step"]), found["raw"], (found["exp_avg"], found["exp_avg_sq"]))
+        with _readable(file):
+            found = load_file(file)
+            return State(int(found["step"]), found["raw"], (found["exp_avg"], found["exp_avg_sq"]))
 
-    def latest(self) -> Recipe:
-        """What the state that was saved last merges."""
-        return Recipe.from_yaml(self.directory / LATEST)
+    def latest(self, recipe: Recipe) -> Recipe:
+        """What the state that was saved last merges. recipe: this run's; its models may lie elsewhere by now."""
+        found = Recipe.from_yaml(self.directory / LATEST)
+        now = dict(zip(found.models(), recipe.models()))
+        return found.renamed(lambda ref: now.get(ref, ref))
 
     def save(self, state: State, lines: Iterable[Mapping[str, Any]], recipe: Recipe) -> None:
         """State, history and recipe, in an order in which none can lack what the state has."""
@@ -98,5 +110,17 @@ class FitFiles:
     def history(self, until: int) -> list[dict[str, Any]]:
         """Lines of steps up to `until`."""
         file = self.directory / HISTORY
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [line for line in lines if line["step"] <= until]
+        if not file.exists():
+            return []
+        with _readable(file):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            return [line for line in lines if line["step"] <= until]
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ResumeMismatch(file, f"damaged ({reason})", "a file of this run as it was written") from None

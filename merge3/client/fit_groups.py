@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge3.client.fit import Outcome, Run, begin, learned
+from merge3.checkpoint.layout import Ref
+from merge3.client.fit import Outcome, Run, begin, learned, registration
 from merge3.client.fit_files import FitFiles
 from merge3.client.fit_items import Taught
 from merge3.engine import LocalEngine
@@ -37,6 +38,11 @@ def fit_groups(run: Run) -> Outcome | None:
     lender = Pool.open(models[0], models[1:], tokenizer=recipe.tokenizer, tower=recipe.tower)  # reads no weights
     # What is merged at the end is all experts at once; what would be refused then is refused now.
     check_recipe(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(settings.start))), lender)
+    _check_items(run, lender)
+    ties: dict[str, str] = {}
+    for output in lender.outputs:
+        for source in {lender.shared_with(Ref(model, output)) for model in models} - {None}:
+            ties[output] = source
     inside: dict[str, Weights | None] = {expert: None for expert in models}
     places = {expert: expert for expert in models}
     steps = asked = 0
@@ -49,7 +55,7 @@ def fit_groups(run: Run) -> Outcome | None:
         if found is None:
             return None
         outcome, weights, places[node.name] = found
-        inside[node.name] = composed(inside, weights)
+        inside[node.name] = composed(inside, weights, ties)
         steps, asked, history = steps + outcome.steps, asked + outcome.asked, outcome.history
         del outcome, found  # they hold the group's models
         gc.collect()
@@ -59,6 +65,16 @@ def fit_groups(run: Run) -> Outcome | None:
         copy = sum(info.nbytes for info in lender.base_checkpoint.tensors.values())
         budget = str(max(_SMALL, copy * (2 + max(len(node.parts) for node in grouping.inner()))))
     return Outcome(result, history, run.open(recipe, budget), run.taught, steps, asked)
+
+
+def _check_items(run: Run, lender: Pool) -> None:
+    """What any group would refuse of its items, before the first one is fitted."""
+    recipe = run.recipe
+    pool = Pool.open(str(recipe.base_model), [], tokenizer=recipe.tokenizer)
+    engine = LocalEngine(pool)
+    own_heads = _lend(engine, lender)
+    for items in (run.taught.learned, run.taught.heldout):
+        engine.prepare(registration(items, run.taught, own_heads))
 
 
 def _merge_group(

@@ -63,17 +63,23 @@ def load_items(recipe: Recipe, settings: FitSettings | SurgerySettings, where: s
     chat = dict.fromkeys(experts, "") if settings.apply_chat_template else {}
     if settings.apply_chat_template:
         chat = {item.task: settings.system_instruction or "" for item in items}
-    return Taught(chosen, heldout or learned, experts, chat)
+    return Taught(chosen, heldout, experts, chat)
 
 
 def _model_of(said: str | None, at: int, files: int, models: Sequence[str], where: str) -> str | None:
-    """The expert of a file: the one that is named, by its path or the last part of it, else the one in its place."""
+    """The expert of a file: the one that is named, by its path or, where that is one model's alone, the path's last
+    part; else the one in its place."""
     if said is None:
         return models[at] if files == len(models) else None
-    for model in models:
-        if said == model or Path(model).name == Path(said).name:
-            return model
-    raise RecipeError(where, f"found {said!r}", ", ".join(models))
+    if said in models:
+        return said
+    close = [model for model in models if Path(model).name == said.removeprefix("./").rstrip("/")]
+    if not close:  # a path, as it is from where the recipe lies or from here
+        close = [model for model in models if Path(model).resolve() == Path(said).expanduser().resolve()]
+    if len(close) != 1:
+        several = f", of which {len(close)} end so" if close else ""
+        raise RecipeError(where, f"found {said!r}", f"one of {', '.join(models)}{several}")
+    return close[0]
 
 
 def _check_unique(items: Sequence[Item]) -> None:

@@ -16,11 +16,11 @@ from merge3.engine import Engine, Subject
 from merge3.errors import BadInput, Merge3Warning
 from merge3.learn.fit import Fit, others_of
 from merge3.learn.losses import LOSSES
-from merge3.recipe import Recipe
+from merge3.recipe import ModelRef, Recipe, Slice, Source
 from merge3.registration import Registration
 from merge3.search.baselines import default_merges
-from merge3.search.measure import Measured, measured, short_names
-from merge3.tasks import LogitsError
+from merge3.search.measure import Measured, items_name, measured, short_names
+from merge3.tasks import Item, LogitsError
 
 
 def measure(engine: Engine, held: Registration, subject: Subject) -> Measured:
@@ -32,10 +32,11 @@ def measure(engine: Engine, held: Registration, subject: Subject) -> Measured:
 def baselines(engine: Engine, recipe: Recipe, held: Registration) -> dict[str, Measured]:
     """Held-out accuracy of the endpoints and the default merges; what has no answers is named and left out."""
     models = [str(model) for model in recipe.models()]
-    names = short_names(models)
-    subjects: list[tuple[str, Recipe | str]] = [(names[model], model) for model in models]
     base = None if recipe.base_model is None else str(recipe.base_model)
-    for name, merge in default_merges(base, others_of(recipe), recipe.dtype, dict(recipe.tower)):
+    merges = dict(default_merges(base, others_of(recipe), recipe.dtype, dict(recipe.tower)))
+    names = short_names(models, merges)
+    subjects: list[tuple[str, Recipe | str]] = [(names[model], _asked_as(model, recipe, held)) for model in models]
+    for name, merge in merges.items():
         subjects.append((name, replace(merge, tokenizer=recipe.tokenizer, chat_template=recipe.chat_template)))
     found = {}
     for name, subject in subjects:
@@ -48,13 +49,28 @@ def baselines(engine: Engine, recipe: Recipe, held: Registration) -> dict[str, M
     return found
 
 
-def other_run(run: Path) -> dict[str, Any]:
-    """What another run's result.json says. Raises BadInput."""
+def _asked_as(model: str, recipe: Recipe, held: Registration) -> Recipe | str:
+    """An endpoint; where the recipe says what template prompts have, as a recipe of it alone that says so too."""
+    if not held.chat or recipe.chat_template is None:
+        return model
+    alone = Slice((Source(ModelRef.parse(model)),))
+    return replace(recipe, method="passthrough", slices=(alone,), base_model=None, parameters={}, fit={}, surgery={})
+
+
+def other_run(run: Path, heldout: Sequence[Item] = ()) -> dict[str, Any]:
+    """What another run's result.json says. Raises BadInput for one that is not readable, or was measured otherwise."""
     try:
         result = json.loads((run / "result.json").read_text())
         detail = result["heldout_detail"]
+        numbers = [detail["accuracy"], detail["stderr"], *dict(detail["tasks"]).values()]
+        readable = all(isinstance(number, (int, float)) for number in numbers)
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput("--compare", f"no readable result.json in {run}", "a finished run directory") from None
+        readable = False
+    if not readable:
+        raise BadInput("--compare", f"no readable result.json in {run}", "a finished run directory")
+    if heldout and result.get("heldout_name") != items_name(heldout):
+        expected = "one of the same files, share and seed, which has the same held-out items"
+        raise BadInput("--compare", f"{run} was measured on other items", expected)
     return {"detail": detail, "answers": result.get("item_answers"), "items": result.get("heldout_items")}
 
 
@@ -81,6 +97,7 @@ def summary(
         "heldout": heldout["accuracy"],
         "heldout_detail": heldout,
         "heldout_items": len(taught.heldout),
+        "heldout_name": items_name(taught.heldout),
         "baselines": {name: detail["accuracy"] for name, detail in beside.items()},
         "baselines_detail": dict(beside),
         "best_baseline": max(beside, key=lambda name: beside[name]["accuracy"]),

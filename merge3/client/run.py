@@ -25,6 +25,7 @@ from merge3.pool import Pool
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
+from merge3.search.measure import items_name
 from merge3.search.questions import Questions, load_questions
 from merge3.search.run import Outcome, run
 
@@ -185,6 +186,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dic
         "search_stderr": None if math.isnan(outcome.best.stderr) else outcome.best.stderr,
         "recipe_hash": outcome.best.recipe_hash,
         "heldout_items": len(questions.heldout or questions.search),
+        "heldout_name": items_name(questions.heldout) if questions.heldout else "",
         "heldout_detail": outcome.heldout,
         "baselines_detail": outcome.baselines,
         "method": config.genome.merge_method,

@@ -153,6 +153,11 @@ def prepare(
     """
     check_learned(fit.recipe, "recipe")
     method, settings, loss = fit.method, fit.settings, LOSSES[fit.method.loss]
+    where = "a driver that makes them first (merge3-client fit)"
+    if method.survivors:
+        raise RecipeError("fit", f"{method.name}, which learns over experts of its own", where)
+    if settings.groups is not None:
+        raise RecipeError("fit.groups", "groups of experts, whose merges are experts in turn", where)
     for task, expert in fit.experts.items():
         if expert not in slot.pool.endpoints:
             raise RecipeError(f"fit: items: task {task!r}: model", f"found {expert!r}", ", ".join(slot.pool.endpoints))

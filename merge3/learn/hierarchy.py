@@ -69,9 +69,9 @@ def task_vector_cosine(recipe: Recipe, first: str, other: str) -> float:
     return float(gram[1, 2] / norm) if norm > 0 else 1.0
 
 
-def composed(outer: Mapping[str, Weights | None], weights: Weights) -> Weights:
+def composed(outer: Mapping[str, Weights | None], weights: Weights, ties: Mapping[str, str]) -> Weights:
     """Weights of experts: those of a merge of groups, times those within each. outer: node of `weights` -> the weights
-    within it, None for an expert."""
+    within it, None for an expert. ties: output -> the tensor that models without one of their own share it with."""
     found: Weights = {}
     for name, own in weights.items():
         inner = outer[name]
@@ -80,8 +80,10 @@ def composed(outer: Mapping[str, Weights | None], weights: Weights) -> Weights:
             continue
         for expert, parts in inner.items():
             within = dict(parts)
-            # A group's result has the base's head, which is merged where no other is left; an expert's own never is.
-            found[expert] = [(tensor, weight * within[tensor]) for tensor, weight in own if tensor in within]
+            # Within a group whose models tie it an output goes with its source. What neither is there is a head: a
+            # group's result has the base's, which is merged where no other is left; an expert's own never is.
+            inside = [(tensor, weight, within.get(tensor, within.get(ties.get(tensor)))) for tensor, weight in own]
+            found[expert] = [(tensor, weight * factor) for tensor, weight, factor in inside if factor is not None]
     return found
 
 
@@ -97,6 +99,8 @@ def weights_of(recipe: Recipe) -> Weights:
 def _given(leaves: Sequence[Node], groups: Sequence[Sequence[str]]) -> Node:
     named = [name for group in groups for name in group]
     by_name = {leaf.name: leaf for leaf in leaves}
+    if not all(groups):
+        raise RecipeError("fit.groups", "an empty group", "every model in one group")
     if sorted(named) != sorted(by_name):
         odd = sorted({*named} ^ {*by_name}) or [name for name in named if named.count(name) > 1]
         raise RecipeError("fit.groups", f"{odd[0]!r} is not in exactly one group", "every model in one group")

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from merge3.errors import ItemsError, RecipeError
+from merge3.errors import ItemsError, RecipeError, ResourceError
 from merge3.learn.distributions import Asked, batches, log_probabilities
 from merge3.learn.fitting import Lesson
 from merge3.learn.losses import Loss, Target
+from merge3.learn.room import available
 from merge3.live.slot import Slot
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
@@ -122,12 +123,26 @@ def _written(model, reader: Reader, requests: Sequence[Any]) -> dict[int, tuple[
 
 @torch.no_grad()
 def _said(model, task: TaskToLearn, asked: Sequence[Asked], limit: int) -> list[torch.Tensor]:
-    """The live model's own log-probabilities: float32, on the CPU."""
+    """The live model's own log-probabilities: float32, on the CPU. Raises ResourceError where they would take more than
+    half of the memory that is free."""
     found: list[torch.Tensor] = []
     for batch in batches(range(len(asked)), asked, limit):
-        for at, log_p in zip(batch, log_probabilities(model, [asked[i] for i in batch])):
+        said = log_probabilities(model, [asked[i] for i in batch])
+        if not found:
+            _check_memory(task, asked, said[0].shape[-1])
+        for at, log_p in zip(batch, said):
             if log_p.isnan().any():
                 where = f"{task.expert}: {place(asked[at].item)}"
                 raise LogitsError(where, "logits that are NaN or infinite", "numbers")
             found.append(log_p.cpu())
     return found
+
+
+def _check_memory(task: TaskToLearn, asked: Sequence[Asked], width: int) -> None:
+    """width: of a distribution."""
+    places = sum(1 if one.choose else max(1, len(answer)) for one in asked for answer in one.answers)
+    size, free = 4 * width * places, available(torch.device("cpu")) // 2
+    if size > free:
+        found = f"what its expert says of {len(asked)} items takes {size / 2**30:.1f} GiB of memory"
+        hint = "a smaller per_task, items with a smaller max_tokens, or over: next"
+        raise ResourceError(f"fit: task {task.name!r}", found, f"at most {free / 2**30:.1f} GiB", hint)

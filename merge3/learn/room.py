@@ -1,9 +1,9 @@
 """Room for what a backward pass remembers: measured once, planned before a fit begins.
 
-Beside the pool and the live model a step needs the activations of one forward pass, the largest parameter's gradient,
-and nothing else that grows: weights are merged in place, and gradients become numbers one by one. Where activations of
-a whole pass do not fit, layers forget theirs and compute them again in backward; where that is not enough either, a
-pass takes fewer tokens, which changes no result but for rounding.
+Beside the pool and the live model a step needs the activations of one forward pass, one parameter's gradient at a time
+(of small models all of them), and nothing else that grows: weights are merged in place, and gradients become numbers.
+Where activations of a whole pass do not fit, layers forget theirs and compute them again in backward; where that is not
+enough either, a pass takes fewer tokens, which changes no result but for rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ MARGIN = 1.3  # over what was measured: passes differ, and allocators waste
 @dataclass(frozen=True)
 class Room:
     """batch_tokens: padded tokens of a pass. again: whether layers compute their activations again in backward.
-    activations, gradient: bytes that a pass, and the largest gradient, take at most; free: bytes that there were."""
+    activations, gradient: bytes that a pass, and the gradients that are there at once, take at most; free: bytes that
+    there were."""
 
     batch_tokens: int
     again: bool
@@ -47,7 +48,7 @@ class Room:
         """One line."""
         how = ", computed again in backward" if self.again else ""
         found = f"learning: activations {_mib(self.activations)} of {self.batch_tokens:,} tokens a pass{how}"
-        return f"{found}; largest gradient {_mib(self.gradient)}; {_mib(self.free)} free"
+        return f"{found}; gradients {_mib(self.gradient)}; {_mib(self.free)} free"
 
 
 def make_room(weighted: Weighted, asked: Sequence[Asked], most: int) -> Room:
@@ -72,8 +73,8 @@ def plan_room(weighted: Weighted, asked: Sequence[Asked], most: int, free: int) 
     model = weighted.slot.model
     longest = max(asked, key=lambda one: one.rows * max(1, one.width))
     least = longest.rows * max(1, longest.width)
-    gradient = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    needed = min(most, _tokens(asked))
+    gradient = weighted.gradient_bytes
+    needed = max(least, min(most, _tokens(asked)))
     found = None
     for again in (False, True):
         with recomputed(model) if again else nullcontext():
@@ -83,7 +84,7 @@ def plan_room(weighted: Weighted, asked: Sequence[Asked], most: int, free: int) 
         found = per_token
         fit = int((free - gradient) / per_token)
         if fit >= needed:
-            return Room(max(needed, least), again, int(per_token * max(needed, least)), gradient, free)
+            return Room(needed, again, int(per_token * needed), gradient, free)
     if fit >= least:
         return Room(fit, True, int(per_token * fit), gradient, free)
     wanted = _mib(int(per_token * least) + gradient)

@@ -13,11 +13,25 @@ from merge3.learn.coefficients import BOUNDS, LEVELS, check_start
 from merge3.methods.learned import Learned
 from merge3.recipe import nearest
 
+_NUMBER = "a number or a text, as the key has it"
 MOST_RATE = 1e6  # steps of Adam are numbers of float32
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_one(cls, data: Any) -> Any:
+        """YAML's `yes` is no number, and numbers have no thousands of digits."""
+        if isinstance(data, Mapping):
+            for key, value in data.items():
+                known = cls.model_fields.get(key)
+                if isinstance(value, bool) and known is not None and known.annotation is not bool:
+                    raise ValueError(f"{key}: found {str(value).lower()}, expected {_NUMBER}")
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    raise ValueError(f"{key}: found a number of {len(f'{abs(value):x}')} hexadecimal digits")
+        return data
 
 
 class TaskItems(_Section):
@@ -56,7 +70,7 @@ class _Learning(_Section):
 
     items: tuple[TaskItems, ...] = Field((), max_length=256)
     per_task: int = Field(32, ge=1)
-    heldout: float = Field(0.3, ge=0, lt=1)
+    heldout: float = Field(0.3, gt=0, lt=1)  # without any, nothing would say what a fit is worth
     seed: int = Field(0, ge=0, lt=2**63)
     apply_chat_template: bool = False
     system_instruction: str | None = None

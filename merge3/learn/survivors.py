@@ -7,6 +7,7 @@ most of the model has. AdaMerging's authors compute it so (ties_merging_split).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from merge3.errors import RecipeError
 from merge3.export import Prepared, prepare, write_checkpoint
 from merge3.learn.fit import experts_of, merged_with, of_experts
 from merge3.methods import Job
+from merge3.methods.learned import learned_named
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Slice
 
@@ -32,7 +34,7 @@ def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> R
     four times. Raises RecipeError where two experts have one name.
     """
     experts = experts_of(recipe)
-    names = [Path(expert).name for expert in experts]
+    names = [_folder(expert) for expert in experts]
     if len(set(names)) < len(names):
         raise RecipeError("models", f"two end in {next(n for n in names if names.count(n) > 1)!r}", "names that differ")
     missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
@@ -45,9 +47,15 @@ def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> R
     sources = []
     for source in recipe.slices[0].sources:
         if source.model != recipe.base_model:
-            place = ModelRef.parse(str((folder / Path(str(source.model)).name).resolve()), "models")
+            place = ModelRef.parse(str((folder / _folder(str(source.model))).resolve()), "models")
             sources.append(replace(source, model=place))
-    return replace(recipe, slices=(Slice(tuple(sources)),))
+    going_on = learned_named(recipe.method).survivors
+    return replace(recipe, method=going_on or recipe.method, slices=(Slice(tuple(sources)),))
+
+
+def _folder(expert: str) -> str:
+    """A folder's name that recipes read as nothing but a path."""
+    return re.sub(r"[+@]", "-", Path(expert).name)
 
 
 def survivors(vectors: Sequence[torch.Tensor], thresholds: Sequence[float], majority: float) -> list[torch.Tensor]:

@@ -50,14 +50,20 @@ class Weighted:
             if name in tensors:  # the merge's own, which is copied to where the model has it
                 tensors[name] = slot.model.get_parameter(name).data
         found: dict[int, list[_Part]] = {}
-        for at, job in enumerate(self.jobs):
-            for parameter, part in _shared(at, tensors[job.name], parameters):
-                found.setdefault(id(parameter), []).append(part)
+        places = {job.name: at for at, job in enumerate(self.jobs)}
+        # An output that the merge ties, in a live model that holds it apart, is a copy: its gradient is the source's.
+        copies = [(places[source], name) for name, source in program.ties.items() if source in places]
+        for at, name in [*((at, name) for name, at in places.items()), *copies]:
+            for parameter, part in _shared(at, tensors[name], parameters) if name in tensors else ():
+                if part not in found.setdefault(id(parameter), []):
+                    found[id(parameter)].append(part)
         by_id = {id(p): p for own in parameters.values() for p in own}
         self._parts = [(by_id[key], parts) for key, parts in found.items()]
         covered = {part.at for _, parts in self._parts for part in parts}
         size = sum(parameter.numel() * parameter.element_size() for parameter, _ in self._parts)
-        self._summed = size <= SMALL
+        self._summed = size <= SMALL and all(p.dtype == torch.float32 for p, _ in self._parts)  # nothing is rounded
+        largest = max((parameter.numel() * parameter.element_size() for parameter, _ in self._parts), default=0)
+        self.gradient_bytes = size if self._summed else largest  # that are there at once
         self.constant = [job.name for at, job in enumerate(self.jobs) if at not in covered]  # buffers: no gradient
 
     def write(self, weights: torch.Tensor) -> None:

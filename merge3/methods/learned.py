@@ -17,8 +17,8 @@ RESULT = PLAIN_SUM  # the method of the recipe that a fit ends in
 @dataclass(frozen=True)
 class Learned:
     """loss: of learn/losses.py. labels: whether items' answers are read. bound: of learn/coefficients.py, how weights
-    follow from what is learned; start: of every weight. survivors: whether task vectors are trimmed and their signs
-    elected first. The others are defaults of `fit:`."""
+    follow from what is learned; start: of every weight. survivors: the method that goes on over task vectors that
+    are trimmed and whose signs are elected first; empty where they are taken whole. The others: defaults of `fit:`."""
 
     name: str
     summary: str
@@ -29,7 +29,7 @@ class Learned:
     learning_rate: float
     steps: int
     start: float = 0.3
-    survivors: bool = False
+    survivors: str = ""
 
 
 _SUPERMERGE = "https://arxiv.org/abs/2412.10416"
@@ -64,7 +64,7 @@ _ROWS = (
         bound="clamp",
         learning_rate=1e-3,
         steps=500,
-        survivors=True,
+        survivors="adamerging",
     ),
     Learned(
         "expert_kl",

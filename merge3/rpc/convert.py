@@ -178,6 +178,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         warnings=info.warnings,
         notes=info.notes,
         own_heads=info.own_heads,
+        tied=info.tied,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -188,7 +189,7 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
     hashes = {model: m.content_hashes[model] for model in m.models}  # base first: maps have no order on the wire
-    said = tuple(m.warnings), tuple(m.notes), m.own_heads
+    said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied)
     return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from merge3.fitness import mean_over_tasks
 from merge3.recipe import Recipe
 from merge3.search.baselines import default_merges
 from merge3.search.context import Search
-from merge3.tasks import Item, LogitsError
+from merge3.tasks import Item, LogitsError, items_hash
 
 Measured = dict[str, Any]  # {"accuracy", "stderr", "tasks": {task: accuracy}}
 Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
@@ -66,16 +66,22 @@ def possible_baselines(search: Search) -> list[Baseline]:
 
 def _baselines(search: Search) -> Iterator[Baseline]:
     genome, models = search.config.genome, search.config.models
-    names = short_names(models)
+    experts = [m for m in genome.models if m != genome.base_model]
+    merges = dict(default_merges(genome.base_model, experts, genome.dtype, genome.tower))
+    names = short_names(models, merges)
     for model in models:
         yield names[model], model
-    experts = [m for m in genome.models if m != genome.base_model]
     definition = search.space.definition
-    for name, recipe in default_merges(genome.base_model, experts, genome.dtype, genome.tower):
+    for name, recipe in merges.items():
         yield name, replace(recipe, tokenizer=definition.tokenizer, chat_template=definition.chat_template)
 
 
-def short_names(models: Sequence[str]) -> dict[str, str]:
-    """The last part of each path, or the whole where that is not unique."""
-    last = [Path(m).name for m in models]
+def short_names(models: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """The last part of each path, or the whole where that is not unique, or taken by another row."""
+    last = [*(Path(m).name for m in models), *taken]
     return {m: n if last.count(n) == 1 else m for m, n in zip(models, last)}
+
+
+def items_name(items: Sequence[Item]) -> str:
+    """Names a set of items whatever their order: measurements of the same can stand side by side."""
+    return items_hash(sorted(items, key=lambda item: (item.task, item.id)))

@@ -44,7 +44,8 @@ def near_start(search: Search) -> tuple[Search, Recipe | None]:
     recipe = read_start(path, search.config.models)
     if recipe.surgery:
         warnings.warn(f"{path}: surgery: left out, a search varies the merge below it", Merge3Warning, stacklevel=2)
-    return replace(search, start=search.space.project(recipe, path)), recipe
+    genome = search.space.project(recipe, path, search.engine.info().unmerged)
+    return replace(search, start=genome), recipe
 
 
 def check_start(search: Search, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -46,9 +46,10 @@ class Space(Protocol):
     def genome(self, recipe: Recipe) -> np.ndarray:
         """The genome of a recipe this space made: the inverse of `recipe`, exact to the last bit."""
 
-    def project(self, recipe: Recipe, where: str = "recipe") -> np.ndarray:
+    def project(self, recipe: Recipe, where: str = "recipe", unmerged: Collection[str] = ()) -> np.ndarray:
         """The genome whose recipe is nearest to any recipe of these models, as far as bounds let it; see projection.py.
-        where: what messages call the recipe. Raises ConfigError naming what no genome of this space can be near to."""
+        where: what messages call the recipe; unmerged: tensors of the layout that no merge changes. Raises ConfigError
+        naming what no genome of this space can be near to."""
 
     def uniform_recipe(self) -> Recipe:
         """The recipe of `initial`."""

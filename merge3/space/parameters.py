@@ -8,7 +8,7 @@ affair (presets.py); how a recipe writes it, settings.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,9 +106,9 @@ class ParameterSpace:
                 shared[group, i] = settings.read(setting, group, self.sets, tensor)[-1]
         return np.concatenate([own.ravel(), shared.ravel()])
 
-    def project(self, recipe: Recipe, where: str = "recipe") -> np.ndarray:
+    def project(self, recipe: Recipe, where: str = "recipe", unmerged: Collection[str] = ()) -> np.ndarray:
         """See Space."""
-        return projection.project(self, recipe, where)
+        return projection.project(self, recipe, where, unmerged)
 
     def uniform_recipe(self) -> Recipe:
         """The recipe of `initial`."""

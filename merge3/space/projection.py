@@ -5,14 +5,14 @@ what a tensor looks up says how far each gene governs it. A gene that governs it
 the recipe's values for them, all tensors alike (a layout knows no sizes); those of `smooth` spaces, which share
 tensors, the least squares. A gene that governs no tensor starts as usual.
 
-A layout also has tensors that are never merged (tied, or kept from the base). Fitted recipes, which name all others one
-by one, have some value for these rests as well: it counts for nothing.
+A layout also has tensors that are never merged (tied, or kept from the base); a pool says which. Whatever a recipe has
+for them counts for nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError, Merge3Warning
 from merge3.methods import Method, method_named
 from merge3.methods.base import REQUIRED
-from merge3.parameters import Setting, evaluate, lookup
+from merge3.parameters import evaluate, lookup
 from merge3.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
@@ -37,19 +37,20 @@ class _Tensor(NamedTuple):
     t: float
 
 
-def project(space: ParameterSpace, recipe: Recipe, where: str) -> np.ndarray:
+def project(space: ParameterSpace, recipe: Recipe, where: str, unmerged: Collection[str] = ()) -> np.ndarray:
     """The genome nearest to a recipe, inside the bounds: float64 [size]. One warning says what bounds have changed,
-    another what a recipe of a method that is only alike does not say.
+    another what a recipe of a method that is only alike does not say. unmerged: tensors that no merge changes.
 
     Raises ConfigError for another method, base or models, layers out of place, and parameters that no candidate has.
     """
     theirs = method_named(recipe.method, f"{where}: merge_method")
     alike = _alike(space.method, theirs, where)
     _check_models(space, recipe, where)
-    tensors = list(_tensors(space.layout, _ranges(recipe, space.layout.layers, where)))
-    values = _Values(recipe, theirs, tensors, where)
-    _check_fixed(space, values, alike)
-    wanted = _wanted(space, values, [gene for gene in space.genes if gene in alike])
+    ranges = _ranges(recipe, space.layout.layers, where)
+    values = _Values(recipe, theirs, _tensors(space.layout, ranges, unmerged), where)
+    ours = _tensors(space.layout, [(0, space.layout.layers)] if space.whole else space.ranges, unmerged)
+    _check_fixed(space, values, ours, alike)
+    wanted = _wanted(space, values, ours, [gene for gene in space.genes if gene in alike])
     encoded = space.encoded(*wanted)
     genome = np.where(np.isnan(encoded), space.initial(), np.clip(encoded, *space.bounds()))
     if theirs is not space.method:
@@ -120,10 +121,9 @@ def _ranges(recipe: Recipe, layers: int, where: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _check_fixed(space: ParameterSpace, values: _Values, names: Sequence[str]) -> None:
-    """Refuse what no candidate has: of parameters that are not searched every candidate has the same value."""
-    layers = [(0, space.layout.layers)]
-    tensors = list(_tensors(space.layout, layers if space.whole else space.ranges))
+def _check_fixed(space: ParameterSpace, values: _Values, tensors: list[_Tensor], names: Sequence[str]) -> None:
+    """Refuse what no candidate has: of parameters that are not searched every candidate has the same value. tensors:
+    as candidates have them."""
     ours = _Values(space.uniform_recipe(), space.method, tensors, "genome")
     for name in names:
         parameter = space.method.parameters[name]
@@ -144,8 +144,12 @@ def _check_fixed(space: ParameterSpace, values: _Values, names: Sequence[str]) -
 # -- what it says, tensor by tensor
 
 
-def _tensors(layout: Layout, ranges: Sequence[tuple[int, int]]) -> Iterator[_Tensor]:
-    """Every tensor there may be, in one order whatever the slices."""
+def _tensors(layout: Layout, ranges: Sequence[tuple[int, int]], unmerged: Collection[str]) -> list[_Tensor]:
+    """Every tensor that may be merged, in one order whatever the slices."""
+    return [tensor for tensor in _all_tensors(layout, ranges) if tensor.name not in unmerged]
+
+
+def _all_tensors(layout: Layout, ranges: Sequence[tuple[int, int]]) -> Iterator[_Tensor]:
     for name in layout.pre:
         yield _Tensor(name, 0, 0.0)
     for part, (first, last) in enumerate(ranges):
@@ -172,23 +176,13 @@ class _Values:
         levels = []
         for part in self.recipe.slices:
             own = [source.parameters for source in part.sources if str(source.model) == model]
-            told = [at[name] for at in (*own, part.parameters, self.recipe.parameters) if name in at]
-            levels.append([{name: self._without_rest(setting)} for setting in told])
+            levels.append((*own, part.parameters, self.recipe.parameters))
         for tensor in self.tensors:
             value = lookup(name, levels[tensor.part], tensor.name, tensor.t, parameter.default)
             if value is not parameter.default:
                 value = self.method.validate(name, value, f"{self.where}: {model or 'parameters'}")
             found.append(value)
         return found
-
-    def _without_rest(self, setting: Setting) -> Setting:
-        """A setting that has more than half of all tensors by their whole names, without its value for the rest."""
-        if not isinstance(setting, (list, tuple)) or not isinstance(setting[-1], Mapping):
-            return setting
-        *named, last = setting
-        known = {tensor.name for tensor in self.tensors}.intersection(condition.get("filter") for condition in named)
-        rest = last.get("filter") in (None, "*") and 2 * len(known) > len(self.tensors)
-        return named if rest else setting
 
     def numbers(self, name: str, model: str | None) -> np.ndarray:
         """The same as float64 [tensors], NaN for none."""
@@ -202,9 +196,12 @@ class _Values:
 # -- and which genes that makes
 
 
-def _wanted(space: ParameterSpace, values: _Values, genes: Sequence[str]) -> tuple[dict, dict]:
-    """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing."""
-    governed = _governed(space)
+def _wanted(
+    space: ParameterSpace, values: _Values, tensors: list[_Tensor], genes: Sequence[str]
+) -> tuple[dict, dict]:
+    """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing. tensors: as
+    candidates have them."""
+    governed = _governed(space, tensors)
     own = {name: np.full(space.shape[:-1], np.nan) for name in space.own}
     shared = {name: np.full(space.groups, np.nan) for name in space.shared}
     models = [str(ModelRef.parse(model)) for model in space.definition.models]
@@ -221,13 +218,12 @@ def _wanted(space: ParameterSpace, values: _Values, genes: Sequence[str]) -> tup
     return own, shared
 
 
-def _governed(space: ParameterSpace) -> np.ndarray:
+def _governed(space: ParameterSpace, tensors: list[_Tensor]) -> np.ndarray:
     """How far every gene of one model and parameter governs each tensor: [tensors, groups, filter sets], 1 in all."""
     cells = np.empty((space.groups, space.sets), dtype=object)
     for cell, unit in zip(np.ndindex(cells.shape), np.eye(cells.size)):
         cells[cell] = unit
     settings = space.written(cells)
-    tensors = _tensors(space.layout, [(0, space.layout.layers)] if space.whole else space.ranges)
     governed = [evaluate(settings[tensor.part], tensor.name, tensor.t) for tensor in tensors]
     return np.array(governed).reshape(len(governed), *cells.shape)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from merge3.errors import RecipeError
 from tests.commands import client
 
 EXPERTS = ("english", "italian", "translation", "sorting")
@@ -62,7 +63,7 @@ def test_a_run_from_a_recipe_to_a_page(tiny_world, tmp_path):
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_world, tmp_path):
-    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=40, check_every=1)
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=15, check_every=1)
     whole = client("fit", recipe, "--run-dir", tmp_path / "whole", "--quiet", "--no-export")
     assert whole.returncode == 0, whole.stderr
     command = [sys.executable, "-m", "merge3.client", "fit", recipe, "--run-dir", tmp_path / "killed", "--quiet"]
@@ -78,7 +79,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_world, tmp_pat
         process.wait()
     from safetensors.torch import load_file
 
-    assert 1 <= int(load_file(state)["step"]) < 40
+    assert 1 <= int(load_file(state)["step"]) < 15
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "killed", moved)
     again = client("fit", recipe, "--run-dir", moved, "--resume", "--quiet", "--no-export")
@@ -158,6 +159,120 @@ def test_survivors_are_experts_of_their_own(tiny_world, tmp_path):
     assert not (tmp_path / "once").exists()
 
 
+def test_tasks_find_their_own_experts(tiny_world, tmp_path):
+    """Exports of this tool all lie in folders called `model`."""
+    from merge3 import Recipe
+    from merge3.client.fit_items import load_items
+    from merge3.learn.settings import read_fit
+
+    for name in ("english", "italian"):
+        shutil.copytree(tiny_world / name, tmp_path / name / "model")
+    models = [str(tmp_path / name / "model") for name in ("english", "italian")]
+    data = {"merge_method": "expert_kl", "base_model": str(tiny_world / "base")}
+    data["models"] = [{"model": model} for model in models]
+    files = [{"items": str(tiny_world / f"{name}.jsonl"), "model": model} for name, model in zip(EXPERTS, models)]
+
+    def experts(files):
+        recipe = Recipe.parse(data | {"fit": {"items": files}})
+        return load_items(recipe, read_fit(recipe.fit, "fit"), "fit").experts
+
+    assert experts(files) == dict(zip(EXPERTS, models))
+    with pytest.raises(RecipeError, match=r"items\[0\].model: found 'model'; expected one of .*, of which 2 end so"):
+        experts([files[0] | {"model": "model"}, files[1]])
+    with pytest.raises(RecipeError, match="found '/nowhere/english'"):
+        experts([files[0] | {"model": "/nowhere/english"}, files[1]])
+
+
+def test_the_same_models_for_other_tasks_are_another_run(tiny_world, tmp_path):
+    def files(*names):
+        pairs = zip(("english", "italian"), names)
+        return [{"items": str(tiny_world / f"{task}.jsonl"), "model": str(tiny_world / name)} for task, name in pairs]
+
+    options = {"method": "expert_kl", "experts": ("english", "italian"), "steps": 1}
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", items=files("english", "italian"), **options)
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+    write_recipe(tiny_world, recipe, items=files("italian", "english"), **options)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--resume", "--quiet")
+    assert done.returncode == 2 and "run: experts: found" in done.stderr
+
+
+def test_a_run_that_ended_before_its_first_state_begins_anew(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "fit.json").write_text('{"recipe": "another"}')
+    (tmp_path / "run" / ".fit.json.partial-1").write_text("")
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "fit.json", "history.jsonl"])
+def test_a_damaged_file_of_a_run_is_one_line(tiny_world, tmp_path, name):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=1)
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+    (tmp_path / "run" / name).write_bytes(b"{nothing")
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--resume", "--quiet")
+    assert done.returncode == 2 and f"{name}: damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_is_no_run_directory(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=1)
+    done = client("fit", recipe, "--run-dir", recipe, "--quiet")
+    assert done.returncode == 2 and "Not a directory" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_finished_run_goes_on_wherever_its_models_lie(tiny_world, tmp_path):
+    shutil.copytree(tiny_world, tmp_path / "here")
+    recipe = write_recipe(tmp_path / "here", tmp_path / "recipe.yaml", steps=1)
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+    before = yaml.safe_load((tmp_path / "run" / "fitted.yaml").read_text())
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    write_recipe(tmp_path / "there", recipe, steps=1)
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--resume", "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+    after = yaml.safe_load((tmp_path / "run" / "fitted.yaml").read_text())
+    assert [m["parameters"] for m in after["models"]] == [m["parameters"] for m in before["models"]]
+    assert [m["model"] for m in after["models"]] == [str(tmp_path / "there" / name) for name in EXPERTS]
+
+
+def test_runs_on_other_items_stand_in_no_table(tiny_world, tmp_path):
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", steps=1)
+    assert client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export").returncode == 0
+    other = write_recipe(tiny_world, tmp_path / "other.yaml", steps=1, seed=4)
+    done = client("fit", other, "--run-dir", tmp_path / "second", "--quiet", "--compare", tmp_path / "run")
+    assert done.returncode == 2 and "was measured on other items; expected one of the same files" in done.stderr
+    assert not (tmp_path / "second").exists()
+
+
+def test_an_item_that_only_the_end_would_ask_is_refused_at_the_start(tiny_world, tmp_path):
+    lines = (tiny_world / "english.jsonl").read_text().splitlines()
+    long = [json.dumps(json.loads(line) | {"prompt": "one plus " * 40}) for line in lines]
+    (tmp_path / "english.jsonl").write_text("\n".join(long))
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", experts=("english",), per_task=1)
+    data = yaml.safe_load(recipe.read_text())
+    data["fit"]["items"] = ["english.jsonl"]
+    recipe.write_text(yaml.safe_dump(data))
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 2 and "at most 32, the model's positions" in done.stderr
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "method, settings, message",
+    [
+        ("adamerging++", {"groups": {"size": 2}}, "fit.groups: with adamerging++; expected adamerging, or no groups"),
+        ("supermerge", {"groups": [["english", "italian"], []]}, "an empty group"),
+        ("supermerge", {"heldout": 0}, "fit.heldout: found 0: Input should be greater than 0"),
+        ("supermerge", {"steps": "yes"}, "fit: steps: found true, expected a number"),
+        ("supermerge", {"steps": "0x1" + "0" * 4000}, "fit: steps: found a number of 4001 hexadecimal digits"),
+    ],
+)
+def test_more_that_is_refused(tiny_world, tmp_path, method, settings, message):
+    written = {key: value for key, value in settings.items() if key != "steps"}
+    file = write_recipe(tiny_world, tmp_path / "recipe.yaml", method, **written)
+    file.write_text(file.read_text().replace("steps: 4", f"steps: {settings.get('steps', 4)}"))
+    done = client("fit", file, "--run-dir", tmp_path / "run", "--quiet")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_models_are_not_made_where_no_recipe_could_name_them(tiny_world, tmp_path):
     recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", "adamerging++", steps=2)
     done = client("fit", recipe, "--run-dir", tmp_path / "adamerging++")
@@ -214,11 +329,12 @@ def test_more_experts_than_one_merge_takes_are_refused_before_any_group_is(famil
     for number in range(9):
         shutil.copytree(family / f"e{number % 3}", tmp_path / f"x{number}")
         experts.append(f"x{number}")
-        item = {"id": "1", "task": f"t{number}", "kind": "generate", "prompt": "a", "answer": "b"}
-        (tmp_path / f"x{number}.jsonl").write_text(json.dumps(item) + "\n")
+        item = {"task": f"t{number}", "kind": "generate", "prompt": "a", "answer": "b"}
+        lines = [json.dumps(item | {"id": str(place)}) for place in range(4)]
+        (tmp_path / f"x{number}.jsonl").write_text("\n".join(lines))
     shutil.copytree(family / "base", tmp_path / "base")
     groups = {"size": 3, "by": "order"}
-    recipe = write_recipe(tmp_path, tmp_path / "recipe.yaml", experts=experts, groups=groups, heldout=0)
+    recipe = write_recipe(tmp_path, tmp_path / "recipe.yaml", experts=experts, groups=groups, heldout=0.5)
     done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
     assert done.returncode == 2 and "9 models beside the base; expected 1 to 8 for task_arithmetic" in done.stderr
     assert not (tmp_path / "run" / "groups").exists()

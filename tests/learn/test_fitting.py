@@ -268,6 +268,27 @@ def _autograds(pool, program, weights, parameters, loss):
     return weights.grad.double()
 
 
+def test_an_output_that_is_tied_and_held_apart_has_its_sources_gradient(tied_family, family, tmp_path):
+    """In a pool that also holds an untied model the live model has a head of its own, whatever a recipe ties."""
+
+    def gradient(others):
+        pool = Pool.open(str(tied_family / "base"), [str(tied_family / name) for name in ("e0", "e1")] + others)
+        slot = Slot(pool, torch.float32)
+        data = {"merge_method": "supermerge", "base_model": pool.base, "fit": {"items": ["i"]}}
+        data["models"] = [{"model": str(tied_family / name)} for name in ("e0", "e1")]
+        recipe = merged_with(Recipe.parse(data), {str(tied_family / name): 0.3 for name in ("e0", "e1")})
+        weighted = Weighted(slot, slot.compile(recipe))
+        weighted.write(torch.full(weighted.gradient.shape, 0.3))
+        with weighted.gradients():
+            slot.model(torch.arange(3, 40)[None]).logits.float().sin().sum().backward()
+        return {job.name: weighted.gradient[:, at].clone() for at, job in enumerate(weighted.jobs)}
+
+    alone, beside = gradient([]), gradient([str(family / "e0")])
+    assert alone.keys() == beside.keys()
+    for name, expected in alone.items():
+        torch.testing.assert_close(beside[name], expected, rtol=1e-4, atol=1e-4)
+
+
 # -- which items a step asks
 
 

@@ -51,8 +51,15 @@ def test_groups_as_given():
 
 def test_weights_of_a_tree_are_products():
     inner = {"a": [("x", 0.5), ("y", 0.25)], "b": [("x", 1.0), ("y", 2.0)]}
-    found = composed({"0-0": inner, "c": None}, {"0-0": [("x", 0.5), ("y", 1.0), ("head", 3.0)], "c": [("x", 0.1)]})
+    found = composed({"0-0": inner, "c": None}, {"0-0": [("x", 0.5), ("y", 1.0), ("head", 3.0)], "c": [("x", 0.1)]}, {})
     assert found == {"a": [("x", 0.25), ("y", 0.25)], "b": [("x", 0.5), ("y", 2.0)], "c": [("x", 0.1)]}
+
+
+def test_an_output_that_a_group_ties_goes_with_its_source():
+    inner = {"a": [("embed", 0.5)], "b": [("embed", 0.25)]}
+    outer = {"0-0": [("embed", 0.8), ("head", 0.4)], "c": [("embed", 1.0)]}
+    found = composed({"0-0": inner, "c": None}, outer, {"head": "embed"})
+    assert found["a"] == [("embed", 0.4), ("head", 0.2)] and found["b"] == [("embed", 0.2), ("head", 0.1)]
 
 
 def test_the_cosine_of_whole_models(family):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merge3 import Pool
+from merge3 import LocalEngine, Pool, Registration
 from merge3.errors import BadInput, ResourceError
 from merge3.learn.fit import Fit, experts_of, prepare
 from merge3.learn.lessons import TaskToLearn
@@ -64,6 +64,26 @@ def test_plans_from_much_to_little(tiny_world):
     assert "computed again in backward" in least.describe()
     with pytest.raises(ResourceError, match="item '.' alone needs .* MiB beside the models, and 0.0 MiB are free"):
         plan_room(fitting.weighted, asked, 4096, 1000)
+
+
+def test_one_item_may_take_more_than_a_pass_should(tiny_world):
+    _, fitting = fitting_of(recipe_of(tiny_world))
+    longest = max(one.rows * one.width for lesson in fitting.lessons for one in lesson.asked)
+    asked = [one for lesson in fitting.lessons for one in lesson.asked]
+    much = plan_room(fitting.weighted, asked, longest - 1, 2**33)
+    assert much.batch_tokens == longest and not much.again
+    less = plan_room(fitting.weighted, asked, longest - 1, much.size - 1)
+    assert less.again and less.size < much.size
+
+
+def test_room_is_given_back(tiny_world):
+    recipe = recipe_of(tiny_world, steps=1)
+    models = [str(model) for model in recipe.models()]
+    engine = LocalEngine(Pool.open(models[0], models[1:], memory_budget=25_000_000))
+    list(engine.fit(Registration(tuple(items_of("sums"))), Fit(recipe)))
+    assert engine.pool.memory.budget < 25_000_000
+    engine.forget_fit()
+    assert engine.pool.memory.budget == 25_000_000
 
 
 def test_what_was_planned_is_enough(tiny_world):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from merge3.checkpoint.layout import layout
+from merge3.checkpoint.layout import Layout, layout
 from merge3.errors import BadInput, ConfigError, Merge3Warning
 from merge3.methods import METHODS
 from merge3.parameters import evaluate
@@ -136,17 +136,31 @@ def test_tensors_that_a_recipe_leaves_out_do_not_count():
         s.project(recipe(a=[{"filter": "nowhere", "value": 1}]), "x.yaml")
 
 
-def test_what_a_fitted_recipe_has_for_the_rest_does_not_count():
-    """It names what it merges; a tied head, say, is all the same in the layout. By hand the rest is most of a model."""
+def test_what_no_merge_changes_does_not_count():
+    """A tied head, say, is all the same in the layout. What a recipe has for the rest of what is merged does count."""
     values, setting = fitted(7)
     tied = [entry for entry in setting if entry["filter"] != HEAD]
     s = space(layer_granularity=2)
     for rest in ({"filter": "*", "value": 0.0}, {"value": 0.0}):
-        genome = s.project(recipe(a=[*tied, rest])).reshape(s.shape)[:, 0].ravel()
+        genome = s.project(recipe(a=[*tied, rest]), unmerged={HEAD}).reshape(s.shape)[:, 0].ravel()
         assert genome[-1] == values[NORM] and genome[0] == values[EMBED]
         assert genome[1] == pytest.approx(mean(values, "layers.0", "layers.1"), abs=1e-15)
+        merged = s.project(recipe(a=[*tied, rest])).reshape(s.shape)[:, 0].ravel()
+        assert merged[-1] == pytest.approx(values[NORM] / 2) and merged[:-1] == pytest.approx(genome[:-1])
+        inside = [entry for entry in setting if "layers." in entry["filter"]]
+        outside = s.project(recipe(a=[*inside, rest])).reshape(s.shape)[:, 0].ravel()
+        assert outside[0] == 0.0 and outside[-1] == 0.0
     by_hand = s.project(recipe(a=[{"filter": HEAD, "value": 1.0}, {"filter": NORM, "value": 0.5}, {"value": 0.25}]))
     assert by_hand.reshape(s.shape)[:, 0].ravel().tolist() == [0.25, 0.25, 0.25, 0.75]
+
+
+@pytest.mark.parametrize("outer", [2, 40])
+def test_a_recipe_of_the_spaces_own_is_its_genomes_however_much_stands_outside(outer):
+    pre, post = (tuple(f"{side}.{i}" for i in range(outer)) for side in ("embed", "tower"))
+    many = Layout("layers", 4, ("mlp.up_proj", "self_attn.q_proj"), pre, post)
+    s = Space(SpaceDefinition(("a", "b"), "task_arithmetic", "base", layer_granularity=1), many)
+    genome = np.random.default_rng(0).uniform(*s.bounds())
+    np.testing.assert_allclose(s.project(s.recipe(genome)), genome, rtol=0, atol=1e-12)
 
 
 def test_the_bases_own_genes_are_nobodys():
