@@ -98,7 +98,7 @@ def fit_with_surgery(
     with StopOnInterrupt() as stopping:
         taught = asked.learned or asked.taught
         run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
-        remove_partials(directory / "model")
+        remove_partials(directory)
         host = _host(run, asked)
         if host is None:
             return say_stopped(file, directory)

@@ -87,7 +87,7 @@ def save_beside(adapters: Adapters, model: Path, export: Callable[[Path], object
             return
     else:
         check_free(model)
-    remove_partials(model)
+    remove_partials(model.parent, model.name)
     partial, old = (model.with_name(f".{model.name}.partial-{os.getpid()}{end}") for end in ("", "-old"))
     try:
         export(partial)
@@ -99,13 +99,17 @@ def save_beside(adapters: Adapters, model: Path, export: Callable[[Path], object
     except OSError as error:
         raise resource_error(model, error) from None
     finally:
-        remove_partials(model)
+        remove_partials(model.parent, model.name)
 
 
-def remove_partials(model: Path) -> None:
-    """What a process that was killed in `save_beside`, or in its export, has left beside the folder."""
-    for left in model.parent.glob(f".*{model.name}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_partials(directory: Path, name: str = "") -> None:
+    """What a process that was killed while it wrote has left in a directory. name: of the file or folder that it was
+    to be, or the end of it; all by default."""
+    for left in directory.glob(f".*{name}.partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Adapters:

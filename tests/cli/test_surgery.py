@@ -366,6 +366,7 @@ def test_what_a_killed_run_has_left_is_removed(run, world, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
     for name in (".model.partial-123", ".model.partial-123-old", "..model.partial-123.partial-abc"):
         shutil.copytree(folder / "model", folder / name)
+    (folder / ".result.json.partial-123").touch()
     done = client("fit", world / "surgery.yaml", "--run-dir", folder, "--resume", "--quiet")
     assert done.returncode == 0, done.stderr
     assert not list(folder.glob(".*")) and (folder / "model" / "surgery.safetensors").exists()
