@@ -62,13 +62,12 @@ def fit(
     check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run, taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
-    began = time.perf_counter()
     with StopOnInterrupt() as stopping:
         run = Run(recipe, taught, files, device, target, memory_budget, quiet, as_json, stopping)
         outcome = fitted_host(run)
     if outcome is None:
         return say_stopped(file, directory)
-    fitted, seconds = outcome.recipe, time.perf_counter() - began
+    fitted = outcome.recipe
     with closing(outcome.engine) as engine:
         write_atomically(directory / "fitted.yaml", fitted.to_yaml())
         files.tell(outcome.history)  # of groups it is the last one's
@@ -82,7 +81,7 @@ def fit(
             held = registration(taught.heldout, taught, engine.info().own_heads)
             beside = baselines(engine, recipe, held)
     cost = {"merges": outcome.steps, "items": outcome.asked}
-    result = summary(recipe, taught, outcome.history, cost, measurement, beside, others, seconds)
+    result = summary(recipe, taught, outcome.history, cost, measurement, beside, others, outcome.seconds)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     write_fit_report(directory)
     return result
@@ -173,7 +172,7 @@ class Run:
 class Outcome:
     """What was fitted. engine: over its models, open; elsewhere: whether these are not those that the run was asked
     for; taught: with the models' names there. steps, asked: merges that were asked, and items that were fed forward and
-    backward, in all."""
+    backward, in all; seconds: that they took, also before the run was continued."""
 
     recipe: Recipe
     history: list[dict[str, Any]]
@@ -181,6 +180,7 @@ class Outcome:
     taught: Taught
     steps: int
     asked: int
+    seconds: float
     elsewhere: bool = False
 
 
@@ -237,8 +237,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     state = files.state()
     history = files.history(state.step if state else 0)
     if state is not None and state.step >= steps:
-        return Outcome(files.latest(recipe), history, engine, taught, steps, steps * each)
-    fitted = None
+        return Outcome(files.latest(recipe), history, engine, taught, steps, steps * each, files.seconds)
+    fitted, before, began = None, files.seconds if state is not None else 0.0, time.perf_counter()
     with chosen(run.as_json, run.quiet, steps, len(history)) as report:
         told = lambda line: run.quiet or print(line, file=sys.stderr)
         for step in engine.fit(asked, what, state, told):
@@ -249,11 +249,11 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
             report(line)
             if step.state is not None:
                 fitted = step.recipe
-                files.save(step.state, history, fitted)
+                files.save(step.state, history, fitted, before + time.perf_counter() - began)
                 if run.stopping() and step.number < steps:
                     engine.close()
                     return None
-    return Outcome(fitted, history, engine, taught, steps, steps * each)
+    return Outcome(fitted, history, engine, taught, steps, steps * each, files.seconds)
 
 
 def _check_heads(taught: Taught, own_heads: bool) -> None:

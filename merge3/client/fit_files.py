@@ -3,6 +3,7 @@
     fit.json             what must be equal for a run to be continued
     state.safetensors    the latest step from which it can be continued
     latest.yaml          the recipe that it merges
+    seconds.json         how long its steps took, over all times that the run was continued
     history.jsonl        a line a step, up to that one and perhaps further
 """
 
@@ -26,6 +27,7 @@ from merge3.learn.fitting import State
 from merge3.recipe import Recipe
 
 IDENTITY, STATE, HISTORY, LATEST = "fit.json", "state.safetensors", "history.jsonl", "latest.yaml"
+SECONDS = "seconds.json"
 
 
 def identity(recipe: Recipe, hashes: Mapping[str, str], items: Mapping[str, str]) -> dict[str, str]:
@@ -95,8 +97,18 @@ class FitFiles:
         now = dict(zip(found.models(), recipe.models()))
         return found.renamed(lambda ref: now.get(ref, ref))
 
-    def save(self, state: State, lines: Iterable[Mapping[str, Any]], recipe: Recipe) -> None:
-        """State, history and recipe, in an order in which none can lack what the state has."""
+    @property
+    def seconds(self) -> float:
+        """Of the steps that are saved."""
+        file = self.directory / SECONDS
+        if not file.exists():
+            return 0.0
+        with _readable(file):
+            return float(json.loads(file.read_text()))
+
+    def save(self, state: State, lines: Iterable[Mapping[str, Any]], recipe: Recipe, seconds: float) -> None:
+        """State, history and recipe, in an order in which none can lack what the state has. seconds: in all."""
+        write_atomically(self.directory / SECONDS, json.dumps(seconds))
         write_atomically(self.directory / LATEST, recipe.to_yaml())
         self.tell(lines)
         first, second = state.moments

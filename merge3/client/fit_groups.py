@@ -46,6 +46,7 @@ def fit_groups(run: Run) -> Outcome | None:
     inside: dict[str, Weights | None] = {expert: None for expert in models}
     places = {expert: expert for expert in models}
     steps = asked = 0
+    seconds = 0.0
     history: list[dict[str, Any]] = []
     for node in grouping.inner():
         names = ", ".join(Path(part.name).name for part in node.parts)
@@ -57,6 +58,7 @@ def fit_groups(run: Run) -> Outcome | None:
         outcome, weights, places[node.name] = found
         inside[node.name] = composed(inside, weights, ties)
         steps, asked, history = steps + outcome.steps, asked + outcome.asked, outcome.history
+        seconds += outcome.seconds
         del outcome, found  # they hold the group's models
         gc.collect()
     result = merged_with(recipe, inside[grouping.name])
@@ -64,7 +66,7 @@ def fit_groups(run: Run) -> Outcome | None:
     if run.memory_budget is None:
         copy = sum(info.nbytes for info in lender.base_checkpoint.tensors.values())
         budget = str(max(_SMALL, copy * (2 + max(len(node.parts) for node in grouping.inner()))))
-    return Outcome(result, history, run.open(recipe, budget), run.taught, steps, asked)
+    return Outcome(result, history, run.open(recipe, budget), run.taught, steps, asked, seconds)
 
 
 def _check_items(run: Run, lender: Pool) -> None:

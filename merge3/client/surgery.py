@@ -4,8 +4,6 @@ adapter for each task on top of it."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -13,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge3.checkpoint import check_free
+import torch
+
 from merge3.client.fit import Run, begin, check_possible, fitted_host, registration, say_stopped
 from merge3.client.fit_files import FitFiles
 from merge3.client.fit_items import Taught, load_items
@@ -22,18 +21,22 @@ from merge3.client.fit_report import write_fit_report
 from merge3.client.fit_result import baselines, measure, other_run, peak_memory
 from merge3.client.run import StopOnInterrupt
 from merge3.engine import Engine, Operated
-from merge3.errors import BadInput
-from merge3.files import resource_error, sync, write_atomically
+from merge3.errors import BadInput, RecipeError
+from merge3.files import write_atomically
 from merge3.learn.fit import Fit, check_learned
+from merge3.learn.lessons import TaskToLearn
 from merge3.learn.settings import SurgerySettings, located, read_fit, read_surgery
 from merge3.learn.surgery import Adapters, Surgery, check_surgery, save
+from merge3.learn.surgery_file import FILE, remove_partials, save_beside
+from merge3.learn.surgery_items import check_items, unseen
 from merge3.live.slot import Slot
 from merge3.methods import method_named
 from merge3.methods.learned import LEARNED
+from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search.measure import Measured
-from merge3.tasks import items_hash
+from merge3.tasks import Item, by_task, items_hash
 
 if TYPE_CHECKING:
     from merge3.client.channel import Target
@@ -95,6 +98,7 @@ def fit_with_surgery(
     with StopOnInterrupt() as stopping:
         taught = asked.learned or asked.taught
         run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
+        remove_partials(directory)
         host = _host(run, asked)
         if host is None:
             return say_stopped(file, directory)
@@ -124,27 +128,29 @@ def _read(recipe: Recipe, file: Path, directory: Path) -> Asked:
         of_fit = located(read_fit(recipe.fit, f"{file}: fit"), folder)
         learned = load_items(recipe, of_fit, f"{file}: fit")
         check_possible(recipe, learned, None, f"{file}: fit", directory)
+        if recipe.tokenizer is not None and Fit(recipe).method.survivors:
+            # Experts and what is made of them have more tokens between them than the merge would have.
+            found = f"found with {recipe.method}, which makes experts of its own, and `surgery:`"
+            raise RecipeError(f"{file}: tokenizer", found, "none, or another learned method")
         settings = settings.after(of_fit)
     else:
         method_named(recipe.method, f"{file}: merge_method")
     settings = located(settings, folder)
     taught = load_items(recipe, settings, where)
-    if learned is not None:  # what either has learned from measures neither
-        seen = {(item.task, item.id) for item in learned.learned}
-        unseen = [item for item in taught.heldout if (item.task, item.id) not in seen]
-        taught = replace(taught, heldout=unseen or taught.heldout)
-    return Asked(recipe, settings, taught, learned)
+    seen = taught.learned + (learned.learned if learned is not None else [])
+    # What either has learned from measures neither.
+    return Asked(recipe, settings, replace(taught, heldout=unseen(taught.heldout, seen, where)), learned)
 
 
 def _host(run: Run, asked: Asked) -> Host | None:
     """None when interrupted."""
     if asked.learned is None:
         alone, engine = replace(asked.recipe, surgery={}), run.open(asked.recipe)
-        check_surgery(asked.settings, engine.slot.model)
         engine.check(alone)
+        _check(asked, engine.slot)
         begin(run, engine.info().content_hashes)
         return Host(alone, engine, {})
-    _check_width(asked)
+    _check_alone(asked)
     began = time.perf_counter()
     found = fitted_host(run)
     if found is None:
@@ -164,10 +170,30 @@ def _host(run: Run, asked: Asked) -> Host | None:
     return Host(found.recipe, engine, {"fit": fit})
 
 
-def _check_width(asked: Asked) -> None:
-    """A rank that is refused is refused before a fit that takes minutes, on the base alone."""
-    base = str(asked.recipe.base_model)
-    check_surgery(asked.settings, Slot(Pool.open(base, [])).model)
+def _check_alone(asked: Asked) -> None:
+    """What surgery refuses is refused before a fit that takes minutes. Weights are read as they are needed."""
+    recipe = asked.recipe
+    base, *others = (str(model) for model in recipe.models())
+    pool = Pool.open(base, others, tokenizer=recipe.tokenizer, tower=recipe.tower)
+    dtype = recipe.out_dtype or recipe.dtype
+    _check(asked, Slot(pool, getattr(torch, dtype) if dtype else None))
+
+
+def _check(asked: Asked, slot: Slot) -> None:
+    """Raises BadInput for a rank, heads or items that surgery refuses. Overwrites the live model."""
+    check_surgery(asked.settings, slot.model)
+    pool, taught = slot.pool, asked.taught
+    own_heads = any(name in pool.fixed for name in pool.heads.get(pool.base, ()))
+    template = chat_template(asked.recipe, pool) if taught.chat else None
+
+    def tasks(items: list[Item]) -> list[TaskToLearn]:
+        found = []
+        for task, own in by_task(items).items():
+            expert = taught.experts[task]
+            found.append(TaskToLearn(task, own, expert if own_heads else None, expert, taught.chat.get(task)))
+        return found
+
+    check_items(slot, tasks(taught.learned), tasks(taught.heldout), pool.words.folder(template))
 
 
 def _operated(host: Host, asked: Asked, stopping, as_json: bool, quiet: bool) -> Outcome | None:
@@ -191,25 +217,14 @@ def _operated(host: Host, asked: Asked, stopping, as_json: bool, quiet: bool) ->
 
 
 def _write(host: Host, adapters: Adapters, directory: Path, export: bool) -> None:
-    """The checkpoint with its adapters in model/, there whole or not at all; without it the adapters alone."""
+    """The checkpoint with its adapters in model/; without it the adapters alone. What a run that is resumed has left of
+    the other is brought up to date as well: result.json is of whatever lies here."""
+    (directory / "result.json").unlink(missing_ok=True)
     model = directory / "model"
-    if not export:
+    if not export or (directory / FILE).exists():
         save(adapters, directory)
-        return
-    if model.exists():  # a run that is resumed had come so far
-        return
-    check_free(model)
-    partial = directory / f".model.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        host.engine.export(host.recipe, partial)
-        save(adapters, partial)
-        os.rename(partial, model)
-        sync(directory)
-    except OSError as error:
-        raise resource_error(model, error) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if export or model.exists():
+        save_beside(adapters, model, lambda folder: host.engine.export(host.recipe, folder))
 
 
 def _summary(

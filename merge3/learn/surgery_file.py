@@ -7,15 +7,18 @@ under `surgery`: format, rank, width, tasks, experts, and the hash of the recipe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from merge3.checkpoint import check_free
 from merge3.checkpoint.read import read_header
 from merge3.errors import CheckpointError
-from merge3.files import write_atomically
+from merge3.files import resource_error, sync, write_atomically
 from merge3.live.hooks import Adapter
 
 FILE = "surgery.safetensors"
@@ -49,9 +52,14 @@ class Adapters:
 
 def save(adapters: Adapters, path: str | Path) -> Path:
     """Write a file, or FILE in a folder, whole or not at all. Raises ResourceError."""
+    file = _file(path)
+    write_atomically(file, _bytes(adapters))
+    return file
+
+
+def _bytes(adapters: Adapters) -> bytes:
     from safetensors.torch import save as to_bytes
 
-    file = _file(path)
     tensors = {}
     for task, adapter in adapters.tasks.items():
         for name, tensor in zip(("down", "up"), adapter):  # cloned: safetensors refuses what shares memory
@@ -64,8 +72,44 @@ def save(adapters: Adapters, path: str | Path) -> Path:
         "experts": dict(adapters.experts),
         "recipe": adapters.recipe,
     }
-    write_atomically(file, to_bytes(tensors, {"surgery": json.dumps(about)}))
-    return file
+    return to_bytes(tensors, {"surgery": json.dumps(about)})
+
+
+def save_beside(adapters: Adapters, model: Path, export: Callable[[Path], object]) -> None:
+    """A checkpoint with its adapters in the folder `model`, there whole or not at all.
+
+    What lies there with these very adapters stays; with others, or without, it is replaced. export: writes the
+    checkpoint into the folder it is given, a new one. Raises ResourceError, or what `export` raises.
+    """
+    if model.exists():
+        file = model / FILE
+        if file.is_file() and file.read_bytes() == _bytes(adapters):
+            return
+    else:
+        check_free(model)
+    remove_partials(model.parent, model.name)
+    partial, old = (model.with_name(f".{model.name}.partial-{os.getpid()}{end}") for end in ("", "-old"))
+    try:
+        export(partial)
+        save(adapters, partial)
+        if model.exists():
+            os.rename(model, old)
+        os.rename(partial, model)
+        sync(model.parent)
+    except OSError as error:
+        raise resource_error(model, error) from None
+    finally:
+        remove_partials(model.parent, model.name)
+
+
+def remove_partials(directory: Path, name: str = "") -> None:
+    """What a process that was killed while it wrote has left in a directory. name: of the file or folder that it was
+    to be, or the end of it; all by default."""
+    for left in directory.glob(f".*{name}.partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Adapters:

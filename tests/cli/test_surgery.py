@@ -2,18 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from merge3 import Recipe
-from merge3.learn.surgery import load
+from merge3.learn.surgery import Adapters, load, save
+from merge3.search.seeds import seed_of
+from merge3.tasks import read_items, split_heldout
 from tests.commands import client
+from tests.live.test_hooks import SMALL, made
+from tests.vlms import make_sights
+from tests.worlds import shared
 
 TASKS = ("english", "italian")
 FILES = ["english.jsonl", "italian.jsonl"]
@@ -31,8 +38,6 @@ def write(world, name="surgery.yaml", method="ties", **sections):
 
 @pytest.fixture(scope="module")
 def world(solving_world, tmp_path_factory):
-    import shutil
-
     return shutil.copytree(solving_world, tmp_path_factory.mktemp("surgery") / "world")
 
 
@@ -128,8 +133,6 @@ def test_a_task_without_an_adapter_is_answered_by_the_merge_alone(run, world):
 
 
 def test_a_damaged_file_is_one_line(run, world):
-    import shutil
-
     folder, _ = run
     copy = shutil.copytree(folder / "model", world / "damaged")
     (copy / "surgery.safetensors").write_bytes((folder / "model" / "surgery.safetensors").read_bytes()[:2000])
@@ -140,8 +143,6 @@ def test_a_damaged_file_is_one_line(run, world):
 
 
 def test_adapters_beside_the_merge_of_another_recipe_are_refused(run, world, tmp_path):
-    import shutil
-
     folder, _ = run
     other = Recipe.from_yaml(folder / "fitted.yaml").to_dict() | {"parameters": {"weight": 0.3, "density": 0.5}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
@@ -222,6 +223,153 @@ def test_what_is_wrong_is_one_line_before_anything_is_learned(world, tmp_path):
     assert "nowhere.jsonl" in refused(surgery={"items": ["nowhere.jsonl", FILES[1]]})
     assert "'ties' learns nothing, and there is `fit:`" in refused(fit=fit)
     assert "merge_method: " in refused(method="tis")
+
+
+# -- what measures was never learned from
+
+
+def test_items_that_the_fit_has_learned_from_measure_nothing(world, tmp_path):
+    """Whatever their tasks and ids are: before a model is opened (there is none here)."""
+    for name in FILES:
+        shutil.copy(world / name, tmp_path)
+        rows = [json.loads(line) for line in (world / name).read_text().splitlines()]
+        lines = [json.dumps(row | {"id": f"again-{i}"}) for i, row in enumerate(rows)]
+        (tmp_path / f"other-{name}").write_text("\n".join(lines))
+    everything = {"heldout": 0, "per_task": 40, "steps": 2}
+    learned_from = r"surgery.heldout: all 12 items of task 'english' that would measure it are learned from, here or by"
+
+    def refused(fit, surgery, line=learned_from):
+        sections = {"surgery": surgery} if fit is None else {"fit": fit, "surgery": surgery}
+        recipe = write(tmp_path, "leak.yaml", "ties" if fit is None else "expert_kl", **sections)
+        done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet")
+        assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "run").exists()
+
+    refused(everything | {"items": FILES}, {"heldout": 0.3})
+    named = [{"items": name, "name": name[:2]} for name in FILES]
+    refused(everything | {"items": named}, {"items": FILES, "heldout": 0.3})
+    refused(everything | {"items": [f"other-{name}" for name in FILES]}, {"items": FILES, "heldout": 0.3})
+    refused(None, {"items": FILES, "heldout": 0, "per_task": 40}, learned_from.replace("12", "40"))
+
+
+def test_without_a_share_what_is_not_drawn_measures(world):
+    surgery = {"items": FILES, "heldout": 0, "per_task": 33, "steps": 2}
+    recipe, directory = write(world, "share.yaml", surgery=surgery), world / "share"
+    done = client("fit", recipe, "--run-dir", directory, "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["learned_items"], result["heldout_items"]) == (66, 14)
+
+
+# -- what is refused before the weights below are fitted
+
+
+def refused_before_the_fit(recipe, directory):
+    """The one line that says so."""
+    done = client("fit", recipe, "--run-dir", directory, "--quiet")
+    assert done.returncode == 2 and not list(directory.glob("*")), (done.stderr, list(directory.glob("*")))
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("warning", "memory"))]
+    return line
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["learned from", "measures"])
+def test_an_item_that_cannot_be_asked_is_refused_before_the_fit(world, tmp_path, side):
+    asked = split_heldout(read_items(world / FILES[0]), 0.3, seed_of("held-out", 0))[side][3].id
+    rows = [json.loads(line) for line in (world / FILES[0]).read_text().splitlines()]
+    rows = [row | {"prompt": "one plus " * 30} if row["id"] == asked else row for row in rows]
+    (world / "long.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    surgery = {"items": ["long.jsonl", FILES[1]], "per_task": 40, "steps": 2}
+    recipe = write(world, "long-prompt.yaml", "expert_kl", fit={"items": FILES, "steps": 2}, surgery=surgery)
+    line = refused_before_the_fit(recipe, tmp_path / "run")
+    assert f"long.jsonl, line {1 + [row['id'] for row in rows].index(asked)}: item '{asked}'" in line
+    assert "the model's positions" in line
+
+
+def test_a_chat_template_that_is_not_there_is_refused_before_the_fit(world, tmp_path):
+    fit, surgery = {"items": FILES, "steps": 2}, {"apply_chat_template": True}
+    recipe = write(world, "chat.yaml", "expert_kl", fit=fit, surgery=surgery)
+    assert "no chat template" in refused_before_the_fit(recipe, tmp_path / "run")
+
+
+def test_survivors_of_many_vocabularies_are_refused_before_the_fit(world, tmp_path):
+    """There the merge to export and the experts to match would need pools with different tokens."""
+    fit, words = {"items": FILES, "steps": 2}, {"source": "union"}
+    recipe = write(world, "words.yaml", "adamerging++", fit=fit, surgery={"steps": 3}, tokenizer=words)
+    line = refused_before_the_fit(recipe, tmp_path / "run")
+    assert "tokenizer: found with adamerging++, which makes experts of its own, and `surgery:`; expected none" in line
+
+
+@pytest.fixture(scope="module")
+def sights():
+    yield from shared(make_sights)
+
+
+def test_pictures_in_prompts_are_refused_before_the_fit(sights, tmp_path):
+    shutil.copytree(sights, tmp_path / "world")
+    texts = [{"id": f"{i}", "kind": "generate", "answer": "one", "max_tokens": 2} for i in range(12)]
+    texts = [row | {"prompt": " ".join(["how many dots ?"] * (i + 1))} for i, row in enumerate(texts)]
+    (tmp_path / "world" / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in texts))
+    data = {"merge_method": "expert_kl", "base_model": "./base", "models": [{"model": "./seeing"}], "dtype": "float32"}
+    data |= {"fit": {"items": ["texts.jsonl"], "steps": 2}, "surgery": {"items": ["items.jsonl"], "rank": 4}}
+    (tmp_path / "world" / "sights.yaml").write_text(yaml.safe_dump(data))
+    line = refused_before_the_fit(tmp_path / "world" / "sights.yaml", tmp_path / "run")
+    assert "items.jsonl, line" in line and "an image in a prompt; expected texts alone" in line
+
+
+def test_heads_that_surgery_cannot_take_are_refused_before_the_fit(tmp_path):
+    two = {**SMALL, "image_size": 8, "patch_size": 4}
+    for name in ("base", "expert"):
+        model = made("DeiTForImageClassificationWithTeacher", "DeiTConfig", **two)
+        if name == "expert":
+            for parameter in model.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / name)
+    lines = []
+    for number in range(12):
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
+        row = {"id": f"{number}", "task": "t", "kind": "classify", "image": f"{number}.npy", "answer": number % 2}
+        lines.append(json.dumps(row))
+    (tmp_path / "items.jsonl").write_text("\n".join(lines))
+    data = {"merge_method": "adamerging", "base_model": "./base", "models": [{"model": "./expert"}]}
+    data |= {"dtype": "float32", "fit": {"items": ["items.jsonl"], "steps": 2}, "surgery": {"rank": 4}}
+    (tmp_path / "deit.yaml").write_text(yaml.safe_dump(data))
+    line = refused_before_the_fit(tmp_path / "deit.yaml", tmp_path / "run")
+    assert "surgery: a DeiTForImageClassificationWithTeacher, whose logits are something else" in line
+
+
+# -- a run that is resumed
+
+
+@pytest.mark.parametrize("export", [True, False])
+def test_what_is_measured_is_what_lies_in_the_folder(run, world, tmp_path, export):
+    """A model with other adapters, or of another recipe, was left there: it is made anew."""
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    kept = load(folder / "model")
+    other = {task: adapter._replace(up=2 * adapter.up) for task, adapter in kept.tasks.items()}
+    save(Adapters(other, kept.experts, kept.recipe), folder / "model")
+    (folder / "model" / "stale").touch()
+    again = "fit", world / "surgery.yaml", "--run-dir", folder, "--resume", "--quiet"
+    done = client(*again, *([] if export else ["--no-export"]))
+    assert done.returncode == 0, done.stderr
+    for name in ("surgery.safetensors", "model.safetensors", "config.json"):
+        assert (folder / "model" / name).read_bytes() == (run[0] / "model" / name).read_bytes(), name
+    assert not (folder / "model" / "stale").exists() and not list(folder.glob(".*"))
+    assert json.loads((folder / "result.json").read_text())["heldout_items"] == 24
+    assert (folder / "surgery.safetensors").exists() == (not export)
+    if export:  # and one that has the same adapters stays
+        (folder / "model" / "mine").touch()
+        assert client(*again).returncode == 0
+        assert (folder / "model" / "mine").exists()
+
+
+def test_what_a_killed_run_has_left_is_removed(run, world, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    for name in (".model.partial-123", ".model.partial-123-old", "..model.partial-123.partial-abc"):
+        shutil.copytree(folder / "model", folder / name)
+    (folder / ".result.json.partial-123").touch()
+    done = client("fit", world / "surgery.yaml", "--run-dir", folder, "--resume", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.glob(".*")) and (folder / "model" / "surgery.safetensors").exists()
 
 
 def test_a_daemon_is_refused(world):

@@ -18,6 +18,8 @@ from merge3.learn.fitting import FitError, drawn
 from merge3.learn.lessons import TaskToLearn
 from merge3.learn.settings import SurgerySettings, read_fit, read_surgery
 from merge3.learn.surgery import Adapters, Features, Surgery, fit_adapters, load, operate, save, started
+from merge3.learn.surgery_file import save_beside
+from merge3.learn.surgery_items import unseen
 from merge3.live.hooks import Adapter, adapted
 from merge3.registration import Registration
 from merge3.tasks import Item, LogitsError, Scorer, read_items
@@ -305,6 +307,33 @@ def test_what_cannot_be_operated_is_one_line(world):
         engine.operate(Registration(classify), recipe, Surgery(settings_of(), experts))
 
 
+# -- which items measure
+
+
+def test_only_questions_that_were_never_learned_from_measure(tmp_path):
+    for name, pixels in (("one", 1), ("copy", 1), ("two", 2)):
+        np.save(tmp_path / f"{name}.npy", np.full((2, 2), pixels))
+    picture = lambda id, name: Item(id, "t", "classify", "", 0, image=str(tmp_path / f"{name}.npy"))
+    learned = [Item("1", "a", "generate", "one plus one", ("two",)), picture("1", "one")]
+    learned.append(Item("2", "a", "choice", "which", 0, ("x", "y")))
+    learned.append(Item("3", "a", "loglikelihood", "", "", asks=(("p", "q"),)))
+    seen = [
+        Item("9", "b", "generate", "one plus one", ("3",), max_tokens=4),
+        picture("8", "copy"),
+        Item("2", "t", "choice", "which", 1, ("x", "y")),
+        Item("1", "b", "loglikelihood", "", "", asks=(("p", "q"),)),
+    ]
+    new = [
+        Item("1", "b", "generate", "one plus two", ("three",)),
+        picture("1", "two"),
+        Item("2", "a", "choice", "which", 0, ("x", "z")),
+        Item("3", "a", "loglikelihood", "", "", asks=(("p", "r"),)),
+    ]
+    assert unseen([*seen, *new], learned, "surgery") == new
+    with pytest.raises(RecipeError, match=r"^surgery.heldout: all 1 items of task 'b' that would measure"):
+        unseen([*seen[:1], *new[1:]], learned, "surgery")
+
+
 # -- settings
 
 
@@ -367,6 +396,33 @@ def test_what_is_saved_is_loaded_again(adapters, tmp_path):
 def about(**changes):
     found = {"format": 1, "rank": 2, "width": 6, "tasks": ["math"], "experts": {"math": "m"}, "recipe": "0"} | changes
     return {"surgery": json.dumps({key: value for key, value in found.items() if value is not None})}
+
+
+def test_a_checkpoint_and_its_adapters_are_replaced_as_a_whole(adapters, tmp_path):
+    model, written = tmp_path / "model", []
+
+    def export(folder):
+        assert not folder.exists()
+        folder.mkdir()
+        written.append(folder)
+        (folder / f"weights-{len(written)}").touch()
+
+    save_beside(adapters, model, export)
+    save_beside(adapters, model, export)  # the same adapters: nothing is exported
+    assert len(written) == 1 and load(model).recipe == "00112233"
+    save_beside(Adapters(adapters.tasks, adapters.experts, "44556677"), model, export)
+    assert len(written) == 2 and load(model).recipe == "44556677"
+    (model / "surgery.safetensors").unlink()
+    save_beside(adapters, model, export)
+    assert {file.name for file in model.iterdir()} == {"weights-3", "surgery.safetensors"}
+
+    def full(folder):
+        export(folder)
+        raise BadInput("disk", "full", "room")
+
+    with pytest.raises(BadInput, match="^disk: full"):
+        save_beside(Adapters(adapters.tasks), model, full)
+    assert load(model).recipe == "00112233" and [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 DOWN, UP = torch.ones(2, 6), torch.ones(6, 2)
