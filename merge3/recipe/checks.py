@@ -90,7 +90,7 @@ def numbers(data: Mapping, where: str) -> None:
 
 def _shown(value: Any, where: str) -> Any:
     if isinstance(value, int) and not -sys.float_info.max <= value <= sys.float_info.max:
-        raise RecipeError(where, "a number beyond float64", "a smaller one")
+        raise RecipeError(where, f"found a number of {len(f'{abs(value):x}')} hexadecimal digits", "a smaller one")
     return value
 
 

@@ -262,7 +262,7 @@ def test_an_item_that_only_the_end_would_ask_is_refused_at_the_start(tiny_world,
         ("supermerge", {"groups": [["english", "italian"], []]}, "an empty group"),
         ("supermerge", {"heldout": 0}, "fit.heldout: found 0: Input should be greater than 0"),
         ("supermerge", {"steps": "yes"}, "fit: steps: found true, expected a number"),
-        ("supermerge", {"steps": "0x1" + "0" * 4000}, "fit: steps: found a number of 4001 hexadecimal digits"),
+        ("supermerge", {"steps": "0x1" + "0" * 4000}, "fit.steps: found a number of 4001 hexadecimal digits"),
     ],
 )
 def test_more_that_is_refused(tiny_world, tmp_path, method, settings, message):

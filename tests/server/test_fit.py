@@ -478,7 +478,7 @@ def test_numbers_that_are_too_long_to_be_shown(daemon, tiny_world, text):
     for key in yaml.safe_load(text):
         data.pop(key, None)
     request.recipe = yaml.safe_dump(data) + text + "\n"
-    refused(lambda: daemon.stub().Fit(request, timeout=60), "INVALID_ARGUMENT", "a number beyond float64")
+    refused(lambda: daemon.stub().Fit(request, timeout=60), "INVALID_ARGUMENT", "found a number of 4000 hex")
 
 
 def test_more_numbers_than_the_daemon_takes_again(tiny_world, start):
