@@ -58,6 +58,9 @@ def fit(
         return fit_with_surgery(recipe, file, directory, resume, as_json, quiet, *how)
     check_learned(recipe, str(file))
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
+    if settings.heldout == 0:
+        found = "found 0, and nothing would say what the fit is worth"
+        raise RecipeError(f"{file}: fit.heldout", found, "a share of every task's items")
     taught = load_items(recipe, settings, f"{file}: fit")
     check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run, taught.heldout) for run in compare}
