@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -208,6 +209,8 @@ def _over_survivors(run: Run) -> Outcome | None:
     with closing(run.open(recipe)) as whole:
         begin(run, whole.info().content_hashes)
         made = write_survivors(recipe, whole.pool, Fit(recipe).settings.trim, folder)
+    del whole  # its models are not needed while weights are learned
+    gc.collect()
     places = dict(zip(experts_of(recipe), experts_of(made)))
     taught = replace(run.taught, experts={task: places[model] for task, model in run.taught.experts.items()})
     engine = run.open(made)
