@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -58,6 +59,9 @@ def fit(
         return fit_with_surgery(recipe, file, directory, resume, as_json, quiet, *how)
     check_learned(recipe, str(file))
     settings = located(read_fit(recipe.fit, f"{file}: fit"), Path(file).parent)
+    if settings.heldout == 0:
+        found = "found 0, and nothing would say what the fit is worth"
+        raise RecipeError(f"{file}: fit.heldout", found, "a share of every task's items")
     taught = load_items(recipe, settings, f"{file}: fit")
     check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run, taught.heldout) for run in compare}
@@ -205,6 +209,8 @@ def _over_survivors(run: Run) -> Outcome | None:
     with closing(run.open(recipe)) as whole:
         begin(run, whole.info().content_hashes)
         made = write_survivors(recipe, whole.pool, Fit(recipe).settings.trim, folder)
+    del whole  # its models are not needed while weights are learned
+    gc.collect()
     places = dict(zip(experts_of(recipe), experts_of(made)))
     taught = replace(run.taught, experts={task: places[model] for task, model in run.taught.experts.items()})
     engine = run.open(made)

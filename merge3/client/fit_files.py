@@ -54,7 +54,7 @@ class FitFiles:
     """The files of one run. Raises ResumeMismatch where there is another run, or none to resume."""
 
     def __init__(self, directory: Path, resume: bool):
-        self.directory = directory
+        self.directory, self.resume = directory, resume
         try:
             there = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
             if resume and IDENTITY not in there:
@@ -71,8 +71,7 @@ class FitFiles:
     def begin(self, found: Mapping[str, str]) -> None:
         """Write down what this is a run of; of a run that is resumed, compare."""
         file = self.directory / IDENTITY
-        begun = any((self.directory / name).exists() for name in (STATE, "survivors", "groups", "surgery.jsonl"))
-        if not file.exists() or not begun:
+        if not file.exists() or not self.resume:
             write_atomically(file, json.dumps(dict(found), indent=2))
             return
         with _readable(file):

@@ -19,7 +19,8 @@ from merge3.tasks import Item, read_items, split_heldout
 
 @dataclass(frozen=True)
 class Taught:
-    """learned: the items of every task that are learned from; heldout: those that measure. experts: task -> its own
+    """learned: the items of every task that are learned from; heldout: those that measure, all where none are held
+    out. experts: task -> its own
     model; chat: task -> system message, of prompts that the chat template wraps."""
 
     learned: list[Item]
@@ -63,7 +64,7 @@ def load_items(recipe: Recipe, settings: FitSettings | SurgerySettings, where: s
     chat = dict.fromkeys(experts, "") if settings.apply_chat_template else {}
     if settings.apply_chat_template:
         chat = {item.task: settings.system_instruction or "" for item in items}
-    return Taught(chosen, heldout, experts, chat)
+    return Taught(chosen, heldout or learned, experts, chat)
 
 
 def _model_of(said: str | None, at: int, files: int, models: Sequence[str], where: str) -> str | None:

@@ -46,6 +46,9 @@ def baselines(engine: Engine, recipe: Recipe, held: Registration) -> dict[str, M
             found[name] = measure(engine, held, subject)
         except (LogitsError, BadInput) as error:
             warnings.warn(f"baseline {name} is left out: {error}", Merge3Warning, stacklevel=2)
+            refused = error
+    if not found:
+        raise refused
     return found
 
 

@@ -92,7 +92,7 @@ def fit_with_surgery(
     if target is not None:
         raise BadInput("--server", "given with a recipe that has `surgery:`", "surgery in this process: no --server")
     asked = _read(recipe, file, directory)
-    others = {str(run): other_run(run) for run in compare}
+    others = {str(run): other_run(run, asked.taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
     hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
     with StopOnInterrupt() as stopping:

@@ -70,7 +70,7 @@ class _Learning(_Section):
 
     items: tuple[TaskItems, ...] = Field((), max_length=256)
     per_task: int = Field(32, ge=1)
-    heldout: float = Field(0.3, gt=0, lt=1)  # without any, nothing would say what a fit is worth
+    heldout: float = Field(0.3, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
     apply_chat_template: bool = False
     system_instruction: str | None = None
