@@ -8,6 +8,32 @@
 
 namespace merge3 {
 
+// Where everything is kept and nothing elected or divided, a merge is linear in each task vector: all gradients follow
+// from t_k = sum g tau_k (merge_gradient's sums with kept = tau, divisor 1). Eight sums side by side, added in order.
+template <int K>
+void backward_plain(const merge3_tensor& tensor, const merge3_coefficient* c, float lambda, int64_t begin, int64_t end,
+                    double (&sums)[2 * K + 1]) {
+  double lanes[K][8] = {};
+  float g[8], theta[8], expert[8];
+  for (int64_t i = begin; i < end; i += 8) {
+    const int n = int(std::min<int64_t>(8, end - i));
+    if (n < 8) std::fill_n(g, 8, 0.0f), std::fill_n(theta, 8, 0.0f), std::fill_n(expert, 8, 0.0f);
+    load_block(tensor.out_dtype, tensor.out, i, n, g);
+    load_block(tensor.dtype, tensor.base, i, n, theta);
+    for (int k = 0; k < K; ++k) {
+      load_block(tensor.dtype, tensor.experts[k], i, n, expert);
+      for (int j = 0; j < 8; ++j) lanes[k][j] += double(g[j]) * double(expert[j] - theta[j]);
+    }
+  }
+  for (int k = 0; k < K; ++k) {
+    double t = 0.0;
+    for (int j = 0; j < 8; ++j) t += lanes[k][j];
+    sums[2 * k] = double(lambda) * double(c[k].rescale) * t;
+    sums[2 * k + 1] = double(lambda) * double(c[k].weight) * t;
+    sums[2 * K] += double(c[k].weight * c[k].rescale) * t;
+  }
+}
+
 void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* partial) {
   dispatch_experts(call.modes->experts, [&](auto experts) {
     constexpr int K = decltype(experts)::value;
@@ -17,7 +43,10 @@ void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* parti
       const auto p = prepare<float, K>(c, call.lambda[t], tensor.base != nullptr);
       const auto bounds = make_bounds<K>(c);
       double sums[2 * K + 1] = {};
-      for (int64_t i = begin; i < end; i += 8) {
+      const merge3_modes& modes = *call.modes;
+      const bool plain = modes.sparsify == MERGE3_KEEP_ALL && modes.elect == MERGE3_ELECT_NONE && !modes.normalize;
+      if (plain) backward_plain<K>(tensor, c, call.lambda[t], begin, end, sums);
+      for (int64_t i = begin; i < end && !plain; i += 8) {
         const int n = int(std::min<int64_t>(8, end - i));
         float g[8], theta[8], expert[K][8];
         load_block(tensor.out_dtype, tensor.out, i, n, g);
