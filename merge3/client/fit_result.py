@@ -16,6 +16,7 @@ from merge3.engine import Engine, Subject
 from merge3.errors import BadInput, Merge3Warning
 from merge3.learn.fit import Fit, others_of
 from merge3.learn.losses import LOSSES
+from merge3.methods.averages import AS_IT_IS
 from merge3.recipe import ModelRef, Recipe, Slice, Source
 from merge3.registration import Registration
 from merge3.search.baselines import default_merges
@@ -57,7 +58,7 @@ def _asked_as(model: str, recipe: Recipe, held: Registration) -> Recipe | str:
     if not held.chat or recipe.chat_template is None:
         return model
     alone = Slice((Source(ModelRef.parse(model)),))
-    return replace(recipe, method="passthrough", slices=(alone,), base_model=None, parameters={}, fit={}, surgery={})
+    return replace(recipe, method=AS_IT_IS, slices=(alone,), base_model=None, parameters={}, fit={}, surgery={})
 
 
 def other_run(run: Path, heldout: Sequence[Item] = ()) -> dict[str, Any]:

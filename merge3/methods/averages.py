@@ -25,6 +25,8 @@ from merge3.methods.base import (
 )
 from merge3.statistics import Statistics
 
+AS_IT_IS = "passthrough"  # the method of a recipe that is one model, unchanged
+
 
 def methods() -> list[Method]:
     """linear, model_stock, sce and passthrough."""
@@ -73,7 +75,7 @@ def methods() -> list[Method]:
             searched=("select_topk",),
         ),
         Method(
-            "passthrough",
+            AS_IT_IS,
             "one model's tensors, optionally scaled",
             "",
             {"scale": Parameter(float, "source", None, help="factor", gene=Gene(0.0, 2.0, start=1.0))},
