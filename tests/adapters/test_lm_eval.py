@@ -259,7 +259,7 @@ def test_a_search_is_continued_and_runs_on_a_daemon_alike(models, tasks, tmp_pat
     seen = []
     stopped = lambda self: len(seen) >= 7 or seen.append(1)
     with monkeypatch.context() as patch:
-        patch.setattr(run._StopOnInterrupt, "__call__", stopped)
+        patch.setattr(run.StopOnInterrupt, "__call__", stopped)
         assert run.evolve(config, tmp_path / "part", quiet=True, export=False) is None
     run.evolve(config, tmp_path / "part", resume=True, quiet=True, export=False)
     assert journal(tmp_path / "part") == journal(tmp_path / "whole")

@@ -191,9 +191,9 @@ def test_no_permission_to_write(family, tmp_path):
 
 
 def test_methods_lists_every_method():
-    from merge3.methods import METHODS
+    from merge3.methods import LEARNED, METHODS
 
-    assert set(json.loads(client("methods", "--json").stdout)) == set(METHODS)
+    assert set(json.loads(client("methods", "--json").stdout)) == {*METHODS, *LEARNED}
 
 
 # -- the house
@@ -271,6 +271,6 @@ def test_a_memory_budget_is_the_daemons_own():
 
     from merge3.client.run import open_engine
 
-    config = SimpleNamespace(genome=SimpleNamespace(recipe_tokenizer=lambda: None))
+    config = SimpleNamespace(models=(), genome=SimpleNamespace(recipe_tokenizer=lambda: None, tower={}, dtype=None))
     with pytest.raises(BadInput, match="--memory-budget: given with --server"):
         open_engine(config, target=object(), memory_budget="1GiB")
