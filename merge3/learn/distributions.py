@@ -68,14 +68,14 @@ def of_labels(item: Item, request: Text | Image) -> Asked:
     return Asked(item, head=request)
 
 
-def log_probabilities(model, asked: Sequence[Asked], pad: int = 0) -> list[torch.Tensor]:
+def log_probabilities(model, asked: Sequence[Asked]) -> list[torch.Tensor]:
     """Of each item: float32 [places, vocabulary], [1, choices] or [1, labels]; one forward pass."""
     device = next(model.parameters()).device
     if asked[0].head is not None:
-        inputs = before_head(asked, pad, device)
+        inputs = before_head(model, asked)
         return list(model(**inputs, **without_cache(model)).logits.float().log_softmax(-1)[:, None])
     rows = [(one.prompt, answer) for one in asked for answer in one.answers]
-    logits = iter(_logits(model, rows, pad, device))
+    logits = iter(_logits(model, rows, device))
     found = []
     for one in asked:
         of_rows = [next(logits).log_softmax(-1) for _ in one.answers]
@@ -89,12 +89,17 @@ def log_probabilities(model, asked: Sequence[Asked], pad: int = 0) -> list[torch
     return found
 
 
-def before_head(asked: Sequence[Asked], pad: int, device) -> dict[str, torch.Tensor]:
+def before_head(model, asked: Sequence[Asked]) -> dict[str, torch.Tensor]:
     """Inputs of a forward whose logits are a head's, a row of each item."""
-    heads = [one.head for one in asked]
+    heads, device = [one.head for one in asked], next(model.parameters()).device
     if isinstance(heads[0], Image):
         return {"pixel_values": torch.stack([head.pixels for head in heads]).to(device)}
-    return right_padded([head.tokens for head in heads], pad, device)
+    return _padded(model, [head.tokens for head in heads], device)
+
+
+def _padded(model, rows: Sequence[Tokens], device) -> dict[str, torch.Tensor]:
+    """With the model's own padding: a causal classifier finds the end of a text by it."""
+    return right_padded(list(rows), getattr(model.config, "pad_token_id", None) or 0, device)
 
 
 def batches(asked: Sequence[int], of: Sequence[Asked], limit: int) -> Iterator[list[int]]:
@@ -112,7 +117,7 @@ def batches(asked: Sequence[int], of: Sequence[Asked], limit: int) -> Iterator[l
         yield batch
 
 
-def _logits(model, rows: Sequence[tuple[Tokens, Tokens]], pad: int, device) -> list[torch.Tensor]:
+def _logits(model, rows: Sequence[tuple[Tokens, Tokens]], device) -> list[torch.Tensor]:
     """Where each token of a row's answer is predicted, or the next token is where there is none: float32 [places,
     vocabulary]. The last token is never an input: nothing follows it."""
     counts = [max(1, len(answer)) for _, answer in rows]
@@ -120,13 +125,13 @@ def _logits(model, rows: Sequence[tuple[Tokens, Tokens]], pad: int, device) -> l
         start = start_token(model)
         fed = [(start, *answer[:-1]) for _, answer in rows]
         firsts = [0] * len(rows)
-        decoded = right_padded(fed, pad, device)["input_ids"]
-        inputs: dict[str, Any] = right_padded([prompt for prompt, _ in rows], pad, device)
+        decoded = _padded(model, fed, device)["input_ids"]
+        inputs: dict[str, Any] = _padded(model, [prompt for prompt, _ in rows], device)
         inputs["decoder_input_ids"] = decoded
     else:
         fed = [(*prompt, *answer[:-1]) for prompt, answer in rows]
         firsts = [len(prompt) - 1 for prompt, _ in rows]
-        inputs = right_padded(fed, pad, device)
+        inputs = _padded(model, fed, device)
     width = max(map(len, fed))
     places = []
     for row, (first, count) in enumerate(zip(firsts, counts)):

@@ -18,7 +18,7 @@ from merge3.tasks.items import place
 
 
 @torch.no_grad()
-def features(model, asked: Sequence[Asked], name: str, limit: int = 4096, pad: int = 0) -> list[torch.Tensor]:
+def features(model, asked: Sequence[Asked], name: str, limit: int = 4096) -> list[torch.Tensor]:
     """Of each item: float32 [places, width], on the CPU. name: of the model, for messages. limit: padded tokens of a
     forward pass.
 
@@ -27,7 +27,7 @@ def features(model, asked: Sequence[Asked], name: str, limit: int = 4096, pad: i
     found: list[torch.Tensor] = []
     for batch in batches(range(len(asked)), asked, limit):
         own = [asked[at] for at in batch]
-        given = _picked(model, own, pad) if own[0].head is not None else _predicting(model, own, pad)
+        given = _picked(model, own) if own[0].head is not None else _predicting(model, own)
         for one, states in zip(own, given):
             if not states.isfinite().all():
                 at = f"{name}: {place(one.item)}"
@@ -36,17 +36,17 @@ def features(model, asked: Sequence[Asked], name: str, limit: int = 4096, pad: i
     return found
 
 
-def _predicting(model, asked: Sequence[Asked], pad: int) -> list[torch.Tensor]:
+def _predicting(model, asked: Sequence[Asked]) -> list[torch.Tensor]:
     """The rows of each item, one after the other."""
-    states, _ = _at_head(model, lambda: log_probabilities(model, asked, pad))
+    states, _ = _at_head(model, lambda: log_probabilities(model, asked))
     places = [sum(max(1, len(answer)) for answer in one.answers) for one in asked]
     return list(states.flatten(0, -2).split(places))
 
 
-def _picked(model, asked: Sequence[Asked], pad: int) -> list[torch.Tensor]:
+def _picked(model, asked: Sequence[Asked]) -> list[torch.Tensor]:
     """One row of each item. Where a head is given every token the model itself picks one: the one whose logits it
     gives."""
-    inputs = before_head(asked, pad, next(model.parameters()).device)
+    inputs = before_head(model, asked)
     logits = []
     states, given = _at_head(model, lambda: logits.append(model(**inputs).logits))
     if not logits[0].isfinite().all():

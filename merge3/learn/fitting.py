@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +86,6 @@ class Fitting:
     loss: Loss
     settings: FitSettings
     room: Room
-    pad: int = 0
 
     def __post_init__(self):
         self._start = self.coefficients.raw.detach().clone()
@@ -145,7 +144,7 @@ class Fitting:
     def _learn(self, number: int, own: Sequence[_Question]) -> list[float]:
         """The loss of each, after a forward and a backward pass."""
         costs = []
-        for question, log_p in zip(own, log_probabilities(self.weighted.slot.model, [q.asked for q in own], self.pad)):
+        for question, log_p in zip(own, log_probabilities(self.weighted.slot.model, [q.asked for q in own])):
             target = question.target
             costs.append(self.loss.cost(log_p, None if target is None else target.to(log_p.device)))
         values = [float(cost.detach()) for cost in costs]
@@ -191,7 +190,3 @@ def drawn(count: int, size: int, number: int, seed: Sequence[int]) -> list[int]:
 def _order(count: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(list(seed)).permutation(count)
 
-
-def say(step: Step) -> Mapping[str, Any]:
-    """A step as a line of a run's history."""
-    return {"step": step.number, "loss": step.loss, "losses": step.losses}
