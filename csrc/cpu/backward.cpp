@@ -34,33 +34,38 @@ void backward_plain(const merge3_tensor& tensor, const merge3_coefficient* c, fl
   }
 }
 
+template <int K>
+void backward_any(const MergeCall& call, const merge3_tensor& tensor, const merge3_coefficient* c, float lambda,
+                  int64_t begin, int64_t end, double (&sums)[2 * K + 1]) {
+  const auto p = prepare<float, K>(c, lambda, tensor.base != nullptr);
+  const auto bounds = make_bounds<K>(c);
+  for (int64_t i = begin; i < end; i += 8) {
+    const int n = int(std::min<int64_t>(8, end - i));
+    float g[8], theta[8], expert[K][8];
+    load_block(tensor.out_dtype, tensor.out, i, n, g);
+    load_block(tensor.dtype, tensor.base, i, n, theta);
+    for (int k = 0; k < K; ++k) load_block(tensor.dtype, tensor.experts[k], i, n, expert[k]);
+    uint32_t words[K][4] = {};
+    for (int k = 0; k < K && draws(*call.modes); ++k) random_words(tensor, tensor.offset + i, k, call.modes->seed, words[k]);
+    for (int j = 0; j < n; ++j) {
+      float e[K];
+      int32_t random[K];
+      for (int k = 0; k < K; ++k) e[k] = expert[k][j], random[k] = random_of(words[k], j);
+      backward_element<K>(tensor, *call.modes, c, p, bounds, tensor.offset + i + j, g[j], theta[j], e, random, sums);
+    }
+  }
+}
+
 void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* partial) {
-  dispatch_experts(call.modes->experts, [&](auto experts) {
+  const merge3_modes& modes = *call.modes;
+  const bool plain = modes.sparsify == MERGE3_KEEP_ALL && modes.elect == MERGE3_ELECT_NONE && !modes.normalize;
+  dispatch_experts(modes.experts, [&](auto experts) {
     constexpr int K = decltype(experts)::value;
     call.chunks->each(call.table, from, to, [&](int64_t t, int64_t begin, int64_t end, int64_t chunk) {
-      const merge3_tensor& tensor = call.table[t];
       const merge3_coefficient* c = call.coefficients + t * K;
-      const auto p = prepare<float, K>(c, call.lambda[t], tensor.base != nullptr);
-      const auto bounds = make_bounds<K>(c);
       double sums[2 * K + 1] = {};
-      const merge3_modes& modes = *call.modes;
-      const bool plain = modes.sparsify == MERGE3_KEEP_ALL && modes.elect == MERGE3_ELECT_NONE && !modes.normalize;
-      if (plain) backward_plain<K>(tensor, c, call.lambda[t], begin, end, sums);
-      for (int64_t i = begin; i < end && !plain; i += 8) {
-        const int n = int(std::min<int64_t>(8, end - i));
-        float g[8], theta[8], expert[K][8];
-        load_block(tensor.out_dtype, tensor.out, i, n, g);
-        load_block(tensor.dtype, tensor.base, i, n, theta);
-        for (int k = 0; k < K; ++k) load_block(tensor.dtype, tensor.experts[k], i, n, expert[k]);
-        uint32_t words[K][4] = {};
-        for (int k = 0; k < K && draws(*call.modes); ++k) random_words(tensor, tensor.offset + i, k, call.modes->seed, words[k]);
-        for (int j = 0; j < n; ++j) {
-          float e[K];
-          int32_t random[K];
-          for (int k = 0; k < K; ++k) e[k] = expert[k][j], random[k] = random_of(words[k], j);
-          backward_element<K>(tensor, *call.modes, c, p, bounds, tensor.offset + i + j, g[j], theta[j], e, random, sums);
-        }
-      }
+      if (plain) backward_plain<K>(call.table[t], c, call.lambda[t], begin, end, sums);
+      else backward_any<K>(call, call.table[t], c, call.lambda[t], begin, end, sums);
       std::copy(sums, sums + 2 * K + 1, partial + chunk * (2 * K + 1));
     });
   });
