@@ -54,14 +54,13 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """One line: what lies where."""
-        parts = [
-            f"{_gib(self.total)} on {self.device}: live model {_gib(self.slot)}, resident weights {_gib(self.resident)}"
-        ]
+        here = f"live model {shown_size(self.slot)}, resident weights {shown_size(self.resident)}"
+        parts = [f"{shown_size(self.total)} on {self.device}: {here}"]
         if self.away:
-            parts[0] += f", window {_gib(self.window)}"
-        parts += [f"streamed from pinned memory {_gib(self.host)}"] if self.host else []
-        parts += [f"streamed from the files {_gib(self.file)}"] if self.file else []
-        parts += [f"budget {_gib(self.budget)}" if self.budget is not None else "no budget"]
+            parts[0] += f", window {shown_size(self.window)}"
+        parts += [f"streamed from pinned memory {shown_size(self.host)}"] if self.host else []
+        parts += [f"streamed from the files {shown_size(self.file)}"] if self.file else []
+        parts += [f"budget {shown_size(self.budget)}" if self.budget is not None else "no budget"]
         return "memory: " + "; ".join(parts)
 
 
@@ -84,9 +83,9 @@ def plan_memory(
     if free < 0:
         raise BadInput(
             "memory_budget",
-            f"found {_gib(budget)}",
-            f"at least {_gib(slot + window)}: the live model takes {_gib(slot)}, "
-            f"the largest tensor of all models {_gib(window)}",
+            f"found {shown_size(budget)}",
+            f"at least {shown_size(slot + window)}: the live model takes {shown_size(slot)}, "
+            f"the largest tensor of all models {shown_size(window)}",
         )
     away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
     for group, size in zip(groups, sizes):
@@ -107,15 +106,22 @@ def parse_size(text: int | str) -> int:
 
 def pinnable() -> int:
     """Bytes of host memory that a pool may pin: half of what is free, since pages once pinned cannot be swapped out."""
+    return available(torch.device("cpu")) // 2
+
+
+def available(device: torch.device) -> int:
+    """Bytes that are free on a device; on the CPU in memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: free pages, without those that caches would give back
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available // 2
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _gib(size: int) -> str:
+def shown_size(size: int) -> str:
+    """Bytes as people read them."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 

@@ -13,8 +13,8 @@ from merge3.errors import ItemsError, RecipeError, ResourceError
 from merge3.learn.distributions import Asked, batches, log_probabilities
 from merge3.learn.fitting import Lesson
 from merge3.learn.losses import Loss, Target
-from merge3.learn.room import available
 from merge3.live.slot import Slot
+from merge3.memory import available, shown_size
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
 from merge3.tasks.kinds import KINDS
@@ -143,6 +143,6 @@ def _check_memory(task: TaskToLearn, asked: Sequence[Asked], width: int) -> None
     places = sum(1 if one.choose else max(1, len(answer)) for one in asked for answer in one.answers)
     size, free = 4 * width * places, available(torch.device("cpu")) // 2
     if size > free:
-        found = f"what its expert says of {len(asked)} items takes {size / 2**30:.1f} GiB of memory"
+        found = f"what its expert says of {len(asked)} items takes {shown_size(size)} of memory"
         hint = "a smaller per_task, items with a smaller max_tokens, or over: next"
-        raise ResourceError(f"fit: task {task.name!r}", found, f"at most {free / 2**30:.1f} GiB", hint)
+        raise ResourceError(f"fit: task {task.name!r}", found, f"at most {shown_size(free)}", hint)

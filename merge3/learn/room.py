@@ -8,7 +8,6 @@ enough either, a pass takes fewer tokens, which changes no result but for roundi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from merge3.errors import ResourceError
 from merge3.learn.distributions import Asked, log_probabilities
 from merge3.learn.weighted import Weighted
+from merge3.memory import available, shown_size
 
 MARGIN = 1.3  # over what was measured: passes differ, and allocators waste
 
@@ -47,8 +47,8 @@ class Room:
     def describe(self) -> str:
         """One line."""
         how = ", computed again in backward" if self.again else ""
-        found = f"learning: activations {_mib(self.activations)} of {self.batch_tokens:,} tokens a pass{how}"
-        return f"{found}; gradients {_mib(self.gradient)}; {_mib(self.free)} free"
+        found = f"learning: activations {shown_size(self.activations)} of {self.batch_tokens:,} tokens a pass{how}"
+        return f"{found}; gradients {shown_size(self.gradient)}; {shown_size(self.free)} free"
 
 
 def make_room(weighted: Weighted, asked: Sequence[Asked], most: int) -> Room:
@@ -87,11 +87,11 @@ def plan_room(weighted: Weighted, asked: Sequence[Asked], most: int, free: int) 
             return Room(needed, again, int(per_token * needed), gradient, free)
     if fit >= least:
         return Room(fit, True, int(per_token * fit), gradient, free)
-    wanted = _mib(int(per_token * least) + gradient)
+    wanted = shown_size(int(per_token * least) + gradient)
     where = longest.item.id
     raise ResourceError(
         "fit",
-        f"item {where!r} alone needs {wanted} beside the models, and {_mib(max(0, free))} are free",
+        f"item {where!r} alone needs {wanted} beside the models, and {shown_size(max(0, free))} are free",
         "a larger --memory-budget, or shorter items",
     )
 
@@ -112,17 +112,6 @@ def recomputed(model: torch.nn.Module) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = own
-
-
-def available(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU in memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _again(forward):
@@ -176,7 +165,3 @@ def _never(packed: None) -> torch.Tensor:
 
 def _tokens(asked: Sequence[Asked]) -> int:
     return sum(one.rows * max(1, one.width) for one in asked)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -7,8 +7,9 @@ from merge3 import LocalEngine, Pool, Registration
 from merge3.errors import BadInput, ResourceError
 from merge3.learn.fit import Fit, experts_of, prepare
 from merge3.learn.lessons import TaskToLearn
-from merge3.learn.room import Room, available, plan_room, recomputed
+from merge3.learn.room import Room, plan_room, recomputed
 from merge3.live.slot import Slot
+from merge3.memory import available
 from merge3.tasks.forward import without_cache
 from tests.families import FAMILIES, make
 from tests.learn.test_fitting import fitting_of, items_of, recipe_of
