@@ -23,6 +23,7 @@ from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
 from merge3.learn.surgery import Operation, Surgery, operate
+from merge3.live.heads import own_heads
 from merge3.live.hooks import Adapter, adapted
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
@@ -89,13 +90,13 @@ class LocalEngine:
             self.pool.searched,
             warnings=tuple(self.pool.warnings),
             notes=tuple(self.pool.notes),
-            own_heads=any(name in self.pool.fixed for name in self.pool.heads.get(self.pool.base, ())),
+            own_heads=own_heads(self.pool),
             tied=tied_outputs(self.pool, self.pool.searched),
         )
 
-    def prepare(self, registration: Registration) -> None:
+    def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
         """See Engine."""
-        self._prepare(registration, None)
+        self._prepare(registration, recipe)
 
     def space(self, definition: SpaceDefinition) -> Space:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""

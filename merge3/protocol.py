@@ -106,9 +106,12 @@ class Engine(Protocol):
     def info(self) -> PoolInfo:
         """What the pool is; asks nothing of the models."""
 
-    def prepare(self, registration: Registration) -> None:
+    def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
         """Tokenise items, open the space, compute its statistics. Raises BadInput for what evaluating would refuse.
-        `evaluate` does it by itself; what can be refused at the start should be."""
+        `evaluate` does it by itself; what can be refused at the start should be.
+
+        recipe: whose chat template counts, if not the space's; an engine behind a wire sees it when it is asked.
+        """
 
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """Merge, ask and estimate each subject; evaluations come as they are ready, `index` says whose.

@@ -235,7 +235,7 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     engine.check(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(Fit(recipe).settings.start))))
     asked, held = (registration(items, taught, own_heads) for items in (taught.learned, taught.heldout))
     for question in (asked, held):
-        engine.prepare(question)
+        engine.prepare(question, recipe)
     what = Fit(recipe, taught.experts if LOSSES[Fit(recipe).method.loss].expert else {})
     steps, every = what.settings.steps, what.settings.measured_every
     counts = Counter(item.task for item in taught.learned)

@@ -19,6 +19,7 @@ from merge3.engine import LocalEngine
 from merge3.export import check_recipe
 from merge3.learn.fit import Fit, experts_of, merged_with, of_experts
 from merge3.learn.hierarchy import Node, Weights, composed, task_vector_cosine, tree, weights_of
+from merge3.live.heads import own_heads
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Slice
 
@@ -71,12 +72,9 @@ def fit_groups(run: Run) -> Outcome | None:
 
 def _check_items(run: Run, lender: Pool) -> None:
     """What any group would refuse of its items, before the first one is fitted."""
-    recipe = run.recipe
-    pool = Pool.open(str(recipe.base_model), [], tokenizer=recipe.tokenizer)
-    engine = LocalEngine(pool)
-    own_heads = _lend(engine, lender)
+    engine = LocalEngine(lender)
     for items in (run.taught.learned, run.taught.heldout):
-        engine.prepare(registration(items, run.taught, own_heads))
+        engine.prepare(registration(items, run.taught, own_heads(lender)), run.recipe)
 
 
 def _merge_group(
@@ -92,8 +90,7 @@ def _merge_group(
     own = replace(run, recipe=recipe, taught=taught, files=files)
     with closing(own.open(recipe)) as engine:
         begin(own, engine.info().content_hashes)
-        own_heads = _lend(engine, lender)
-        found = learned(engine, recipe, taught, own, own_heads)
+        found = learned(engine, recipe, taught, own, _lend(engine, lender))
         if found is None:
             return None
         fitted = found.recipe
@@ -106,7 +103,7 @@ def _merge_group(
 
 def _lend(engine: LocalEngine, lender: Pool) -> bool:
     """Give the live model the heads of experts that are not there; whether experts have heads of their own."""
-    own = any(name in lender.fixed for name in lender.heads.get(lender.base, ()))
+    own = own_heads(lender)
     if own:
         for model in lender.endpoints:
             if model not in engine.pool.endpoints:

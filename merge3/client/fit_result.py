@@ -61,7 +61,7 @@ def _asked_as(model: str, recipe: Recipe, held: Registration) -> Recipe | str:
     return replace(recipe, method=AS_IT_IS, slices=(alone,), base_model=None, parameters={}, fit={}, surgery={})
 
 
-def other_run(run: Path, heldout: Sequence[Item] = ()) -> dict[str, Any]:
+def other_run(run: Path, heldout: Sequence[Item]) -> dict[str, Any]:
     """What another run's result.json says. Raises BadInput for one that is not readable, or was measured otherwise."""
     try:
         result = json.loads((run / "result.json").read_text())
@@ -72,7 +72,7 @@ def other_run(run: Path, heldout: Sequence[Item] = ()) -> dict[str, Any]:
         readable = False
     if not readable:
         raise BadInput("--compare", f"no readable result.json in {run}", "a finished run directory")
-    if heldout and result.get("heldout_name") != items_name(heldout):
+    if result.get("heldout_name") != items_name(heldout):
         expected = "one of the same files, share and seed, which has the same held-out items"
         raise BadInput("--compare", f"{run} was measured on other items", expected)
     return {"detail": detail, "answers": result.get("item_answers"), "items": result.get("heldout_items")}

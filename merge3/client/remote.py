@@ -86,7 +86,7 @@ class RemoteEngine:
         """See Engine."""
         return self._info
 
-    def prepare(self, registration: Registration) -> None:
+    def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
         """See Engine. What the daemon has seen before crosses as hashes only."""
         self._persist(lambda: self._register(registration))
 

@@ -29,13 +29,14 @@ from merge3.learn.settings import SurgerySettings, located, read_fit, read_surge
 from merge3.learn.surgery import Adapters, Surgery, check_surgery, save
 from merge3.learn.surgery_file import FILE, remove_partials, save_beside
 from merge3.learn.surgery_items import check_items, unseen
+from merge3.live.heads import own_heads
 from merge3.live.slot import Slot
 from merge3.methods import method_named
 from merge3.methods.learned import LEARNED
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe
-from merge3.search.measure import Measured
+from merge3.search.measure import Measured, items_name
 from merge3.tasks import Item, by_task, items_hash
 
 if TYPE_CHECKING:
@@ -151,7 +152,6 @@ def _host(run: Run, asked: Asked) -> Host | None:
         begin(run, engine.info().content_hashes)
         return Host(alone, engine, {})
     _check_alone(asked)
-    began = time.perf_counter()
     found = fitted_host(run)
     if found is None:
         return None
@@ -160,7 +160,7 @@ def _host(run: Run, asked: Asked) -> Host | None:
         "settings": Fit(asked.recipe, asked.learned.experts).settings.model_dump(mode="json"),
         "passes": {"merges": found.steps, "forward": found.asked, "backward": found.asked},
         "losses": [line["loss"] for line in found.history],
-        "seconds": time.perf_counter() - began,
+        "seconds": found.seconds,
     }
     run.files.tell(found.history)
     engine = found.engine
@@ -183,14 +183,14 @@ def _check(asked: Asked, slot: Slot) -> None:
     """Raises BadInput for a rank, heads or items that surgery refuses. Overwrites the live model."""
     check_surgery(asked.settings, slot.model)
     pool, taught = slot.pool, asked.taught
-    own_heads = any(name in pool.fixed for name in pool.heads.get(pool.base, ()))
+    own = own_heads(pool)
     template = chat_template(asked.recipe, pool) if taught.chat else None
 
     def tasks(items: list[Item]) -> list[TaskToLearn]:
         found = []
-        for task, own in by_task(items).items():
+        for task, asked_of in by_task(items).items():
             expert = taught.experts[task]
-            found.append(TaskToLearn(task, own, expert if own_heads else None, expert, taught.chat.get(task)))
+            found.append(TaskToLearn(task, asked_of, expert if own else None, expert, taught.chat.get(task)))
         return found
 
     check_items(slot, tasks(taught.learned), tasks(taught.heldout), pool.words.folder(template))
@@ -240,6 +240,7 @@ def _summary(
         "heldout": heldout["accuracy"],
         "heldout_detail": heldout,
         "heldout_items": len(taught.heldout),
+        "heldout_name": items_name(taught.heldout),
         "baselines": {name: detail["accuracy"] for name, detail in beside.items()},
         "baselines_detail": dict(beside),
         "best_baseline": max(beside, key=lambda name: beside[name]["accuracy"]),

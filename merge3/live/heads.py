@@ -11,6 +11,11 @@ from merge3.checkpoint import Checkpoint
 from merge3.pool import Pool
 
 
+def own_heads(pool: Pool) -> bool:
+    """Whether endpoints answer with heads of their own, which no recipe merges."""
+    return any(name in pool.fixed for name in pool.heads.get(pool.base, ()))
+
+
 class Heads:
     """Which head a live model has. shown: the endpoint whose it is, None for the merge's own; the base's at first.
     lent: heads of models that are no endpoints of the pool: name -> (its checkpoint, the head's tensors).

@@ -142,6 +142,14 @@ def test_a_damaged_file_is_one_line(run, world):
     assert client("evaluate", copy, world / "english.jsonl", "--no-surgery").returncode == 0
 
 
+def test_runs_of_the_same_items_stand_beside_each_other(run, world, tmp_path):
+    again = write(world, "again.yaml", surgery={"items": FILES, "steps": 2, "rank": 2})
+    done = client("fit", again, "--run-dir", tmp_path / "run", "--quiet", "--no-export", "--compare", run[0])
+    assert done.returncode == 0, done.stderr
+    others = json.loads((tmp_path / "run" / "result.json").read_text())["others"]
+    assert others[str(run[0])]["detail"] == json.loads((run[0] / "result.json").read_text())["heldout_detail"]
+
+
 def test_adapters_beside_the_merge_of_another_recipe_are_refused(run, world, tmp_path):
     folder, _ = run
     other = Recipe.from_yaml(folder / "fitted.yaml").to_dict() | {"parameters": {"weight": 0.3, "density": 0.5}}

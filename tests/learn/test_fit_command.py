@@ -285,6 +285,21 @@ def test_one_expert_is_enough(tiny_world, tmp_path):
     recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", experts=("english",), steps=2)
     done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export")
     assert done.returncode == 0, done.stderr
+    (source,) = yaml.safe_load((tmp_path / "run" / "fitted.yaml").read_text())["models"]
+    weights = [entry["value"] for entry in source["parameters"]["weight"] if entry["filter"] != "*"]
+    assert len(weights) == 39 and all(0.001 < abs(weight - 0.3) < 0.05 for weight in weights)  # Adam's first steps
+
+
+def test_prompts_have_the_template_of_the_recipe(tiny_world, tmp_path):
+    """The base has none: endpoints are asked with the recipe's as well."""
+    recipe = write_recipe(tiny_world, tmp_path / "recipe.yaml", experts=("english",), steps=1, apply_chat_template=True)
+    done = client("fit", recipe, "--run-dir", tmp_path / "refused", "--quiet")
+    assert done.returncode == 2 and "the tokenizer has no chat template" in done.stderr
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ ' equals' if add_generation_prompt }}"
+    recipe.write_text(recipe.read_text() + yaml.safe_dump({"chat_template": template}))
+    done = client("fit", recipe, "--run-dir", tmp_path / "run", "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+    assert {"base", "english"} < set(json.loads((tmp_path / "run" / "result.json").read_text())["baselines"])
 
 
 @pytest.mark.parametrize(
