@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +23,7 @@ from merge3.learn.surgery_file import Adapters, load, save
 from merge3.live.hooks import Adapter, width_of
 from merge3.live.slot import Slot
 from merge3.recipe import Recipe
+from merge3.threads import few_threads
 
 __all__ = ["Adapters", "Features", "Operation", "Surgery", "SurgeryStep", "fit_adapters", "load", "operate", "save"]
 
@@ -101,7 +101,7 @@ def fit_adapters(tasks: Mapping[str, Features], settings: SurgerySettings) -> It
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, foreach=False)
     for number in range(1, settings.steps + 1):
         losses = {}
-        with _one_thread():
+        with few_threads(0):  # small products: the bits are those of one, however many there are
             optimizer.zero_grad()
             for index, (task, known) in enumerate(tasks.items()):
                 chosen = drawn(len(known), settings.batch, number, [settings.seed, index])
@@ -117,17 +117,6 @@ def fit_adapters(tasks: Mapping[str, Features], settings: SurgerySettings) -> It
         if number == settings.steps:
             found = {task: Adapter(*(t.detach().clone() for t in adapter)) for task, adapter in adapters.items()}
         yield SurgeryStep(number, sum(losses.values()) / len(losses), losses, found)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums of small products: others would be waited for longer than they help, and the bits are those of one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def check_surgery(settings: SurgerySettings, model: torch.nn.Module) -> None:
