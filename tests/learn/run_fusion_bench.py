@@ -54,6 +54,32 @@ def ties(asked):
     return [split(vectors, reset_thresh=share, merge_func="dis-sum")[0] for vectors, share in asked["cases"]]
 
 
+def surgery(asked):
+    """Adapters and features of Surgery's own wrapper, trained on given features [items, width] and batches."""
+    from transformers.models.clip import modeling_clip
+
+    if not hasattr(modeling_clip, "CLIPVisionTransformer"):  # named for a type that is not used here
+        modeling_clip.CLIPVisionTransformer = torch.nn.Module
+    Wrapper = part("fusion_bench.models.surgery.surgerymodelwrapper").SurgeryModelWrapper
+    tasks, (rank, width) = list(asked["down"]), next(iter(asked["down"].values())).shape
+    model = Wrapper(torch.nn.Identity(), tasks, projection_dim=width, hidden_dim=rank)
+    side = lambda name: {task: model.get_submodule(f"feature_mapping_to_head_{name}_proj_{task}") for task in tasks}
+    down, up = side("down"), side("up")
+    for task in tasks:
+        assert not up[task].weight.any()  # it begins as ours does
+        down[task].weight.data.copy_(asked["down"][task])
+    optimizer = torch.optim.Adam(model.collect_trainable_params(), lr=asked["learning_rate"])
+    for step in asked["batches"]:
+        optimizer.zero_grad()
+        for task, chosen in step.items():
+            found, _, _ = model.compute_surgery_features(asked["merged"][task][chosen], task)
+            torch.nn.functional.l1_loss(found, asked["expert"][task][chosen]).backward()
+        optimizer.step()
+    features = {task: model.compute_surgery_features(asked["merged"][task], task)[0].detach() for task in tasks}
+    weights = {task: (down[task].weight.detach(), up[task].weight.detach()) for task in tasks}
+    return {"features": features, "weights": weights}
+
+
 if __name__ == "__main__":
     given = torch.load(sys.argv[1])
-    torch.save({"adamerging": adamerging, "ties": ties}[given["what"]](given), sys.argv[2])
+    torch.save({"adamerging": adamerging, "surgery": surgery, "ties": ties}[given["what"]](given), sys.argv[2])

@@ -13,6 +13,8 @@ from merge3 import Pool, Recipe
 from merge3.learn.fit import Fit, prepare
 from merge3.learn.fitting import drawn
 from merge3.learn.lessons import TaskToLearn
+from merge3.learn.settings import SurgerySettings
+from merge3.learn.surgery import Features, fit_adapters, started
 from merge3.learn.survivors import kept_from, survivors
 from merge3.live.slot import Slot
 from merge3.tasks import Item
@@ -94,3 +96,22 @@ def test_survivors_are_those_of_ties_merging_split(tmp_path):
         trimmed = torch.where(vectors.abs() >= torch.tensor(thresholds)[:, None], vectors, 0.0)
         majority = float(trimmed.sum(0).sign().sum().sign())
         assert torch.equal(torch.stack(survivors(list(vectors), thresholds, majority)), expected), share
+
+
+def test_surgery_is_that_of_its_wrapper(tmp_path):
+    """Whole fits from one start with the same inputs in each step, and the features they come to."""
+    rng, settings = torch.Generator().manual_seed(0), SurgerySettings(rank=3, steps=60, learning_rate=0.01, batch=8)
+    merged = {task: torch.randn(20, 12, generator=rng) for task in ("a", "b")}
+    expert = {task: states + 0.3 * torch.randn(20, 12, generator=rng) for task, states in merged.items()}
+    tasks = {task: Features.of(merged[task][:, None], expert[task][:, None]) for task in merged}
+    *_, last = fit_adapters(tasks, settings)
+    batches = []
+    for number in range(1, settings.steps + 1):
+        batches.append({task: drawn(20, 8, number, [0, index]) for index, task in enumerate(tasks)})
+    down = {task: started(12, 3, [0, index]).down for index, task in enumerate(tasks)}
+    given = {"down": down, "merged": merged, "expert": expert, "batches": batches, "learning_rate": 0.01}
+    theirs = fusion_bench(tmp_path, what="surgery", **given)
+    for task, adapter in last.adapters.items():
+        assert adapter.up.abs().max() > 0.05
+        torch.testing.assert_close(tuple(adapter), theirs["weights"][task], atol=1e-5, rtol=0)
+        torch.testing.assert_close(adapter.changed(merged[task]), theirs["features"][task], atol=1e-5, rtol=0)
