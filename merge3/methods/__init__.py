@@ -5,9 +5,10 @@ METHODS is the one list: `merge3-client methods`, docs/methods.md and the parity
 
 from merge3.errors import RecipeError
 from merge3.methods import averages, rules, spherical, task_arithmetic
-from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
+from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step, Unpacked
 from merge3.methods.execute import execute
 from merge3.methods.learned import LEARNED
+from merge3.methods.variants import VARIANTS
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -20,8 +21,11 @@ def method_named(name: str, where: str = "merge_method") -> Method:
     if name in LEARNED:
         found = f"{name!r}, which learns its weights from items"
         raise RecipeError(where, found, "a recipe with weights", "`merge3-client fit RECIPE` with `fit:` makes one")
+    if name in VARIANTS:
+        raise RecipeError(where, f"{name!r}, which makes a model for each task", ", ".join(METHODS))
     if name not in METHODS:
-        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), nearest(name, (*METHODS, *LEARNED)))
+        hint = nearest(name, (*METHODS, *LEARNED, *VARIANTS))
+        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), hint)
     return METHODS[name]
 
 
@@ -36,12 +40,14 @@ def gene_names() -> list[str]:
 __all__ = [
     "LEARNED",
     "METHODS",
+    "VARIANTS",
     "Copy",
     "Gene",
     "Job",
     "Method",
     "Parameter",
     "Step",
+    "Unpacked",
     "execute",
     "gene_names",
     "method_named",
