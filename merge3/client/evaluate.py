@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
-from merge3.engine import Evaluation, LocalEngine, Operated
+from merge3.engine import Evaluation, LocalEngine, Operated, Varied
 from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
@@ -29,6 +29,7 @@ from merge3.recipe import Recipe, load_yaml
 from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
+from merge3.variants import ABOUT as VARIANTS_FILE
 
 if TYPE_CHECKING:
     from merge3.adapters.judging import Benchmark
@@ -62,13 +63,14 @@ def evaluate_files(
     memory_budget: str | None = None,
     skip_too_long: bool = False,
     surgery: bool = True,
+    variants: bool = True,
 ) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
     lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
 
     A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
     positions for, say so, and count it in `skipped`. surgery: answer a task's items with its adapter where the folder
-    has one.
+    has one. variants: with its own model where the folder has one for each task, as a recipe of such a method does.
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
@@ -88,6 +90,8 @@ def evaluate_files(
         print(note, file=sys.stderr)
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
+    if isinstance(subject, str) and variants and (what / VARIANTS_FILE).is_file():
+        subject = Varied(subject)
     if adapters is not None:
         subject = _with_adapters(subject, adapters, items)
     (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [subject])

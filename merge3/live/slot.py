@@ -60,8 +60,8 @@ class Slot:
     def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe", task: str | None = None) -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
 
-        seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a result
-        per task, whose; None: what all have in common. Where only the task changes, only what differs is written.
+        seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a
+        result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
         Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
         """
         program = self.compile(recipe, where)

@@ -30,7 +30,7 @@ def _signs(outs: Outs, steps: Steps) -> None:
 
 
 def _places(outs: Outs, steps: Steps) -> None:
-    """tensors: common, the places that hold another task's values, this task's places, its values; each of the last three
+    """tensors: common, the places that hold another task's values, this task's places, its values; each but the first
     may be None. Touches those places alone, unless the output is to be written whole."""
     for out, step in zip(outs, steps):
         common, old, new, values = step.tensors

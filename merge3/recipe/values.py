@@ -45,9 +45,9 @@ class Recipe:
     recipe = Recipe.parse({"merge_method": "linear", "models": sources})
     print(recipe.to_yaml())
 
-    fit: how the weights of a learned method are found; surgery: adapters on top of the merge; router: how a prompt finds
-    its task's variant. They are as they stand in the file; what they may hold is known to those who fit. tasks: task ->
-    the model it belongs to, of methods with a result per task.
+    fit: how the weights of a learned method are found; surgery: adapters on top of the merge; router: how a prompt
+    finds its task's variant. They are as they stand in the file; what they may hold is known to those who fit. tasks:
+    task -> the model it belongs to, of methods with a result per task.
     """
 
     method: str
@@ -106,8 +106,8 @@ class Recipe:
         return data
 
     def to_yaml(self) -> str:
-        """YAML that mergekit reads as the same merge, but for the keys after `chat_template`, which it has not; floats survive
-        exactly."""
+        """YAML that mergekit reads as the same merge, but for the keys after `chat_template`, which it has not; floats
+        survive exactly."""
         return dump_yaml(self.to_dict())
 
     def hash(self) -> str:

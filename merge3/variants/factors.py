@@ -2,7 +2,7 @@
 
     scale · B·A = U Σ Vᵀ;  base + U_q Σ_q V_qᵀ is served
 
-The singular values come from thin QR decompositions of the factors, so that no matrix of the weight's size is ever made:
+The singular values come from thin QR decompositions of the factors, so that no matrix of a weight's size is made:
 B = Q₁R₁, Aᵀ = Q₂R₂, and an SVD of the small R₁R₂ᵀ. What is lost is the tail of singular values (Eckart–Young).
 """
 
@@ -33,8 +33,8 @@ def pack(source: Source) -> Parts:
                 (m, own), (_, d) = factors[job.name].b.shape, factors[job.name].a.shape
                 q = min(rank, own, m, d)
                 varied[task].append(job.name)
-                specs[f"{task}.left.{job.name}"] = source.dtype(job), (m, q)
-                specs[f"{task}.right.{job.name}"] = source.dtype(job), (q, d)
+                specs[f"{task}/left/{job.name}"] = source.dtype(job), (m, q)
+                specs[f"{task}/right/{job.name}"] = source.dtype(job), (q, d)
     told = {task: {"rank": rank, "lost": 0.0} for task in source.tasks}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -46,8 +46,8 @@ def pack(source: Source) -> Parts:
                 left, right, values = cut(factors[job.name], rank)
                 whole[task] += float(values.square().sum())
                 lost[task] += float(values[rank:].square().sum())
-                yield f"{task}.left.{job.name}", left.to(source.dtype(job))
-                yield f"{task}.right.{job.name}", right.to(source.dtype(job))
+                yield f"{task}/left/{job.name}", left.to(source.dtype(job))
+                yield f"{task}/right/{job.name}", right.to(source.dtype(job))
         for task, told_of in told.items():
             told_of["lost"] = (lost[task] / whole[task]) ** 0.5 if whole[task] else 0.0
 
@@ -67,7 +67,7 @@ def cut(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
     """base + left · right"""
-    return Unpacked("factors", (common, get(f"{task}.left.{name}"), get(f"{task}.right.{name}")))
+    return Unpacked("factors", (common, get(f"{task}/left/{name}"), get(f"{task}/right/{name}")))
 
 
 def _adapter(source: Source, task: str) -> Mapping[str, Factors]:

@@ -1,8 +1,8 @@
 """The ways of packing, a row each: how parts are made of a source, and how a task's tensor is made of parts.
 
-pack(source) -> Parts. step(get, common, name, task, about, before) -> what writes a task's tensor: get(part) reads a part
-(a second argument is given where there is none); common: the common model's tensor; about: what was said of the task;
-before: the task whose tensor is there, None for the common one.
+pack(source) -> Parts. step(get, common, name, task, about, before) -> what writes a task's tensor: get(part) reads a
+part (a second argument is given where there is none); common: the common model's tensor; about: what was said of the
+task; before: the task whose tensor is there, None for the common one.
 """
 
 from __future__ import annotations

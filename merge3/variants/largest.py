@@ -2,7 +2,7 @@
 
     u_t = θ_t − θ*;  û_t = u_t where |u_t| is among the largest m;  θ* + û_t is served
 
-θ* + u_t is the expert's own weight, so what is kept are the expert's elements, in its dtype and exact, and their places:
+θ* + u_t is the expert's own weight, so the expert's elements are kept, in its dtype and exact, and their places:
 indices, or a mask of one bit per element, whichever is smaller for the tensor.
 """
 
@@ -36,10 +36,10 @@ def pack(source: Source) -> Parts:
             if kept == 0:
                 continue
             varied[task].append(job.name)
-            specs[f"{task}.values.{job.name}"] = source.dtype(job), (kept,)
+            specs[f"{task}/values/{job.name}"] = source.dtype(job), (kept,)
             words = (job.numel + 31) // 32
             indexed = kept < words and job.numel < _INDEXED
-            specs[f"{task}.{'index' if indexed else 'mask'}.{job.name}"] = torch.int32, (kept if indexed else words,)
+            specs[f"{task}/{'index' if indexed else 'mask'}/{job.name}"] = torch.int32, (kept if indexed else words,)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for job in source.jobs:
@@ -47,11 +47,11 @@ def pack(source: Source) -> Parts:
                 if choice.kept[job.name] == 0:
                     continue
                 chosen = choice.of(job)
-                yield f"{task}.values.{job.name}", source.expert(job, task).flatten()[chosen]
-                if f"{task}.index.{job.name}" in specs:
-                    yield f"{task}.index.{job.name}", chosen.nonzero()[:, 0].int()
+                yield f"{task}/values/{job.name}", source.expert(job, task).flatten()[chosen]
+                if f"{task}/index/{job.name}" in specs:
+                    yield f"{task}/index/{job.name}", chosen.nonzero()[:, 0].int()
                 else:
-                    yield f"{task}.mask.{job.name}", words_of(chosen)
+                    yield f"{task}/mask/{job.name}", words_of(chosen)
             source.done(job)
 
     def about() -> dict[str, dict[str, int]]:
@@ -64,16 +64,16 @@ def step(get, common, name: str, task: str, about: Mapping[str, Any], before: st
     """The common tensor with the expert's elements in their places; in place where `before` is what is there."""
     old = _places(get, before, name, common.numel()) if before is not None else None
     new = _places(get, task, name, common.numel())
-    values = get(f"{task}.values.{name}") if new is not None else None
+    values = get(f"{task}/values/{name}") if new is not None else None
     return Unpacked("places", (common, old, new, values), whole=False)
 
 
 def _places(get, task: str, name: str, numel: int) -> torch.Tensor | None:
     """int64 or int32 [count]; None where nothing of this tensor is kept."""
-    index = get(f"{task}.index.{name}", None)
+    index = get(f"{task}/index/{name}", None)
     if index is not None:
         return index
-    mask = get(f"{task}.mask.{name}", None)
+    mask = get(f"{task}/mask/{name}", None)
     return None if mask is None else bits_of(mask, numel).nonzero()[:, 0]
 
 

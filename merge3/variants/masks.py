@@ -2,8 +2,8 @@
 
     σ = sign(Σ τ_t);  u = σ · max |τ_t| over those of that sign;  M_t = [τ_t · u > 0];  τ̂_t = λ_t · M_t ⊙ u
 
-The common model is base + u. As every element of it is some expert's own, or the base's, storing it in the experts' dtype
-loses nothing. λ_t makes the L1 norms equal: of the whole model (`paper`, eq. 4 and 5), or of the means of its tensors
+The common model is base + u. Every element of it is some expert's own, or the base's: in the experts' dtype nothing is
+lost. λ_t makes the L1 norms equal: of the whole model (`paper`, eq. 4 and 5), or of the means of its tensors
 (`code`: what the authors' scripts over dictionaries compute).
 """
 
@@ -25,9 +25,9 @@ def pack(source: Source) -> Parts:
     specs: dict[str, Any] = {}
     sums = torch.zeros(len(source.tasks), 2, dtype=torch.float64)  # Σ|τ_t|, Σ|M_t ⊙ u|; or of means
     for job in source.jobs:
-        specs[f"base.{job.name}"] = source.dtype(job), job.shape
+        specs[f"/base/{job.name}"] = source.dtype(job), job.shape
         for task in source.tasks:
-            specs[f"{task}.mask.{job.name}"] = torch.int32, ((job.numel + 31) // 32,)
+            specs[f"{task}/mask/{job.name}"] = torch.int32, ((job.numel + 31) // 32,)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         sums.zero_()
@@ -36,9 +36,9 @@ def pack(source: Source) -> Parts:
             experts = [source.expert(job, task) for task in source.tasks]
             masks, found = kernels.pack([base], experts, 1, [source.shared(job)])
             sums.add_(found[0], alpha=1 / max(1, job.numel) if code else 1.0)
-            yield f"base.{job.name}", base
+            yield f"/base/{job.name}", base
             for task, mask in zip(source.tasks, masks):
-                yield f"{task}.mask.{job.name}", mask
+                yield f"{task}/mask/{job.name}", mask
             source.done(job)
 
     def about() -> dict[str, dict[str, float]]:
@@ -53,4 +53,4 @@ def pack(source: Source) -> Parts:
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
     """base + λ · mask · (common − base)"""
-    return Unpacked("mask", (get(f"base.{name}"), common, get(f"{task}.mask.{name}")), about["rescale"])
+    return Unpacked("mask", (get(f"/base/{name}"), common, get(f"{task}/mask/{name}")), about["rescale"])

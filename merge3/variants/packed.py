@@ -1,7 +1,7 @@
 """One model per task in a folder: an ordinary checkpoint of what all tasks have in common, and beside it two files.
 
-variants.safetensors holds the parts that kinds.py makes, named `<task>.<part>.<tensor>`, each task's own head as
-`<task>.head.<tensor>` where experts keep theirs, and the router's means. variants.json says what they are.
+variants.safetensors holds the parts that kinds.py makes, named `<task>/<part>/<tensor>`, each task's own head as
+`<task>/head/<tensor>` where experts keep theirs, and the router's means. variants.json says what they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Ref
-from merge3.checkpoint.read import SINGLE, read_header
+from merge3.checkpoint.read import INDEX, SINGLE, read_header
 from merge3.checkpoint.write import CheckpointWriter
 from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.files import resource_error, write_atomically
@@ -37,8 +37,8 @@ _OF_HEADS = ("id2label", "label2id", "num_labels", "problem_type")  # what a con
 
 @dataclass(frozen=True, eq=False)
 class Variants:
-    """A folder of variants, open. tasks: task -> what is said of it: model, varied (names of tensors that differ from the
-    common model's), bytes, config (of its own head), and what its kind needs. common: the checkpoint.
+    """A folder of variants, open. tasks: task -> what is said of it: model, varied (names of tensors that differ from
+    the common model's), bytes, config (of its own head), and what its kind needs. common: the checkpoint.
 
         variants = Variants.open("packed")
         slot.show(variants, "math")
@@ -50,7 +50,7 @@ class Variants:
     kind: Kind
     tasks: Mapping[str, Mapping[str, Any]]
     about: Mapping[str, Any]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     _there: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # copies on another device
 
     @staticmethod
@@ -69,11 +69,11 @@ class Variants:
             torch.device(device),
         )
         if about["content"] != [len(parts.tensors), sum(info.nbytes for info in parts.tensors.values())]:
-            raise CheckpointError(folder / FILE, "not the file that was written with variants.json", "both of one merge")
+            raise CheckpointError(folder / FILE, f"not the file that was written with {ABOUT}", "both of one merge")
         for task, told in variants.tasks.items():
             for name in told["varied"]:
                 if name not in variants.common.tensors:
-                    raise CheckpointError(folder, f"no tensor {name!r}, which {task!r} changes", "the common checkpoint")
+                    raise CheckpointError(folder, f"no tensor {name!r}, which {task!r} changes", "the merge's own")
         return variants
 
     def check(self, task: str, where: str = "task") -> None:
@@ -100,18 +100,51 @@ class Variants:
         """The common tensor as it is."""
         return Unpacked("places", (self.shared(name), None, None, None))
 
-    def tensor(self, name: str, task: str | None = None) -> torch.Tensor:
+    def tensor(self, name: str, task: str) -> torch.Tensor:
         """One tensor of a task's model, in the common one's dtype; its own head where it has one."""
-        if task is not None and (head := self.parts.tensors.get(f"{task}.head.{name}")) is not None:
-            return self.parts.get(head.name)
-        if task is None or name not in self._varied[task]:
+        if (own := self.head(name, task)) is not None:
+            return own
+        if name not in self._varied[task]:
             return self.common.get(name)
         common = self.shared(name)
         out = torch.empty_like(common)
         step = self.kind.step(self.part, common, name, task, self.tasks[task], None)
         step.whole = True
         execute([(name, step, out)], lambda ref: ref)
-        return out
+        return out.cpu()
+
+    def head(self, name: str, task: str) -> torch.Tensor | None:
+        """A tensor of the task's own head; None where it has the common model's."""
+        stored = f"{task}/head/{name}"
+        return self.parts.get(stored) if stored in self.parts.tensors else None
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Of a tensor of the common model."""
+        info = self.common.tensors[name]
+        return info.dtype, info.shape
+
+    def config(self, task: str) -> dict[str, Any]:
+        """config.json of a task's model."""
+        return self.common.config | self.tasks[task].get("config", {})
+
+    def side_files(self) -> dict[str, Path]:
+        """What a task's checkpoint has beside its weights and configuration: name in the folder -> file."""
+        ours = {FILE, ABOUT, INDEX, "config.json", *(info.file.name for info in self.common.tensors.values())}
+        files = {file.relative_to(self.folder).as_posix(): file for file in sorted(self.folder.rglob("*"))}
+        return {name: file for name, file in files.items() if file.is_file() and name not in ours}
+
+    def sizes(self) -> dict[str, Any]:
+        """Bytes: of each task's parts, of what is not a task's own (`base`), of the common checkpoint's tensors, of all
+        files in the folder, and of the experts that they stand for."""
+        tasks = {task: told["bytes"] for task, told in self.tasks.items()}
+        of_parts = sum(info.nbytes for info in self.parts.tensors.values())
+        return {
+            "tasks": tasks,
+            "base": of_parts - sum(tasks.values()),
+            "common": sum(info.nbytes for info in self.common.tensors.values()),
+            "folder": sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file()),
+            "experts": sum(self.about["experts_bytes"].values()),
+        }
 
     @cached_property
     def _varied(self) -> dict[str, set[str]]:
@@ -119,15 +152,14 @@ class Variants:
 
     @cached_property
     def heads(self) -> dict[str, tuple[Checkpoint, list[str]]]:
-        """Task -> (a checkpoint of its own head and labels, the head's tensors); empty where all have the common one."""
+        """Task -> (a checkpoint of its own head and labels, its tensors); empty where all have the common one."""
         found = {}
-        for task, told in self.tasks.items():
-            prefix = f"{task}.head."
+        for task in self.tasks:
+            prefix = f"{task}/head/"
             own = {name.removeprefix(prefix): name for name in self.parts.tensors if name.startswith(prefix)}
             if own:
                 tensors = {name: self.parts.tensors[stored] for name, stored in own.items()}
-                config = self.common.config | told["config"]
-                found[task] = Checkpoint(self.folder, config, tensors), list(own)
+                found[task] = Checkpoint(self.folder, self.config(task), tensors), list(own)
         return found
 
     def shared(self, name: str) -> torch.Tensor:
@@ -171,7 +203,7 @@ def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, wher
     told_of = parts.about()
     tasks = {}
     for task, model in program.tasks.items():
-        own = [name for name in specs if name.startswith(f"{task}.")]
+        own = [name for name in specs if name.startswith(f"{task}/")]
         tasks[task] = {"model": model, "bytes": _bytes(specs, own), **told_of[task]}
         if heads:
             config = pool.endpoints[model].config
@@ -201,8 +233,8 @@ def _heads(source: Source) -> dict[str, torch.Tensor]:
     for task, model in source.program.tasks.items():
         for name in pool.heads.get(model, ()):
             if name in pool.fixed:
-                dtype = source.common.tensors[name].dtype if name in source.common.tensors else None
-                found[f"{task}.head.{name}"] = pool.stored(Ref(model, name)).to(dtype)
+                tensor, there = pool.stored(Ref(model, name)), source.common.tensors.get(name)
+                found[f"{task}/head/{name}"] = tensor if there is None else tensor.to(there.dtype)
     return found
 
 

@@ -2,8 +2,8 @@
 
     τ_t ≈ α · sign(τ_t),  α = mean |τ_t|     (Liu et al. 2024, BitDelta, eq. 1 to 4)
 
-Tensors that are binarised have the base's weights in the common model, so nothing of the base is stored twice; the others
-are merged, and the same for all tasks.
+Tensors that are binarised have the base's weights in the common model, so nothing of the base is stored twice; the
+others are merged, and the same for all tasks.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def pack(source: Source) -> Parts:
     specs: dict[str, Any] = {}
     for job in source.jobs:
         for task in source.tasks:
-            specs[f"{task}.signs.{job.name}"] = torch.int32, ((job.numel + 31) // 32,)
-            specs[f"{task}.scale.{job.name}"] = torch.float32, (1,)
+            specs[f"{task}/signs/{job.name}"] = torch.int32, ((job.numel + 31) // 32,)
+            specs[f"{task}/scale/{job.name}"] = torch.float32, (1,)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for job in source.jobs:
             experts = [source.expert(job, task) for task in source.tasks]
             masks, sums = kernels.pack([source.base(job)], experts, 1)
             for task, mask, total in zip(source.tasks, masks, sums[0, :, 0]):
-                yield f"{task}.signs.{job.name}", mask
-                yield f"{task}.scale.{job.name}", (total / max(1, job.numel)).float()[None]
+                yield f"{task}/signs/{job.name}", mask
+                yield f"{task}/scale/{job.name}", (total / max(1, job.numel)).float()[None]
             source.done(job)
 
     names = [job.name for job in source.jobs]
@@ -41,4 +41,4 @@ def pack(source: Source) -> Parts:
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
     """base + α · sign"""
-    return Unpacked("signs", (common, get(f"{task}.signs.{name}")), float(get(f"{task}.scale.{name}")))
+    return Unpacked("signs", (common, get(f"{task}/signs/{name}")), float(get(f"{task}/scale/{name}")))
