@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from merge3.client.routing import with_router
 from merge3.client.terminal import in_few_lines
 from merge3.errors import BadInput
 from merge3.export import merge_to_disk
@@ -30,7 +31,8 @@ def merge_files(
         return write_task(what, task, out, shard_size)
     if task is not None:
         return merge_task(recipe, task, out, None, seed, shard_size, progress, str(what), drop)
-    return merge_to_disk(recipe, out, None, seed, shard_size, progress, str(what), drop)
+    pack = lambda folder: merge_to_disk(recipe, folder, None, seed, shard_size, progress, str(what), drop)
+    return with_router(recipe, what, out, pack) if recipe.router else pack(out)
 
 
 def show_merged(result: Mapping[str, Any]) -> None:
