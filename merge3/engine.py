@@ -187,6 +187,11 @@ class LocalEngine:
             )
         return space.recipe(subject)
 
+    def show(self, endpoint: str, task: str | None = None) -> None:
+        """Bring a task's variant of a packed folder, an endpoint of the pool, into the live model; None: what all tasks
+        have in common. Raises BadInput or CheckpointError."""
+        self.slot.show(self._rounds.packed(endpoint), endpoint, task)
+
     def _showing(self, recipe: Recipe | None, subject: Subject, seed: int) -> Callable[[str | None], None]:
         """What brings the subject into the live model; of one with variants, that of the task it is given."""
         if not isinstance(subject, Varied):
@@ -194,7 +199,7 @@ class LocalEngine:
             return lambda _: self.slot.load(subject) if recipe is None else self.slot.swap(recipe, seed, where)
         if recipe is not None:
             return lambda task: self.slot.swap(recipe, seed, "recipe", task)
-        return lambda task: self.slot.show(self._rounds.packed(subject.subject), subject.subject, task)
+        return lambda task: self.show(subject.subject, task)
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""

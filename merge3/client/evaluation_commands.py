@@ -51,9 +51,8 @@ def evaluate(
         metric, num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn, _mapping(gen_kwargs)
     )
     asked = Asked(items or (), task or (), task_path or (), settings, limit)
-    result = evaluate_files(
-        what, asked, seed, device, responses, memory_budget, skip_too_long, surgery, variants, route
-    )
+    beside = {"surgery": surgery, "variants": variants, "route": route}
+    result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long, **beside)
     print(json.dumps(result)) if as_json else show(result)
 
 

@@ -1,10 +1,10 @@
 """A router: which task's variant answers a prompt, by the nearest class mean of what the common model makes of it.
 
-    φ(x) = the mean of the last layer's states over x's tokens;  task(x) = argmin_t ‖φ(x) − μ_t‖,  μ_t = mean of φ over t
+    φ(x) = the mean of the last layer's states over x's tokens;  task(x) = argmin_t ‖φ(x) − μ_t‖,  μ_t: φ's mean over t
 
 It is the model that is there before a task is known, the one that all tasks have in common, that looks at prompts.
-Labels are never read, and nothing but a mean per task is learned. A folder keeps it as router.safetensors: `means`, float32
-[tasks, width], and in the header's metadata the tasks and how prompts are read.
+Labels are never read, and nothing but a mean per task is learned. A folder keeps it as router.safetensors: `means`,
+float32 [tasks, width], and in the header's metadata the tasks and how prompts are read.
 """
 
 from __future__ import annotations
