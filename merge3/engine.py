@@ -95,6 +95,12 @@ class LocalEngine:
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
                 subject = Varied(subject)
+            error = self._rounds.refused(registration, subject)
+            if error is not None:
+                none = np.full(len(registration.objectives), np.nan)
+                hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
+                yield Evaluation(index, hash_, None, registration.objectives, none, none, 0.0, error=error)
+                continue
             prepared = self._rounds.prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
 
