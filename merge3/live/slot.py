@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
 from merge3.errors import CheckpointError, RecipeError
