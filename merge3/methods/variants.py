@@ -99,6 +99,10 @@ def common_of(recipe: Recipe, methods: Mapping[str, Any], where: str = "recipe")
     row = VARIANTS[recipe.method]
     own = {*row.parameters, MERGER}
     _check(recipe, row, where)
+    for name in recipe.parameters:
+        known = name in own or any(name in method.parameters for method in methods.values())
+        if not known and (hint := nearest(name, own, 0.75)):
+            raise RecipeError(f"{where}: parameters.{name}", f"{row.name} has no such parameter", ", ".join(own), hint)
     named = recipe.parameters.get(MERGER, row.merger)
     if not isinstance(named, str) or named not in methods or (named != row.merger and not row.mergers):
         expected = ", ".join(methods) if row.mergers else f"{row.merger}, as {row.name} has it"

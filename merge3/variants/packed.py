@@ -18,7 +18,7 @@ from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.read import INDEX, SINGLE, read_header
 from merge3.checkpoint.write import CheckpointWriter, Spec
-from merge3.errors import BadInput, CheckpointError
+from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.files import resource_error
 from merge3.methods import VARIANTS, Unpacked, execute
 from merge3.methods.variants import parameters_of
@@ -215,6 +215,8 @@ def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, wher
     parts = KINDS[row.parts].pack(source)
     heads = _heads(source)
     specs = dict(parts.specs) | {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in heads.items()}
+    if not specs:
+        raise RecipeError(where, "no tensor that differs between tasks", "at least one")
     with CheckpointWriter(folder / "variants", specs, shard_size=2**63) as writer, torch.no_grad():
         for name, tensor in _all(parts, heads):
             writer.put(name, tensor.cpu())
