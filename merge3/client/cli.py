@@ -76,10 +76,15 @@ def merge(
     from merge3.client.options import prefixes
     from merge3.client.terminal import bar, in_few_lines
     from merge3.export import merge_to_disk
+    from merge3.methods import ZIPPED
     from merge3.recipe import Recipe
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
     asked = Recipe.from_yaml(recipe)
+    if asked.method in ZIPPED:
+        from merge3.client.zip import merge_zip
+
+        return merge_zip(recipe, asked, out, as_json, quiet)
     if asked.fit:
         from merge3.checkpoint import check_free
         from merge3.client.fit import fitted_recipe
@@ -207,19 +212,19 @@ def demo(
 @app.command(epilog="Example: merge3-client methods")
 def methods(as_json: Json = False):
     """List the merge methods and their parameters."""
-    from merge3.methods import LEARNED, METHODS
+    from merge3.methods import LEARNED, METHODS, ZIPPED
     from merge3.methods.base import REQUIRED
 
     if as_json:
         found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in METHODS.items()}
-        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in LEARNED.items()}))
+        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in (LEARNED | ZIPPED).items()}))
         return
     for name, method in METHODS.items():
         print(f"{name}: {method.summary}")
         for parameter, spec in method.parameters.items():
             default = "required" if spec.default is REQUIRED else f"default {spec.default}"
             print(f"    {parameter:<18} {spec.help} ({default})")
-    for name, row in LEARNED.items():
+    for name, row in (LEARNED | ZIPPED).items():
         print(f"{name}: {row.summary} (merge3-client fit)")
 
 

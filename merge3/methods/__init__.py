@@ -8,6 +8,7 @@ from merge3.methods import averages, rules, spherical, task_arithmetic
 from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
 from merge3.methods.execute import execute
 from merge3.methods.learned import LEARNED
+from merge3.methods.zipped import ZIPPED
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -20,8 +21,12 @@ def method_named(name: str, where: str = "merge_method") -> Method:
     if name in LEARNED:
         found = f"{name!r}, which learns its weights from items"
         raise RecipeError(where, found, "a recipe with weights", "`merge3-client fit RECIPE` with `fit:` makes one")
+    if name in ZIPPED:
+        found = f"{name!r}, which matches units on items and makes a checkpoint"
+        raise RecipeError(where, found, "a recipe of another method", "`merge3-client fit RECIPE` with `fit:` zips")
     if name not in METHODS:
-        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), nearest(name, (*METHODS, *LEARNED)))
+        known = nearest(name, (*METHODS, *LEARNED, *ZIPPED))
+        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), known)
     return METHODS[name]
 
 
@@ -36,6 +41,7 @@ def gene_names() -> list[str]:
 __all__ = [
     "LEARNED",
     "METHODS",
+    "ZIPPED",
     "Copy",
     "Gene",
     "Job",
