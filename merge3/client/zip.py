@@ -261,7 +261,7 @@ def _summary(ready: Work, done: Done, others: Mapping[str, Any], seconds: float)
             "layers": ready.seen.depth,
             "of": ready.seen.map.layers,
             "one": done.zipped.one,
-            "correlation": {space: list(pair) for space, pair in done.zipped.correlation.items()},
+            "correlation": {space: _numbers(pair) for space, pair in done.zipped.correlation.items()},
             "not_one_to_one": sorted(s for s, g in done.zipped.groupings.items() if not g.one_to_one),
         },
         "passes": {"forward": 2 * size},
@@ -282,6 +282,11 @@ def _summary(ready: Work, done: Done, others: Mapping[str, Any], seconds: float)
     return result
 
 
+def _numbers(pair: tuple[float, float]) -> list[float | None]:
+    """None where no two units of both models are in one place."""
+    return [None if value != value else value for value in pair]
+
+
 def print_zip(result: Mapping[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
     from rich.console import Console
@@ -294,7 +299,8 @@ def print_zip(result: Mapping[str, Any], directory: Path) -> None:
         rows += [(name, other["detail"]) for name, other in result["others"].items()]
         rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
         console.print(accuracy_table(rows, result["heldout_items"], "the zip", result["method"]))
-    before, after = (np.nanmean([pair[at] for pair in zipped["correlation"].values()] or [0.0]) for at in (0, 1))
+    pairs = [pair for pair in zipped["correlation"].values() if None not in pair]
+    before, after = np.mean(pairs, axis=0) if pairs else (0.0, 0.0)
     console.print(
         f"{zipped['layers']} of {zipped['of']} layers, {len(zipped['correlation'])} spaces: correlation of matched units "
         f"{before:.3f} before, {after:.3f} after; {result['learned_items']} unlabelled items, {result['seconds']:.0f} s"

@@ -47,7 +47,7 @@ def match_zip(correlation: np.ndarray, alpha: float = ALPHA, beta: float = BETA)
         first = int(best.argmax())
         second = int(partner[first])
         row = np.minimum(values[first], values[second])
-        values[first] = values[:, first] = np.where(row == NEVER, NEVER, alpha * row)
+        values[first] = values[:, first] = np.multiply(row, alpha, out=row, where=row != NEVER)
         values[second] = values[:, second] = NEVER
         group[group == second], alive[second] = first, False
         changed = alive & ((partner == first) | (partner == second))
