@@ -130,7 +130,7 @@ def peak_memory() -> dict[str, int]:
 def print_fit(result: Mapping[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
     if "zip" in result:
-        from merge3.client.zip import print_zip
+        from merge3.client.zip_result import print_zip
 
         return print_zip(result, directory)
     if "surgery" in result:

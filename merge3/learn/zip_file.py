@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,28 @@ import torch
 
 from merge3.checkpoint import check_free
 from merge3.checkpoint.beside import speaking_files
-from merge3.errors import BadInput, ResourceError
+from merge3.errors import BadInput
 from merge3.files import resource_error, sync
-from merge3.learn.zip import Zipped
+from merge3.learn.zip import States, Zipped
 from merge3.packaging import MODEL_FILES
 
 FILE = "zip.json"
 
 
 def save_zip(
-    zipped: Zipped, models: Mapping[str, torch.nn.Module], folders: Mapping[str, Path], told: Mapping[str, Any],
-    directory: Path, dtype: torch.dtype,
+    zipped: Zipped,
+    models: Mapping[str, torch.nn.Module],
+    folders: Mapping[str, Path],
+    told: Mapping[str, Any],
+    directory: Path,
+    dtype: torch.dtype,
 ) -> dict[str, Path]:
     """Write `models`, name -> what `built` made of it, atomically. folders: whose tokenizer and processor each has.
     told: what zip.json says beside. Returns name -> where its checkpoint lies; of a zip that is one model all names
     lead to it.
 
     Raises BadInput for weights that are not finite in `dtype`, ResourceError for a disk; nothing is left then.
-    """  # fmt: skip
+    """
     check_free(directory)
     places = {name: Path() if zipped.one else Path(name) for name in models}
     try:
@@ -40,8 +44,11 @@ def save_zip(
     except OSError as error:
         raise resource_error(directory, error) from None
     try:
-        for name, place in dict((str(place), name) for name, place in reversed(places.items())).items():
-            _write(models[place], folders[place], temporary / name, dtype)
+        written: set[Path] = set()
+        for name, place in places.items():
+            if place not in written:
+                _write(models[name], folders[name], temporary / place, dtype)
+                written.add(place)
         (temporary / FILE).write_text(json.dumps({**told, **contents(zipped, places, dtype)}, indent=2))
         for file in temporary.rglob("*"):
             sync(file)
@@ -52,21 +59,30 @@ def save_zip(
             directory.rmdir()  # empty, as checked
         os.rename(temporary, directory)
         sync(directory.parent)
-    except (OSError, BadInput, ResourceError) as error:
+    except OSError as error:
+        raise resource_error(directory, error) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise resource_error(directory, error) from None if isinstance(error, OSError) else error
     return {name: directory / place for name, place in places.items()}
+
+
+def parts(zipped: Zipped, names: Sequence[str]) -> tuple[States, dict[str, States]]:
+    """(tensors in common, name of each result -> those that only it has), as the live models' states name them: what a
+    file of variants would hold. Of a zip that is one model there are none of the second kind."""
+    return zipped.common, {} if zipped.one else dict(zip(names, zipped.own))
 
 
 def contents(zipped: Zipped, places: Mapping[str, Path], dtype: torch.dtype) -> dict[str, Any]:
     """What zip.json says of the weights: which tensors all results have, and bytes stored once, for each alone, and of
     the models apart."""
     size = lambda tensors: sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.itemsize) for t in tensors)
-    common, own = size(zipped.common.values()), [size(tensors.values()) for tensors in zipped.own]
+    shared, alone = parts(zipped, list(places))
+    common, own = size(shared.values()), [size(tensors.values()) for tensors in alone.values()]
+    together, apart = common + sum(own), max(1, len(own)) * common + sum(own)
     return {
         "results": {name: str(place) for name, place in places.items()},
         "shared": [] if zipped.one else sorted(zipped.common),
-        "bytes": {"shared": common, "own": own, "together": common + sum(own), "apart": 2 * common + sum(own)},
+        "bytes": {"shared": common, "own": own, "together": together, "apart": apart},
     }
 
 

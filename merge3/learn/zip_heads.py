@@ -17,9 +17,7 @@ from merge3.learn.zip_maps import Attention
 from merge3.learn.zip_matching import Match, match_as_they_are
 
 
-def match_heads(
-    attention: Attention, correlations: Mapping[str, np.ndarray], match: Match
-) -> dict[str, np.ndarray]:
+def match_heads(attention: Attention, correlations: Mapping[str, np.ndarray], match: Match) -> dict[str, np.ndarray]:
     """Space -> places, int64 [2, n], of one layer's four spaces."""
     if match is match_as_they_are:
         return {space: match_as_they_are(correlations[space]) for space in attention.spaces}

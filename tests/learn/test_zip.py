@@ -154,7 +154,7 @@ def test_models_of_other_initialisations(name):
     zipped = zip_models((model, other), seen, match_zip)
     assert set(zipped.common) | set(zipped.own[0]) == set(model.state_dict())
     assert not set(zipped.common) & set(zipped.own[0]) and set(zipped.own[0]) == set(zipped.own[1])
-    layer = [key for key in zipped.common if "layers.1." in key or "layer.1." in key and "stages" not in key]
+    layer = [key for key in zipped.common if "layers.1." in key or ("layer.1." in key and "stages" not in key)]
     assert zipped.common and not layer
     for own, of in zip(zipped.own, (model, other)):
         assert said(built(of, {**zipped.common, **own}), shown).isfinite().all()
@@ -242,7 +242,9 @@ def test_what_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     unknown = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10, n_positions=8))
-    with pytest.raises(BadInput, match=f"no map of its units, model_type 'gpt2'; expected one of {', '.join(FAMILIES)}"):
+    with pytest.raises(
+        BadInput, match=f"no map of its units, model_type 'gpt2'; expected one of {', '.join(FAMILIES)}"
+    ):
         map_of(unknown)
     llama.model.extra = torch.nn.Linear(2, 2)
     with pytest.raises(BadInput, match=r"tensor 'model\.extra\.weight', of which the map of llama says nothing"):

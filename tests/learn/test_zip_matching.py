@@ -81,9 +81,7 @@ def test_as_the_authors_code(case, zipped, permuted):
     assert match_one_to_one(correlation)[1].tolist() == permuted
 
 
-@given(
-    st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0.0, 1e-4, 0.3, 0.9, 1.0]), st.floats(0, 1)
-)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([0.0, 1e-4, 0.3, 0.9, 1.0]), st.floats(0, 1))
 @settings(max_examples=80, deadline=None)
 def test_as_a_naive_oracle(seed, units, alpha, beta):
     correlation = random_correlation(seed, units)
