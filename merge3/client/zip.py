@@ -13,6 +13,7 @@ from merge3.client.fit_files import FitFiles
 from merge3.client.fit_result import other_run
 from merge3.client.zip_result import summary, told_sizes
 from merge3.client.zip_work import Done, Work, read, work
+from merge3.errors import RecipeError
 from merge3.files import write_atomically
 from merge3.learn.zip_file import FILE, save_zip
 from merge3.pool import Pool
@@ -43,6 +44,9 @@ def fit_zip(
 ) -> dict[str, Any]:
     """As fit.fit, which hands over to this. It takes one pass over the items, and is begun anew by --resume."""
     asked = read(file, recipe)
+    if asked.settings.heldout == 0:
+        found = "found 0, and nothing would say what the zip is worth"
+        raise RecipeError(f"{file}: fit.heldout", found, "a share of every task's items", "`merge` measures nothing")
     others = {str(run): other_run(run, asked.taught.heldout) for run in compare}
     began = time.perf_counter()
     ready = work(asked, device, quiet or as_json)

@@ -31,6 +31,9 @@ def _answers(ready: Work, models: Mapping[str, torch.nn.Module]) -> Measured | N
         name = names.get(taught.experts.get(task, ""))
         if name is None and len({id(model) for model in models.values()}) == 1:
             name = next(iter(models))
+        if name is None:
+            found = f"task {task} is not measured: no model for it, and two results"
+            warnings.warn(f"{found} (`model` in `fit: items` says whose it is)", Merge3Warning, stacklevel=2)
         model = models.get(name)
         if model is None:
             continue

@@ -64,6 +64,7 @@ class Work:
                 break
         if self.seen.limit > 0:
             zipped = _renewed(own, zipped, self.batches)
+        own = [model.to(self.dtype) for model in own]  # what is measured is what is written
         return Done(zipped, dict(zip(self.asked.names, own if len(own) > 1 else own * 2)))
 
 
@@ -89,7 +90,7 @@ def read(file: Path, recipe: Recipe) -> Asked:
     settings = located(read_zip(recipe.fit, f"{file}: fit"), Path(file).parent)
     taught = load_items(recipe, settings, f"{file}: fit")
     first, second = short_names(models).values()
-    if "/" in first + second:
+    if any("/" in name or set(name) <= {"."} for name in (first, second)):  # no names of folders
         first, second = "first", "second"
     return Asked(recipe, row, settings, taught, (first, second))
 

@@ -220,8 +220,28 @@ def test_what_is_refused(world, tmp_path, family):
     assert "kind 'generate' for a ResNetForImageClassification" in line and not out.exists()
     line = refused(world, "fit", "--run-dir", out, "--memory-budget", "1GiB")
     assert "--memory-budget: given with zipit" in line
+    assert "fit.heldout: found 0" in refused(world, "fit", "--run-dir", out, fit=FIT | {"heldout": 0})
     for command in (("fit", "--run-dir", out), ("merge", out)):
         assert "learns nothing" in refused(world, *command, method="linear")
+
+
+def test_a_task_that_is_nobodys(world):
+    """Two results, and one file of all items: matched all the same, and not measured."""
+    lines = (world / "low.jsonl").read_text() + (world / "high.jsonl").read_text()
+    (world / "all.jsonl").write_text(lines.replace('"low"', '"all"').replace('"high"', '"all"'))
+    recipe = write(world, "nobody.yaml", fit={"items": ["all.jsonl"], "layers": 1})
+    done = client("fit", recipe, "--run-dir", world / "nobody", "--json", "--quiet", "--no-export")
+    assert done.returncode == 0, done.stderr
+    assert "heldout" not in json.loads(done.stdout)
+    assert "task all is not measured: no model for it, and two results" in done.stderr
+
+
+def test_folders_named_for_no_folder(world, monkeypatch):
+    monkeypatch.chdir(world / "low")
+    recipe = write(world, "dots.yaml", models=("low", "high"), fit=FIT | {"layers": 1})
+    recipe.write_text(recipe.read_text().replace("./low", ".").replace("./high", "../high"))
+    done = client("merge", recipe, world / "dots", "--json", "--quiet")
+    assert done.returncode == 0 and json.loads(done.stdout)["results"] == {"first": "first", "second": "second"}
 
 
 def test_other_commands_say_what_it_is(world):
