@@ -14,7 +14,7 @@ from merge3.tasks.forward import right_padded
 from merge3.tasks.items import place
 from merge3.tasks.kinds import KINDS
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
-from merge3.tasks.requests import Choices, Image, Start, Text, Texts, batches, taken
+from merge3.tasks.requests import Choices, Image, Start, Text, Texts, batches
 from merge3.tasks.score import reader_of
 
 IMAGES, TOKENS = 64, 4096  # of a forward pass
@@ -45,9 +45,8 @@ def shown(
                 images.setdefault(request.pixels.numpy().tobytes(), request.pixels)
                 continue
             row = _tokens(item, request)
-            longest, what = taken(request, reader.apart)
-            if limit is not None and longest > limit:
-                raise ItemsError(place(item), what, f"at most {limit}, the model's positions")
+            if limit is not None and len(row) > limit:
+                raise ItemsError(place(item), f"{len(row)} tokens", f"at most {limit}, the model's positions")
             rows[row] = None
     return [*_images(list(images.values())), *_texts(list(rows), reader, models[0])]
 

@@ -9,9 +9,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
+from merge3.errors import ItemsError
 from merge3.learn.settings import ZipSettings, read_zip
 from merge3.learn.zip_file import FILE
+from merge3.learn.zip_items import shown
 from merge3.methods.zipped import ZIPPED
+from merge3.tasks import Item
+from merge3.tasks.prompts import load_tokenizer
 from merge3.world.strangers import TASKS, make_strangers
 from tests.commands import client
 from tests.worlds import shared
@@ -187,6 +191,24 @@ def test_language_models(tiny_world, tmp_path):
     words.write_text(json.dumps(data))
     line = refused(tmp_path, "merge", tmp_path / "other", models=("english", "italian"), fit=items)
     assert "4 tokens that the two tokenizers do not have alike" in line and not (tmp_path / "other").exists()
+
+
+def test_what_models_are_shown(tiny_world):
+    """Prompts, each once, and of choices the first one, whichever is right."""
+    folder = tiny_world / "english"
+    model, words = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+    items = [
+        Item("1", "a", "generate", "one plus two is", ("three",)),
+        Item("2", "a", "generate", "one plus two is", ("four",)),
+        Item("3", "a", "choice", "two plus two is", 1, ("three", "four")),
+    ]
+    (batch,) = shown(items, (model, model), (folder, folder))
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.mask)]
+    assert rows == [words("one plus two is").input_ids, words("two plus two is three").input_ids]
+    assert batch.inputs["attention_mask"] is batch.mask and len(batch) == 2
+    long = Item("4", "a", "generate", " ".join(["one"] * 40), ("two",))
+    with pytest.raises(ItemsError, match=r"at most 32, the model's positions"):
+        shown([long], (model, model), (folder, folder))
 
 
 def test_what_is_refused(world, tmp_path, family):
