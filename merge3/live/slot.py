@@ -56,6 +56,8 @@ class Slot:
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
         self._kept = Kept(pool, pool.derived_folder)
         self._shown: tuple[Variants, str | None] | None = None  # whose the weights are, and which task's
+        self._varied: tuple[Recipe, int] | None = None  # the recipe and seed of these, where they are a recipe's
+        self._kept_as_is: dict[str, str] = {}  # what that recipe keeps
 
     def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe", task: str | None = None) -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
@@ -64,16 +66,20 @@ class Slot:
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
         Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
         """
+        if task is not None and self._varied == (recipe, seed) and self._shown is not None:
+            variants, _ = self._shown
+            variants.check(task)
+            self._vary(task)
+            return self._kept_as_is
         program = self.compile(recipe, where)
         if task is None:
             self.run(program, seed)
-        else:
-            variants = self.variants(recipe, seed, where, program)
-            variants.check(task)
-            if self._shown is None or self._shown[0] is not variants:
-                self.run(program, seed)
-                self._shown = variants, None
-            self._vary(task)
+            return program.kept
+        variants = self.variants(recipe, seed, where, program)
+        variants.check(task)
+        self.run(program, seed)
+        self._shown, self._varied, self._kept_as_is = (variants, None), (recipe, seed), program.kept
+        self._vary(task)
         return program.kept
 
     def variants(
@@ -90,7 +96,7 @@ class Slot:
         with what all have in common. Heads that tasks have of their own are lent under their names; see use_head."""
         if self._shown is None or self._shown[0] is not variants:
             self.load(model)
-            self._shown = variants, None
+            self._shown, self._varied = (variants, None), None
         self._vary(task)
 
     def _vary(self, task: str | None) -> None:
