@@ -61,8 +61,8 @@ def pack(source: Source) -> Parts:
 
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
-    """The common tensor with the expert's elements in their places. Where both tasks' are few enough to be indexed, only
-    these are touched; to find many by their bits takes longer than to write the whole tensor."""
+    """The common tensor with the expert's elements in their places. Where both tasks' are few enough to have an index
+    only these are touched; to find many by their bits takes longer than to write the whole tensor."""
     values, index = get(f"{task}/values/{name}"), get(f"{task}/index/{name}", None)
     if index is None:
         return Unpacked("bits", (common, get(f"{task}/mask/{name}"), values))
