@@ -95,9 +95,11 @@ def measured(seed: int, only: list[str] | None) -> dict[str, float]:
 _SCALE = {"task_arithmetic": "weight", "ties": "lambda"}
 
 
-def recipe_of(world: Path, method: str, models: list[str] | None = None, fit=None, **parameters) -> Recipe:
-    """Of all experts alike."""
-    shared = {key: parameters.pop(key) for key in ("lambda", "normalize") if key in parameters}
+def recipe_of(
+    world: Path, method: str, models: list[str] | None = None, fit=None, recipe: dict | None = None, **parameters
+) -> Recipe:
+    """Of all experts alike. recipe: parameters of the recipe, others are of its models."""
+    shared = (recipe or {}) | {key: parameters.pop(key) for key in ("lambda", "normalize") if key in parameters}
     data = {"merge_method": method, "base_model": str(world / "base"), "dtype": "float32"}
     data["models"] = [{"model": model, "parameters": parameters} for model in models or [str(world / t) for t in TASKS]]
     return Recipe.parse(data | ({"parameters": shared} if shared else {}) | ({"fit": fit} if fit else {}))

@@ -15,6 +15,8 @@ _HOMES = {
     "SpaceDefinition": "merge3.space",
     "LocalEngine": "merge3.engine",
     "Registration": "merge3.registration",
+    "Varied": "merge3.protocol",
+    "Variants": "merge3.variants",
     "Item": "merge3.tasks",
     "read_items": "merge3.tasks",
     "merge_to_disk": "merge3.export",

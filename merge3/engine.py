@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
-from merge3.fitness import check_objectives, estimates, judged
+from merge3.export_task import merge_task
+from merge3.fitness import estimates, judged
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
@@ -27,38 +26,19 @@ from merge3.live.heads import own_heads
 from merge3.live.hooks import Adapter, adapted
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
-from merge3.methods import METHODS
-from merge3.packaging import chat_template, template_key
+from merge3.methods import METHODS, VARIANTS
+from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.program import compile, tied_outputs
-from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject
+from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject, Varied
 from merge3.recipe import Recipe
 from merge3.registration import Registration
+from merge3.rounds import Prepared, Round, Rounds, check_endpoint
 from merge3.space import Space, SpaceDefinition
-from merge3.tasks import Item, LogitsError, Scorer
+from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
-_SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
-_REGISTRATIONS = 64
-
-__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Subject"]
-
-
-class _Round(NamedTuple):
-    """The items of one task: their positions among the registration's, the endpoint whose head answers (None: the
-    merge's own), what asks."""
-
-    task: str
-    positions: list[int]
-    head: str | None
-    scorer: Scorer
-
-
-class _Prepared(NamedTuple):
-    """A registration as candidates meet it: its space, if it has one, and a round per task."""
-
-    space: Space | None
-    rounds: list[_Round]
+__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Subject", "Varied"]
 
 
 class LocalEngine:
@@ -74,8 +54,7 @@ class LocalEngine:
     def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
         self.pool, self.slot = pool, slot or Slot(pool, dtype)
         self._spaces: dict[str, Space] = {}
-        self._prepared: OrderedDict[tuple, _Prepared] = OrderedDict()
-        self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
+        self._rounds = Rounds(self.slot, self.space)
         self._fit: tuple[tuple[Registration, Fit] | None, Fitting | None] = None, None
 
     def info(self) -> PoolInfo:
@@ -96,7 +75,7 @@ class LocalEngine:
 
     def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
         """See Engine."""
-        self._prepare(registration, recipe)
+        self._rounds.prepare(registration, recipe)
 
     def space(self, definition: SpaceDefinition) -> Space:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
@@ -114,11 +93,13 @@ class LocalEngine:
             adapters: Mapping[str, Adapter] = {}
             if isinstance(subject, Operated):
                 subject, adapters = subject.subject, subject.adapters
-            prepared = self._prepare(registration, subject)  # what is wrong with items is raised
+            if isinstance(subject, Recipe) and subject.method in VARIANTS:
+                subject = Varied(subject)
+            prepared = self._rounds.prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
 
     def _evaluate(
-        self, asked: Registration, prepared: _Prepared, index: int, subject: Subject, adapters: Mapping[str, Adapter]
+        self, asked: Registration, prepared: Prepared, index: int, subject: Subject, adapters: Mapping[str, Adapter]
     ) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
@@ -127,14 +108,9 @@ class LocalEngine:
         try:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
-            before = time.perf_counter()
             with enough_memory(self.pool.device):
-                if recipe is None:
-                    self.slot.load(subject)
-                else:
-                    self.slot.swap(recipe, asked.seed, "candidate" if isinstance(subject, np.ndarray) else "recipe")
-                swap = time.perf_counter() - before
-                answers = self._ask(prepared.rounds, len(asked.items), adapters)
+                show = self._showing(recipe, subject, asked.seed)
+                answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
             responses = judged(asked, answers)
             if responses is None:
                 responses, raw = answers
@@ -188,7 +164,7 @@ class LocalEngine:
         self, asked: Registration, recipe: Recipe, experts: Mapping[str, str]
     ) -> tuple[list[TaskToLearn], Path]:
         """(every task of a registration, the folder of the tokenizer that reads its items)"""
-        self._check_heads(asked)
+        self._rounds.check_heads(asked)
         template = chat_template(recipe, self.pool) if asked.chat else None
         tasks = []
         for task, positions in asked.tasks().items():
@@ -198,10 +174,12 @@ class LocalEngine:
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""
+        if isinstance(subject, Varied):
+            subject = subject.subject
         if isinstance(subject, Recipe):
             return subject
         if isinstance(subject, str):
-            self._check_endpoint("endpoint", subject)
+            check_endpoint(self.pool, "endpoint", subject)
             return None
         if space is None:
             raise BadInput(
@@ -209,69 +187,54 @@ class LocalEngine:
             )
         return space.recipe(subject)
 
+    def show(self, endpoint: str, task: str | None = None) -> None:
+        """Bring a task's variant of a packed folder, an endpoint of the pool, into the live model; None: what all tasks
+        have in common. Raises BadInput or CheckpointError."""
+        self.slot.show(self._rounds.packed(endpoint), endpoint, task)
+
+    def _showing(self, recipe: Recipe | None, subject: Subject, seed: int) -> Callable[[str | None], None]:
+        """What brings the subject into the live model; of one with variants, that of the task it is given."""
+        if not isinstance(subject, Varied):
+            where = "candidate" if isinstance(subject, np.ndarray) else "recipe"
+            return lambda _: self.slot.load(subject) if recipe is None else self.slot.swap(recipe, seed, where)
+        if recipe is not None:
+            return lambda task: self.slot.swap(recipe, seed, "recipe", task)
+        return lambda task: self.show(subject.subject, task)
+
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
-    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """See Engine."""
+        if task is not None:
+            return merge_task(recipe, task, directory, self.pool, seed)
         return merge_to_disk(recipe, directory, self.pool, seed)
 
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
-    def _check_heads(self, asked: Registration) -> None:
-        for task, head in asked.heads.items():
-            if head not in self.slot.lent_heads:
-                self._check_endpoint(f"heads: {task}", head)
-
-    def _check_endpoint(self, where: str, name: str) -> None:
-        if name not in self.pool.endpoints:
-            raise BadInput(where, f"found {name!r}", ", ".join(self.pool.endpoints))
-
-    def _prepare(self, asked: Registration, subject: Subject | None) -> _Prepared:
-        """Checked, tokenised and remembered. A task's head is its own, else the endpoint's asked, else the merge's.
-        The chat template is that of the recipe asked, else that of the space's recipes."""
-        endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
-        recipe = subject if isinstance(subject, Recipe) else None
-        key = (asked, endpoint, template_key(recipe) if asked.chat else None)
-        if key not in self._prepared:
-            check_objectives(asked)
-            self._check_heads(asked)
-            space = None if asked.space is None else self.space(asked.space)
-            spoken = recipe or (space and space.uniform_recipe())
-            template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
-            rounds = []
-            for task, positions in asked.tasks().items():
-                head = asked.heads.get(task) or endpoint
-                items = tuple(asked.items[i] for i in positions)
-                rounds.append(_Round(task, positions, head, self._scorer(items, head, asked.system(task), template)))
-            self._prepared[key] = _Prepared(space, rounds)
-            while len(self._prepared) > _REGISTRATIONS:
-                self._prepared.popitem(last=False)
-        self._prepared.move_to_end(key)
-        return self._prepared[key]
-
-    def _scorer(self, items: tuple[Item, ...], head: str | None, system: str | None, template: str | None) -> Scorer:
-        key = (items, head if self.pool.heads else None, system, template)
-        if key not in self._scorers:
-            self.slot.use_head(head)  # the labels are the head's
-            folder, chat = self.pool.words.folder(template), system is not None
-            self._scorers[key] = Scorer(items, self.slot.model, folder, chat, system=system or "")
-            while len(self._scorers) > _SCORERS:
-                self._scorers.popitem(last=False)
-        return self._scorers[key]
-
-    def _ask(self, rounds: list[_Round], count: int, adapters: Mapping[str, Adapter]) -> Answers:
-        responses, raw = np.empty(count), {}
-        for task, positions, head, scorer in rounds:
+    def _ask(
+        self,
+        rounds: list[Round],
+        count: int,
+        adapters: Mapping[str, Adapter],
+        show: Callable[[str | None], None],
+    ) -> tuple[Answers, float]:
+        """(what was answered, seconds of bringing the subject into the live model)"""
+        responses, raw, seconds = np.empty(count), {}, 0.0
+        for number, (task, positions, head, scorer, variant) in enumerate(rounds):
+            if number == 0 or variant != rounds[number - 1].variant:
+                before = time.perf_counter()
+                show(variant)
+                seconds += time.perf_counter() - before
             self.slot.use_head(head)
             with adapted(self.slot.model, adapters.get(task)):
                 answers = scorer.ask(self.slot.model)
             responses[positions] = answers.responses
             raw |= {positions[at]: found for at, found in answers.raw.items()}
-        return Answers(responses, raw)
+        return Answers(responses, raw), seconds
 
     def _check_depths(self, space: Space) -> None:
         """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""

@@ -22,7 +22,7 @@ from merge3.checkpoint.card import model_card
 from merge3.checkpoint.modules import check_modules, module_files
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, Merge3Warning, RecipeError
-from merge3.methods import Job, execute, method_named
+from merge3.methods import VARIANTS, Job, execute, method_named
 from merge3.packaging import (
     Specs,
     chat_template,
@@ -36,6 +36,7 @@ from merge3.packaging import (
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+from merge3.variants import Variants, write_parts
 
 BATCH = 24_000_000  # elements merged at once
 
@@ -83,7 +84,8 @@ def merge_to_disk(
     """Write the merged checkpoint, atomically.
 
     Returns {"path", "tensors", "parameters", "kept": {tensor: reason}, "left_out": {"model: tensor": reason}, "notes":
-    what became of language models that were merged into a model with eyes or ears, one line each}.
+    what became of language models that were merged into a model with eyes or ears, one line each; of a method with a
+    result per task "variants" too: what their parts take, in bytes}.
     progress(elements done, elements in all) is called after each batch. drop: patterns of tensors that models have and
     the base lacks, which may be left out. What seems wrong but can be merged is a Merge3Warning.
     Raises RecipeError, CheckpointError or ResourceError; nothing is left under `directory` then.
@@ -93,7 +95,8 @@ def merge_to_disk(
     streaming = pool is None
     if pool is None:
         models = recipe.models()
-        method_named(recipe.method, f"{where}: merge_method")
+        if recipe.method not in VARIANTS:
+            method_named(recipe.method, f"{where}: merge_method")
         try:
             pool = Pool.open(models[0], models[1:], drop=drop, tokenizer=recipe.tokenizer, tower=recipe.tower)
         except RecipeError as error:
@@ -112,11 +115,15 @@ def merge_to_disk(
             pool.release(job.refs)
         return merged
 
-    write_checkpoint(ready, recipe, pool, directory, merge, seed, shard_size, progress, where)
+    def pack(folder: Path) -> None:
+        if ready.program.tasks:
+            write_parts(folder, recipe, ready.program, pool, where)
+
+    write_checkpoint(ready, recipe, pool, directory, merge, seed, shard_size, progress, where, pack)
     left_out = {f"{ref.model}: {ref.tensor}": reason for ref, reason in pool.left_out.items()}
     for model, count in (pool.vocabulary.unused if pool.vocabulary is not None else {}).items():
         left_out[f"{model}: {count:,} rows of embeddings"] = "no token of its tokenizer has them"
-    return {
+    result = {
         "path": str(directory),
         "tensors": len(ready.specs),
         "parameters": sum(job.numel for job in ready.program.jobs),
@@ -124,6 +131,7 @@ def merge_to_disk(
         "left_out": left_out,
         "notes": list(pool.notes),
     }
+    return result | {"variants": Variants.open(directory).sizes()} if ready.program.tasks else result
 
 
 def write_checkpoint(
@@ -136,9 +144,11 @@ def write_checkpoint(
     shard_size: int = SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda done, total: None,
     where: str = "recipe",
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write what `merge` makes of the jobs, and all that a checkpoint has beside, atomically. merge: of some jobs,
-    name -> tensor in the dtype and shape of `ready.specs`. The others are as of merge_to_disk."""
+    name -> tensor in the dtype and shape of `ready.specs`. beside: adds to the folder when the checkpoint is whole. The
+    others are as of merge_to_disk."""
     # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
     with ThreadPoolExecutor(1) as aside:
         checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
@@ -148,6 +158,7 @@ def write_checkpoint(
             checked.result()
             writer.finish()
             check_written(writer.temporary, ready.specs, ready.config)
+            beside(writer.temporary)
 
 
 def _check_words(recipe: Recipe, pool: Pool, where: str) -> None:
@@ -184,7 +195,7 @@ def _write_tensors(
             else:
                 tensor = merged.pop(name)
             if name not in pool.fixed:  # a mask may well hold infinities
-                _check_output(name, tensor)
+                check_values(name, tensor)
             writer.put(name, tensor)
         done += sum(job.numel for job in jobs)
         progress(done, total)
@@ -200,8 +211,9 @@ def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, poo
         writer.write_text("chat_template.jinja", template)
 
 
-def _check_output(name: str, tensor: torch.Tensor) -> None:
-    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504. A variance is at least 0."""
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Inputs are finite, so what is not finite here overflowed: float16 ends at 65,504. A variance is at least 0.
+    Raises BadInput."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     low, high = torch.aminmax(tensor)  # both are NaN where any element is; fifty times as fast as isfinite().all()

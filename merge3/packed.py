@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from merge3 import kernels
@@ -66,6 +67,22 @@ def unify(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor]) -> Unif
     kernels.elementwise_(unified, base, experts, "unify", torch.zeros(len(base)))
     masks, sums = kernels.pack(base, experts, len(base), unified)
     return Unified(unified, masks, sums[..., 0] / sums[..., 1].where(sums[..., 1] > 0, 1.0))
+
+
+def words_of(bits: torch.Tensor) -> torch.Tensor:
+    """Of bool [numel]: int32 [ceil(numel / 32)], the lowest bit of a word first."""
+    padded = torch.nn.functional.pad(bits.flatten(), (0, -bits.numel() % 32)).view(-1, 32).long()
+    words = (padded << torch.arange(32, device=bits.device)).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def bits_of(words: torch.Tensor, numel: int) -> torch.Tensor:
+    """The inverse: bool [numel]."""
+    bytes_ = words.contiguous().view(torch.uint8)  # little-endian, as every machine torch runs on
+    if words.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bytes_.numpy(), count=numel, bitorder="little")).view(torch.bool)
+    places = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((bytes_[:, None] >> places) & 1).bool().flatten()[:numel]
 
 
 def _merge(out, base, experts, weights, rescales, lambda_, modes: Modes, masks) -> None:

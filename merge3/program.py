@@ -14,9 +14,11 @@ import torch
 
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import RecipeError
-from merge3.methods import Copy, Job, Method, Step, method_named
+from merge3.methods import METHODS, VARIANTS, Copy, Job, Method, Step, method_named
 from merge3.methods.execute import Output
 from merge3.methods.plan import Kept, Layer, Rest, Tied, View, resolve
+from merge3.methods.variants import common_of, parameters_of, tasks_of
+from merge3.parameters import lookup
 from merge3.recipe import BASE, Recipe
 from merge3.statistics import Statistics
 
@@ -26,7 +28,9 @@ class Program:
     """jobs: what is merged. copies: output -> the tensor it is as it stands; kept: the reason of each. ties: output
     -> the output it shares, where every source ties it and none stores it. origins: output layer -> the model and its
     layer whose configuration it has. shapes: of every output that is stored, jobs first. rests: output -> the rows
-    that stay as they are, of one whose first rows alone are merged.
+    that stay as they are, of one whose first rows alone are merged. varied: of a method with a result per task, the
+    outputs that may differ between them, as jobs over all experts; what the program itself writes is what they have in
+    common. tasks: task -> the model it belongs to.
 
         program = compile(Recipe.from_yaml("ties.yaml"), pool)
         tensors = {name: torch.empty(shape) for name, shape in program.shapes.items()}
@@ -41,6 +45,8 @@ class Program:
     origins: tuple[tuple[str, int], ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     rests: dict[str, Ref] = field(default_factory=dict)
+    varied: tuple[Job, ...] = ()
+    tasks: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -75,7 +81,16 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
 
     Raises RecipeError for what does not fit: an unknown method, parameters, layers, tensors.
     """
+    return _with_variants(recipe, view, where) if recipe.method in VARIANTS else _compiled(recipe, view, where)[0]
+
+
+def _compiled(recipe: Recipe, view: View, where: str) -> tuple[Program, list[Job]]:
+    """(the program of one merge, its jobs over the experts themselves)"""
     method = method_named(recipe.method, f"{where}: merge_method")
+    for key in ("tasks", "router"):
+        if getattr(recipe, key):
+            found = f"`{key}:` in a recipe of {method.name}, which makes one model for all tasks"
+            raise RecipeError(f"{where}: {key}", found, f"one of {', '.join(VARIANTS)}")
     for section in ("fit", "surgery"):
         if getattr(recipe, section):
             found = f"`{section}:` in a recipe of {method.name}, to be fitted first"
@@ -99,12 +114,29 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
                 origins.append(tuple(found))
     if not jobs and not copies:
         raise RecipeError(where, "no tensor to merge", "models with weights")
+    merged = jobs
     if method.derive is not None:
-        jobs = _over_one_expert(method, jobs, view)
+        jobs = _over_one_expert(method, merged, view)
     shapes = {job.name: job.shape for job in jobs}
     shapes |= {name: view.shape(source.whole) for name, source in rests.items()}
     shapes |= {name: view.shape(source) for name, source in copies.items()}
-    return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes, rests)
+    return Program(method, tuple(jobs), copies, kept, ties, tuple(origins), shapes, rests), merged
+
+
+def _with_variants(recipe: Recipe, view: View, where: str) -> Program:
+    """The program of what all tasks have in common, and which outputs differ between them."""
+    row, tasks = VARIANTS[recipe.method], tasks_of(recipe, where)
+    program, varied = _compiled(common_of(recipe, METHODS, where), view, where)
+    if program.rests:
+        found = f"{next(iter(program.rests))!r} is merged in part"
+        raise RecipeError(where, found, "whole tensors, where every task has a model of its own")
+    setting = parameters_of(recipe, where)
+    if row.from_base:
+        varied = [job for job in varied if lookup(row.from_base, (setting,), job.name, 0.0, True)]
+        based = {job.name: job.base for job in varied}
+        jobs = tuple(job for job in program.jobs if job.name not in based)
+        program = replace(program, jobs=jobs, copies=program.copies | based)
+    return replace(program, varied=tuple(varied), tasks=tasks)
 
 
 def tied_outputs(view: View, layout: Layout) -> tuple[str, ...]:

@@ -29,8 +29,18 @@ class Operated:
     adapters: Mapping[str, Adapter]
 
 
-# A genome of the registration's space, a recipe, an endpoint's name, or one of the latter with adapters.
-Subject = np.ndarray | Recipe | str | Operated
+@dataclass(frozen=True)
+class Varied:
+    """A merge with a result for each task. subject: a recipe of such a method, or the endpoint that is a packed folder.
+    tasks: whose variant answers, of each of the registration's items; None: that of its own task."""
+
+    subject: Recipe | str
+    tasks: tuple[str, ...] | None = None
+
+
+# A genome of the registration's space, a recipe, an endpoint's name, or one of these two with adapters or variants. A
+# recipe of a method with a result for each task is as Varied(recipe); an endpoint is what lies in its folder, no more.
+Subject = np.ndarray | Recipe | str | Operated | Varied
 
 
 @dataclass(frozen=True)
@@ -144,8 +154,8 @@ class Engine(Protocol):
     def check(self, recipe: Recipe) -> None:
         """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""
 
-    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
-        """Write the merged checkpoint; see export.merge_to_disk.
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
+        """Write the merged checkpoint; see export.merge_to_disk. task: of a method with a result for each, whose alone.
 
         Raises RecipeError, CheckpointError or ResourceError.
         """

@@ -19,6 +19,7 @@ import torch
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
+from merge3.export_task import check_task, merge_task
 from merge3.learn.fit import Fit
 from merge3.learn.fitting import State
 from merge3.packaging import chat_template
@@ -126,8 +127,11 @@ class Host:
         if pool_id in self._opened:
             self._opened[pool_id].forget_fit()
 
-    def export(self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, stop=None, emit=None) -> dict[str, Any]:
-        """Write the merged checkpoint; emits (done, total). Returns what merge_to_disk does. Raises Cancelled."""
+    def export(
+        self, spec: PoolSpec, recipe: Recipe, directory: str, seed: int, task: str = "", stop=None, emit=None
+    ) -> dict[str, Any]:
+        """Write the merged checkpoint; emits (done, total). task: of a recipe with a model for each, whose alone.
+        Returns what merge_to_disk does. Raises Cancelled."""
 
         def progress(done: int, total: int) -> None:
             if stop and stop():
@@ -135,10 +139,15 @@ class Host:
             if emit:
                 emit((done, total))
 
-        return merge_to_disk(recipe, Path(directory), self._engine(spec).pool, seed, progress=progress)
+        where = Path(directory), self._engine(spec).pool, seed
+        if task:
+            return merge_task(recipe, task, *where, progress=progress)
+        return merge_to_disk(recipe, *where, progress=progress)
 
-    def check(self, spec: PoolSpec, recipe: Recipe, stop=None, emit=None) -> None:
+    def check(self, spec: PoolSpec, recipe: Recipe, task: str = "", stop=None, emit=None) -> None:
         """A dry run of swap and export: raises what they would refuse."""
+        if task:
+            check_task(recipe, task)
         self._engine(spec).check(recipe)
 
     def generate(
@@ -149,10 +158,12 @@ class Host:
         prompt: str,
         max_tokens: int,
         chat: bool,
+        task: str = "",
         stop=None,
         emit=None,
     ) -> None:
-        """Continue a prompt greedily; every piece of text is emitted."""
+        """Continue a prompt greedily; every piece of text is emitted. task: of a recipe with a model for each, or of an
+        endpoint that is a packed folder, whose."""
         from merge3_server.generate import continuation
 
         engine = self._engine(spec)
@@ -162,8 +173,12 @@ class Host:
         with self._stopping(stop):
             template = None
             if isinstance(what, Recipe):
-                slot.swap(what, seed)
+                if task:
+                    check_task(what, task)
+                slot.swap(what, seed, task=task or None)
                 template = chat_template(what, pool) if chat else None
+            elif task:
+                engine.show(what, task)
             else:
                 slot.load(what)
             for piece in continuation(slot.model, pool.words.folder(template), prompt, max_tokens, chat):

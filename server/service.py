@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from merge3 import __version__
-from merge3.engine import Subject
+from merge3.engine import Subject, Varied
 from merge3.errors import BadInput, Busy, RecipeError
+from merge3.export_task import check_task
 from merge3.files import resource_error
 from merge3.recipe import Recipe
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
@@ -102,6 +103,8 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         entry = self.pools.get(request.pool_id)
         accepted = self.catalog.accepted(request.pool_id, request.items_id)
         subject = await self._subject(request, accepted, entry.spec.models)
+        if request.task:
+            subject = _of_task(subject, request.task, accepted)
         if len(request.idempotency_key) > 200:
             raise BadInput("idempotency_key", f"{len(request.idempotency_key)} characters", "at most 200")
         run = lambda: self.scheduler.run(driver, "evaluate", entry.spec, accepted.registered, subject)
@@ -175,7 +178,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         recipe = await self._recipe_or_endpoint(request, "recipe", entry.spec.models)
         temporary = None
         if request.dry_run:
-            await self.scheduler.run(_driver(context), "check", entry.spec, recipe)
+            await self.scheduler.run(_driver(context), "check", entry.spec, recipe, request.task)
             yield pb.ExportResponse(result=pb.ExportResult())
             return
         if request.directory:
@@ -187,7 +190,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
                 raise resource_error(Path(self.settings.export_root or tempfile.gettempdir()), error) from None
             directory = Path(temporary) / "model"
         try:
-            arguments = (entry.spec, recipe, str(directory), request.seed)
+            arguments = (entry.spec, recipe, str(directory), request.seed, request.task)
             # Closed before the directory is removed: a merge under way is stopped first.
             async with contextlib.aclosing(self._emitting(_driver(context), "export", *arguments)) as emitted:
                 async for kind, value in emitted:
@@ -218,7 +221,8 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             raise BadInput(
                 "max_tokens", f"found {request.max_tokens}", f"0 (as many as fit, up to 64) to {self.limits.tokens}"
             )
-        arguments = (entry.spec, what, request.seed, request.prompt, request.max_tokens, request.chat)
+        asked = request.prompt, request.max_tokens, request.chat, request.task
+        arguments = (entry.spec, what, request.seed, *asked)
         async with contextlib.aclosing(self._emitting(_driver(context), "generate", *arguments)) as emitted:
             async for kind, value in emitted:
                 if kind == "emitted":
@@ -282,6 +286,16 @@ def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
         at = int(np.flatnonzero(~np.isfinite(genome))[0])
         raise BadInput(f"genome[{at}]", f"found {genome[at]}", "a finite number")
     return genome
+
+
+def _of_task(subject: Subject, task: str, accepted: Accepted) -> Varied:
+    if isinstance(subject, np.ndarray):
+        raise BadInput(
+            "task", "given with a genome", "a recipe whose method makes a model for each task"
+        )
+    if isinstance(subject, Recipe):
+        check_task(subject, task)
+    return Varied(subject, (task,) * len(accepted.registered.load().items))
 
 
 def _driver(context) -> str:

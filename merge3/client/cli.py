@@ -55,8 +55,9 @@ def version(
 
 @app.command(epilog="Example: merge3-client merge recipe.yaml merged/")
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in mergekit's YAML.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe in mergekit's YAML; with --task also a packed folder.")],
     out: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    task: Annotated[str | None, typer.Option(help="Of a method with a model for each task: this task's alone.")] = None,
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     shard_size: Annotated[int, typer.Option(help="Largest file, in bytes.")] = 5_000_000_000,
     drop: Annotated[
@@ -73,43 +74,32 @@ def merge(
     quiet: Quiet = False,
 ):
     """Merge a recipe to a checkpoint on disk. Weights that a recipe learns (`fit:`) are fitted first."""
+    from merge3.client.merge import merge_files, show_merged
     from merge3.client.options import prefixes
-    from merge3.client.terminal import bar, in_few_lines
-    from merge3.export import merge_to_disk
+    from merge3.client.terminal import bar
+    from merge3.errors import BadInput
     from merge3.methods import ZIPPED
     from merge3.recipe import Recipe
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
-    asked = Recipe.from_yaml(recipe)
-    if asked.method in ZIPPED:
+    asked = None if recipe.is_dir() else Recipe.from_yaml(recipe)
+    if asked is not None and asked.method in ZIPPED:
         from merge3.client.zip import merge_zip
 
+        for option, given in (("--task", task), ("--drop", drop), ("--tower", tower)):
+            if given:
+                raise BadInput(option, f"given with a recipe of {asked.method}", f"{recipe} without it")
         return merge_zip(recipe, asked, out, as_json, quiet)
-    if asked.fit:
+    if asked is not None and asked.fit:
         from merge3.checkpoint import check_free
         from merge3.client.fit import fitted_recipe
 
         check_free(out)
         asked = fitted_recipe(recipe, as_json, quiet)
-    result = merge_to_disk(
-        replace(asked, tower=prefixes(tower)) if tower else asked,
-        out,
-        seed=seed,
-        shard_size=shard_size,
-        progress=show,
-        where=str(recipe),
-        drop=drop or (),
-    )
-    if as_json:
-        print(json.dumps(result))
-        return
-    for line in result["notes"]:
-        print(line)
-    for line in in_few_lines(result["kept"]):
-        print(f"kept as it is: {line}")
-    for name, reason in result["left_out"].items():
-        print(f"left out: {name} ({reason})")
-    print(f"{result['tensors']} tensors, {result['parameters']:,} merged parameters: {result['path']}")
+    if asked is not None and tower:
+        asked = replace(asked, tower=prefixes(tower))
+    result = merge_files(recipe, asked, out, task, seed, shard_size, show, drop or ())
+    print(json.dumps(result)) if as_json else show_merged(result)
 
 
 @app.command(epilog="Example: merge3-client evolve evolve.yaml --run-dir runs/first")

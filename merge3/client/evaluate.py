@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
-from merge3.engine import Evaluation, LocalEngine, Operated
+from merge3.client.routing import check_route, routed, told_of_routes
+from merge3.engine import Evaluation, LocalEngine, Operated, Varied
 from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
@@ -29,6 +30,7 @@ from merge3.recipe import Recipe, load_yaml
 from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
+from merge3.variants import ABOUT as VARIANTS_FILE
 
 if TYPE_CHECKING:
     from merge3.adapters.judging import Benchmark
@@ -62,13 +64,16 @@ def evaluate_files(
     memory_budget: str | None = None,
     skip_too_long: bool = False,
     surgery: bool = True,
+    variants: bool = True,
+    route: bool = False,
 ) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
     lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
 
     A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
     positions for, say so, and count it in `skipped`. surgery: answer a task's items with its adapter where the folder
-    has one.
+    has one. variants: with its own model where the folder has one for each task, as a recipe of such a method does.
+    route: by the variant that the router finds for its prompt, whatever the item's task.
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
@@ -76,6 +81,7 @@ def evaluate_files(
     adapters = _adapters(what) if surgery and (what / FILE).is_file() else None
     chat = asked.chat(items)
     pool, subject, dtype = _opened(what, device, memory_budget)
+    check_route(route, what, subject)
     folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
     benchmarks = _benchmarks(asked, folder)
     for benchmark in benchmarks.values():
@@ -88,6 +94,12 @@ def evaluate_files(
         print(note, file=sys.stderr)
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     start = time.perf_counter()
+    routes: list[str] | None = None
+    if route:
+        routes = routed(what, subject, engine.slot, items)
+        subject = Varied(subject, tuple(routes))
+    elif isinstance(subject, str) and variants and (what / VARIANTS_FILE).is_file():
+        subject = Varied(subject)
     if adapters is not None:
         subject = _with_adapters(subject, adapters, items)
     (evaluation,) = engine.evaluate(Registration(tuple(items), seed=seed, chat=chat), [subject])
@@ -99,6 +111,8 @@ def evaluate_files(
         rows = [_row(str(what), items[i], float(responses[i])) for i in counted]
         write_atomically(responses_file, "".join(json.dumps(row) + "\n" for row in rows))
     result |= {"skipped": fitted.skipped, "seconds": seconds}
+    if routes is not None:
+        result["routes"] = told_of_routes(routes, items)
     return result | {"metrics": metrics} if metrics else result
 
 
@@ -113,6 +127,10 @@ def show(result: Mapping[str, Any]) -> None:
     if result["tasks"]:
         mean = f"{result['accuracy']:.4f} ± {result['stderr']:.4f}"
         print(f"{'mean over tasks':<24} {mean}  in {result['seconds']:.1f} s")
+    if "routes" in result:
+        own = result["routes"]["of_own_task"]
+        sent = ", ".join(f"{count} to {task}" for task, count in result["routes"]["sent"].items())
+        print(f"the router sent {sent}" + ("" if own is None else f"; {100 * own:.1f} % to their own task's variant"))
 
 
 def _from_files(asked: Asked) -> list[Item]:

@@ -35,6 +35,10 @@ def evaluate(
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
     skip_too_long: SkipTooLong = False,
     surgery: Annotated[bool, typer.Option(help="By task, with the adapters that lie in the folder.")] = True,
+    variants: Annotated[bool, typer.Option(help="By task, with the variants that lie in the folder.")] = True,
+    route: Annotated[
+        bool, typer.Option("--route", help="By the variant that the router finds for each prompt.")
+    ] = False,
     strict: Strict = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -47,7 +51,8 @@ def evaluate(
         metric, num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn, _mapping(gen_kwargs)
     )
     asked = Asked(items or (), task or (), task_path or (), settings, limit)
-    result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long, surgery)
+    beside = {"surgery": surgery, "variants": variants, "route": route}
+    result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long, **beside)
     print(json.dumps(result)) if as_json else show(result)
 
 

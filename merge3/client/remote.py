@@ -27,7 +27,7 @@ from merge3.client.channel import Target, translated
 from merge3.client.received import received
 from merge3.client.register import Registrar
 from merge3.client.remote_fit import fit_steps
-from merge3.engine import Evaluation, Operated, PoolInfo, Subject
+from merge3.engine import Evaluation, Operated, PoolInfo, Subject, Varied
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
 from merge3.fitness import estimates, judged
@@ -131,10 +131,10 @@ class RemoteEngine:
         """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
 
-    def export(self, recipe: Recipe, directory: Path, seed: int = 0) -> dict:
+    def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """Write the merged checkpoint here: the daemon merges, its files cross, the directory appears whole."""
         check_free(directory)
-        return self._persist(lambda: self._fetch(recipe, Path(directory), seed))
+        return self._persist(lambda: self._fetch(recipe, Path(directory), seed, task or ""))
 
     def close(self) -> None:
         """Give the pool up. What fails is not told: the daemon closes idle pools by itself."""
@@ -181,8 +181,21 @@ class RemoteEngine:
             request.endpoint = subject
         elif isinstance(subject, Operated):
             raise _not_there(self.target.address)
+        elif isinstance(subject, Varied):
+            return self._of_task(index, subject)
         else:
             request.genome.values.extend(subject)
+        return request
+
+    def _of_task(self, index: int, subject: Varied) -> pb.EvaluateRequest:
+        if (subject.tasks is None and isinstance(subject.subject, str)) or len(set(subject.tasks or ())) > 1:
+            found, hint = (
+                "items of several tasks of a packed folder, or a router",
+                "its recipe, or a task at a time",
+            )
+            raise Unavailable(self.target.address, found, "one task for all items, or a recipe", hint)
+        request = self._request(index, subject.subject)
+        request.task = subject.tasks[0] if subject.tasks else ""
         return request
 
     def _address(self, registration: Registration, requests: Iterable[pb.EvaluateRequest | pb.FitRequest]) -> None:
@@ -216,10 +229,10 @@ class RemoteEngine:
         finally:
             stream.cancel()
 
-    def _fetch(self, recipe: Recipe, directory: Path, seed: int) -> dict:
+    def _fetch(self, recipe: Recipe, directory: Path, seed: int, task: str) -> dict:
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
-        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=seed)
+        request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=seed, task=task)
         try:
             partial.mkdir(parents=True)
             with self._translated():

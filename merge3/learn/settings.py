@@ -163,6 +163,17 @@ def read_zip(data: Mapping[str, Any] | None, where: str) -> ZipSettings:
     return _read(ZipSettings, data, where)
 
 
+class RouterSettings(_Section):
+    """The `router:` of a recipe with a result per task. per_task: prompts of each that a mean is taken of, drawn by the
+    seed; their answers are never read."""
+
+    items: tuple[TaskItems, ...] = Field((), max_length=256)
+    per_task: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+
+
 def read_fit(data: Mapping[str, Any] | None, where: str) -> FitSettings:
     """Raises RecipeError naming the key."""
     return _read(FitSettings, data, where)
@@ -171,6 +182,11 @@ def read_fit(data: Mapping[str, Any] | None, where: str) -> FitSettings:
 def read_surgery(data: Mapping[str, Any] | None, where: str) -> SurgerySettings:
     """Raises RecipeError naming the key."""
     return _read(SurgerySettings, data, where)
+
+
+def read_router(data: Mapping[str, Any] | None, where: str) -> RouterSettings:
+    """Raises RecipeError naming the key."""
+    return _read(RouterSettings, data, where)
 
 
 def located(settings: _Learning, folder: Path) -> _Learning:

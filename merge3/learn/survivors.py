@@ -17,6 +17,7 @@ import torch
 from merge3.checkpoint.layout import Ref
 from merge3.errors import RecipeError
 from merge3.export import Prepared, prepare, write_checkpoint
+from merge3.largest import kth_largest
 from merge3.learn.fit import experts_of, merged_with, of_experts
 from merge3.methods import Job
 from merge3.methods.learned import learned_named
@@ -24,7 +25,6 @@ from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Slice
 
 _OF_HEADS = ("id2label", "label2id", "num_labels", "problem_type")  # what a configuration says of them
-_LOW, _BINS = 16, 2**16  # a magnitude's bits are found in two halves
 
 
 def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> Recipe:
@@ -70,32 +70,7 @@ def survivors(vectors: Sequence[torch.Tensor], thresholds: Sequence[float], majo
 def kept_from(read: Callable[[], Iterable[torch.Tensor]], share: float) -> float:
     """The magnitude from which on `share` of all elements are kept, and one more, as kthvalue(n − int(n · share)) has
     it; 0.0 where all are. read: magnitudes, float32, each time it is called; it is twice."""
-    upper, count = torch.zeros(_BINS, dtype=torch.int64), 0
-    for tensor in read():
-        upper += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS).cpu()
-        count += tensor.numel()
-    place = int(count * share) + 1  # from the largest
-    if place > count:
-        return 0.0
-    high, place = _find(upper, place)
-    lower = torch.zeros(_BINS, dtype=torch.int64)
-    for tensor in read():
-        bits = _bits(tensor)
-        lower += torch.bincount(bits[bits >> _LOW == high] & (_BINS - 1), minlength=_BINS).cpu()
-    low, _ = _find(lower, place)
-    return float(torch.tensor((high << _LOW) | low, dtype=torch.int32).view(torch.float32))
-
-
-def _find(counts: torch.Tensor, place: int) -> tuple[int, int]:
-    """(the bin of the place-th element from the top, its place within the bin)"""
-    above = counts.flip(0).cumsum(0)
-    at = int((above >= place).nonzero()[0])
-    return len(counts) - 1 - at, place - (int(above[at - 1]) if at else 0)
-
-
-def _bits(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Of floats that are not negative: integers in the same order, int64."""
-    return magnitudes.flatten().contiguous().view(torch.int32).long()
+    return kth_largest(read, lambda count: int(count * share) + 1)[0]
 
 
 def _magnitudes(jobs: Sequence[Job], pool: Pool, k: int) -> Callable[[], Iterator[torch.Tensor]]:

@@ -17,11 +17,12 @@ from merge3.live.heads import Heads
 from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.streaming import execute_streamed
-from merge3.methods import execute
+from merge3.methods import Unpacked, execute
 from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+from merge3.variants import Kept, Variants
 
 # Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
 # block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
@@ -53,19 +54,72 @@ class Slot:
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
+        self._kept = Kept(pool, pool.derived_folder)
+        self._shown: tuple[Variants, str | None] | None = None  # whose the weights are, and which task's
+        self._varied: tuple[Recipe, int] | None = None  # the recipe and seed of these, where they are a recipe's
+        self._kept_as_is: dict[str, str] = {}  # what that recipe keeps
 
-    def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe") -> dict[str, str]:
+    def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe", task: str | None = None) -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
 
-        seed: of random keeps; the same seed drops the same elements for every candidate.
-        Raises RecipeError if the recipe makes another number of layers than the base has.
+        seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a
+        result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
+        Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
         """
+        if task is not None and self._varied == (recipe, seed) and self._shown is not None:
+            variants, _ = self._shown
+            variants.check(task)
+            self._vary(task)
+            return self._kept_as_is
         program = self.compile(recipe, where)
+        if task is None:
+            self.run(program, seed)
+            return program.kept
+        variants = self.variants(recipe, seed, where, program)
+        variants.check(task)
         self.run(program, seed)
+        self._shown, self._varied, self._kept_as_is = (variants, None), (recipe, seed), program.kept
+        self._vary(task)
         return program.kept
+
+    def variants(
+        self, recipe: Recipe, seed: int = 0, where: str = "recipe", program: Program | None = None
+    ) -> Variants:
+        """What the recipe's tasks differ by, packed by the first call. Raises RecipeError for an ordinary recipe."""
+        program = program or self.compile(recipe, where)
+        if not program.tasks:
+            raise RecipeError(where, f"{recipe.method} makes one model for all tasks", "a method with one for each")
+        return self._kept.of(recipe, program, seed, where)
+
+    def show(self, variants: Variants, model: str, task: str | None = None) -> None:
+        """Overwrite the model with a task's variant of a packed folder that the pool has as the endpoint `model`; None:
+        with what all have in common. Heads that tasks have of their own are lent under their names; see use_head."""
+        if self._shown is None or self._shown[0] is not variants:
+            self.load(model)
+            self._shown, self._varied = (variants, None), None
+        self._vary(task)
+
+    def _vary(self, task: str | None) -> None:
+        variants, before = self._shown
+        if task == before:
+            return
+        weights, outputs = self.written(), []
+        for name, step in variants.steps(task, before).items():
+            out = weights[name]
+            if not self._in_place(name, out) and isinstance(step, Unpacked):
+                step.whole = True
+            outputs.append((name, step, out))
+        self._settle()
+        self._shown = None  # whatever interrupts this leaves neither
+        self._run(outputs, 0)
+        self._share(variants.about["ties"])
+        if self._heads.merged:
+            self._heads.show(None)
+        self._shown = variants, task
 
     def run(self, program: Program, seed: int = 0) -> None:
         """Overwrite the model with what a program of this pool makes; see `swap`."""
+        self._shown = None
         outputs = program.outputs(self.written(), self.pool.statistics)
         if self._overlap:
             self._run_by_layer(outputs, seed)
@@ -97,6 +151,7 @@ class Slot:
 
     def load(self, model: str) -> None:
         """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
+        self._shown = None
         self._settle()
         self.use_head(model)
         self._copy(model, self._weights)
@@ -135,8 +190,7 @@ class Slot:
             self._memory = self.pool.memory
         there, beside = [], []
         for output in outputs:
-            there_at_once = output[2].is_contiguous() and output[0] not in self._rounded
-            (there if there_at_once else beside).append(output)
+            (there if self._in_place(output[0], output[2]) else beside).append(output)
         with torch.no_grad():
             self._write(there, seed, self._prepared)
             for batch in _batches(beside):
@@ -146,6 +200,9 @@ class Slot:
                 self._write(blocks, seed, None)
                 for (_, _, out), (_, _, block) in zip(batch, blocks):
                     out.copy_(block)
+
+    def _in_place(self, name: str, out: torch.Tensor) -> bool:
+        return out.is_contiguous() and name not in self._rounded
 
     def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, away = [], []

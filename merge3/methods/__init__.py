@@ -5,9 +5,10 @@ METHODS is the one list: `merge3-client methods`, docs/methods.md and the parity
 
 from merge3.errors import RecipeError
 from merge3.methods import averages, rules, spherical, task_arithmetic
-from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step
+from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step, Unpacked
 from merge3.methods.execute import execute
 from merge3.methods.learned import LEARNED
+from merge3.methods.variants import VARIANTS
 from merge3.methods.zipped import ZIPPED
 from merge3.recipe import nearest
 
@@ -24,9 +25,11 @@ def method_named(name: str, where: str = "merge_method") -> Method:
     if name in ZIPPED:
         found = f"{name!r}, which matches units on items and makes a checkpoint"
         raise RecipeError(where, found, "a recipe of another method", "`merge3-client fit RECIPE` with `fit:` zips")
+    if name in VARIANTS:
+        raise RecipeError(where, f"{name!r}, which makes a model for each task", ", ".join(METHODS))
     if name not in METHODS:
-        known = nearest(name, (*METHODS, *LEARNED, *ZIPPED))
-        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), known)
+        hint = nearest(name, (*METHODS, *LEARNED, *VARIANTS, *ZIPPED))
+        raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), hint)
     return METHODS[name]
 
 
@@ -41,6 +44,7 @@ def gene_names() -> list[str]:
 __all__ = [
     "LEARNED",
     "METHODS",
+    "VARIANTS",
     "ZIPPED",
     "Copy",
     "Gene",
@@ -48,6 +52,7 @@ __all__ = [
     "Method",
     "Parameter",
     "Step",
+    "Unpacked",
     "execute",
     "gene_names",
     "method_named",

@@ -51,8 +51,8 @@ WEIGHT_OF_MODEL = Gene(-0.5, 2.0, equal_share, weighs=True)  # of every method t
 
 class Parameter(NamedTuple):
     """scope: `shared` (one value per tensor), `expert` (one per non-base source), `source` (per source).
-    low, high: inclusive bounds; open_low excludes low itself. gene: None where no search varies it. idle: accepted, and
-    changes nothing."""
+    low, high: inclusive bounds; open_low excludes low itself. choices: of a text. gene: None where no search varies it.
+    idle: accepted, and changes nothing."""
 
     kind: type
     scope: str
@@ -63,6 +63,31 @@ class Parameter(NamedTuple):
     help: str = ""
     gene: Gene | None = None
     idle: bool = False
+    choices: tuple[str, ...] = ()
+
+    def validate(self, value: Any, where: str) -> Any:
+        """The value in this type, within its bounds. Raises RecipeError. where: ends in the parameter's name."""
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise RecipeError(where, f"found {value!r}", "true or false")
+            return value
+        if self.kind is str:
+            if value not in self.choices:
+                raise RecipeError(where, f"found {value!r}", " or ".join(self.choices), nearest(value, self.choices))
+            return value
+        try:
+            number = self.kind(value) if not isinstance(value, bool) else None
+            unsaid = number is None or math.isnan(number)
+        except OverflowError:  # perhaps too long to be shown
+            raise RecipeError(where, "found a number beyond float64", "a smaller one") from None
+        except (TypeError, ValueError):
+            unsaid = True
+        if unsaid:
+            raise RecipeError(where, f"found {value!r}", "a number")
+        if not (self.low <= number <= self.high) or (self.open_low and number == self.low):
+            bracket = "(" if self.open_low else "["
+            raise RecipeError(where, f"found {value!r}", f"a value in {bracket}{self.low:g}, {self.high:g}]")
+        return number
 
 
 class ByHand(NamedTuple):
@@ -173,7 +198,25 @@ class Copy:
         return (self.source,)
 
 
-Step = Fused | Elementwise | Copy
+@dataclass
+class Unpacked:
+    """A tensor of one task's model, made of packed parts; see unpack.py. rule: of its table; tensors: what the rule
+    takes; whole: the output holds nothing yet that may stay."""
+
+    rule: str
+    tensors: tuple[torch.Tensor | None, ...]
+    scale: float = 1.0
+    whole: bool = True
+    refs = ()
+    sliceable = False
+
+    @property
+    def kernel(self) -> tuple:
+        """Its rule, and the dtype of what it changes."""
+        return self.rule, self.tensors[0].dtype
+
+
+Step = Fused | Elementwise | Copy | Unpacked
 
 
 @dataclass(frozen=True)
@@ -227,24 +270,7 @@ class Method:
 
     def validate(self, name: str, value: Any, where: str) -> Any:
         """The value in the parameter's type, within its bounds."""
-        p = self.parameters[name]
-        if p.kind is bool:
-            if not isinstance(value, bool):
-                raise RecipeError(f"{where}.{name}", f"found {value!r}", "true or false")
-            return value
-        try:
-            number = p.kind(value) if not isinstance(value, bool) else None
-            unsaid = number is None or math.isnan(number)
-        except OverflowError:  # perhaps too long to be shown
-            raise RecipeError(f"{where}.{name}", "found a number beyond float64", "a smaller one") from None
-        except (TypeError, ValueError):
-            unsaid = True
-        if unsaid:
-            raise RecipeError(f"{where}.{name}", f"found {value!r}", "a number")
-        if not (p.low <= number <= p.high) or (p.open_low and number == p.low):
-            bracket = "(" if p.open_low else "["
-            raise RecipeError(f"{where}.{name}", f"found {value!r}", f"a value in {bracket}{p.low:g}, {p.high:g}]")
-        return number
+        return self.parameters[name].validate(value, f"{where}.{name}")
 
 
 def _inputs(base: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ import torch
 
 from merge3 import kernels
 from merge3.errors import BadInput
-from merge3.methods.base import Copy, Elementwise, Fused, Step
+from merge3.methods.base import Copy, Elementwise, Fused, Step, Unpacked
+from merge3.methods.unpack import RULES
 from merge3.statistics import rows_of
 
 Get = Callable[[Any], torch.Tensor]
@@ -72,7 +73,12 @@ def _elementwise(group: list[Output], get: Get, seed: int, prepared: OrderedDict
         )
 
 
-_RUN = {Copy: _copy, Fused: _fused, Elementwise: _elementwise}  # every kind of step, in the order they are run
+def _unpacked(group: list[Output], get: Get, seed: int, prepared: OrderedDict | None) -> None:
+    RULES[group[0][1].rule]([out for _, _, out in group], [step for _, step, _ in group])
+
+
+# every kind of step, in the order they are run
+_RUN = {Copy: _copy, Fused: _fused, Elementwise: _elementwise, Unpacked: _unpacked}
 
 
 def _merge(group: list[Output], get: Get, seed: int, prepared: OrderedDict | None) -> None:

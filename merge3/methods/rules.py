@@ -1,4 +1,4 @@
-"""Methods with a per-element rule of their own: nearswap, arcee_fusion, ram, ramplus_tl."""
+"""Methods with a per-element rule of their own: nearswap, arcee_fusion, ram, ramplus_tl, emr_unified."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from merge3.methods.base import Elementwise, Gene, Job, Method, Parameter
 from merge3.statistics import Statistics, rows_of
 
+UNIFIED = "emr_unified"
 _SAMPLE = 1_000_000  # importances from which quartiles are taken, as mergekit does
 _RAM = "https://arxiv.org/abs/2601.13572"
 
 
 def methods() -> list[Method]:
-    """nearswap, arcee_fusion, ram and ramplus_tl."""
+    """The rows of this family."""
     epsilon = Parameter(
         float, "shared", 1e-5, 0.0, help="changes up to this count as none", gene=Gene(0.01, 0.2, start=0.1)
     )
@@ -53,6 +54,13 @@ def methods() -> list[Method]:
                 "alpha": Parameter(float, "shared", 0.2, 0.0, help="cap of the shared to unique ratio"),
             },
             _ramplus,
+        ),
+        Method(
+            UNIFIED,
+            "the largest change towards the sign of the sum: EMR-Merging's unified model without its masks",
+            "https://arxiv.org/abs/2405.17461",
+            {},
+            lambda job, statistics: Elementwise("unify", job.base, job.sources, 0.0, np.ones(len(job.sources))),
         ),
     ]
 

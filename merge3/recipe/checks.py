@@ -17,7 +17,7 @@ from merge3.recipe.text import nearest
 
 TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "tokenizer", "tower", "fit", "surgery",
+    "chat_template", "tokenizer", "tower", "fit", "surgery", "tasks", "router",
 )  # fmt: skip
 # Keys at the top level that mean something, but not here.
 _ELSEWHERE = {
@@ -29,6 +29,7 @@ _ELSEWHERE = {
 PARAMETERS = (  # names of method parameters: where they stand by mistake, the message says where they belong
     "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t", "select_topk", "scale",
     "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
+    "merger", "share", "rank", "binary",
 )  # fmt: skip
 CHAT_TEMPLATES = ("auto", "chatml")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -145,6 +146,19 @@ def section(data: Mapping, key: str, where: str) -> dict[str, Any]:
     if key not in data:
         return {}
     return mapping(data[key], f"{where}: {key}")
+
+
+def tasks(data: Any, where: str) -> dict[str, str]:
+    """Task -> model, in a form that names files too. mergekit has no such key."""
+    if data is None:
+        return {}
+    data = mapping(data, where)
+    for task, model in data.items():
+        if not isinstance(task, str) or not task.strip() or "/" in task or task.startswith("."):
+            raise RecipeError(where, f"found {task!r}", "names of tasks, without a slash and not beginning with a dot")
+        if not isinstance(model, str) or not model.strip():
+            raise RecipeError(f"{where}.{task}", f"found {model!r}", "one of the models")
+    return data
 
 
 def tower(data: Any, where: str) -> dict[str, str]:

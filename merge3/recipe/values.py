@@ -45,8 +45,9 @@ class Recipe:
     recipe = Recipe.parse({"merge_method": "linear", "models": sources})
     print(recipe.to_yaml())
 
-    fit: how the weights of a learned method are found; surgery: adapters on top of the merge. Both as they stand in the
-    file; what they may hold is known to those who fit.
+    fit: how the weights of a learned method are found; surgery: adapters on top of the merge; router: how a prompt
+    finds its task's variant. They are as they stand in the file; what they may hold is known to those who fit. tasks:
+    task -> the model it belongs to, of methods with a result per task.
     """
 
     method: str
@@ -60,6 +61,8 @@ class Recipe:
     tower: Mapping[str, str] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
     surgery: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    router: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -97,13 +100,13 @@ class Recipe:
             data |= self.tokenizer.to_dict()
         if self.chat_template is not None:
             data["chat_template"] = self.chat_template
-        for key in ("tower", "fit", "surgery"):
+        for key in ("tower", "fit", "surgery", "tasks", "router"):
             if getattr(self, key):
                 data[key] = plain(getattr(self, key))
         return data
 
     def to_yaml(self) -> str:
-        """YAML that mergekit reads as the same merge, but for `tower`, `fit` and `surgery`, which it has not; floats
+        """YAML that mergekit reads as the same merge, but for the keys after `chat_template`, which it has not; floats
         survive exactly."""
         return dump_yaml(self.to_dict())
 
@@ -140,7 +143,8 @@ class Recipe:
             slices.append(replace(part, base_model=part.base_model and name(part.base_model), sources=sources))
         tokenizer = self.tokenizer and self.tokenizer.renamed(lambda model: str(name(ModelRef.parse(model))))
         base = self.base_model and name(self.base_model)
-        return replace(self, slices=tuple(slices), base_model=base, tokenizer=tokenizer)
+        tasks = {task: str(name(ModelRef.parse(model))) for task, model in self.tasks.items()}
+        return replace(self, slices=tuple(slices), base_model=base, tokenizer=tokenizer, tasks=tasks)
 
     @staticmethod
     def parse(data: Any, where: str = "recipe") -> Recipe:
@@ -168,6 +172,8 @@ class Recipe:
             tower=checks.tower(data.get("tower"), f"{where}: tower"),
             fit=checks.section(data, "fit", where),
             surgery=checks.section(data, "surgery", where),
+            tasks=checks.tasks(data.get("tasks"), f"{where}: tasks"),
+            router=checks.section(data, "router", where),
         )
         tokenizer = read_tokenizer(data, where)
         if tokenizer is None:

@@ -1,0 +1,84 @@
+"""One model per task beside one model for all, on eight image tasks: the claims of their papers, seed by seed.
+
+python benchmarks/variants.py [--seeds 0 1 2] [--save]    about half a minute a seed, once its world is there
+
+Every task is answered by its own variant, and with its own expert's head. Held-out accuracy; lambda of task arithmetic, on
+which BYOM keeps residuals, is tuned on the other items, as in benchmarks/learned.py.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from learned import LAMBDAS, recipe_of
+from measure import report, table
+
+from merge3 import LocalEngine, Pool, Registration, read_items
+from merge3.search.seeds import seed_of
+from merge3.tasks import split_heldout
+from merge3.world.digits import TASKS, make_digits
+from merge3.world.kept import made
+
+WORLDS = Path("build/worlds").resolve()
+SHARES = (0.01, 0.05, 0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    found = [measured(seed) for seed in options.seeds]
+    rows = []
+    for name in found[0]:
+        own = [100 * of_seed[name][0] for of_seed in found]
+        spread = f"{np.std(own, ddof=1):.1f}" if len(own) > 1 else ""
+        share = f"{found[0][name][1]:.3f}" if found[0][name][1] else ""
+        rows.append([name, f"**{mean(own):.1f}**", spread, *(f"{value:.1f}" for value in own), share])
+    seeds = [f"seed {seed}" for seed in options.seeds]
+    title = "Held-out accuracy over eight image tasks, % (75 items a task), and bytes of a task's part"
+    text = table(title, ["merge", "mean", "sd", *seeds, "of an expert's"], rows)
+    report("variants", text, {"seeds": options.seeds, "found": found}, options.save)
+
+
+def measured(seed: int) -> dict[str, tuple[float, float]]:
+    """Name -> (held-out accuracy, a task's part in bytes as a share of an expert's; 0 where there is one model)."""
+    world = made(WORLDS, make_digits, seed=seed)
+    items = [item for task in TASKS for item in read_items(world / f"{task}.jsonl")]
+    learned, heldout = split_heldout(items, 0.3, seed_of("held-out", 0))
+    experts = [str(world / task) for task in TASKS]
+    heads = dict(zip(TASKS, experts))
+    engine = LocalEngine(Pool.open(str(world / "base"), experts))
+    tuning, held = Registration(tuple(learned), heads=heads), Registration(tuple(heldout), heads=heads)
+    accuracy = lambda asked, subject: next(engine.evaluate(asked, [subject])).value
+    alone = []
+    for task, expert in heads.items():
+        own = Registration(tuple(item for item in heldout if item.task == task), heads={task: expert})
+        alone.append(accuracy(own, expert))
+    found = {"base": (accuracy(held, str(world / "base")), 0.0), "each expert on its task": (mean(alone), 0.0)}
+    arithmetic = lambda value: recipe_of(world, "task_arithmetic", weight=value)
+    best = max(LAMBDAS, key=lambda value: accuracy(tuning, arithmetic(value)))
+    found["task arithmetic, lambda tuned"] = accuracy(held, arithmetic(best)), 0.0
+    found["EMR's unified model alone"] = accuracy(held, recipe_of(world, "emr_unified")), 0.0
+
+    def varied(name, method, **parameters):
+        recipe = recipe_of(world, method, **parameters)
+        value = accuracy(held, recipe)
+        sizes = [told["bytes"] for told in engine.slot.variants(recipe).tasks.values()]
+        whole = sum(info.nbytes for info in engine.pool.base_checkpoint.tensors.values())
+        found[name] = value, mean(sizes) / whole
+
+    varied("emr", "emr")
+    varied("emr, rescaled as the code for tables", "emr", recipe={"rescale": "code"})
+    varied("onebit, all tensors", "onebit")
+    for share in SHARES:
+        recipe = {"share": share, "weight": best}
+        varied(f"byom_fft, {100 * share:.0f} % on task arithmetic", "byom_fft", recipe=recipe)
+    for name, (value, _) in found.items():
+        print(f"seed {seed}  {name:<40} {100 * value:.1f}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

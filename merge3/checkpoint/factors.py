@@ -1,0 +1,91 @@
+"""LoRA adapters as they are stored: two factors and a scale for every matrix they change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from merge3.checkpoint.read import Checkpoint, read_header, resolve
+from merge3.errors import CheckpointError
+
+FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+class Factors(NamedTuple):
+    """A matrix of shape [m, d] changes by scale · b · a; b [m, rank], a [rank, d]."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+
+def read_factors(path: str, revision: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
+    """Tensor of the model -> what a peft adapter changes it by. shapes: of the model's matrices.
+
+    Raises CheckpointError for adapters that are more than two factors a matrix (DoRA, trained embeddings or heads,
+    biases), or that do not fit the model.
+    """
+    folder = resolve(path, revision)
+    for file in (SETTINGS, FILE):
+        if not (folder / file).exists():
+            raise CheckpointError(folder, f"no {file}", "a peft adapter in safetensors")
+    settings = _settings(folder / SETTINGS)
+    stored = Checkpoint(folder, {}, read_header(folder / FILE))
+    found: dict[str, Factors] = {}
+    for key in stored.tensors:
+        if key.endswith(_B):
+            continue
+        if not key.endswith(_A) or key.removesuffix(_A) + _B not in stored.tensors:
+            expected = "lora_A and lora_B of matrices alone: no embeddings, heads, biases or magnitudes"
+            raise CheckpointError(folder / FILE, f"tensor {key!r}", expected)
+        module = key.removesuffix(_A).removeprefix(_PREFIX)
+        name = _name(module, shapes, folder / FILE)
+        a, b = stored.get(key), stored.get(key.removesuffix(_A) + _B)
+        rank = a.shape[0]
+        scale = _of_module(settings, "alpha_pattern", "lora_alpha", module) / (
+            rank**0.5 if settings.get("use_rslora") else rank
+        )
+        if settings.get("fan_in_fan_out"):  # the model stores the transposed matrix
+            a, b = b.T, a.T
+        if (b.shape[0], a.shape[1]) != tuple(shapes[name]):
+            found_shape = f"{key!r}: factors of a matrix {[b.shape[0], a.shape[1]]}"
+            raise CheckpointError(folder / FILE, found_shape, f"{list(shapes[name])}, as {name!r} has")
+        found[name] = Factors(b, a, scale)
+    if not found:
+        raise CheckpointError(folder / FILE, "no factor", "lora_A and lora_B of some matrices")
+    return found
+
+
+def _settings(file) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+        assert isinstance(settings, dict)
+    except (OSError, ValueError, AssertionError):
+        raise CheckpointError(file, "not a JSON object", "peft's settings") from None
+    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+        found = "a DoRA adapter" if settings.get("use_dora") else f"peft_type {settings.get('peft_type')!r}"
+        raise CheckpointError(file, found, "plain LoRA, whose change is a product of two factors")
+    return settings
+
+
+def _of_module(settings: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
+    for ending, value in (settings.get(pattern) or {}).items():
+        if module == ending or module.endswith(f".{ending}"):
+            return float(value)
+    return float(settings[default])
+
+
+def _name(module: str, shapes: Mapping[str, tuple[int, ...]], file) -> str:
+    """The tensor of a module: by its name, or the only one whose name is the end of it, or it the end of whose."""
+    wanted = f"{module}.weight"
+    if wanted in shapes:
+        return wanted
+    close = [name for name in shapes if wanted.endswith(f".{name}") or name.endswith(f".{wanted}")]
+    if len(close) != 1:
+        found = f"{len(close)} tensors of the base for {module!r}"
+        raise CheckpointError(file, found, "one: an adapter of this base")
+    return close[0]

@@ -1,0 +1,89 @@
+"""One task's model as an ordinary checkpoint, of a recipe that makes one for each, or of a folder that was packed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from merge3.checkpoint import CheckpointWriter, check_free
+from merge3.checkpoint.write import SHARD_SIZE
+from merge3.errors import BadInput, RecipeError
+from merge3.export import check_values, merge_to_disk
+from merge3.files import resource_error
+from merge3.methods import VARIANTS
+from merge3.methods.variants import tasks_of
+from merge3.packaging import Specs, check_written
+from merge3.pool import Pool
+from merge3.recipe import Recipe, nearest
+from merge3.variants import Variants
+
+
+def merge_task(
+    recipe: Recipe,
+    task: str,
+    directory: str | Path,
+    pool: Pool | None = None,
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    where: str = "recipe",
+    drop: Iterable[str] = (),
+) -> dict:
+    """One task's model of a recipe that makes one for each: packed beside `directory`, and written from there. The
+    arguments are as of merge_to_disk."""
+    directory = Path(directory)
+    check_free(directory)
+    check_task(recipe, task, where)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=f".{directory.name}.partial-", dir=directory.parent)
+    except OSError as error:
+        raise resource_error(directory, error) from None
+    with beside as folder:
+        packed = Path(folder) / "packed"
+        told = merge_to_disk(recipe, packed, pool, seed, shard_size, progress, where, drop)
+        written = write_task(packed, task, directory, shard_size)
+    return written | {key: told[key] for key in ("kept", "left_out", "notes")}
+
+
+def check_task(recipe: Recipe, task: str, where: str = "recipe") -> None:
+    """Raises RecipeError for a recipe that makes one model for all tasks, BadInput for a task without a variant."""
+    if recipe.method not in VARIANTS:
+        found = f"{recipe.method}, which makes one model for all tasks"
+        raise RecipeError(f"{where}: merge_method", found, f"with a task one of {', '.join(VARIANTS)}")
+    known = tasks_of(recipe, where)
+    if task not in known:
+        raise BadInput("task", f"no variant {task!r}", ", ".join(known), nearest(task, known))
+
+
+def write_task(packed: Path, task: str, directory: Path, shard_size: int = SHARD_SIZE) -> dict:
+    """One task's model of a packed folder as an ordinary checkpoint, atomically. Returns as merge_to_disk.
+
+    Raises BadInput for a task without a variant, CheckpointError or ResourceError; nothing is left then.
+    """
+    directory, variants = Path(directory), Variants.open(packed)
+    variants.check(task, "--task")
+    check_free(directory)
+    config = variants.config(task)
+    specs: Specs = {}
+    for name in variants.common.tensors:
+        tensor = variants.head(name, task)
+        specs[name] = variants.spec(name) if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    with CheckpointWriter(directory, specs, shard_size) as writer:
+        for name in specs:
+            tensor = variants.tensor(name, task)
+            check_values(name, tensor)
+            writer.put(name, tensor)
+            variants.common.release(name)
+        writer.write_text("config.json", json.dumps(config, indent=2))
+        writer.copy_as(variants.side_files())
+        writer.finish()
+        check_written(writer.temporary, specs, config)
+    varied = variants.tasks[task]["varied"]
+    parameters = sum(torch.Size(specs[name][1]).numel() for name in varied)
+    told = {"kept": {}, "left_out": {}, "notes": []}
+    return {"path": str(directory), "tensors": len(specs), "parameters": parameters, **told}
