@@ -226,6 +226,8 @@ def test_public_names():
         "SpaceDefinition",
         "LocalEngine",
         "Registration",
+        "Varied",
+        "Variants",
         "Item",
         "read_items",
         "merge_to_disk",
