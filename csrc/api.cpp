@@ -91,8 +91,8 @@ merge3_status merge3_merge_resident(const merge3_context* context, const merge3_
     for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * element_size(table[t].out_dtype);
     const MergeCall call{modes, table, coefficients, lambda, &range, bytes > kCached};
     const bool packed = modes->sparsify > MERGE3_KEEP_BAND;
-    const auto loop = loops().merge;
-    parallel(*context, chunks, [&](int64_t from, int64_t to) { packed ? packed_cpu(call, from, to) : void(loop(call, from, to)); });
+    const Loops& loop = loops();
+    parallel(*context, chunks, [&](int64_t from, int64_t to) { packed ? loop.packed(call, from, to) : void(loop.merge(call, from, to)); });
     return MERGE3_OK;
   });
 }

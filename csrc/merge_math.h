@@ -192,16 +192,21 @@ MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p
   return elect_and_add<K, ELECT>(theta, c, p, normalize);
 }
 
-// The same where one bit per element and expert says what is kept (EMR-Merging, Huang et al. 2024), or is the
-// whole task vector but for its scale (BitDelta, Liu et al. 2024).
+// Where one bit per element and expert says what is kept (EMR-Merging, Huang et al. 2024), or is the whole task vector
+// but for its scale (BitDelta, Liu et al. 2024): what an expert changes.
+template <bool SIGNS, class F, class Mask>
+MERGE3_HD F packed_change(F theta, F expert, Mask bit, F scale) {
+  const F zero = same<F>(0.0f);
+  if constexpr (SIGNS) return select(bit, scale, zero - scale);
+  else return select(bit, (expert - theta) * scale, zero);
+}
 template <int K, class F, class Mask>
 MERGE3_HD F packed_element(F theta, const F (&expert)[K], const Mask (&bit)[K], const Prepared<F, K>& p, const merge3_modes& modes) {
-  const F zero = same<F>(0.0f);
   F c[K];
   MERGE3_UNROLL
   for (int k = 0; k < K; ++k)
-    c[k] = modes.sparsify == MERGE3_SIGNS ? select(bit[k], p.scale[k], zero - p.scale[k])
-                                          : select(bit[k], (expert[k] - theta) * p.scale[k], zero);
+    c[k] = modes.sparsify == MERGE3_SIGNS ? packed_change<true>(theta, expert[k], bit[k], p.scale[k])
+                                          : packed_change<false>(theta, expert[k], bit[k], p.scale[k]);
   return elect_any<K>(theta, c, p, modes.elect, modes.normalize != 0);
 }
 

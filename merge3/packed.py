@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from merge3 import kernels
@@ -78,6 +79,8 @@ def words_of(bits: torch.Tensor) -> torch.Tensor:
 def bits_of(words: torch.Tensor, numel: int) -> torch.Tensor:
     """The inverse: bool [numel]."""
     bytes_ = words.contiguous().view(torch.uint8)  # little-endian, as every machine torch runs on
+    if words.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bytes_.numpy(), count=numel, bitorder="little")).view(torch.bool)
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
     return ((bytes_[:, None] >> places) & 1).bool().flatten()[:numel]
 

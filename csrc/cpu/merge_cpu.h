@@ -23,7 +23,9 @@ bool merge_avx512(const MergeCall& call, int64_t from, int64_t to);
 void backward_cpu(const MergeCall& call, int64_t from, int64_t to, double* partial);
 
 // Modes mask and signs.
-void packed_cpu(const MergeCall& call, int64_t from, int64_t to);
+void packed_generic(const MergeCall& call, int64_t from, int64_t to);
+void packed_avx2(const MergeCall& call, int64_t from, int64_t to);
+void packed_avx512(const MergeCall& call, int64_t from, int64_t to);
 
 struct PackCall {
   int32_t packing, experts;

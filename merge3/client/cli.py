@@ -77,10 +77,19 @@ def merge(
     from merge3.client.merge import merge_files, show_merged
     from merge3.client.options import prefixes
     from merge3.client.terminal import bar
+    from merge3.errors import BadInput
+    from merge3.methods import ZIPPED
     from merge3.recipe import Recipe
 
     show = lambda done, total: quiet or as_json or bar("merging", done, total)
     asked = None if recipe.is_dir() else Recipe.from_yaml(recipe)
+    if asked is not None and asked.method in ZIPPED:
+        from merge3.client.zip import merge_zip
+
+        for option, given in (("--task", task), ("--drop", drop), ("--tower", tower)):
+            if given:
+                raise BadInput(option, f"given with a recipe of {asked.method}", f"{recipe} without it")
+        return merge_zip(recipe, asked, out, as_json, quiet)
     if asked is not None and asked.fit:
         from merge3.checkpoint import check_free
         from merge3.client.fit import fitted_recipe
@@ -193,21 +202,21 @@ def demo(
 @app.command(epilog="Example: merge3-client methods")
 def methods(as_json: Json = False):
     """List the merge methods and their parameters."""
-    from merge3.methods import LEARNED, METHODS, VARIANTS
+    from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
     from merge3.methods.base import REQUIRED
 
     listed = METHODS | VARIANTS
 
     if as_json:
         found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in listed.items()}
-        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in LEARNED.items()}))
+        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in (LEARNED | ZIPPED).items()}))
         return
     for name, method in listed.items():
         print(f"{name}: {method.summary}")
         for parameter, spec in method.parameters.items():
             default = "required" if spec.default is REQUIRED else f"default {spec.default}"
             print(f"    {parameter:<18} {spec.help} ({default})")
-    for name, row in LEARNED.items():
+    for name, row in (LEARNED | ZIPPED).items():
         print(f"{name}: {row.summary} (merge3-client fit)")
 
 

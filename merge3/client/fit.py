@@ -26,6 +26,7 @@ from merge3.files import write_atomically
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES
 from merge3.learn.settings import located, read_fit
+from merge3.methods import ZIPPED
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.tasks import Item, items_hash
@@ -52,6 +53,13 @@ def fit(
     fits, to stand beside this one in the table.
     """
     recipe = Recipe.from_yaml(file)
+    if recipe.method in ZIPPED:
+        from merge3.client.zip import fit_zip
+
+        for option, given in (("--server", target), ("--memory-budget", memory_budget)):
+            if given is not None:
+                raise BadInput(option, f"given with {recipe.method}", "a zip in this process, both models in memory")
+        return fit_zip(recipe, file, directory, resume, as_json, quiet, device, export, compare)
     if recipe.surgery:
         from merge3.client.surgery import fit_with_surgery
 

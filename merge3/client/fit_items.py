@@ -11,7 +11,7 @@ import numpy as np
 from merge3.errors import ItemsError, RecipeError
 from merge3.learn.fit import Fit, others_of
 from merge3.learn.losses import LOSSES
-from merge3.learn.settings import FitSettings, SurgerySettings
+from merge3.learn.settings import FitSettings, SurgerySettings, ZipSettings
 from merge3.recipe import Recipe
 from merge3.search.seeds import seed_of
 from merge3.tasks import Item, read_items, split_heldout
@@ -29,14 +29,16 @@ class Taught:
     chat: dict[str, str]
 
 
-def load_items(recipe: Recipe, settings: FitSettings | SurgerySettings, where: str) -> Taught:
+def load_items(recipe: Recipe, settings: FitSettings | SurgerySettings | ZipSettings, where: str) -> Taught:
     """Items of every task, split as a search with the same seed splits them. Raises ItemsError or RecipeError."""
     if not settings.items:
         raise RecipeError(f"{where}.items", "none", "files of items, one for each task")
     if settings.system_instruction and not settings.apply_chat_template:
         raise RecipeError(f"{where}.system_instruction", "without apply_chat_template", "both, or neither")
     models = others_of(recipe)
-    needed = isinstance(settings, SurgerySettings) or LOSSES[Fit(recipe).method.loss].expert
+    needed = isinstance(settings, SurgerySettings)
+    if isinstance(settings, FitSettings):
+        needed = LOSSES[Fit(recipe).method.loss].expert
     items: list[Item] = []
     experts: dict[str, str] = {}
     for at, entry in enumerate(settings.items):

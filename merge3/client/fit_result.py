@@ -129,6 +129,10 @@ def peak_memory() -> dict[str, int]:
 
 def print_fit(result: Mapping[str, Any], directory: Path) -> None:
     """The table a person reads at the end."""
+    if "zip" in result:
+        from merge3.client.zip_result import print_zip
+
+        return print_zip(result, directory)
     if "surgery" in result:
         from merge3.client.surgery import print_surgery
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from merge3.errors import RecipeError
 from merge3.learn.coefficients import BOUNDS, LEVELS, check_start
+from merge3.learn.zip_matching import ALPHA, BETA
 from merge3.methods.learned import Learned
 from merge3.recipe import nearest
 
@@ -132,6 +133,34 @@ class SurgerySettings(_Learning):
         """On top of what `fit:` learns: its items and how they are asked and split, where nothing else is said."""
         unsaid = [key for key in _Learning.model_fields if key not in self.model_fields_set]
         return self.model_copy(update={key: getattr(fit, key) for key in unsaid})
+
+
+class ZipSettings(_Learning):
+    """alpha: what the correlation of units that were merged before is multiplied with; beta: the share of merges within
+    one model; see learn/zip_matching.py. depth: the share of the layers that become one, from the first on; layers:
+    how many, instead."""
+
+    per_task: int = Field(64, ge=1)
+    alpha: float = Field(ALPHA, ge=0, le=1)
+    beta: float = Field(BETA, ge=0, le=1)
+    depth: float = Field(1.0, ge=0, le=1)
+    layers: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_depth(self):
+        if self.layers is not None and "depth" in self.model_fields_set:
+            raise ValueError("expected one of depth and layers")
+        return self
+
+    @property
+    def reach(self) -> int | float:
+        """Layers where it is a whole number, a share of them where it is a float."""
+        return self.depth if self.layers is None else self.layers
+
+
+def read_zip(data: Mapping[str, Any] | None, where: str) -> ZipSettings:
+    """Raises RecipeError naming the key."""
+    return _read(ZipSettings, data, where)
 
 
 class RouterSettings(_Section):

@@ -58,6 +58,11 @@ class Heads:
         self._put(checkpoint, {name: checkpoint.get(name) for name in names})
         self.shown = endpoint
 
+    def show_merged(self) -> None:
+        """Put the merge's own head on the model, where recipes merge heads."""
+        if self.merged:
+            self.show(None)
+
     def _put(self, labelled: Labelled, tensors: Mapping[str, torch.Tensor]) -> None:
         """labelled: the checkpoint whose labels these are."""
         for name, tensor in tensors.items():

@@ -32,12 +32,15 @@ BATCH = 24_000_000
 
 class Shown(NamedTuple):
     """Whose variants a live model has the weights of. task: None for what all have in common. model: the endpoint that
-    is their folder, None for a recipe's; names: of its tensors, in the folder -> in the pool, where they differ."""
+    is their folder, None for a recipe's; names: of its tensors, in the folder -> in the pool, where they differ. asked:
+    the recipe and seed; kept: what the recipe keeps."""
 
     variants: Variants
     task: str | None = None
     model: str | None = None
     names: Mapping[str, str] = MappingProxyType({})
+    asked: tuple[Recipe, int] | None = None
+    kept: Mapping[str, str] = MappingProxyType({})
 
 
 class Slot:
@@ -76,18 +79,22 @@ class Slot:
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
         Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
         """
+        shown = self._shown
+        if task is not None and shown is not None and shown.asked == (recipe, seed):
+            shown.variants.check(task)
+            self._vary(task)
+            self._heads.show_merged()
+            return shown.kept
         program = self.compile(recipe, where)
         if task is None:
             self.run(program, seed)
-        else:
-            variants = self.variants(recipe, seed, where, program)
-            variants.check(task)
-            if self._shown is None or self._shown.variants is not variants or self._shown.model is not None:
-                self.run(program, seed)
-                self._shown = Shown(variants)
-            self._vary(task)
-            if self._heads.merged:
-                self._heads.show(None)
+            return program.kept
+        variants = self.variants(recipe, seed, where, program)
+        variants.check(task)
+        self.run(program, seed)
+        self._shown = Shown(variants, asked=(recipe, seed), kept=program.kept)
+        self._vary(task)
+        self._heads.show_merged()
         return program.kept
 
     def variants(
@@ -145,7 +152,7 @@ class Slot:
         self._settle()
         self._shown = None  # whatever interrupts this leaves neither
         self._run(outputs, 0, rounded)
-        self._share(variants.about["ties"])
+        self._share(variants.about["tied"])
         self._shown = shown._replace(task=task)
 
     def run(self, program: Program, seed: int = 0) -> None:
@@ -159,7 +166,7 @@ class Slot:
         self._share(program.ties)
         if self._heads.merged:
             self._settle()
-            self._heads.show(None)
+            self._heads.show_merged()
 
     def written(self) -> dict[str, torch.Tensor]:
         """What a swap writes: checkpoint name -> the live tensor. Of a head that recipes merge it is the merge's own,

@@ -9,6 +9,7 @@ from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step, Unpack
 from merge3.methods.execute import execute
 from merge3.methods.learned import LEARNED
 from merge3.methods.variants import VARIANTS
+from merge3.methods.zipped import ZIPPED
 from merge3.recipe import nearest
 
 METHODS: dict[str, Method] = {
@@ -21,10 +22,13 @@ def method_named(name: str, where: str = "merge_method") -> Method:
     if name in LEARNED:
         found = f"{name!r}, which learns its weights from items"
         raise RecipeError(where, found, "a recipe with weights", "`merge3-client fit RECIPE` with `fit:` makes one")
+    if name in ZIPPED:
+        found = f"{name!r}, which matches units on items and makes a checkpoint"
+        raise RecipeError(where, found, "a recipe of another method", "`merge3-client fit RECIPE` with `fit:` zips")
     if name in VARIANTS:
         raise RecipeError(where, f"{name!r}, which makes a model for each task", ", ".join(METHODS))
     if name not in METHODS:
-        hint = nearest(name, (*METHODS, *LEARNED, *VARIANTS))
+        hint = nearest(name, (*METHODS, *LEARNED, *VARIANTS, *ZIPPED))
         raise RecipeError(where, f"unknown method {name!r}", ", ".join(METHODS), hint)
     return METHODS[name]
 
@@ -41,6 +45,7 @@ __all__ = [
     "LEARNED",
     "METHODS",
     "VARIANTS",
+    "ZIPPED",
     "Copy",
     "Gene",
     "Job",

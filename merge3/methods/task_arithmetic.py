@@ -27,6 +27,7 @@ from merge3.methods.base import WEIGHT_OF_MODEL, ByHand, Fused, Gene, Job, Metho
 from merge3.statistics import Statistics
 
 PLAIN_SUM = "task_arithmetic"  # the member of the family that sparsifies, elects and normalizes nothing
+ELECTED = "ties"  # the one that keeps the largest and elects signs
 _TINY = 1e-7  # L1 norms below this are not rescaled
 _DENSITY = Gene(0.05, 1.0, start=0.5, steps=256, folded=True)
 _LAMBDA = Gene(0.0, 2.0, start=1.0)
@@ -36,7 +37,7 @@ _EPSILON = Gene(0.01, 0.2, start=0.1)
 #          name                sparsify     elect   normalize rescale  reference
 FAMILY = {
     PLAIN_SUM: ("all", "none", False, False, "https://arxiv.org/abs/2212.04089"),
-    "ties": ("magnitude", "sum", True, False, "https://arxiv.org/abs/2306.01708"),
+    ELECTED: ("magnitude", "sum", True, False, "https://arxiv.org/abs/2306.01708"),
     "dare_linear": ("random", "none", False, True, "https://arxiv.org/abs/2311.03099"),
     "dare_ties": ("random", "sum", False, True, "https://arxiv.org/abs/2311.03099"),
     "della": ("ranked", "sum", True, True, "https://arxiv.org/abs/2406.11617"),

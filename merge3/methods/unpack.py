@@ -12,6 +12,7 @@ import torch
 from merge3 import kernels
 from merge3.kernels import RESCALE, Modes
 from merge3.methods.base import Unpacked
+from merge3.packed import bits_of
 
 Outs = Sequence[torch.Tensor]
 Steps = Sequence[Unpacked]
@@ -43,6 +44,14 @@ def _places(outs: Outs, steps: Steps) -> None:
             flat[new.long()] = values.to(out.dtype)
 
 
+def _bits(outs: Outs, steps: Steps) -> None:
+    """tensors: common, this task's places as bits, its values. Always the whole tensor."""
+    for out, step in zip(outs, steps):
+        common, words, values = step.tensors
+        out.copy_(common)
+        out.view(-1).masked_scatter_(bits_of(words, out.numel()), values.to(out.dtype))
+
+
 def _factors(outs: Outs, steps: Steps) -> None:
     """tensors: base [m, d], left [m, rank], right [rank, d]. base + left · right, in float32."""
     for out, step in zip(outs, steps):
@@ -54,6 +63,7 @@ RULES: dict[str, Callable[[Outs, Steps], None]] = {
     "mask": _mask,
     "signs": _signs,
     "places": _places,
+    "bits": _bits,
     "factors": _factors,
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 from merge3.errors import RecipeError
 from merge3.methods.base import Parameter, for_models
 from merge3.methods.rules import UNIFIED
-from merge3.methods.task_arithmetic import PLAIN_SUM
+from merge3.methods.task_arithmetic import ELECTED, PLAIN_SUM
 from merge3.parameters import scalars
 from merge3.recipe import ModelRef, Recipe, nearest
 
@@ -67,7 +67,7 @@ _ROWS = (
         "https://arxiv.org/abs/2502.10743",
         parts="signs",
         parameters={"binary": Parameter(bool, "shared", True, help="of which tensors: a value, or {filter, value}s")},
-        merger="ties",
+        merger=ELECTED,
         from_base="binary",
     ),
     Variant(

@@ -16,7 +16,7 @@ import torch
 from merge3.errors import RecipeError
 from merge3.largest import kth_largest
 from merge3.methods import Job, Unpacked
-from merge3.packed import bits_of, words_of
+from merge3.packed import words_of
 from merge3.variants.source import Parts, Source
 
 _INDEXED = 2**31  # elements from which on an index does not fit in int32
@@ -66,20 +66,13 @@ def most(job: Job, itemsize: int, tasks: int, settings: Mapping[str, Any]) -> in
 
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
-    """The common tensor with the expert's elements in their places; in place where `before` is what is there."""
-    old = _places(get, before, name, common.numel()) if before is not None else None
-    new = _places(get, task, name, common.numel())
-    values = get(f"{task}/values/{name}") if new is not None else None
-    return Unpacked("places", (common, old, new, values), whole=False)
-
-
-def _places(get, task: str, name: str, numel: int) -> torch.Tensor | None:
-    """int64 or int32 [count]; None where nothing of this tensor is kept."""
-    index = get(f"{task}/index/{name}", None)
-    if index is not None:
-        return index
-    mask = get(f"{task}/mask/{name}", None)
-    return None if mask is None else bits_of(mask, numel).nonzero()[:, 0]
+    """The common tensor with the expert's elements in their places. Where both tasks' are few enough to have an index
+    only these are touched; to find many by their bits takes longer than to write the whole tensor."""
+    values, index = get(f"{task}/values/{name}"), get(f"{task}/index/{name}", None)
+    if index is None:
+        return Unpacked("bits", (common, get(f"{task}/mask/{name}"), values))
+    old = get(f"{before}/index/{name}", None) if before is not None else None
+    return Unpacked("places", (common, old, index, values), whole=before is not None and old is None)
 
 
 class _Choice:

@@ -240,7 +240,7 @@ def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, wher
         "content": {"common": fingerprint(common), "parts": fingerprint(Checkpoint(folder, {}, written))},
         "recipe": recipe.to_dict(),
         "experts_bytes": {m: sum(i.nbytes for i in pool.endpoints[m].tensors.values()) for m in program.tasks.values()},
-        "ties": dict(program.ties),
+        "tied": dict(program.ties),
         "tasks": tasks,
     }
     write_about(folder, about | told)

@@ -191,9 +191,9 @@ def test_no_permission_to_write(family, tmp_path):
 
 
 def test_methods_lists_every_method():
-    from merge3.methods import LEARNED, METHODS
+    from merge3.methods import LEARNED, METHODS, ZIPPED
 
-    assert set(json.loads(client("methods", "--json").stdout)) == {*METHODS, *LEARNED}
+    assert set(json.loads(client("methods", "--json").stdout)) == {*METHODS, *LEARNED, *ZIPPED}
 
 
 # -- the house
@@ -226,6 +226,8 @@ def test_public_names():
         "SpaceDefinition",
         "LocalEngine",
         "Registration",
+        "Varied",
+        "Variants",
         "Item",
         "read_items",
         "merge_to_disk",

@@ -14,6 +14,10 @@ OTHER_MEANINGS = [
     ("merge3/world/*.py", "generate", "data: the demo's item files, as a user writes them"),
     ("merge3/client/surgery.py", "rank", "of an adapter, as result.json and a file's metadata name it"),
     ("merge3/learn/surgery_file.py", "rank", "of an adapter, as above"),
+    ("merge3/methods/variants.py", "rank", "of a LoRA adapter, a parameter"),
+    ("merge3/recipe/checks.py", "rank", "the same, where it stands by mistake"),
+    ("merge3/variants/factors.py", "rank", "the same, as the parameter and variants.json name it"),
+    ("merge3/world/strangers.py", "classify", "data: that world's item files, as a user writes them"),
     ("merge3/world/digits.py", "classify", "data: that world's item files, as a user writes them"),
 ]
 

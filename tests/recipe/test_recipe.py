@@ -186,4 +186,5 @@ def test_every_parameter_of_a_method_is_known_where_it_is_misplaced():
     """The recipe, which knows no methods, keeps their parameters' names for its messages alone."""
     from merge3.recipe import checks
 
-    assert set(checks.PARAMETERS) == {name for method in METHODS.values() for name in method.parameters}
+    rows = (*METHODS.values(), *VARIANTS.values())
+    assert set(checks.PARAMETERS) == {MERGER, *(name for row in rows for name in row.parameters)}
