@@ -182,7 +182,7 @@ def test_a_tied_output_that_is_held_apart_follows(pair, small, tmp_path):
             assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "GPT-2", "ViT", "CLIP"])
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-2", "ViT", pytest.param("CLIP", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", ["emr", "byom_fft", "onebit"])
 def test_fused_and_renamed_tensors(family, name, tmp_path):
     import transformers
