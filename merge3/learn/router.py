@@ -70,11 +70,15 @@ def prompt_states(model, folder: Path, items: Sequence[Item], system: str | None
     """
     reader = reader_of(items, model, folder, system is not None, system or "")
     requests = [KINDS[item.kind].requests(item, reader)[0] for item in items]
-    order = sorted(range(len(items)), key=lambda at: len(getattr(requests[at], "tokens", ())))
+    for item, request in zip(items, requests):
+        if reader.limit is not None and _length(request) > reader.limit:
+            found = f"a prompt of {_length(request)} tokens, to find its task by"
+            raise ItemsError(place(item), found, f"at most {reader.limit}, the model's positions")
+    order = sorted(range(len(items)), key=lambda at: _length(requests[at]))
     found: list[torch.Tensor] = [torch.empty(0)] * len(items)
     batch: list[int] = []
     for at in order:
-        width = len(getattr(requests[at], "tokens", ())) or 16
+        width = _length(requests[at]) or 16
         if batch and (len(batch) + 1) * width > _BATCH:
             _read(model, requests, batch, found)
             batch = []
@@ -84,6 +88,12 @@ def prompt_states(model, folder: Path, items: Sequence[Item], system: str | None
         if not states.isfinite().all():
             raise ItemsError(place(item), "states that are NaN or infinite", "numbers, to find its task by")
     return torch.stack(found)
+
+
+def _length(request: Any) -> int:
+    """Tokens of a prompt, 0 of an image alone; of a pair its first text's."""
+    tokens = getattr(request, "tokens", ())
+    return len(tokens[0] if tokens and isinstance(tokens[0], tuple) else tokens)
 
 
 def _read(model, requests: Sequence[Any], batch: Sequence[int], found: list[torch.Tensor]) -> None:

@@ -115,6 +115,16 @@ def test_routers_that_cannot_be(world, tmp_path, items, line):
     assert not list(tmp_path.iterdir())
 
 
+def test_prompts_of_a_router_that_are_too_long(world, tmp_path):
+    """Nothing of the merge is left, which was made before anybody could ask its model."""
+    row = json.loads((world / "english.jsonl").read_text().splitlines()[0])
+    (world / "long.jsonl").write_text(json.dumps(row | {"prompt": "one plus " * 200}))
+    recipe = write(world, "router.yaml", router={"items": ["long.jsonl", "italian.jsonl", "sorting.jsonl"]})
+    done = client("merge", recipe, tmp_path / "out", "--quiet")
+    assert done.returncode == 2 and "long.jsonl, line 1" in done.stderr.splitlines()[-1]
+    assert "the model's positions" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_settings_of_a_router_that_are_misspelt(world, tmp_path):
     items = [f"{task}.jsonl" for task in TASKS]
     for router, line in (

@@ -158,3 +158,10 @@ def test_no_prompts(model, folder):
     """Nothing to route is nothing routed; a mean of nothing is nobody's."""
     assert Router(("a", "b"), torch.ones(2, 32)).route(model, folder, []) == []
     assert np.isfinite(prompt_states(model, folder, items(["two"])).numpy()).all()
+
+
+def test_prompts_that_are_too_long(model, folder):
+    positions = model.config.max_position_embeddings
+    with pytest.raises(ItemsError, match=rf"item '1' .*a prompt of \d+ tokens, .*; expected at most {positions}"):
+        prompt_states(model, folder, items(["two", "one " * (positions + 1)]))
+    assert prompt_states(model, folder, items(["one " * (positions - 2)])).isfinite().all()
