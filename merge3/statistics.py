@@ -16,6 +16,7 @@ import torch
 from merge3 import kernels
 
 Key = Hashable
+_LOW, _BINS = 16, 2**16  # a magnitude's bits are found in two halves
 InGroups = Callable[[Iterable, Callable[[Any], Iterable[Key]]], Iterable[list]]
 
 
@@ -171,3 +172,41 @@ def rows_of(tensor: torch.Tensor, columns: bool = False) -> torch.Tensor:
     if columns and tensor.dim() >= 2:
         tensor = tensor.transpose(0, -1).contiguous()
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() >= 2 else tensor.reshape(1, -1)
+
+
+def kept_from(read: Callable[[], Iterable[tuple[Key, torch.Tensor]]], share: float) -> dict[Key, float]:
+    """Of each key, the magnitude from which on `share` of all its elements are kept, and one more, as
+    kthvalue(n − int(n · share)) has it; 0.0 where all are. read: (key, magnitudes, float32), of a key as many tensors
+    as it has, each time it is called; it is twice."""
+    upper: dict[Key, torch.Tensor] = {}
+    for key, tensor in read():
+        counts = upper.setdefault(key, torch.zeros(_BINS, dtype=torch.int64))
+        counts += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS).cpu()
+    found, high, places = dict.fromkeys(upper, 0.0), {}, {}
+    for key, counts in upper.items():
+        count = int(counts.sum())
+        place = int(count * share) + 1  # from the largest
+        if place <= count:
+            high[key], places[key] = _find(counts, place)
+    lower = {key: torch.zeros(_BINS, dtype=torch.int64) for key in high}
+    for key, tensor in read() if high else ():
+        if key in high:
+            bits = _bits(tensor)
+            bits = bits[bits >> _LOW == high[key]] & (_BINS - 1)
+            lower[key] += torch.bincount(bits, minlength=_BINS).cpu()
+    for key, counts in lower.items():
+        low, _ = _find(counts, places[key])
+        found[key] = float(torch.tensor((high[key] << _LOW) | low, dtype=torch.int32).view(torch.float32))
+    return found
+
+
+def _find(counts: torch.Tensor, place: int) -> tuple[int, int]:
+    """(the bin of the place-th element from the top, its place within the bin)"""
+    above = counts.flip(0).cumsum(0)
+    at = int((above >= place).nonzero()[0])
+    return len(counts) - 1 - at, place - (int(above[at - 1]) if at else 0)
+
+
+def _bits(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Of floats that are not negative: integers in the same order, int64."""
+    return magnitudes.flatten().contiguous().view(torch.int32).long()

@@ -8,7 +8,7 @@ most of the model has. AdaMerging's authors compute it so (ties_merging_split).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from merge3.methods import Job
 from merge3.methods.learned import learned_named
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Slice
+from merge3.statistics import kept_from
 
 _OF_HEADS = ("id2label", "label2id", "num_labels", "problem_type")  # what a configuration says of them
-_LOW, _BINS = 16, 2**16  # a magnitude's bits are found in two halves
 
 
 def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> Recipe:
@@ -40,7 +40,8 @@ def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> R
     missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
     if missing:
         jobs = prepare(_whole(recipe, experts), pool).program.jobs
-        thresholds = [kept_from(_magnitudes(jobs, pool, k), share) for k in range(len(experts))]
+        kept = kept_from(lambda: _magnitudes(jobs, pool, len(experts)), share)
+        thresholds = [kept[k] for k in range(len(experts))]
         majority = _majority(jobs, pool, thresholds)
         for k in missing:
             _write(_whole(recipe, [experts[k]]), pool, jobs, thresholds, majority, k, folder / names[k])
@@ -67,43 +68,11 @@ def survivors(vectors: Sequence[torch.Tensor], thresholds: Sequence[float], majo
     return [torch.where(vector * signs > 0, vector, 0.0) for vector in kept]
 
 
-def kept_from(read: Callable[[], Iterable[torch.Tensor]], share: float) -> float:
-    """The magnitude from which on `share` of all elements are kept, and one more, as kthvalue(n − int(n · share)) has
-    it; 0.0 where all are. read: magnitudes, float32, each time it is called; it is twice."""
-    upper, count = torch.zeros(_BINS, dtype=torch.int64), 0
-    for tensor in read():
-        upper += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS).cpu()
-        count += tensor.numel()
-    place = int(count * share) + 1  # from the largest
-    if place > count:
-        return 0.0
-    high, place = _find(upper, place)
-    lower = torch.zeros(_BINS, dtype=torch.int64)
-    for tensor in read():
-        bits = _bits(tensor)
-        lower += torch.bincount(bits[bits >> _LOW == high] & (_BINS - 1), minlength=_BINS).cpu()
-    low, _ = _find(lower, place)
-    return float(torch.tensor((high << _LOW) | low, dtype=torch.int32).view(torch.float32))
-
-
-def _find(counts: torch.Tensor, place: int) -> tuple[int, int]:
-    """(the bin of the place-th element from the top, its place within the bin)"""
-    above = counts.flip(0).cumsum(0)
-    at = int((above >= place).nonzero()[0])
-    return len(counts) - 1 - at, place - (int(above[at - 1]) if at else 0)
-
-
-def _bits(magnitudes: torch.Tensor) -> torch.Tensor:
-    """Of floats that are not negative: integers in the same order, int64."""
-    return magnitudes.flatten().contiguous().view(torch.int32).long()
-
-
-def _magnitudes(jobs: Sequence[Job], pool: Pool, k: int) -> Callable[[], Iterator[torch.Tensor]]:
-    def read() -> Iterator[torch.Tensor]:
-        for job in jobs:
-            yield _vectors(job, pool, [k])[0].abs()
-
-    return read
+def _magnitudes(jobs: Sequence[Job], pool: Pool, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for job in jobs:
+        for k, vector in enumerate(_vectors(job, pool, range(experts))):
+            yield k, vector.abs()
+        pool.give_back(job.refs)
 
 
 def _vectors(job: Job, pool: Pool, which: Sequence[int]) -> list[torch.Tensor]:
