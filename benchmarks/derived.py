@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -54,13 +55,13 @@ def main() -> None:
             rows.append([name, f"{ours:.2f}", f"{fusion:.2f}" if fusion else "", ratio(fusion, ours)])
             print(rows[-1], flush=True)
         columns = ["method", "seconds", "fusion_bench's", "times as fast"]
-        text = table(f"One matrix of every shape, {EXPERTS} experts, a search aside", columns, rows)
+        text = table(f"One matrix of every shape of a layer, {EXPERTS} experts", columns, rows)
         pool = Pool.open(str(world / "base"), [str(world / f"e{i}") for i in range(EXPERTS)])
         rows, candidates = [], searched(pool, world)
         for name, (derivation, swap) in candidates.items():
             relative = swap / candidates["task_arithmetic"][1]
             rows.append([name, f"{derivation:.1f}" if derivation else "", f"{1e3 * swap:.1f}", f"**{relative:.2f}**"])
-        parameters = sum(info.numel for info in pool.base_checkpoint.tensors.values())
+        parameters = sum(math.prod(info.shape) for info in pool.base_checkpoint.tensors.values())
         columns = ["method", "derived once, s", "a candidate's swap, ms", "of task arithmetic's"]
         text += "\n\n" + table(f"A search over lambda, {parameters / 1e6:.0f} M parameters", columns, rows)
     data = {"alone": data, "searched": candidates, "layers": options.layers}

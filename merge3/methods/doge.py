@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from merge3.methods.base import Job, Method, Parameter
-from merge3.methods.matrices import LAMBDA, matrix_shape, singular, step, task_vectors
+from merge3.methods.matrices import FLATTEN, LAMBDA, matrix_shape, singular, step, task_vectors
 from merge3.statistics import kept_from
 from merge3.threads import few_threads
 
@@ -36,6 +36,7 @@ def methods() -> list[Method]:
         "subspace": Parameter(int, "shared", 6, 1, help="one direction in so many is shared and left alone"),
         "steps": Parameter(int, "shared", 400, 0, 100_000, help="of Adam on a tensor"),
         "learning_rate": Parameter(float, "shared", 1e-4, 0.0, 1.0, help="of Adam, in units of weights"),
+        "flatten": FLATTEN,
         "others": Parameter(bool, "shared", True, help="average what is no matrix of a layer, not keep the base's"),
     }
     return [
@@ -64,6 +65,8 @@ def common_change(vectors: torch.Tensor, eta: float, subspace: int, steps: int, 
     fixed = (vectors * (vectors - torch.einsum("t,trc->rc", scales, vectors))).sum(-1, keepdim=True)  # [T, rows, 1]
     basis = shared_subspace(vectors, subspace)
     change = torch.zeros_like(vectors[0])
+    if basis.shape[1] == len(change):  # all is shared: what is left of a gradient is rounding, which Adam would follow
+        return change
     change.grad, product = torch.empty_like(change), torch.empty_like(change)
     optimizer = torch.optim.Adam([change], lr=learning_rate, fused=True)
     for _ in range(steps):
@@ -127,4 +130,4 @@ def _derive(job: Job, tensors: list[torch.Tensor], thresholds: Thresholds) -> to
 
 def _shape(job: Job) -> tuple[int, int] | None:
     """Of a tensor that is changed, as a matrix."""
-    return matrix_shape(job.shape) if _LAYER.search(job.name) else None
+    return matrix_shape(job) if _LAYER.search(job.name) else None

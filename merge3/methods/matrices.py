@@ -1,7 +1,8 @@
 """What methods share that derive an expert by linear algebra: tensors as matrices, and their singular directions.
 
-A tensor of more than two dimensions is the matrix of its first dimension by all others, as a convolution applies it;
-dimensions of 1 do not count. What has fewer than two dimensions then is no matrix: biases, norms, a class token.
+Matrices are tensors of two dimensions, both above 1, as the authors' programs have it; embeddings and heads are among
+them. `flatten: true` makes one of a tensor of more dimensions, too: its first dimension by all others, as a convolution
+applies it, where dimensions of 1 do not count.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from merge3.threads import few_threads
 
 # Of every method that derives a task vector.
 LAMBDA = Parameter(float, "shared", 1.0, help="scale of the derived task vector", gene=Gene(0.0, 2.0, start=1.0))
+# Not the default: on the eight image tasks of benchmarks/linear_algebra.py the patches' convolution and positions,
+# taken as matrices, cost iso_c six points and gained the others nothing.
+FLATTEN = Parameter(bool, "shared", False, help="take tensors of more than two dimensions as matrices, too")
 # Directions of less than this share of the largest singular value are rounding errors of float32 weights.
 RESOLUTION = 1e-6
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
+def matrix_shape(job: Job) -> tuple[int, int] | None:
     """(rows, columns) of a tensor as a matrix; None for one that is none."""
-    counting = [size for size in shape if size != 1]
-    return (counting[0], math.prod(counting[1:])) if len(counting) > 1 and 0 not in counting else None
+    shape = job.shape
+    if job.shared["flatten"]:
+        counting = [size for size in shape if size != 1]
+        shape = (*counting[:1], math.prod(counting[1:]))
+    return tuple(shape) if len(shape) == 2 and min(shape) > 1 else None
 
 
 def task_vectors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -48,7 +55,7 @@ def with_merged(
 ) -> torch.Tensor:
     """The base and what `merge` makes of task vectors as matrices; of what is no matrix, or has fewer rows or columns
     than `least`, their mean."""
-    shape = matrix_shape(job.shape)
+    shape = matrix_shape(job)
     if shape is None or min(shape) < least:
         return base + torch.stack(tuple(vectors)).mean(0)
     with few_threads(job.numel * len(vectors)):

@@ -1,9 +1,9 @@
 """One expert made of all experts' task vectors by their singular directions, tensor by tensor, without data.
 
 What is no matrix (see matrices.py), and for `tsv_m` a matrix with fewer rows or columns than there are experts, has the
-mean task vector, as the authors' programs have it. Embeddings and heads are matrices like others. Where all experts
-leave a direction alone it stays the base's: authors' programs take the SVD's arbitrary completion there, which
-matters for task vectors that are low-rank to the last bit and for experts that are copies of each other.
+mean task vector, as the authors' programs have it. A direction that no expert changes stays the base's, where those
+programs take the SVD's arbitrary completion: that matters for task vectors that are low-rank to the last bit, and for
+experts that are copies of each other.
 
 iso_c: Marczak et al. 2025, "No Task Left Behind", Iso-C. tsv_m: Gargiulo et al. 2024, "Task Singular Vectors", TSV-M.
 wudi: Cheng et al. 2025, "Whoever Started the Interference Should End It", WUDI-Merging.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from merge3.methods.base import Job, Method, Parameter
-from merge3.methods.matrices import LAMBDA, orthogonal, singular, step, task_vectors, with_merged
+from merge3.methods.matrices import FLATTEN, LAMBDA, orthogonal, singular, step, task_vectors, with_merged
 
 _WEIGHT = Parameter(float, "expert", 1.0, help="scale of an expert's task vector before anything is derived of it")
 
@@ -28,20 +28,21 @@ def methods() -> list[Method]:
             "iso_c",
             "the sum of task vectors with all its singular values made equal",
             "https://arxiv.org/abs/2502.04959",
-            {"lambda": LAMBDA},
+            {"lambda": LAMBDA, "flatten": FLATTEN},
             step,
             searched=("lambda",),
             derive=_iso_c,
+            deriving=("flatten",),
         ),
         Method(
             "tsv_m",
             "each task vector's first singular directions, made orthogonal to the others'",
             "https://arxiv.org/abs/2412.00081",
-            {"weight": _WEIGHT, "lambda": LAMBDA},
+            {"weight": _WEIGHT, "lambda": LAMBDA, "flatten": FLATTEN},
             step,
             searched=("lambda",),
             derive=_tsv_m,
-            deriving=("weight",),
+            deriving=("weight", "flatten"),
         ),
         Method(
             "wudi",
@@ -53,11 +54,12 @@ def methods() -> list[Method]:
                 "mu": Parameter(float, "shared", 0.1, 0.0, open_low=True, help="damping of the closed form"),
                 "steps": Parameter(int, "shared", 300, 0, 100_000, help="of Adam on a tensor"),
                 "learning_rate": Parameter(float, "shared", 1e-5, 0.0, 1.0, help="of Adam, in units of weights"),
+                "flatten": FLATTEN,
             },
             step,
             searched=("lambda",),
             derive=_wudi,
-            deriving=("closed", "mu", "steps", "learning_rate"),
+            deriving=("closed", "mu", "steps", "learning_rate", "flatten"),
         ),
     ]
 
@@ -85,40 +87,44 @@ def separated(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
 def least_interference(vectors: Sequence[torch.Tensor], steps: int, learning_rate: float) -> torch.Tensor:
     """WUDI of task vectors, each [rows, columns], float32: Adam from their sum on Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖².
 
-    The gradient is 2 (τ G − H) with G = Σ_i τ_iᵀ τ_i / ‖τ_i‖² and H = Σ_i τ_i τ_iᵀ τ_i / ‖τ_i‖², which do not change:
-    a step is one product, however many experts there are. For experts × rows < columns / 2 G goes by its factor.
+    With G_i = τ_iᵀ τ_i / ‖τ_i‖² the gradient is 2 (δ Σ_i G_i + Σ_i (Σ_k τ_k − τ_i) G_i) for τ = Σ_k τ_k + δ: both sums
+    stay, so a step is one product, however many experts there are. For experts × rows < columns / 2 the first goes by
+    its factor. δ is what moves, since Adam would take a gradient that is 0 but for rounding for a direction.
     """
-    scaled = _scaled(vectors)
-    merged = torch.stack(tuple(vectors)).sum(0)
-    if not scaled:
-        return merged
-    stacked = torch.cat([unit for unit, _ in scaled])  # G = stackedᵀ stacked
-    target = sum((unit @ unit.T) @ unit * norm for unit, norm in scaled)
-    factored = 2 * len(stacked) < merged.shape[1]
+    changing = _scaled(vectors)
+    total = torch.stack(tuple(vectors)).sum(0)
+    if not changing:
+        return total
+    stacked = torch.cat([unit for _, unit, _ in changing])  # Σ_i G_i = stackedᵀ stacked
+    constant = sum((total - vector) @ unit.T @ unit for vector, unit, _ in changing)
+    factored = 2 * len(stacked) < total.shape[1]
     gram = None if factored else stacked.T @ stacked
-    optimizer = torch.optim.Adam([merged], lr=learning_rate, fused=True)
-    merged.grad = torch.empty_like(merged)
+    change = torch.zeros_like(total)
+    change.grad = torch.empty_like(change)
+    optimizer = torch.optim.Adam([change], lr=learning_rate, fused=True)
     for _ in range(steps):
-        left, right = (merged @ stacked.T, stacked) if factored else (merged, gram)
-        torch.addmm(target, left, right, beta=-2.0, alpha=2.0, out=merged.grad)
+        left, right = (change @ stacked.T, stacked) if factored else (change, gram)
+        torch.addmm(constant, left, right, beta=2.0, alpha=2.0, out=change.grad)
         optimizer.step()
-    return merged
+    return total + change
 
 
 def least_interference_closed(vectors: Sequence[torch.Tensor], mu: float) -> torch.Tensor:
-    """The minimum of WUDI's loss + μ ‖τ − Σ_i τ_i‖² in one solve: (H + μ Σ_i τ_i)(G + μ I)⁻¹ with G and H as in
-    least_interference and μ = mu · tr(G) / columns; float64. The damping does what the few steps from the sum do:
-    directions that no expert carries stay the sum's."""
-    scaled = [(unit.double(), norm) for unit, norm in _scaled(vectors)]
-    if not scaled:
+    """The minimum of WUDI's loss + μ ‖τ − Σ_i τ_i‖² in one solve, (Σ_i τ_i G_i + μ Σ_i τ_i)(Σ_i G_i + μ I)⁻¹ with G_i
+    as in least_interference and μ = mu · Σ_i tr(G_i) / columns; float64. The damping does what few steps from the sum
+    do: directions that hardly any expert carries stay the sum's."""
+    changing = _scaled([vector.double() for vector in vectors])
+    if not changing:
         return torch.zeros_like(vectors[0], dtype=torch.float64)
-    stacked = torch.cat([unit for unit, _ in scaled])
-    damping = mu * len(scaled) / stacked.shape[1]  # the trace of each G_i is 1
-    if len(stacked) >= stacked.shape[1]:
-        right = sum((unit @ unit.T + damping * torch.eye(len(unit)).to(unit)) @ unit * norm for unit, norm in scaled)
+    stacked = torch.cat([unit for _, unit, _ in changing])
+    rows, columns = vectors[0].shape
+    damping = mu * len(changing) / columns  # the trace of each G_i is 1
+    damped = [unit @ unit.T + damping * torch.eye(rows).to(unit) for _, unit, _ in changing]
+    if len(stacked) >= columns:
+        right = sum(own @ vector for own, (vector, _, _) in zip(damped, changing))
         return _solved(stacked.T @ stacked, damping, right)
-    # C B (Bᵀ B + μ I)⁻¹ = C (B Bᵀ + μ I)⁻¹ B, with fewer rows than columns the smaller solve
-    right = torch.cat([(unit @ unit.T + damping * torch.eye(len(unit)).to(unit)) * norm for unit, norm in scaled], 1)
+    # C B (Bᵀ B + μ I)⁻¹ = C (B Bᵀ + μ I)⁻¹ B: for so few rows the smaller solve
+    right = torch.cat([own * norm for own, (_, _, norm) in zip(damped, changing)], 1)
     return _solved(stacked @ stacked.T, damping, right) @ stacked
 
 
@@ -128,10 +134,10 @@ def _solved(gram: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Te
     return torch.cholesky_solve(right.T, torch.linalg.cholesky(gram)).T
 
 
-def _scaled(vectors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
-    """(τ_i / ‖τ_i‖, ‖τ_i‖) of every expert that changes anything."""
+def _scaled(vectors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    """(τ_i, τ_i / ‖τ_i‖, ‖τ_i‖) of every expert that changes anything."""
     norms = [float(torch.linalg.vector_norm(vector, dtype=torch.float64)) for vector in vectors]
-    return [(vector / norm, norm) for vector, norm in zip(vectors, norms) if norm > 0]
+    return [(vector, vector / norm, norm) for vector, norm in zip(vectors, norms) if norm > 0]
 
 
 def _iso_c(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
