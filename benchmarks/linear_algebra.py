@@ -28,8 +28,8 @@ DERIVED = {
     "TSV-M": ("tsv_m", {}),
     "WUDI, 300 steps": ("wudi", {"learning_rate": (1e-5, 1e-4)}),
     "WUDI, closed form": ("wudi", {"closed": (True,)}),
-    "DOGE": ("doge", {"eta": (0.07, 0.1, 0.2, 0.4, 0.8)}),
-    "DOGE, the base's others": ("doge", {"eta": (0.07, 0.1, 0.2, 0.4, 0.8), "others": (False,)}),
+    "DOGE": ("doge", {"eta": (0.02, 0.04, 0.07, 0.1, 0.2)}),
+    "DOGE, the base's others": ("doge", {"eta": (0.02, 0.04, 0.07, 0.1, 0.2), "others": (False,)}),
 }
 TRIED = (*LAMBDAS, 2.0)
 LEAD = {"DOGE": 0.0, "Iso-C": 0.05, "TSV-M": 0.05, "WUDI, 300 steps": 0.05, "WUDI, closed form": 0.05}  # over TIES

@@ -96,7 +96,7 @@ def least_interference(vectors: Sequence[torch.Tensor], steps: int, learning_rat
     if not changing:
         return total
     stacked = torch.cat([unit for _, unit, _ in changing])  # Σ_i G_i = stackedᵀ stacked
-    constant = sum((total - vector) @ unit.T @ unit for vector, unit, _ in changing)
+    constant = sum(_through(total - vector, unit) for vector, unit, _ in changing)
     factored = 2 * len(stacked) < total.shape[1]
     gram = None if factored else stacked.T @ stacked
     change = torch.zeros_like(total)
@@ -119,13 +119,18 @@ def least_interference_closed(vectors: Sequence[torch.Tensor], mu: float) -> tor
     stacked = torch.cat([unit for _, unit, _ in changing])
     rows, columns = vectors[0].shape
     damping = mu * len(changing) / columns  # the trace of each G_i is 1
-    damped = [unit @ unit.T + damping * torch.eye(rows).to(unit) for _, unit, _ in changing]
     if len(stacked) >= columns:
-        right = sum(own @ vector for own, (vector, _, _) in zip(damped, changing))
+        right = sum(_through(vector, unit) + damping * vector for vector, unit, _ in changing)
         return _solved(stacked.T @ stacked, damping, right)
     # C B (Bᵀ B + μ I)⁻¹ = C (B Bᵀ + μ I)⁻¹ B: for so few rows the smaller solve
-    right = torch.cat([own * norm for own, (_, _, norm) in zip(damped, changing)], 1)
+    identity = torch.eye(rows).to(stacked)
+    right = torch.cat([(unit @ unit.T + damping * identity) * norm for _, unit, norm in changing], 1)
     return _solved(stacked @ stacked.T, damping, right) @ stacked
+
+
+def _through(left: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """left · unitᵀ · unit, by the smaller square: of an embedding's rows it would not fit into memory."""
+    return left @ (unit.T @ unit) if len(unit) >= unit.shape[1] else (left @ unit.T) @ unit
 
 
 def _solved(gram: torch.Tensor, damping: float, right: torch.Tensor) -> torch.Tensor:
