@@ -51,7 +51,7 @@ def methods() -> list[Method]:
             {
                 "lambda": LAMBDA,
                 "closed": Parameter(bool, "shared", False, help="solve the damped problem instead of taking steps"),
-                "mu": Parameter(float, "shared", 0.1, 0.0, open_low=True, help="damping of the closed form"),
+                "mu": Parameter(float, "shared", 0.1, 1e-6, help="damping of the closed form"),  # float64's, at least
                 "steps": Parameter(int, "shared", 300, 0, 100_000, help="of Adam on a tensor"),
                 "learning_rate": Parameter(float, "shared", 1e-5, 0.0, 1.0, help="of Adam, in units of weights"),
                 "flatten": FLATTEN,

@@ -189,6 +189,13 @@ def test_more_experts_than_directions(experts, shape):
     assert shared_subspace(vectors, 1).shape[1] <= experts * (min(shape) // experts)
 
 
+def test_so_little_is_shared_that_nothing_is():
+    assert shared_subspace(drawn(), 100).shape == (12, 0)
+    vectors = drawn(scale=0.3)
+    near = by_autograd(vectors, **SETTINGS | {"subspace": 100})
+    assert float((common_change(vectors, **SETTINGS | {"subspace": 100}) - near).norm()) < 1e-3 * float(near.norm())
+
+
 @pytest.mark.parametrize("scale", [1e-18, 1e-8, 1e6])
 def test_no_scale_makes_nan(scale):
     merged = of_model([{Q: vector} for vector in drawn(scale=scale)])

@@ -114,6 +114,14 @@ def test_closed_form_is_near_what_steps_come_to():
     assert cosine > 0.6
 
 
+@pytest.mark.parametrize("shape", [(30, 20), (6, 40), (20, 20)])
+def test_the_least_damping_solves_what_has_no_one_minimum(shape):
+    """Of low-rank experts, copies among them."""
+    vectors = drawn(shape, 2, 0, rank=2)
+    merged = least_interference_closed([*vectors, vectors[0]], 1e-6)
+    near(merged, wudi_closed([vector.double() for vector in (*vectors, vectors[0])], 1e-6), 1e-4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(st.integers(1, 30), st.integers(1, 30)), st.integers(1, 30), st.integers(0, 2**20))
 def test_singular_directions(shape, rank, seed):
