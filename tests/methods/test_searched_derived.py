@@ -161,7 +161,8 @@ def test_a_search_over_lambda_derives_once_and_another_run_finds_it(tiny_world, 
 
 @pytest.mark.parametrize("method, wrong", [
     ("wudi", {"steps": -1}), ("wudi", {"mu": 0.0}), ("wudi", {"mu": 1e-9}), ("wudi", {"mu": -1}),
-    ("wudi", {"closed": 1}), ("wudi", {"learning_rate": float("inf")}), ("iso_c", {"lambda": "x"}), ("tsv_m", {"flatten": 0.5}),
+    ("wudi", {"closed": 1}), ("wudi", {"learning_rate": float("inf")}), ("iso_c", {"lambda": "x"}),
+    ("tsv_m", {"flatten": 0.5}),
 ])  # fmt: skip
 def test_values_out_of_range(family, method, wrong):
     (name,) = wrong
