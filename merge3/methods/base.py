@@ -234,6 +234,9 @@ class Method:
     its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
     It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
     shared parameters, so only these can be searched without deriving anew.
+    survey(jobs, read): for those where a tensor depends on others, by a threshold over the whole model, say. What it
+    returns is given to `derive` as a third argument. Called once, before anything is derived; read(jobs) yields
+    (job, inputs), one at a time in memory, for as many jobs and as often as is asked.
     """
 
     name: str
@@ -251,8 +254,9 @@ class Method:
     evolve_normalizes: bool = False
     like: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
+    derive: Callable[..., torch.Tensor] | None = None
     deriving: tuple[str, ...] = ()
+    survey: Callable[..., Any] | None = None
 
     @property
     def genes(self) -> dict[str, Gene]:
