@@ -16,7 +16,7 @@ import torch
 
 from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
-from merge3.export_task import merge_task
+from merge3.export_task import check_router, merge_task
 from merge3.fitness import estimates, judged
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
@@ -95,6 +95,12 @@ class LocalEngine:
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
                 subject = Varied(subject)
+            error = self._rounds.refused(registration, subject)
+            if error is not None:
+                none = np.full(len(registration.objectives), np.nan)
+                hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
+                yield Evaluation(index, hash_, None, registration.objectives, none, none, 0.0, error=error)
+                continue
             prepared = self._rounds.prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
 
@@ -203,6 +209,7 @@ class LocalEngine:
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
+        check_router(recipe)
         self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
@@ -210,6 +217,7 @@ class LocalEngine:
         """See Engine."""
         if task is not None:
             return merge_task(recipe, task, directory, self.pool, seed)
+        check_router(recipe)
         return merge_to_disk(recipe, directory, self.pool, seed)
 
     def close(self) -> None:

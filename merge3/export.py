@@ -36,7 +36,7 @@ from merge3.packaging import (
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
-from merge3.variants import Variants, write_parts
+from merge3.variants import Variants, check_parts, write_parts
 
 BATCH = 24_000_000  # elements merged at once
 
@@ -48,6 +48,7 @@ class Prepared:
     program: Program
     specs: Specs
     config: dict[str, Any]
+    parts: int = 0  # bytes that tasks' parts take beside, or more
 
 
 def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
@@ -61,7 +62,8 @@ def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
     first = lead(recipe)  # whose files the output has
     others = [str(model) for model in recipe.models() if str(model) != first]
     check_modules({model: pool.endpoints[model].path for model in (first, *others)})
-    return Prepared(program, specs, output_config(recipe, program, specs, pool))
+    parts = check_parts(recipe, program, pool, specs, where) if program.tasks else 0
+    return Prepared(program, specs, output_config(recipe, program, specs, pool), parts)
 
 
 def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
@@ -152,7 +154,7 @@ def write_checkpoint(
     # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
     with ThreadPoolExecutor(1) as aside:
         checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
-        with CheckpointWriter(directory, ready.specs, shard_size) as writer:
+        with CheckpointWriter(directory, ready.specs, shard_size, ready.parts) as writer:
             _write_tensors(writer, ready, pool, merge, progress, checked)
             _write_beside(writer, ready, recipe, pool, seed)
             checked.result()

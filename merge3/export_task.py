@@ -60,6 +60,13 @@ def check_task(recipe: Recipe, task: str, where: str = "recipe") -> None:
         raise BadInput("task", f"no variant {task!r}", ", ".join(known), nearest(task, known))
 
 
+def check_router(recipe: Recipe, where: str = "recipe") -> None:
+    """Raises RecipeError for a recipe whose router would not be fitted where only weights are written."""
+    if recipe.router:
+        expected = "a recipe without, or `merge3-client merge`, which fits a router to what it has packed"
+        raise RecipeError(f"{where}: router", "to be fitted to the common model", expected)
+
+
 def write_task(packed: Path, task: str, directory: Path, shard_size: int = SHARD_SIZE) -> dict:
     """One task's model of a packed folder as an ordinary checkpoint, atomically. Returns as merge_to_disk.
 

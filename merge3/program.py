@@ -132,11 +132,28 @@ def _with_variants(recipe: Recipe, view: View, where: str) -> Program:
         raise RecipeError(where, found, "whole tensors, where every task has a model of its own")
     setting = parameters_of(recipe, where)
     if row.from_base:
-        varied = [job for job in varied if lookup(row.from_base, (setting,), job.name, 0.0, True)]
+        varied = [_based(job, recipe, view, where) for job in varied if _is(row.from_base, setting, job)]
         based = {job.name: job.base for job in varied}
         jobs = tuple(job for job in program.jobs if job.name not in based)
         program = replace(program, jobs=jobs, copies=program.copies | based)
+    if not varied:
+        raise RecipeError(where, "no tensor that differs between tasks", "at least one")
     return replace(program, varied=tuple(varied), tasks=tasks)
+
+
+def _is(name: str, setting: Mapping[str, Any], job: Job) -> bool:
+    """Whether a parameter that may be said tensor by tensor is true of this one."""
+    return bool(lookup(name, (setting,), job.name, 0.0, True))
+
+
+def _based(job: Job, recipe: Recipe, view: View, where: str) -> Job:
+    """The job over the base too, which an average, say, does without."""
+    base = job.base
+    if base is None and recipe.base_model is not None:
+        base = Ref(str(recipe.base_model), job.name)
+    if base is None or not view.has(base):
+        raise RecipeError(f"{where}: base_model", f"none for tensor {job.name!r}", "a base, from which variants differ")
+    return replace(job, base=base)
 
 
 def tied_outputs(view: View, layout: Layout) -> tuple[str, ...]:

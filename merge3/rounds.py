@@ -53,12 +53,8 @@ class Rounds:
     def prepare(self, asked: Registration, subject: Subject | None) -> Prepared:
         """A task's head is its own, else its variant's, else the endpoint's asked, else the merge's. The chat template
         is that of the recipe asked, else that of the space's recipes. Raises BadInput for what evaluating would."""
-        varied = subject if isinstance(subject, Varied) else None
-        subject = varied.subject if varied is not None else subject
-        endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
-        recipe = subject if isinstance(subject, Recipe) else None
-        answering = None if varied is None else (recipe and recipe.hash(), varied.tasks)
-        key = (asked, endpoint, template_key(recipe) if asked.chat else None, answering)
+        varied, endpoint, recipe = self._parted(subject)
+        key = _key(asked, varied, endpoint, recipe)
         if key not in self._prepared:
             check_objectives(asked)
             self.check_heads(asked)
@@ -71,13 +67,30 @@ class Rounds:
         self._prepared.move_to_end(key)
         return self._prepared[key]
 
+    def refused(self, asked: Registration, subject: Subject | None) -> BadInput | None:
+        """What is wrong with a subject of many variants, and with no other: a recipe that does not compile, a folder
+        without variants, a task without one. Where it was prepared, nothing is."""
+        varied, endpoint, recipe = self._parted(subject)
+        if varied is not None and _key(asked, varied, endpoint, recipe) not in self._prepared:
+            try:
+                self._answering(asked, varied)
+            except BadInput as error:
+                return error
+        return None
+
+    def _parted(self, subject: Subject | None) -> tuple[Varied | None, str | None, Recipe | None]:
+        varied = subject if isinstance(subject, Varied) else None
+        subject = varied.subject if varied is not None else subject
+        endpoint = subject if isinstance(subject, str) and subject in self.pool.endpoints else None
+        return varied, endpoint, subject if isinstance(subject, Recipe) else None
+
     def packed(self, endpoint: str) -> Variants:
         """The variants in an endpoint's folder, their heads lent to the slot as `endpoint:task`. Raises CheckpointError
         where there are none."""
         if endpoint not in self._packed:
             check_endpoint(self.pool, "endpoint", endpoint)
             variants = Variants.open(self.pool.endpoints[endpoint].path, self.pool.device)
-            self.slot.lent_heads.update({f"{endpoint}:{task}": head for task, head in variants.heads.items()})
+            self.slot.lend(variants, endpoint)
             self._packed[endpoint] = variants
         return self._packed[endpoint]
 
@@ -113,7 +126,8 @@ class Rounds:
             heads = known if own_heads(self.pool) else {}
         else:
             variants = self.packed(varied.subject)
-            known, heads = variants.tasks, {task: f"{varied.subject}:{task}" for task in variants.heads}
+            own = self.pool.heads.get(varied.subject)
+            known, heads = variants.tasks, {task: f"{varied.subject}:{task}" for task in variants.tasks if own}
         for task in dict.fromkeys(tasks):
             if task not in known:
                 raise BadInput("task", f"no variant {task!r}", ", ".join(known), nearest(task, known))
@@ -128,6 +142,11 @@ class Rounds:
             while len(self._scorers) > _SCORERS:
                 self._scorers.popitem(last=False)
         return self._scorers[key]
+
+
+def _key(asked: Registration, varied: Varied | None, endpoint: str | None, recipe: Recipe | None) -> tuple:
+    answering = None if varied is None else (recipe and recipe.hash(), varied.tasks)
+    return asked, endpoint, template_key(recipe) if asked.chat else None, answering
 
 
 def check_endpoint(pool: Pool, where: str, name: str) -> None:

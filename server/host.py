@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
-from merge3.export_task import check_task, merge_task
+from merge3.export_task import check_router, check_task, merge_task
 from merge3.learn.fit import Fit
 from merge3.learn.fitting import State
 from merge3.packaging import chat_template
@@ -142,12 +142,14 @@ class Host:
         where = Path(directory), self._engine(spec).pool, seed
         if task:
             return merge_task(recipe, task, *where, progress=progress)
+        check_router(recipe)
         return merge_to_disk(recipe, *where, progress=progress)
 
     def check(self, spec: PoolSpec, recipe: Recipe, task: str = "", stop=None, emit=None) -> None:
         """A dry run of swap and export: raises what they would refuse."""
         if task:
             check_task(recipe, task)
+            recipe = replace(recipe, router={})  # it sends prompts to all of them
         self._engine(spec).check(recipe)
 
     def generate(

@@ -44,5 +44,5 @@ def open_with_adapter(
             shutil.copyfile(file, Path(keep.name) / file.name)
     copy_modules(base.path, Path(keep.name))
     checkpoint = open_checkpoint(keep.name)
-    checkpoint.temporary = keep
+    checkpoint.temporary, checkpoint.adapter = keep, directory
     return checkpoint

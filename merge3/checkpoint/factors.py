@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from merge3.checkpoint.read import Checkpoint, read_header, resolve
+from merge3.checkpoint.read import Checkpoint, read_header
 from merge3.errors import CheckpointError
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -23,13 +24,12 @@ class Factors(NamedTuple):
     scale: float
 
 
-def read_factors(path: str, revision: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
-    """Tensor of the model -> what a peft adapter changes it by. shapes: of the model's matrices.
+def read_factors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factors]:
+    """Tensor of the model -> what the peft adapter in a folder changes it by. shapes: of the model's matrices.
 
     Raises CheckpointError for adapters that are more than two factors a matrix (DoRA, trained embeddings or heads,
     biases), or that do not fit the model.
     """
-    folder = resolve(path, revision)
     for file in (SETTINGS, FILE):
         if not (folder / file).exists():
             raise CheckpointError(folder, f"no {file}", "a peft adapter in safetensors")
@@ -46,7 +46,10 @@ def read_factors(path: str, revision: str | None, shapes: Mapping[str, tuple[int
         name = _name(module, shapes, folder / FILE)
         a, b = stored.get(key), stored.get(key.removesuffix(_A) + _B)
         rank = a.shape[0]
-        scale = _of_module(settings, "alpha_pattern", "lora_alpha", module) / (
+        if (a.dim(), b.dim()) != (2, 2) or b.shape[1] != rank or rank == 0:
+            found_shapes = f"{key!r} of shape {list(a.shape)} beside lora_B of {list(b.shape)}"
+            raise CheckpointError(folder / FILE, found_shapes, "[rank, columns] and [rows, rank]")
+        scale = _of_module(settings, "alpha_pattern", "lora_alpha", module, folder / SETTINGS) / (
             rank**0.5 if settings.get("use_rslora") else rank
         )
         if settings.get("fan_in_fan_out"):  # the model stores the transposed matrix
@@ -54,6 +57,8 @@ def read_factors(path: str, revision: str | None, shapes: Mapping[str, tuple[int
         if (b.shape[0], a.shape[1]) != tuple(shapes[name]):
             found_shape = f"{key!r}: factors of a matrix {[b.shape[0], a.shape[1]]}"
             raise CheckpointError(folder / FILE, found_shape, f"{list(shapes[name])}, as {name!r} has")
+        if name in found:
+            raise CheckpointError(folder / FILE, f"two pairs of factors for {name!r}", "one")
         found[name] = Factors(b, a, scale)
     if not found:
         raise CheckpointError(folder / FILE, "no factor", "lora_A and lora_B of some matrices")
@@ -72,11 +77,14 @@ def _settings(file) -> dict[str, Any]:
     return settings
 
 
-def _of_module(settings: Mapping[str, Any], pattern: str, default: str, module: str) -> float:
+def _of_module(settings: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> float:
     for ending, value in (settings.get(pattern) or {}).items():
         if module == ending or module.endswith(f".{ending}"):
             return float(value)
-    return float(settings[default])
+    try:
+        return float(settings[default])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(file, f"{default}: found {settings.get(default)!r}", "a number") from None
 
 
 def _name(module: str, shapes: Mapping[str, tuple[int, ...]], file) -> str:

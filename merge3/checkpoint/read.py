@@ -55,6 +55,7 @@ class Checkpoint:
     config: dict
     tensors: dict[str, TensorInfo]
     temporary: object = field(default=None, repr=False)  # a directory to remove when this goes
+    adapter: Path | None = None  # the folder of the LoRA adapter that is merged in
     made: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)  # files that are made when read
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 

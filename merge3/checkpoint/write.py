@@ -26,16 +26,23 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 class CheckpointWriter:
     """Context manager: `put` every tensor of `specs` in their order; leaving renames or cleans up.
 
-    directory: must not exist, or be empty. specs: name -> (dtype, shape). shard_size: bytes.
+    directory: must not exist, or be empty. specs: name -> (dtype, shape). shard_size: bytes. beside: bytes of what
+    others write into the folder.
     Raises BadInput if the directory is taken, ResourceError when the disk is full or not writable.
 
         with CheckpointWriter("zeros", {"weight": (torch.float32, (2, 3))}) as writer:
             writer.put("weight", torch.zeros(2, 3))
     """
 
-    def __init__(self, directory: str | os.PathLike, specs: Mapping[str, Spec], shard_size: int = SHARD_SIZE):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        specs: Mapping[str, Spec],
+        shard_size: int = SHARD_SIZE,
+        beside: int = 0,
+    ):
         self.directory = Path(directory)
-        self.specs = dict(specs)
+        self.specs, self.beside = dict(specs), beside
         self.shards = _plan_shards(self.specs, shard_size)
         self._order = iter([(shard, name) for shard, names in self.shards.items() for name in names])
         self._file = None
@@ -51,8 +58,8 @@ class CheckpointWriter:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.directory.parent).free
-            if free < self.nbytes:
-                raise ResourceError(self.directory, f"{free:,} bytes free", f"{self.nbytes:,} for the model")
+            if free < (wanted := self.nbytes + self.beside):
+                raise ResourceError(self.directory, f"{free:,} bytes free", f"{wanted:,} for the model")
             prefix = f".{self.directory.name}.partial-"
             self.temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory.parent))
         except OSError as error:

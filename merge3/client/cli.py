@@ -202,14 +202,16 @@ def demo(
 @app.command(epilog="Example: merge3-client methods")
 def methods(as_json: Json = False):
     """List the merge methods and their parameters."""
-    from merge3.methods import LEARNED, METHODS, ZIPPED
+    from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
     from merge3.methods.base import REQUIRED
 
+    listed = METHODS | VARIANTS
+
     if as_json:
-        found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in METHODS.items()}
+        found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in listed.items()}
         print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in (LEARNED | ZIPPED).items()}))
         return
-    for name, method in METHODS.items():
+    for name, method in listed.items():
         print(f"{name}: {method.summary}")
         for parameter, spec in method.parameters.items():
             default = "required" if spec.default is REQUIRED else f"default {spec.default}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from merge3.adapters.lm_eval import Settings, load_benchmark
-from merge3.client.routing import check_route, routed, told_of_routes
+from merge3.client.routing import check_variants, routed, told_of_routes
 from merge3.engine import Evaluation, LocalEngine, Operated, Varied
 from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning
 from merge3.files import write_atomically
@@ -30,7 +30,8 @@ from merge3.recipe import Recipe, load_yaml
 from merge3.registration import Registration
 from merge3.tasks import Item, fit_to_model, read_items
 from merge3.tasks.items import place
-from merge3.variants import ABOUT as VARIANTS_FILE
+from merge3.variants import ABOUT
+from merge3.variants import FILE as VARIANTS
 
 if TYPE_CHECKING:
     from merge3.adapters.judging import Benchmark
@@ -80,8 +81,9 @@ def evaluate_files(
     items = _from_files(asked)  # bad items and bad adapters before any model is opened
     adapters = _adapters(what) if surgery and (what / FILE).is_file() else None
     chat = asked.chat(items)
-    pool, subject, dtype = _opened(what, device, memory_budget)
-    check_route(route, what, subject)
+    subject = None if what.is_dir() or what.suffix not in (".yaml", ".yml") else Recipe.from_yaml(what)
+    check_variants(route, variants, what, subject)
+    pool, subject, dtype = _opened(what, subject, device, memory_budget)
     folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
     benchmarks = _benchmarks(asked, folder)
     for benchmark in benchmarks.values():
@@ -98,7 +100,7 @@ def evaluate_files(
     if route:
         routes = routed(what, subject, engine.slot, items)
         subject = Varied(subject, tuple(routes))
-    elif isinstance(subject, str) and variants and (what / VARIANTS_FILE).is_file():
+    elif isinstance(subject, str) and variants and any((what / name).is_file() for name in (ABOUT, VARIANTS)):
         subject = Varied(subject)
     if adapters is not None:
         subject = _with_adapters(subject, adapters, items)
@@ -153,14 +155,15 @@ def _from_files(asked: Asked) -> list[Item]:
     return items
 
 
-def _opened(what: Path, device: str, memory_budget: str | None) -> tuple[Pool, Recipe | str, str | None]:
+def _opened(
+    what: Path, recipe: Recipe | None, device: str, memory_budget: str | None
+) -> tuple[Pool, Recipe | str, str | None]:
     """(the pool, what is asked, the live model's dtype)"""
-    if what.is_dir() or what.suffix not in (".yaml", ".yml"):
+    if recipe is None:
         pool, dtype = Pool.open(str(what), [], device, memory_budget=memory_budget), None
         subject = pool.base
     else:
-        subject = Recipe.from_yaml(what)
-        models = subject.models()
+        subject, models = recipe, recipe.models()
         settings = {"memory_budget": memory_budget, "tokenizer": subject.tokenizer, "tower": subject.tower}
         pool = Pool.open(models[0], models[1:], device, **settings)
         dtype = subject.out_dtype or subject.dtype

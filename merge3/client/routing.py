@@ -108,10 +108,18 @@ def told_of_routes(tasks: Sequence[str], items: Sequence[Item]) -> Mapping[str, 
     return {"sent": counts, "of_own_task": right / len(own) if own else None}
 
 
-def check_route(route: bool, what: Path, subject: Recipe | str) -> None:
-    """Raises BadInput for --route of what has no variants."""
-    if route and isinstance(subject, Recipe) and subject.method not in VARIANTS:
+def check_variants(route: bool, variants: bool, what: Path, recipe: Recipe | None) -> None:
+    """Raises BadInput for --route of what has no variants, and for --no-variants where they would answer all the same.
+    recipe: None where `what` is a folder."""
+    if route and not variants:
+        raise BadInput("--route", "given with --no-variants", "one of them: a router sends prompts to variants")
+    if recipe is None:
+        return
+    if route and recipe.method not in VARIANTS:
         raise BadInput("--route", f"given with {what}, one model for all tasks", f"one of {', '.join(VARIANTS)}")
+    if not variants and recipe.method in VARIANTS:
+        expected = "the folder that `merge3-client merge` makes of it"
+        raise BadInput("--no-variants", f"given with a recipe of {recipe.method}", expected)
 
 
 def _fitted(slot: Slot, folder: Path, settings: RouterSettings, chosen: Mapping[str, Sequence[Item]]) -> Router:

@@ -46,6 +46,8 @@ class Router:
 
         Raises ItemsError for prompts that it cannot read, BadInput where its states have another width.
         """
+        if not items:
+            return []
         found = prompt_states(model, folder, items, self.system)
         if found.shape[1] != self.means.shape[1]:
             expected = f"{found.shape[1]}, as this model's states have"
@@ -122,7 +124,9 @@ def load_router(folder: Path) -> Router:
         about = json.loads(header["__metadata__"]["router"])
         tasks, system = tuple(str(task) for task in about["tasks"]), about["system"]
         means = checkpoint.get("means").clone()
-        assert means.dtype == torch.float32 and means.shape[0] == len(tasks) and means.dim() == 2 and tasks
+        assert means.dtype == torch.float32 and means.shape[0] == len(set(tasks)) and means.dim() == 2 and tasks
+        assert isinstance(about["tasks"], list) and len(set(tasks)) == len(tasks)
+        assert system is None or isinstance(system, str)
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise CheckpointError(file, "not a router that merge3 wrote", "the file as it was") from None
     if not means.isfinite().all():

@@ -4,16 +4,25 @@ recipe merges them like any tensor; else every endpoint has its own."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
-from merge3.checkpoint import Checkpoint
 from merge3.pool import Pool
 
 
 def own_heads(pool: Pool) -> bool:
     """Whether endpoints answer with heads of their own, which no recipe merges."""
     return any(name in pool.fixed for name in pool.heads.get(pool.base, ()))
+
+
+class Labelled(Protocol):
+    """What a head is taken from: a checkpoint, or what stands for one."""
+
+    config: Mapping[str, Any]
+
+    def get(self, name: str) -> torch.Tensor:
+        """See Checkpoint."""
 
 
 class Heads:
@@ -28,7 +37,7 @@ class Heads:
     def __init__(self, model: torch.nn.Module, pool: Pool, weights: Mapping[str, torch.Tensor]):
         self.model, self.pool = model, pool
         self.shown: str | None = pool.base
-        self.lent: dict[str, tuple[Checkpoint, Sequence[str]]] = {}
+        self.lent: dict[str, tuple[Labelled, Sequence[str]]] = {}
         names = [name for name in pool.heads.get(pool.base, ()) if name in weights and name not in pool.fixed]
         self.merged = {name: weights[name].clone() for name in names}
         self._parameters: dict[tuple[str, torch.Size], torch.nn.Parameter] = {}
@@ -49,7 +58,12 @@ class Heads:
         self._put(checkpoint, {name: checkpoint.get(name) for name in names})
         self.shown = endpoint
 
-    def _put(self, labelled: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+    def show_merged(self) -> None:
+        """Put the merge's own head on the model, where recipes merge heads."""
+        if self.merged:
+            self.show(None)
+
+    def _put(self, labelled: Labelled, tensors: Mapping[str, torch.Tensor]) -> None:
         """labelled: the checkpoint whose labels these are."""
         for name, tensor in tensors.items():
             owner, _, attribute = name.rpartition(".")

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
-from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
-from merge3.errors import RecipeError
+from merge3.errors import CheckpointError, RecipeError
 from merge3.live.binding import bind
-from merge3.live.heads import Heads
+from merge3.live.heads import Heads, Labelled
 from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.streaming import execute_streamed
-from merge3.methods import Unpacked, execute
+from merge3.methods import execute
 from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
-from merge3.variants import Kept, Variants
+from merge3.variants import Head, Kept, Variants
 
 # Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
 # block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
 BATCH = 24_000_000
+
+
+class Shown(NamedTuple):
+    """Whose variants a live model has the weights of. task: None for what all have in common. model: the endpoint that
+    is their folder, None for a recipe's; names: of its tensors, in the folder -> in the pool, where they differ. asked:
+    the recipe and seed; kept: what the recipe keeps."""
+
+    variants: Variants
+    task: str | None = None
+    model: str | None = None
+    names: Mapping[str, str] = MappingProxyType({})
+    asked: tuple[Recipe, int] | None = None
+    kept: Mapping[str, str] = MappingProxyType({})
 
 
 class Slot:
@@ -54,10 +68,9 @@ class Slot:
         self._prepared: OrderedDict = OrderedDict()
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
-        self._kept = Kept(pool, pool.derived_folder)
-        self._shown: tuple[Variants, str | None] | None = None  # whose the weights are, and which task's
-        self._varied: tuple[Recipe, int] | None = None  # the recipe and seed of these, where they are a recipe's
-        self._kept_as_is: dict[str, str] = {}  # what that recipe keeps
+        held = {name: self._rounded.get(name, tensor.dtype) for name, tensor in self.written().items()}
+        self._kept = Kept(pool, pool.derived_folder, held)
+        self._shown: Shown | None = None  # whose the weights are, and which task's
 
     def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe", task: str | None = None) -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
@@ -66,11 +79,12 @@ class Slot:
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
         Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
         """
-        if task is not None and self._varied == (recipe, seed) and self._shown is not None:
-            variants, _ = self._shown
-            variants.check(task)
+        shown = self._shown
+        if task is not None and shown is not None and shown.asked == (recipe, seed):
+            shown.variants.check(task)
             self._vary(task)
-            return self._kept_as_is
+            self._heads.show_merged()
+            return shown.kept
         program = self.compile(recipe, where)
         if task is None:
             self.run(program, seed)
@@ -78,8 +92,9 @@ class Slot:
         variants = self.variants(recipe, seed, where, program)
         variants.check(task)
         self.run(program, seed)
-        self._shown, self._varied, self._kept_as_is = (variants, None), (recipe, seed), program.kept
+        self._shown = Shown(variants, asked=(recipe, seed), kept=program.kept)
         self._vary(task)
+        self._heads.show_merged()
         return program.kept
 
     def variants(
@@ -91,31 +106,54 @@ class Slot:
             raise RecipeError(where, f"{recipe.method} makes one model for all tasks", "a method with one for each")
         return self._kept.of(recipe, program, seed, where)
 
+    def lend(self, variants: Variants, model: str) -> None:
+        """Have the heads of a packed folder's tasks, of the endpoint `model`, at hand as `model:task`; see use_head.
+        Raises CheckpointError where its tensors are not as in this live model."""
+        names = variants.names_in(self.pool.endpoints[model])
+        heads = self.pool.heads.get(model, ())
+        for stored, name in names.items():
+            weight = self._weights.get(name)
+            if name not in heads and weight is not None and tuple(weight.shape) != variants.spec(stored)[1]:
+                found = f"tensor {stored!r} of shape {list(variants.spec(stored)[1])}"
+                raise CheckpointError(model, found, f"{list(weight.shape)}, as in the live model, to vary it")
+        there = {name: stored for stored, name in names.items()}
+        for task in variants.tasks if heads else ():
+            self._heads.lent[f"{model}:{task}"] = Head(variants, task, there), heads
+
     def show(self, variants: Variants, model: str, task: str | None = None) -> None:
-        """Overwrite the model with a task's variant of a packed folder that the pool has as the endpoint `model`; None:
-        with what all have in common. Heads that tasks have of their own are lent under their names; see use_head."""
-        if self._shown is None or self._shown[0] is not variants:
+        """Overwrite the model with a task's variant of a packed folder that the pool has as the endpoint `model`, the
+        task's head included; None: with what all have in common. Raises BadInput, or CheckpointError as `lend`."""
+        if task is not None:
+            variants.check(task)
+        if self._shown is None or self._shown.variants is not variants or self._shown.model != model:
+            self.lend(variants, model)
             self.load(model)
-            self._shown, self._varied = (variants, None), None
+            self._shown = Shown(variants, None, model, variants.names_in(self.pool.endpoints[model]))
         self._vary(task)
+        lent = f"{model}:{task}"
+        self.use_head(lent if lent in self._heads.lent else model)
 
     def _vary(self, task: str | None) -> None:
-        variants, before = self._shown
-        if task == before:
+        shown, variants = self._shown, self._shown.variants
+        if task == shown.task:
             return
-        weights, outputs = self.written(), []
-        for name, step in variants.steps(task, before).items():
-            out = weights[name]
-            if not self._in_place(name, out) and isinstance(step, Unpacked):
+        weights, outputs, rounded = self.written(), [], dict(self._rounded)
+        aside = self.pool.heads.get(shown.model, ())  # of an endpoint they are lent
+        for stored, step in variants.steps(task, shown.task).items():
+            name = shown.names.get(stored, stored)
+            if name in aside or name not in weights:
+                continue
+            out, dtype = weights[name], variants.spec(stored)[0]
+            if out.dtype != dtype:
+                rounded[name] = dtype
+            if not _in_place(out, name, rounded):
                 step.whole = True
             outputs.append((name, step, out))
         self._settle()
         self._shown = None  # whatever interrupts this leaves neither
-        self._run(outputs, 0)
-        self._share(variants.about["ties"])
-        if self._heads.merged:
-            self._heads.show(None)
-        self._shown = variants, task
+        self._run(outputs, 0, rounded)
+        self._share(variants.about["tied"])
+        self._shown = shown._replace(task=task)
 
     def run(self, program: Program, seed: int = 0) -> None:
         """Overwrite the model with what a program of this pool makes; see `swap`."""
@@ -128,7 +166,7 @@ class Slot:
         self._share(program.ties)
         if self._heads.merged:
             self._settle()
-            self._heads.show(None)
+            self._heads.show_merged()
 
     def written(self) -> dict[str, torch.Tensor]:
         """What a swap writes: checkpoint name -> the live tensor. Of a head that recipes merge it is the merge's own,
@@ -180,29 +218,27 @@ class Slot:
         self._heads.show(model)
 
     @property
-    def lent_heads(self) -> dict[str, tuple[Checkpoint, Sequence[str]]]:
+    def lent_heads(self) -> dict[str, tuple[Labelled, Sequence[str]]]:
         """Heads of models that are no endpoints, to be put on as theirs are: name -> (checkpoint, head's tensors)."""
         return self._heads.lent
 
-    def _run(self, outputs: list[Output], seed: int) -> None:
+    def _run(self, outputs: list[Output], seed: int, rounded: Mapping[str, torch.dtype] | None = None) -> None:
+        rounded = self._rounded if rounded is None else rounded
         if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
             self._prepared.clear()
             self._memory = self.pool.memory
         there, beside = [], []
         for output in outputs:
-            (there if self._in_place(output[0], output[2]) else beside).append(output)
+            (there if _in_place(output[2], output[0], rounded) else beside).append(output)
         with torch.no_grad():
             self._write(there, seed, self._prepared)
             for batch in _batches(beside):
                 blocks = []
                 for name, step, out in batch:
-                    blocks.append((name, step, out.new_empty(out.shape, dtype=self._rounded.get(name, out.dtype))))
+                    blocks.append((name, step, out.new_empty(out.shape, dtype=rounded.get(name, out.dtype))))
                 self._write(blocks, seed, None)
                 for (_, _, out), (_, _, block) in zip(batch, blocks):
                     out.copy_(block)
-
-    def _in_place(self, name: str, out: torch.Tensor) -> bool:
-        return out.is_contiguous() and name not in self._rounded
 
     def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, away = [], []
@@ -245,6 +281,10 @@ class Slot:
     def _settle(self) -> None:
         if self._overlap:
             self._overlap.settle()
+
+
+def _in_place(out: torch.Tensor, name: str, rounded: Mapping[str, torch.dtype]) -> bool:
+    return out.is_contiguous() and name not in rounded
 
 
 def _batches(outputs: list[Output]) -> Iterator[list[Output]]:

@@ -26,7 +26,8 @@ class Variant:
     """parts: of variants/kinds.py, how a difference is kept. parameters: its own, all `shared`; others are the common
     merge's. merger: the common merge's method; mergers: whether a recipe may name another. given: parameters of the
     common merge that are not a recipe's to say. from_base: the parameter that says which tensors the common model has
-    from the base, so that all of a tensor's task vector is the variant's; empty: none. fewest: experts it takes."""
+    from the base, so that all of a tensor's task vector is the variant's; empty: none. fewest: experts it takes.
+    adapters: whether they are LoRA adapters on the base."""
 
     name: str
     summary: str
@@ -38,6 +39,7 @@ class Variant:
     given: Mapping[str, Any] = field(default_factory=dict)
     from_base: str = ""
     fewest: int = 1
+    adapters: bool = False
 
 
 _ROWS = (
@@ -85,6 +87,7 @@ _ROWS = (
         merger=PLAIN_SUM,
         mergers=False,
         given={"weight": 0.0},  # the base as it is
+        adapters=True,
     ),
 )
 VARIANTS: dict[str, Variant] = {row.name: row for row in _ROWS}
@@ -96,8 +99,12 @@ def common_of(recipe: Recipe, methods: Mapping[str, Any], where: str = "recipe")
     row = VARIANTS[recipe.method]
     own = {*row.parameters, MERGER}
     _check(recipe, row, where)
+    for name in recipe.parameters:
+        known = name in own or any(name in method.parameters for method in methods.values())
+        if not known and (hint := nearest(name, own, 0.75)):
+            raise RecipeError(f"{where}: parameters.{name}", f"{row.name} has no such parameter", ", ".join(own), hint)
     named = recipe.parameters.get(MERGER, row.merger)
-    if named not in methods or (named != row.merger and not row.mergers):
+    if not isinstance(named, str) or named not in methods or (named != row.merger and not row.mergers):
         expected = ", ".join(methods) if row.mergers else f"{row.merger}, as {row.name} has it"
         raise RecipeError(f"{where}: parameters.{MERGER}", f"found {named!r}", expected, nearest(str(named), methods))
     method = methods[named]
@@ -110,13 +117,22 @@ def common_of(recipe: Recipe, methods: Mapping[str, Any], where: str = "recipe")
 
 
 def parameters_of(recipe: Recipe, where: str = "recipe") -> dict[str, Any]:
-    """The row's own parameters as the recipe sets them, defaults included. Raises RecipeError."""
-    found = {}
-    for name, parameter in VARIANTS[recipe.method].parameters.items():
-        setting = recipe.parameters.get(name, parameter.default)
-        for value in scalars(setting):
-            if value is not None:
-                parameter.validate(value, f"{where}: parameters.{name}")
+    """The row's own parameters as the recipe sets them, defaults included: one value each, but for `from_base`, which
+    may be said tensor by tensor. Raises RecipeError."""
+    found, row = {}, VARIANTS[recipe.method]
+    for name, parameter in row.parameters.items():
+        setting, at = recipe.parameters.get(name), f"{where}: parameters.{name}"
+        setting = parameter.default if setting is None else setting
+        if name == row.from_base:
+            if _by_layer(setting):
+                raise RecipeError(at, f"found {setting!r}"[:120], "a value, or {filter, value}s: no list over layers")
+            for value in scalars(setting):
+                if value is not None:
+                    parameter.validate(value, at)
+        elif isinstance(setting, (list, tuple, Mapping)):
+            raise RecipeError(at, f"found {setting!r}"[:120], "one value for the whole model")
+        else:
+            setting = parameter.validate(setting, at)
         found[name] = setting
     return found
 
@@ -128,6 +144,10 @@ def tasks_of(recipe: Recipe, where: str = "recipe") -> dict[str, str]:
         named: dict[str, str] = {}
         for model in models:
             task = _last(ModelRef.parse(model))
+            if not task or task.startswith("."):
+                raise RecipeError(
+                    f"{where}: tasks", f"no name for {model} in its path", "`tasks:`, a name for each model"
+                )
             if task in named:
                 found = f"{named[task]} and {model} would both be {task!r}"
                 raise RecipeError(f"{where}: tasks", found, "`tasks:`, a name for each model")
@@ -139,17 +159,35 @@ def tasks_of(recipe: Recipe, where: str = "recipe") -> dict[str, str]:
     return dict(recipe.tasks)
 
 
+def _by_layer(setting: Any) -> bool:
+    entries = setting if isinstance(setting, (list, tuple)) else [setting]
+    if len(entries) and not isinstance(entries[0], Mapping):
+        return isinstance(setting, (list, tuple))
+    return any(_by_layer(entry["value"]) for entry in entries)
+
+
 def _last(model: ModelRef) -> str:
     return PurePath((model.lora or model).path).name
 
 
 def _check(recipe: Recipe, row: Variant, where: str) -> None:
+    for section in ("fit", "surgery"):
+        if getattr(recipe, section):
+            found = f"`{section}:` in a recipe of {row.name}, which makes a model for each task"
+            raise RecipeError(f"{where}: {section}", found, "a recipe of one model, or none of it")
     if not recipe.whole:
         raise RecipeError(f"{where}: slices", f"{row.name} over slices", "`models`: whole models, each for its task")
     experts = [source for source in recipe.slices[0].sources if source.model != recipe.base_model]
     if len(experts) < row.fewest:
         raise RecipeError(f"{where}: models", f"{len(experts)} beside the base", f"{row.fewest} or more for {row.name}")
     for i, source in enumerate(recipe.slices[0].sources):
+        own = source.model == recipe.base_model
+        if (
+            row.adapters
+            and not own
+            and (not source.model.lora or replace(source.model, lora=None) != recipe.base_model)
+        ):
+            raise RecipeError(f"{where}: models[{i}]", f"{source.model}", "a LoRA adapter on the base: `base+adapter`")
         for name in source.parameters:
             if name in row.parameters or name == MERGER:
                 at = f"{where}: models[{i}].parameters.{name}"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from merge3.errors import RecipeError
-from merge3.methods import METHODS, gene_names
+from merge3.methods import METHODS, VARIANTS, gene_names
 from merge3.recipe import Tokenizer, checks, nearest, read_tokenizer
 from merge3.space import PRESETS, SPACES, SpaceDefinition
 
@@ -53,6 +53,9 @@ class Genome(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.merge_method in VARIANTS:
+            found = f"{self.merge_method!r}, which makes a model for each task"
+            raise ValueError(f"merge_method: {found}; a search is of one model for all")
         if self.merge_method not in METHODS:
             hint = nearest(self.merge_method, METHODS)
             raise ValueError(f"merge_method: unknown method {self.merge_method!r}" + (f" ({hint})" if hint else ""))

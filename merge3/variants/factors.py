@@ -14,21 +14,22 @@ from typing import Any
 import torch
 
 from merge3.checkpoint.factors import Factors, read_factors
-from merge3.errors import RecipeError
-from merge3.methods import Unpacked
-from merge3.recipe import ModelRef
+from merge3.errors import CheckpointError
+from merge3.methods import Job, Unpacked
+from merge3.pool import Pool
+from merge3.program import Program
 from merge3.variants.source import Parts, Source
 
 
 def pack(source: Source) -> Parts:
     """Parts per task and matrix that its adapter changes: `left` [m, q] and `right` [q, d], in the model's dtype; q is
     the rank that is asked, or the adapter's where that is smaller."""
-    rank = source.value("rank")
-    adapters = {task: _adapter(source, task) for task in source.tasks}
+    rank = source.settings["rank"]
+    found = adapters(source.program, source.pool)
     specs: dict[str, Any] = {}
     varied: dict[str, list[str]] = {task: [] for task in source.tasks}
     for job in source.jobs:
-        for task, factors in adapters.items():
+        for task, factors in found.items():
             if job.name in factors:
                 (m, own), (_, d) = factors[job.name].b.shape, factors[job.name].a.shape
                 q = min(rank, own, m, d)
@@ -38,11 +39,14 @@ def pack(source: Source) -> Parts:
     told = {task: {"rank": rank, "lost": 0.0} for task in source.tasks}
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        whole, lost = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0.0)
+        whole, lost = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0)
         for job in source.jobs:
-            for task, factors in adapters.items():
+            for task, factors in found.items():
                 if job.name not in factors:
                     continue
+                if not (factors[job.name].b.isfinite().all() and factors[job.name].a.isfinite().all()):
+                    at = f"NaN or infinity in the adapter's factors of {job.name!r}"
+                    raise CheckpointError(source.program.tasks[task], at, "finite weights")
                 left, right, values = cut(factors[job.name], rank)
                 whole[task] += float(values.square().sum())
                 lost[task] += float(values[rank:].square().sum())
@@ -65,16 +69,23 @@ def cut(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return kept[0].float(), kept[1].float().contiguous(), values
 
 
+def most(job: Job, itemsize: int, tasks: int, settings: Mapping[str, Any]) -> int:
+    """As if every adapter changed every matrix."""
+    return tasks * settings["rank"] * sum(job.shape) * itemsize if len(job.shape) == 2 else 0
+
+
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:
     """base + left · right"""
     return Unpacked("factors", (common, get(f"{task}/left/{name}"), get(f"{task}/right/{name}")))
 
 
-def _adapter(source: Source, task: str) -> Mapping[str, Factors]:
-    """Name of a tensor of the model -> what the adapter adds to it. Raises RecipeError, CheckpointError."""
-    model = ModelRef.parse(source.program.tasks[task])
-    if model.lora is None:
-        found = f"{model} is a whole model"
-        raise RecipeError(f"{source.where}: tasks.{task}", found, "a LoRA adapter on the base: `base+adapter`")
-    names = {job.name: job.shape for job in source.jobs}
-    return read_factors(model.lora.path, model.lora.revision, names)
+def adapters(program: Program, pool: Pool) -> dict[str, Mapping[str, Factors]]:
+    """Task -> name of a tensor of the model -> what the task's adapter adds to it; reads no weights. Raises
+    CheckpointError."""
+    shapes, found = {job.name: job.shape for job in program.varied}, {}
+    for task, model in program.tasks.items():
+        folder = pool.endpoints[model].adapter
+        if folder is None:
+            raise CheckpointError(model, "a whole model", "a LoRA adapter on the base: `base+adapter`")
+        found[task] = read_factors(folder, shapes)
+    return found

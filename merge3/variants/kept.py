@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,16 +18,20 @@ from merge3.packaging import output_specs
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe
-from merge3.variants.packed import ABOUT, Variants, write_parts
+from merge3.variants.about import ABOUT
+from merge3.variants.packed import Variants, check_parts, write_parts
 
 _BATCH = 24_000_000  # elements merged at once
+_FOLDERS = 4  # in a temporary folder: each is as large as a model
 
 
 class Kept:
-    """folder: where they are found again by a later process; None: a temporary one, which goes with this."""
+    """folder: where they are found again by a later process; None: a temporary one, which goes with this and holds but
+    the last ones. dtypes: of tensors in the live model, whatever a recipe is written to disk in."""
 
-    def __init__(self, pool: Pool, folder: str | Path | None = None):
-        self.pool = pool
+    def __init__(self, pool: Pool, folder: str | Path | None = None, dtypes: Mapping[str, torch.dtype] | None = None):
+        self.pool, self._dtypes = pool, dict(dtypes or {})
+        self._as_held = sorted((name, str(dtype)) for name, dtype in self._dtypes.items())
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="merge3-variants-")
         self._folder = Path(folder or self._temporary.name)
         self._open: dict[str, Variants] = {}
@@ -36,20 +42,32 @@ class Kept:
         if key not in self._open:
             folder = self._folder / key
             if not (folder / ABOUT).exists():
+                if self._temporary is not None:
+                    self._make_room()
                 self._pack(recipe, program, seed, folder, where)
             self._open = {key: Variants.open(folder, self.pool.device)}  # the last one: others are found on disk
         return self._open[key]
 
     def _key(self, recipe: Recipe, seed: int) -> str:
         """Of all that its parts depend on: contents where it is to be found again, else names."""
-        told = [__version__, recipe.hash(), seed]
+        told = [__version__, recipe.hash(), seed, self._as_held]
         if self._temporary is None:
             told.append(self.pool.content_hashes())
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
+    def _make_room(self) -> None:
+        """Remove the oldest; what is open of it stays readable, and is read by nobody but who holds it."""
+        folders = sorted(self._folder.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+        for folder in folders[: max(0, len(folders) - _FOLDERS + 1)]:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _pack(self, recipe: Recipe, program: Program, seed: int, folder: Path, where: str) -> None:
         specs = output_specs(recipe, program, self.pool)
-        with CheckpointWriter(folder, specs, shard_size=2**63) as writer, torch.no_grad():
+        for name, (dtype, shape) in specs.items():
+            if dtype.is_floating_point:
+                specs[name] = self._dtypes.get(name, dtype), shape
+        parts = check_parts(recipe, program, self.pool, specs, where)
+        with CheckpointWriter(folder, specs, 2**63, parts) as writer, torch.no_grad():
             for names in _batches(specs):
                 tensors = {}
                 for name in names:

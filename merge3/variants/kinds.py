@@ -7,25 +7,30 @@ task; before: the task whose tensor is there, None for the common one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from merge3.methods import Unpacked
+from merge3.methods import Job, Unpacked
+from merge3.pool import Pool
+from merge3.program import Program
 from merge3.variants import factors, largest, masks, signs
 from merge3.variants.source import Parts, Source
 
 
 class Kind(NamedTuple):
-    """A row. in_place: whether `before` matters, so that only what differs is written."""
+    """A row. most(job, itemsize, tasks, settings): bytes that the parts of one tensor take for so many tasks, or more;
+    itemsize: of the common model's tensor; settings: of the recipe's row. check(program, pool): raises what packing
+    would refuse, and headers alone can tell."""
 
     pack: Callable[[Source], Parts]
     step: Callable[..., Unpacked]
-    in_place: bool = False
+    most: Callable[[Job, int, int, Mapping[str, Any]], int]
+    check: Callable[[Program, Pool], Any] = lambda program, pool: None
 
 
 KINDS: dict[str, Kind] = {
-    "masks": Kind(masks.pack, masks.step),
-    "signs": Kind(signs.pack, signs.step),
-    "largest": Kind(largest.pack, largest.step, in_place=True),
-    "factors": Kind(factors.pack, factors.step),
+    "masks": Kind(masks.pack, masks.step, masks.most),
+    "signs": Kind(signs.pack, signs.step, signs.most),
+    "largest": Kind(largest.pack, largest.step, largest.most),
+    "factors": Kind(factors.pack, factors.step, factors.most, factors.adapters),
 }

@@ -26,7 +26,7 @@ def pack(source: Source) -> Parts:
     """Parts per task: `values` [count] in the model's dtype, and `index`, int32 [count], or `mask`, int32
     [ceil(numel / 32)]. Exactly round(share · elements) are kept of each task, fewer only where the rest is equal: of
     equally large ones those that come first. Reads the models four times."""
-    share, total = source.value("share"), sum(job.numel for job in source.jobs)
+    share, total = source.settings["share"], sum(job.numel for job in source.jobs)
     choices = {task: _Choice(source, task, share) for task in source.tasks}
     specs: dict[str, Any] = {}
     varied: dict[str, list[str]] = {task: [] for task in source.tasks}
@@ -58,6 +58,11 @@ def pack(source: Source) -> Parts:
         return {task: {"kept": sum(choice.kept.values()), "of": total} for task, choice in choices.items()}
 
     return Parts(specs, tensors, about, varied)
+
+
+def most(job: Job, itemsize: int, tasks: int, settings: Mapping[str, Any]) -> int:
+    """As if every tensor kept its share: a mask where indices would take more, so never more than a mask."""
+    return tasks * (int(settings["share"] * job.numel + 1) * itemsize + 4 * ((job.numel + 31) // 32))
 
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from merge3 import kernels
-from merge3.methods import Unpacked
+from merge3.methods import Job, Unpacked
 from merge3.variants.source import Parts, Source
 
 
 def pack(source: Source) -> Parts:
     """Parts `base` (each tensor), and per task `mask`: int32 [ceil(numel / 32)], the lowest bit of a word first."""
-    code = source.value("rescale") == "code"
+    code = source.settings["rescale"] == "code"
     specs: dict[str, Any] = {}
     sums = torch.zeros(len(source.tasks), 2, dtype=torch.float64)  # Σ|τ_t|, Σ|M_t ⊙ u|; or of means
     for job in source.jobs:
@@ -35,6 +35,7 @@ def pack(source: Source) -> Parts:
             base = source.base(job)
             experts = [source.expert(job, task) for task in source.tasks]
             masks, found = kernels.pack([base], experts, 1, [source.shared(job)])
+            source.check(job, found[0, :, 0])
             sums.add_(found[0], alpha=1 / max(1, job.numel) if code else 1.0)
             yield f"/base/{job.name}", base
             for task, mask in zip(source.tasks, masks):
@@ -49,6 +50,11 @@ def pack(source: Source) -> Parts:
 
     names = [job.name for job in source.jobs]
     return Parts(specs, tensors, about, {task: names for task in source.tasks})
+
+
+def most(job: Job, itemsize: int, tasks: int, settings: Mapping[str, Any]) -> int:
+    """The base's tensor, and a bit per element and task."""
+    return job.numel * itemsize + tasks * 4 * ((job.numel + 31) // 32)
 
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:

@@ -6,7 +6,6 @@ variants.safetensors holds the parts that kinds.py makes, named `<task>/<part>/<
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,19 +17,18 @@ import torch
 from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.read import INDEX, SINGLE, read_header
-from merge3.checkpoint.write import CheckpointWriter
+from merge3.checkpoint.write import CheckpointWriter, Spec
 from merge3.errors import BadInput, CheckpointError, RecipeError
-from merge3.files import resource_error, write_atomically
+from merge3.files import resource_error
 from merge3.methods import VARIANTS, Unpacked, execute
 from merge3.methods.variants import parameters_of
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe, nearest
+from merge3.variants.about import ABOUT, FILE, fingerprint, read_about, write_about
 from merge3.variants.kinds import KINDS, Kind
 from merge3.variants.source import Parts, Source
 
-FILE, ABOUT = "variants.safetensors", "variants.json"
-FORMAT = 1
 _MISSING = object()
 _OF_HEADS = ("id2label", "label2id", "num_labels", "problem_type")  # what a configuration says of them
 
@@ -55,9 +53,12 @@ class Variants:
 
     @staticmethod
     def open(folder: str | Path, device: torch.device | str = "cpu") -> Variants:
-        """Read headers alone. Raises CheckpointError where the files are not whole, or do not belong together."""
+        """Read headers, and a little of every tensor. Raises CheckpointError where the files are not whole, or are not
+        those that were written together."""
         folder = Path(folder)
-        about = _read(folder / ABOUT)
+        about = read_about(folder)
+        if not (folder / FILE).is_file():
+            raise CheckpointError(folder, f"no {FILE}", f"the file that was written with {ABOUT}")
         parts = Checkpoint(folder, {}, read_header(folder / FILE))
         variants = Variants(
             folder,
@@ -68,12 +69,11 @@ class Variants:
             about,
             torch.device(device),
         )
-        if about["content"] != [len(parts.tensors), sum(info.nbytes for info in parts.tensors.values())]:
+        if about["content"]["parts"] != fingerprint(parts):
             raise CheckpointError(folder / FILE, f"not the file that was written with {ABOUT}", "both of one merge")
-        for task, told in variants.tasks.items():
-            for name in told["varied"]:
-                if name not in variants.common.tensors:
-                    raise CheckpointError(folder, f"no tensor {name!r}, which {task!r} changes", "the merge's own")
+        if about["content"]["common"] != fingerprint(variants.common):
+            found = f"another model than {FILE} was written for"
+            raise CheckpointError(folder, found, "the merge's own, as it was", "--no-variants asks it as it is")
         return variants
 
     def check(self, task: str, where: str = "task") -> None:
@@ -128,10 +128,17 @@ class Variants:
         return self.common.config | self.tasks[task].get("config", {})
 
     def side_files(self) -> dict[str, Path]:
-        """What a task's checkpoint has beside its weights and configuration: name in the folder -> file."""
-        ours = {FILE, ABOUT, INDEX, "config.json", *(info.file.name for info in self.common.tensors.values())}
+        """What a task's checkpoint has beside its weights and configuration: name in the folder -> file. No other
+        weights, which are for the common model (a router, adapters), and none of another model's folder within."""
         files = {file.relative_to(self.folder).as_posix(): file for file in sorted(self.folder.rglob("*"))}
-        return {name: file for name, file in files.items() if file.is_file() and name not in ours}
+        others = {file.parent for file in files.values() if file.name in (ABOUT, "mergekit_config.yml")} - {self.folder}
+        found = {}
+        for name, file in files.items():
+            own = name in (ABOUT, INDEX, "config.json") or (file.suffix == ".safetensors" and "/" not in name)
+            hidden = any(part.startswith(".") for part in Path(name).parts)
+            if file.is_file() and not own and not hidden and others.isdisjoint(file.parents):
+                found[name] = file
+        return found
 
     def sizes(self) -> dict[str, Any]:
         """Bytes: of each task's parts, of what is not a task's own (`base`), of the common checkpoint's tensors, of all
@@ -150,16 +157,16 @@ class Variants:
     def _varied(self) -> dict[str, set[str]]:
         return {task: set(told["varied"]) for task, told in self.tasks.items()}
 
-    @cached_property
-    def heads(self) -> dict[str, tuple[Checkpoint, list[str]]]:
-        """Task -> (a checkpoint of its own head and labels, its tensors); empty where all have the common one."""
+    def names_in(self, endpoint: Checkpoint) -> dict[str, str]:
+        """Tensor of the folder -> what it is called in a pool that has the folder as this endpoint. Raises
+        CheckpointError where the pool has made other tensors of them, as of a vocabulary."""
+        places = {(info.file, info.offset, info.shape): name for name, info in endpoint.tensors.items()}
         found = {}
-        for task in self.tasks:
-            prefix = f"{task}/head/"
-            own = {name.removeprefix(prefix): name for name in self.parts.tensors if name.startswith(prefix)}
-            if own:
-                tensors = {name: self.parts.tensors[stored] for name, stored in own.items()}
-                found[task] = Checkpoint(self.folder, self.config(task), tensors), list(own)
+        for name, info in self.common.tensors.items():
+            if (info.file, info.offset, info.shape) not in places:
+                there = f"{name!r} has other rows in this pool than in the folder"
+                raise CheckpointError(self.folder, there, "a pool without a vocabulary of its own")
+            found[name] = places[info.file, info.offset, info.shape]
         return found
 
     def shared(self, name: str) -> torch.Tensor:
@@ -178,6 +185,24 @@ class Variants:
         if name not in self._there:
             self._there[name] = read().to(self.device)
         return self._there[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The head of a task's model, as live/heads.py asks a checkpoint for one. names: in the pool -> in the folder."""
+
+    variants: Variants
+    task: str
+    names: Mapping[str, str]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """With the task's labels."""
+        return self.variants.config(self.task)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor, by its name in the pool."""
+        return self.variants.tensor(self.names[name], self.task)
 
 
 def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, where: str = "recipe", **told: Any) -> None:
@@ -200,7 +225,7 @@ def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, wher
         (folder / "variants").rmdir()
     except OSError as error:
         raise resource_error(folder, error) from None
-    told_of = parts.about()
+    written, told_of = read_header(folder / FILE), parts.about()
     tasks = {}
     for task, model in program.tasks.items():
         own = [name for name in specs if name.startswith(f"{task}/")]
@@ -210,16 +235,25 @@ def write_parts(folder: Path, recipe: Recipe, program: Program, pool: Pool, wher
             tasks[task]["config"] = {key: config[key] for key in _OF_HEADS if key in config}
         tasks[task]["varied"] = list(parts.varied[task])
     about = {
-        "format": FORMAT,
         "method": recipe.method,
         "parts": row.parts,
-        "content": [len(specs), _bytes(specs, specs)],
+        "content": {"common": fingerprint(common), "parts": fingerprint(Checkpoint(folder, {}, written))},
         "recipe": recipe.to_dict(),
         "experts_bytes": {m: sum(i.nbytes for i in pool.endpoints[m].tensors.values()) for m in program.tasks.values()},
-        "ties": dict(program.ties),
+        "tied": dict(program.ties),
         "tasks": tasks,
     }
-    write_atomically(folder / ABOUT, json.dumps(about | told, indent=1))
+    write_about(folder, about | told)
+
+
+def check_parts(recipe: Recipe, program: Program, pool: Pool, specs: Mapping[str, Spec], where: str = "recipe") -> int:
+    """Bytes that the parts take, or more. specs: of the common model. Raises RecipeError or CheckpointError for what
+    `write_parts` would refuse, but for what only weights can tell."""
+    settings, kind = parameters_of(recipe, where), KINDS[VARIANTS[recipe.method].parts]
+    kind.check(program, pool)
+    sizes = [kind.most(j, specs[j.name][0].itemsize, len(program.tasks), settings) for j in program.varied]
+    heads = [pool.endpoints[m].tensors[n] for m in program.tasks.values() for n in pool.heads.get(m, ())]
+    return sum(sizes) + sum(info.nbytes for info in heads if info.name in pool.fixed)
 
 
 def _all(parts: Parts, heads: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -244,17 +278,3 @@ def _bytes(specs: Mapping[str, Any], names) -> int:
         dtype, shape = specs[name]
         total += dtype.itemsize * int(torch.Size(shape).numel())
     return total
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(file.read_text())
-        tasks = about["tasks"]
-        whole = about["parts"] in KINDS and all(isinstance(told["varied"], list) for told in tasks.values())
-    except FileNotFoundError:
-        raise CheckpointError(file.parent, f"no {ABOUT}", "a folder that `merge3-client merge` packed") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(file, "not what merge3 writes", f"the file as it was beside {FILE}") from None
-    if about.get("format") != FORMAT or not whole:
-        raise CheckpointError(file, f"format {about.get('format')!r}", f"{FORMAT}, which this merge3 reads")
-    return about

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from merge3 import kernels
-from merge3.methods import Unpacked
+from merge3.methods import Job, Unpacked
 from merge3.variants.source import Parts, Source
 
 
@@ -30,6 +30,7 @@ def pack(source: Source) -> Parts:
         for job in source.jobs:
             experts = [source.expert(job, task) for task in source.tasks]
             masks, sums = kernels.pack([source.base(job)], experts, 1)
+            source.check(job, sums[0, :, 0])
             for task, mask, total in zip(source.tasks, masks, sums[0, :, 0]):
                 yield f"{task}/signs/{job.name}", mask
                 yield f"{task}/scale/{job.name}", (total / max(1, job.numel)).float()[None]
@@ -37,6 +38,11 @@ def pack(source: Source) -> Parts:
 
     names = [job.name for job in source.jobs]
     return Parts(specs, tensors, lambda: {task: {} for task in source.tasks}, {task: names for task in source.tasks})
+
+
+def most(job: Job, itemsize: int, tasks: int, settings: Mapping[str, Any]) -> int:
+    """A bit per element and task, and a scale."""
+    return tasks * 4 * ((job.numel + 31) // 32 + 1)
 
 
 def step(get, common, name: str, task: str, about: Mapping[str, Any], before: str | None) -> Unpacked:

@@ -68,18 +68,17 @@ class Source:
         """The common model's."""
         return self.common.get(job.name).to(self.pool.device)
 
+    def check(self, job: Job, sums: torch.Tensor) -> None:
+        """Raises RecipeError where a task vector is not finite. sums: of its magnitudes, [tasks]."""
+        for task, total in zip(self.tasks, sums.tolist()):
+            if not total < float("inf"):
+                found = f"NaN or infinity in tensor {job.name!r} of {self.program.tasks[task]}"
+                raise RecipeError(self.where, found, "finite weights")
+
     def done(self, job: Job) -> None:
         """What was read of a tensor may leave memory."""
         self.pool.give_back(job.refs)
         self.common.release(job.name)
-
-    def value(self, name: str) -> Any:
-        """A setting that is one for the whole model. Raises RecipeError where it is said tensor by tensor."""
-        setting = self.settings[name]
-        if isinstance(setting, (list, tuple, Mapping)):
-            expected = "one value for the whole model"
-            raise RecipeError(f"{self.where}: parameters.{name}", f"found {setting!r}"[:120], expected)
-        return setting
 
     def _read(self, job: Job, ref: Ref) -> torch.Tensor:
         return self.pool.get(ref).to(self.dtype(job))

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -80,6 +81,17 @@ def surgery(asked):
     return {"features": features, "weights": weights}
 
 
+def emr(asked):
+    """What emr_merge makes of task vectors, each a dictionary of tensors: the unified one, masks and scales."""
+    root = sys.modules.setdefault("fusion_bench", types.ModuleType("fusion_bench"))
+    root.__path__, root.StateDictType, root.TorchModelType = [str(ROOT)], dict, TypeVar("TorchModelType")  # types alone
+    merge = part("fusion_bench.method.emr_merging.utils").emr_merge
+    unified, masks, rescales = merge(asked["vectors"])
+    return {"unified": unified, "masks": masks, "rescales": rescales}
+
+
 if __name__ == "__main__":
     given = torch.load(sys.argv[1])
-    torch.save({"adamerging": adamerging, "surgery": surgery, "ties": ties}[given["what"]](given), sys.argv[2])
+    torch.save(
+        {"adamerging": adamerging, "emr": emr, "surgery": surgery, "ties": ties}[given["what"]](given), sys.argv[2]
+    )
