@@ -49,9 +49,7 @@ def fit(
     from merge3.client.fit_result import print_fit
 
     target = target_of(server, tls_ca, tls_cert, tls_key, token_file) if server else None
-    result = command.fit(
-        recipe, run_dir, resume, as_json, quiet, device, export, target, memory_budget, compare or ()
-    )
+    result = command.fit(recipe, run_dir, resume, as_json, quiet, device, export, target, memory_budget, compare or ())
     if result is None:
         sys.exit(130)
     if as_json:

@@ -1,10 +1,10 @@
 """A fit's run directory: what it is a run of, how far it has come, and every step's loss.
 
-    fit.json             what must be equal for a run to be continued
-    state.safetensors    the latest step from which it can be continued
-    latest.yaml          the recipe that it merges
-    seconds.json         how long its steps took, over all times that the run was continued
-    history.jsonl        a line a step, up to that one and perhaps further
+fit.json             what must be equal for a run to be continued
+state.safetensors    the latest step from which it can be continued
+latest.yaml          the recipe that it merges
+seconds.json         how long its steps took, over all times that the run was continued
+history.jsonl        a line a step, up to that one and perhaps further
 """
 
 from __future__ import annotations

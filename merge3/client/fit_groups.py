@@ -77,9 +77,7 @@ def _check_items(run: Run, lender: Pool) -> None:
         engine.prepare(registration(items, run.taught, own_heads(lender)), run.recipe)
 
 
-def _merge_group(
-    run: Run, node: Node, places: Mapping[str, str], lender: Pool
-) -> tuple[Outcome, Weights, str] | None:
+def _merge_group(run: Run, node: Node, places: Mapping[str, str], lender: Pool) -> tuple[Outcome, Weights, str] | None:
     """(the fit, the weights within, where its merge is), or None when interrupted. places: part -> its model."""
     directory = run.files.directory / "groups" / node.name
     recipe, taught = _group(run.recipe, places), _taught(run.taught, node)

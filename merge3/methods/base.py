@@ -16,6 +16,9 @@ from merge3.recipe import nearest
 from merge3.statistics import Statistics
 
 REQUIRED = object()
+NOTHING, UNLABELLED, LABELLED = "nothing", "unlabelled inputs", "labelled items"  # what a method needs beside models
+RECIPE, DERIVED = "recipe", "recipe over a derived vector"  # what it ends in
+VARIANTS, CHECKPOINT = "variants", "checkpoint"
 ForModels = float | Callable[[int], float]  # a value, or a function of how many models are merged
 
 
@@ -191,6 +194,8 @@ class Method:
     its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
     It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
     shared parameters, so only these can be searched without deriving anew.
+
+    needs, result: what it takes beside the models, and what it ends in; of the words at the top of this module.
     """
 
     name: str
@@ -210,6 +215,8 @@ class Method:
 
     derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
     deriving: tuple[str, ...] = ()
+    needs: str = NOTHING
+    result: str = RECIPE
 
     @property
     def genes(self) -> dict[str, Gene]:

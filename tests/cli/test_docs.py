@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from merge3.client.cli import app
-from merge3.methods import METHODS
+from merge3.methods import LEARNED, METHODS
 from merge3.search.config import EvolveConfig, Genome, Task
 from merge3.tasks import read_items
 from merge3_server.cli import app as server_app
@@ -84,12 +84,20 @@ def test_the_methods_page_is_the_table_of_methods():
         assert row[1] == METHODS[name].summary, name
         assert re.findall(r"`(\w+)`", row[3]) == list(METHODS[name].parameters), name
         assert re.findall(r"`(\w+)`", row[4]) == list(METHODS[name].searched), name
+        assert row[5:] == [METHODS[name].needs, METHODS[name].result], name
     told = {(row[0].strip("`"), name): row for row in rows_of(second, "| `") for name in row[6].split(", ")}
     assert told.keys() == {(parameter, name) for name in METHODS for parameter in METHODS[name].parameters}
     for (parameter, name), row in told.items():
         spec = METHODS[name].parameters[parameter]
         assert row[1] == spec.help and bool(row[5]) == (parameter in METHODS[name].genes)
         assert row[3] in ("required", "none") or yaml.safe_load(row[3]) == pytest.approx(spec.default)
+
+
+def test_the_methods_page_names_what_is_learned():
+    _, text = (ROOT / "docs" / "methods.md").read_text().split("## Learned from items")
+    _, *rows = rows_of(text)
+    told = {re.match(r"\[(.+?)\]", row[0])[1]: row[1:] for row in rows}
+    assert told == {name: [row.summary, row.needs, row.result] for name, row in LEARNED.items()}
 
 
 # -- links and paths
