@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,28 @@ def compare(
     print(json.dumps(result)) if as_json else show(result)
 
 
+def study(
+    config: Annotated[Path, typer.Argument(help="Methods, numbers of experts, worlds; see docs/study.md.")],
+    run_dir: Annotated[Path, typer.Option(help="Where the study lives: study.jsonl, result.json, report.html.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a study that was stopped or killed.")] = False,
+    device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
+    strict: Strict = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+):
+    """Merges by several methods, of several numbers of experts, in several worlds: what decides how good they are?"""
+    from merge3.client.study import study as run_study
+    from merge3.client.study_report import show
+
+    result = run_study(config, run_dir, resume, quiet, device, memory_budget)
+    if result is None:
+        sys.exit(130)
+    print(json.dumps(result)) if as_json else show(result, run_dir)
+
+
 COMMANDS = (  # each with its example
     (compare, "compare ties.yaml linear.yaml --items a.jsonl b.jsonl    or: --base base --models a b --items a.jsonl"),
+    (study, "study study.yaml --run-dir runs/study"),
 )

@@ -1,0 +1,84 @@
+"""The findings of "What Matters for Model Merging at Scale?" (arXiv 2410.03617), asked of small vision transformers.
+
+python benchmarks/study.py [--seed 0] [--resume] [--save]    about four minutes of training, then TODO on one core
+
+Worlds of study_worlds.py: three widths, bases that know little or much, eight experts each. Four methods merge two to
+eight experts; lambda is tuned on a share of the items. It writes build/study/study.yaml and runs the command on it;
+build/study/run/report.html has the pictures.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from measure import report, table
+from study_worlds import QUALITIES, WIDTHS, make_width
+
+from merge3.client.study import study
+from merge3.client.study_report import TITLES
+from merge3.client.study_report import table as of_study
+from merge3.world.digits import TASKS
+from merge3.world.kept import made
+
+WORLDS, FOLDER = Path("build/worlds").resolve(), Path("build/study").resolve()
+SUM = {"weight": 1.0, "density": 0.3}
+METHODS = [
+    "linear",
+    {"merge_method": "task_arithmetic", "parameters": {"weight": 1.0}},
+    {"merge_method": "ties", "parameters": SUM | {"normalize": True}},
+    {"merge_method": "dare_ties", "parameters": SUM},
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of training, and of which experts are merged")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    folder = FOLDER / f"seed-{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(configuration(options.seed, folder), sort_keys=False))
+    result = study(folder / "study.yaml", folder / "run", options.resume)
+    if result is None:
+        sys.exit(130)
+    kept = ("worlds", "means", "findings", "experts", "subsets", "seed", "draws")
+    report("study", text_of(result), {key: result[key] for key in kept}, options.save)
+
+
+def configuration(seed: int, folder: Path) -> dict:
+    """study.yaml, its worlds made."""
+    worlds = []
+    for width in WIDTHS:
+        for quality in QUALITIES:
+            print(f"width {width}, {quality} base", file=sys.stderr, flush=True)
+            place = os.path.relpath(made(WORLDS, make_width, width=width, quality=quality, seed=seed), folder)
+            experts = {task: f"{place}/{task}" for task in TASKS}
+            worlds.append({"name": f"width {width}, {quality}", "width": width, "quality": quality,
+                           "base": f"{place}/base", "experts": experts, "items": f"{place}/items"})  # fmt: skip
+    tune = {"lambda": [0.15, 0.3, 0.5, 0.8, 1.2]}
+    settings = {"methods": METHODS, "experts": [2, 4, 6, 8], "subsets": 4, "tune": tune, "seed": seed}
+    return settings | {"worlds": worlds}
+
+
+def text_of(result: dict) -> str:
+    """Findings, then a table for each kind of task."""
+    rows = []
+    for found in result["findings"]:
+        value = f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+        rows.append([found["finding"], f"**{found['verdict']}**", found["of"], value])
+    title = f"Findings of the paper, {len(result['cells'])} merges"
+    parts = [table(title, ["finding", "here", "what is measured", "value, 95 %"], rows)]
+    counts = [f"{count} experts" for count in result["experts"]]
+    for metric, title in TITLES.items():
+        rows = [[world, method, *cells] for world, method, cells in of_study(result, metric)]
+        parts.append(
+            table(f"{title}: share of each task's own expert, or of the base", ["world", "method", *counts], rows)
+        )
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
