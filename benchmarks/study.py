@@ -17,7 +17,7 @@ from measure import report, table
 from study_worlds import QUALITIES, WIDTHS, make_width
 
 from merge3.client.study import study
-from merge3.client.study_report import TITLES
+from merge3.client.study_report import SHARES, TITLES
 from merge3.client.study_report import table as of_study
 from merge3.world.digits import TASKS
 from merge3.world.kept import made
@@ -59,7 +59,7 @@ def configuration(seed: int, folder: Path) -> dict:
             worlds.append({"name": f"width {width}, {quality}", "width": width, "quality": quality,
                            "base": f"{place}/base", "experts": experts, "items": f"{place}/items"})  # fmt: skip
     tune = {"lambda": [0.15, 0.3, 0.5, 0.8, 1.2]}
-    settings = {"methods": METHODS, "experts": [2, 4, 6, 8], "subsets": 4, "tune": tune, "seed": seed}
+    settings = {"methods": METHODS, "experts": [2, 4, 6, 8], "subsets": 5, "tune": tune, "seed": seed}
     return settings | {"worlds": worlds}
 
 
@@ -74,9 +74,7 @@ def text_of(result: dict) -> str:
     counts = [f"{count} experts" for count in result["experts"]]
     for metric, title in TITLES.items():
         rows = [[world, method, *cells] for world, method, cells in of_study(result, metric)]
-        parts.append(
-            table(f"{title}: share of each task's own expert, or of the base", ["world", "method", *counts], rows)
-        )
+        parts.append(table(f"{title}: {SHARES[metric]}", ["world", "method", *counts], rows))
     return "\n\n".join(parts)
 
 

@@ -14,6 +14,7 @@ from merge3.client.report import svg
 from merge3.files import write_atomically
 
 TITLES = {"heldin": "Tasks of the merged experts", "heldout": "Other tasks"}
+SHARES = {"heldin": "share of each expert's own accuracy", "heldout": "share of the base's, or the task's expert's"}
 COLOURS = ("#2166ac", "#b2182b", "#1b7837", "#e08214", "#762a83", "#35978f", "#8c510a", "#c51b7d", "#4d4d4d", "#80cdc1")
 PANEL, TALL, LEFT, TOP = 230, 170, 40, 26  # a picture's panels, their margins
 
@@ -134,9 +135,7 @@ def show(result: Mapping[str, Any], directory: Path) -> None:
         rows = table(result, metric)
         if not rows:
             continue
-        shown = Table(
-            title=f"{title}: accuracy as a share of {'each expert' if metric == 'heldin' else 'its unit'}'s own"
-        )
+        shown = Table(title=f"{title}: {SHARES[metric]}")
         for name in ("world", "method"):
             shown.add_column(name)
         for count in result["experts"]:
