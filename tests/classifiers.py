@@ -1,4 +1,4 @@
-"""Tiny Llamas that classify, for tests of heads."""
+"""Tiny Llamas that classify, for tests of heads, and a tokenizer for them."""
 
 import torch
 
@@ -19,3 +19,15 @@ def make_classifier(labels, seed=0, vocabulary=32, **settings):
         **settings,
     )
     return LlamaForSequenceClassification(config)
+
+
+def save_words(*folders, count=20):
+    """A tokenizer of the words w0, w1, .. into each folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0} | {f"w{i}": i + 1 for i in range(count)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    for folder in folders:
+        PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>").save_pretrained(folder)

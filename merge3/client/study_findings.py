@@ -7,6 +7,7 @@ Each is one number with an interval: shown where the interval lies on the side t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,16 +69,27 @@ FINDINGS: dict[str, Callable[[Numbers], Asked]] = {
 
 
 def findings(numbers: Numbers) -> list[dict[str, Any]]:
-    """{"finding", "verdict", "of", "value", "low", "high"} each, in the paper's order."""
+    """{"finding", "verdict", "of", "value", "low", "high"} each, in the paper's order. A method that is without answers
+    somewhere is asked nowhere, so that all that is compared is of the same methods."""
+    numbers, without = _balanced(numbers)
     found = []
     for name, ask in FINDINGS.items():
-        values, of = ask(numbers)
-        if values is None or np.isnan(values[0]):
+        values, of = ask(numbers) if numbers.config.methods else (None, "a method with answers everywhere")
+        if values is None:
             found.append({"finding": name, "verdict": "not asked", "of": f"needs {of}"} | dict.fromkeys(_BOUNDS))
             continue
         told = interval(values)
-        found.append({"finding": name, "verdict": verdict(told), "of": of} | told)
+        found.append({"finding": name, "verdict": verdict(told), "of": of + without} | told)
     return found
+
+
+def _balanced(numbers: Numbers) -> tuple[Numbers, str]:
+    """(what is left of the numbers, which methods are not, as words)"""
+    gone = {method for (_, method, _), values in numbers.grid.items() if np.isnan(values["heldin"][0])}
+    grid = {key: values for key, values in numbers.grid.items() if key[1] not in gone}
+    methods = tuple(method for method in numbers.config.methods if method.label not in gone)
+    left = replace(numbers, grid=grid, config=numbers.config.model_copy(update={"methods": methods}))
+    return left, f"; without {', '.join(sorted(gone))}" if gone else ""
 
 
 _BOUNDS = ("value", "low", "high")

@@ -115,14 +115,14 @@ def _grid(config: StudyConfig, values: Mapping[tuple, Mapping[str, np.ndarray]])
         for count in config.experts:
             subsets = subsets_of(list(world.experts), count, config.subsets, config.seed)
             more = math.comb(len(world.experts), count) > len(subsets)
-            drawn = _subset_weights(subsets, more, config.seed)
+            drawn = subset_weights(subsets, more, config.seed)
             for method in config.methods:
                 found = [values.get((world.name, method.label, subset)) for subset in subsets]
                 grid[world.name, method.label, count] = {metric: _weighed(found, metric, drawn) for metric in METRICS}
     return grid
 
 
-def _subset_weights(subsets: Sequence[tuple[str, ...]], again: bool, seed: int) -> np.ndarray:
+def subset_weights(subsets: Sequence[tuple[str, ...]], again: bool, seed: int) -> np.ndarray:
     """float64 [subsets, 1 + DRAWS]. again: whether they are drawn anew; the same draws for equal numbers of experts."""
     count = len(subsets)
     weights = np.ones((count, 1 + DRAWS))

@@ -13,7 +13,7 @@ from merge3.client.compare_table import standings
 from merge3.methods import LEARNED, METHODS
 from merge3.methods.base import CHECKPOINT, DERIVED, LABELLED, NOTHING, RECIPE, UNLABELLED, VARIANTS
 from merge3.tasks import Item
-from tests.classifiers import make_classifier
+from tests.classifiers import make_classifier, save_words
 from tests.commands import client
 
 EXPERTS = ("english", "italian", "sorting")
@@ -152,7 +152,7 @@ def test_own_heads_answer_the_tasks_that_are_named_as_their_models(tmp_path):
                 if "score" not in key:
                     value.add_(0.005 * torch.randn_like(value))
         model.save_pretrained(tmp_path / name)
-    tokenizer(tmp_path)
+    save_words(*(tmp_path / name for name in ("base", "colour", "shape")))
     for task, labels in (("colour", 3), ("shape", 2), ("size", 2)):
         lines = [
             {"id": str(i), "kind": "classify", "prompt": f"w{i}", "answer": f"{task}-{i % labels}"} for i in range(12)
@@ -163,16 +163,6 @@ def test_own_heads_answer_the_tasks_that_are_named_as_their_models(tmp_path):
     assert {row["name"] for row in found["rows"]} >= {"base", "colour", "uniform_linear"}
     assert all("error" not in row for row in found["rows"])
     assert "task 'size': no model of this name" in refused(*models, "--items", tmp_path / "size.jsonl")
-
-
-def tokenizer(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, **{f"w{i}": i + 1 for i in range(20)}}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    for name in ("base", "colour", "shape"):
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(folder / name)
 
 
 # -- merge3-client methods
