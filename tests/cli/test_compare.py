@@ -13,6 +13,7 @@ from merge3.client.compare_table import standings
 from merge3.methods import LEARNED, METHODS
 from merge3.methods.base import CHECKPOINT, DERIVED, LABELLED, NOTHING, RECIPE, UNLABELLED, VARIANTS
 from merge3.tasks import Item
+from tests.adapters.harness import make_models, make_tasks
 from tests.classifiers import make_classifier, save_words
 from tests.commands import client
 
@@ -163,6 +164,23 @@ def test_own_heads_answer_the_tasks_that_are_named_as_their_models(tmp_path):
     assert {row["name"] for row in found["rows"]} >= {"base", "colour", "uniform_linear"}
     assert all("error" not in row for row in found["rows"])
     assert "task 'size': no model of this name" in refused(*models, "--items", tmp_path / "size.jsonl")
+
+
+def test_tasks_of_lm_evals_stand_beside_items(tmp_path):
+    """With the accuracy that evaluate has for a model alone."""
+    pytest.importorskip("lm_eval")
+    make_models(tmp_path)
+    make_tasks(tmp_path)
+    lines = [{"id": str(i), "task": "own", "kind": "generate", "prompt": "red cat", "answer": "near"} for i in range(3)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ["--task", "h_choice", "--task-path", tmp_path, "--limit", 8]
+    models = ["--base", tmp_path / "base", "--models", tmp_path / "e0", tmp_path / "e1"]
+    found = compared(*models, "--items", tmp_path / "own.jsonl", *asked)
+    done = client("evaluate", tmp_path / "e0", *asked, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows["e0"]["tasks"]["h_choice"] == json.loads(done.stdout)["tasks"]["h_choice"]["accuracy"]
+    assert rows["ties"]["tasks"].keys() == {"own", "h_choice"} and found["items"] == 11
 
 
 # -- merge3-client methods

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from merge3.client.cli import app
+from merge3.client.study_config import StudyConfig, World, read_study
 from merge3.methods import LEARNED, METHODS
 from merge3.search.config import EvolveConfig, Genome, Task
 from merge3.tasks import read_items
@@ -211,6 +212,16 @@ def test_shown_configurations_are_valid():
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
     assert started["genome"].items() > whole["genome"].items()
     assert part.keys() == {"extract", "estimate", "optimizer", "race"}
+
+
+def test_the_shown_study_is_valid_and_every_key_is_explained(tmp_path):
+    page = ROOT / "docs" / "study.md"
+    (shown,) = [block for block in blocks(page) if block.language == "yaml"]
+    (tmp_path / "study.yaml").write_text(shown.text)
+    config = read_study(tmp_path / "study.yaml")
+    assert [method.label for method in config.methods] == ["linear", "task_arithmetic", "ties at 0.2"]
+    explained = set(re.findall(r"`(\w+)`", page.read_text()))
+    assert {*StudyConfig.model_fields, *World.model_fields} <= explained
 
 
 def test_every_key_of_a_configuration_is_explained():
