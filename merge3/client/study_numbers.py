@@ -45,7 +45,7 @@ def summary(config: StudyConfig, questions: Mapping[str, Questions], journal: St
         of_base = tasks.of_all(unpacked(alone[""]))
         base[world.name] = np.mean([of_base[task] for task in world.experts], axis=0)
         units = own | {task: of_base[task] for task in asked.heldout}
-        worlds.append(_told(world, asked, own, of_base, base[world.name]))
+        worlds.append(_told(world, asked, own, of_base))
         for line in journal.lines("method", world.name):
             cell = {key: line[key] for key in ("world", "method", "subset", "parameters", "seconds")}
             if "error" in line:
@@ -153,15 +153,16 @@ def _mean(key: tuple[str, str, int], found: Mapping[str, np.ndarray], cells: Seq
     }
 
 
-def _told(world: World, asked: Questions, own: Mapping, of_base: Mapping, mean: np.ndarray) -> dict[str, Any]:
-    """What result.json says of a world."""
+def _told(world: World, asked: Questions, own: Mapping, of_base: Mapping) -> dict[str, Any]:
+    """What result.json says of a world. base_share: what merging nothing would keep of the experts."""
     experts = {task: float(value[0]) for task, value in own.items()}
     return {
         "name": world.name,
         "width": world.width,
         "quality": world.quality,
         "heldout": list(asked.heldout),
-        "base": interval(mean),
+        "base": interval(np.mean([of_base[task] for task in world.experts], axis=0)),
+        "base_share": interval(_share(of_base, own, tuple(world.experts))),
         "base_tasks": {task: float(value[0]) for task, value in of_base.items()},
         "experts": experts,
         "items": len(asked.measured),

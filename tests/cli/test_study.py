@@ -119,6 +119,8 @@ def test_every_cell_is_what_its_merge_answers(finished, worlds):
         assert cell["heldin"] == pytest.approx(np.mean(shares))
         assert cell["heldout"] == pytest.approx(accuracy(recipe, OUTSIDE) / of_base)
     assert None in seen and len(seen) > 1
+    ratios = [accuracy(str(worlds / world / "base"), t) / accuracy(str(worlds / world / t), t) for t in TASKS]
+    assert result["worlds"][1]["base_share"]["value"] == pytest.approx(np.mean(ratios))
     means = {(mean["method"], mean["experts"]): mean for mean in result["means"] if mean["world"] == world}
     own = [c["heldin"] for c in result["cells"] if (c["world"], c["method"], len(c["subset"])) == (world, "ties", 2)]
     told = means["ties", 2]["heldin"]
