@@ -5,8 +5,8 @@ python benchmarks/study.py [--seed 0] [--resume] [--save]
 About five minutes of training, then ten, on one core.
 
 Worlds of study_worlds.py: three widths, bases that know little or much, eight experts each. Four methods merge two to
-eight experts; lambda is tuned on a share of the items. It writes build/study/seed-0/study.yaml and runs the command on it;
-build/study/seed-0/run/report.html has the pictures.
+eight experts; lambda is tuned on a share of the items. It writes build/study/seed-0/study.yaml and runs the command on
+it; build/study/seed-0/run/report.html has the pictures.
 """
 
 import argparse
