@@ -60,7 +60,8 @@ def _repeated(words: Iterable[str], several: set[str]) -> Iterator[str]:
     option, values = "", 0
     for word in words:
         if word.startswith("-"):
-            option, values = word if word in several else "", 0
+            name, equals, _ = word.partition("=")
+            option, values = name if name in several else "", len(equals)
         elif option:
             values += 1
             if values > 1:

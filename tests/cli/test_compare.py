@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from merge3 import LocalEngine, Pool, Recipe, Registration, read_items
@@ -14,7 +13,7 @@ from merge3.methods import LEARNED, METHODS
 from merge3.methods.base import CHECKPOINT, DERIVED, LABELLED, NOTHING, RECIPE, UNLABELLED, VARIANTS
 from merge3.tasks import Item
 from tests.adapters.harness import make_models, make_tasks
-from tests.classifiers import make_classifier, save_words
+from tests.classifiers import save_with_own_heads
 from tests.commands import client
 
 EXPERTS = ("english", "italian", "sorting")
@@ -132,6 +131,7 @@ def test_what_cannot_stand_in_one_table_is_refused_by_its_file(own_world):
         assert said in refused(good, write(own_world, name, **keys), *items), name
     assert "given twice" in refused(good, good, *items)
     assert "neither --items nor --task" in refused(good)
+    assert "nowhere.jsonl" in refused(good, f"--items={own_world / 'english.jsonl'}", own_world / "nowhere.jsonl")
     assert "neither recipes nor --models" in refused(*items)
     assert "one of them" in refused(good, *items, "--models", own_world / "english")
     assert "each model once" in refused(*items, "--base", own_world / "base", "--models", own_world / "base")
@@ -141,19 +141,7 @@ def test_what_cannot_stand_in_one_table_is_refused_by_its_file(own_world):
 
 def test_own_heads_answer_the_tasks_that_are_named_as_their_models(tmp_path):
     """Which questions a head answers nobody says, and no merge has it."""
-    start = make_classifier(2).state_dict()
-    for seed, (name, labels) in enumerate({"base": 2, "colour": 3, "shape": 2}.items()):
-        model = make_classifier(labels, seed)
-        shared = {key: value for key, value in start.items() if "score" not in key}
-        model.load_state_dict(shared | {k: v for k, v in model.state_dict().items() if "score" in k})
-        model.config.id2label = {i: f"{name}-{i}" for i in range(labels)}
-        model.config.label2id = {label: i for i, label in model.config.id2label.items()}
-        with torch.no_grad():
-            for key, value in model.named_parameters():
-                if "score" not in key:
-                    value.add_(0.005 * torch.randn_like(value))
-        model.save_pretrained(tmp_path / name)
-    save_words(*(tmp_path / name for name in ("base", "colour", "shape")))
+    save_with_own_heads(tmp_path, {"base": 2, "colour": 3, "shape": 2})
     for task, labels in (("colour", 3), ("shape", 2), ("size", 2)):
         lines = [
             {"id": str(i), "kind": "classify", "prompt": f"w{i}", "answer": f"{task}-{i % labels}"} for i in range(12)

@@ -23,7 +23,7 @@ from merge3.client.study_journal import packed, unpacked
 from merge3.client.study_numbers import DRAWS, Numbers, item_weights, subset_weights
 from merge3.search.seeds import seed_of
 from merge3.tasks import Item, split_heldout
-from tests.classifiers import make_classifier, save_words
+from tests.classifiers import make_classifier, save_with_own_heads, save_words
 from tests.commands import client
 
 TASKS, OUTSIDE = ("a", "b", "c", "d"), "e"
@@ -254,6 +254,28 @@ def test_without_tasks_of_nobody_those_that_are_left_out_count(worlds, tmp_path)
     experts = result["worlds"][0]["experts"]
     assert first["heldout"] == pytest.approx(first["tasks"][left] / experts[left])
     assert last["heldout"] is None and OUTSIDE not in last["tasks"]
+
+
+def test_where_every_model_has_its_own_head_a_task_says_whose(tmp_path):
+    save_with_own_heads(tmp_path, {"base": 2, "a": 2, "b": 3})
+    for task, head, labels in (("a", "a", 2), ("b", "b", 3), ("e", "a", 2)):
+        lines = []
+        for i in range(20):
+            line = {"id": str(i), "task": task, "kind": "classify", "prompt": f"w{i}", "answer": f"{head}-{i % labels}"}
+            lines.append(json.dumps(line) + "\n")
+        (tmp_path / f"{task}.jsonl").write_text("".join(lines))
+    world = {"name": "own", "base": "base", "experts": {"a": "a", "b": "b"}, "items": ["a.jsonl", "b.jsonl", "e.jsonl"]}
+    data = {"methods": ["linear"], "experts": [2], "worlds": [world]}
+    assert "heads: none for task 'e'" in refused(tmp_path, data, tmp_path / "refused")
+    data["worlds"][0]["heads"] = {"e": "a"}
+    result, _ = ran(tmp_path, data, tmp_path / "run")
+    (cell,) = result["cells"]
+    engine = LocalEngine(Pool.open(str(tmp_path / "base"), [str(tmp_path / "a"), str(tmp_path / "b")]))
+    merge = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    merge["models"] = [{"model": str(tmp_path / task)} for task in ("a", "b")]
+    for task, head in (("a", "a"), ("b", "b"), ("e", "a")):
+        asked = Registration(tuple(read_items(tmp_path / f"{task}.jsonl")), heads={task: str(tmp_path / head)})
+        assert cell["tasks"][task] == next(engine.evaluate(asked, [Recipe.parse(merge)])).value
 
 
 BAD = {
