@@ -22,8 +22,8 @@ def standings(
 ) -> dict[str, Any]:
     """Rows from the best to the worst, each beside the best model and the first row. answers: name -> float64 [items].
 
-    Differences are paired: of two subjects' responses to the same item, averaged as accuracy is, so their standard
-    error is mostly well below that of either. Raises BadInput where nobody has answers.
+    Differences are paired: of two subjects' responses to the same item, averaged as accuracy is; what both find easy
+    or hard is no part of their standard error. Raises BadInput where nobody has answers.
     """
     there = sorted((row for row in rows if row["name"] in answers), key=lambda row: -row["accuracy"])
     if not there:
