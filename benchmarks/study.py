@@ -1,8 +1,8 @@
 """The findings of "What Matters for Model Merging at Scale?" (arXiv 2410.03617), asked of small vision transformers.
 
-python benchmarks/study.py [--seed 0] [--resume] [--save]
+python benchmarks/study.py [--seeds 0 1] [--resume] [--save]
 
-About five minutes of training, then ten, on one core.
+A seed takes about five minutes of training, then four to ten, on one core.
 
 Worlds of study_worlds.py: three widths, bases that know little or much, eight experts each. Four methods merge two to
 eight experts; lambda is tuned on a share of the items. It writes build/study/seed-0/study.yaml and runs the command on
@@ -36,18 +36,22 @@ METHODS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of training, and of which experts are merged")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of training, of which experts are merged")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    folder = FOLDER / f"seed-{options.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.yaml").write_text(yaml.safe_dump(configuration(options.seed, folder), sort_keys=False))
-    result = study(folder / "study.yaml", folder / "run", options.resume)
-    if result is None:
-        sys.exit(130)
+    results = []
+    for seed in options.seeds:
+        folder = FOLDER / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "study.yaml").write_text(yaml.safe_dump(configuration(seed, folder), sort_keys=False))
+        result = study(folder / "study.yaml", folder / "run", options.resume)
+        if result is None:
+            sys.exit(130)
+        results.append(result)
     kept = ("worlds", "means", "findings", "experts", "subsets", "seed", "draws")
-    report("study", text_of(result), {key: result[key] for key in kept}, options.save)
+    found = [{key: result[key] for key in kept} for result in results]
+    report("study", text_of(results), {"found": found}, options.save)
 
 
 def configuration(seed: int, folder: Path) -> dict:
@@ -65,25 +69,29 @@ def configuration(seed: int, folder: Path) -> dict:
     return settings | {"worlds": worlds}
 
 
-def text_of(result: dict) -> str:
-    """Findings, then a table for each kind of task."""
+def text_of(results: list[dict]) -> str:
+    """The findings with every seed, then of the first one a table for each kind of task."""
     rows = []
-    for found in result["findings"]:
-        value = f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
-        rows.append([found["finding"], f"**{found['verdict']}**", found["of"], value])
-    title = f"Findings of the paper, {len(result['cells'])} merges"
-    parts = [table(title, ["finding", "here", "what is measured", "value, 95 %"], rows)]
+    for of_seeds in zip(*(result["findings"] for result in results)):
+        told = [
+            f"**{one['verdict']}** {one['value']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})" for one in of_seeds
+        ]
+        rows.append([of_seeds[0]["finding"], of_seeds[0]["of"], *told])
+    seeds = [f"seed {result['seed']}: value, 95 %" for result in results]
+    result = results[0]
+    title = f"Findings of the paper, {len(result['cells'])} merges a seed"
+    parts = [table(title, ["finding", "what is measured", *seeds], rows)]
     counts = [f"{count} experts" for count in result["experts"]]
     for metric, title in TITLES.items():
         rows = [[world, method, *cells] for world, method, cells in of_study(result, metric)]
-        parts.append(table(f"{title}: {SHARES[metric]}", ["world", "method", *counts], rows))
+        parts.append(table(f"{title}: {SHARES[metric]}, seed {result['seed']}", ["world", "method", *counts], rows))
     rows = []
     for world in result["worlds"]:
         experts = list(world["experts"].values())
         numbers = [world["base"]["value"], sum(experts) / len(experts), world["base_share"]["value"]]
         rows.append([world["name"], *(f"{number:.3f}" for number in numbers)])
     columns = ["world", "base, tasks of experts", "experts, own tasks", "base as a share"]
-    return "\n\n".join([*parts, table("The worlds: accuracy", columns, rows)])
+    return "\n\n".join([*parts, table(f"The worlds: accuracy, seed {result['seed']}", columns, rows)])
 
 
 if __name__ == "__main__":
