@@ -2,8 +2,8 @@
 
 python benchmarks/variants.py [--seeds 0 1 2] [--save]    about half a minute a seed, once its world is there
 
-Every task is answered by its own variant, and with its own expert's head. Held-out accuracy; lambda of task arithmetic, on
-which BYOM keeps residuals, is tuned on the other items, as in benchmarks/learned.py.
+Every task is answered by its own variant, and with its own expert's head. Held-out accuracy; lambda of task
+arithmetic, on which BYOM keeps residuals, is tuned on the other items, as in benchmarks/learned.py.
 """
 
 import argparse

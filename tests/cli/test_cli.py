@@ -191,9 +191,9 @@ def test_no_permission_to_write(family, tmp_path):
 
 
 def test_methods_lists_every_method():
-    from merge3.methods import LEARNED, METHODS, ZIPPED
+    from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
 
-    assert set(json.loads(client("methods", "--json").stdout)) == {*METHODS, *LEARNED, *ZIPPED}
+    assert set(json.loads(client("methods", "--json").stdout)) == {*METHODS, *VARIANTS, *LEARNED, *ZIPPED}
 
 
 # -- the house
