@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from merge3.checkpoint import CheckpointWriter, check_free
+from merge3.checkpoint.architecture import loading
 from merge3.checkpoint.write import SHARD_SIZE
-from merge3.errors import BadInput, RecipeError
+from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.export import check_values, merge_to_disk
 from merge3.files import resource_error
 from merge3.methods import VARIANTS
@@ -75,22 +77,36 @@ def write_task(packed: Path, task: str, directory: Path, shard_size: int = SHARD
     directory, variants = Path(directory), Variants.open(packed)
     variants.check(task, "--task")
     check_free(directory)
-    config = variants.config(task)
-    specs: Specs = {}
-    for name in variants.common.tensors:
-        tensor = variants.head(name, task)
-        specs[name] = variants.spec(name) if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    config, varied = variants.config(task), variants.tasks[task]["varied"]
+    specs: Specs = {name: variants.spec(name) for name in variants.common.tensors}
+    specs |= {name: (info.dtype, info.shape) for name, info in variants.own_head(task).items()}
+    _check_whole(config, specs, variants, task)
     with CheckpointWriter(directory, specs, shard_size) as writer:
         for name in specs:
             tensor = variants.tensor(name, task)
-            check_values(name, tensor)
+            if name in varied:  # others were checked when they were merged, and a mask may well hold infinities
+                check_values(name, tensor)
             writer.put(name, tensor)
-            variants.common.release(name)
+            if name in variants.common.tensors:
+                variants.common.release(name)
         writer.write_text("config.json", json.dumps(config, indent=2))
         writer.copy_as(variants.side_files())
         writer.finish()
         check_written(writer.temporary, specs, config)
-    varied = variants.tasks[task]["varied"]
     parameters = sum(torch.Size(specs[name][1]).numel() for name in varied)
     told = {"kept": {}, "left_out": {}, "notes": []}
     return {"path": str(directory), "tensors": len(specs), "parameters": parameters, **told}
+
+
+def _check_whole(config: Mapping[str, Any], specs: Specs, variants: Variants, task: str) -> None:
+    """Refuse a head that the common model's configuration does not describe: transformers would make numbers up."""
+    head = variants.own_head(task)
+    if not head:
+        return
+    said = loading(dict(config), {name: shape for name, (_, shape) in specs.items()})
+    if said is None:
+        return
+    odd = [*said.missing, *(name for name, *_ in said.mismatched), *(name for name in said.unexpected if name in head)]
+    if odd:
+        found = f"the head of {task!r} does not fit {said.architecture}: {odd[0]!r}"
+        raise CheckpointError(variants.folder, found, "a head as the common model's, but for its labels")

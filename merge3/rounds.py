@@ -120,7 +120,9 @@ class Rounds:
 
     def _answering(self, asked: Registration, varied: Varied) -> tuple[list[str], dict[str, str]]:
         """(whose variant answers, of each item; variant -> its own head). Raises BadInput for a task without one."""
-        tasks = varied.tasks or tuple(item.task for item in asked.items)
+        tasks = tuple(item.task for item in asked.items) if varied.tasks is None else varied.tasks
+        if len(tasks) != len(asked.items):
+            raise BadInput("tasks", f"{len(tasks)} for {len(asked.items)} items", "one for each item")
         if isinstance(varied.subject, Recipe):
             known = self.slot.compile(varied.subject).tasks
             heads = known if own_heads(self.pool) else {}

@@ -14,6 +14,7 @@ import torch
 
 from merge3 import __version__
 from merge3.checkpoint.write import CheckpointWriter
+from merge3.errors import BadInput, ResourceError
 from merge3.methods import execute
 from merge3.packaging import output_specs
 from merge3.pool import Pool
@@ -52,7 +53,11 @@ class Kept:
             if not (folder / ABOUT).exists():
                 if self._kept_in is None:
                     self._make_room()
-                self._pack(recipe, program, seed, folder, where)
+                try:
+                    self._pack(recipe, program, seed, folder, where)
+                except (BadInput, ResourceError):
+                    if not (folder / ABOUT).exists():  # else another process was quicker
+                        raise
             self._open = {key: Variants.open(folder, self.pool.device)}  # the last one: others are found on disk
         return self._open[key]
 

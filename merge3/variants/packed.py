@@ -16,7 +16,7 @@ import torch
 
 from merge3.checkpoint import Checkpoint, open_checkpoint
 from merge3.checkpoint.layout import Ref
-from merge3.checkpoint.read import INDEX, SINGLE, read_header
+from merge3.checkpoint.read import INDEX, SINGLE, TensorInfo, read_header
 from merge3.checkpoint.write import CheckpointWriter, Spec
 from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.files import resource_error
@@ -117,6 +117,11 @@ class Variants:
         """A tensor of the task's own head; None where it has the common model's."""
         stored = f"{task}/head/{name}"
         return self.parts.get(stored) if stored in self.parts.tensors else None
+
+    def own_head(self, task: str) -> dict[str, TensorInfo]:
+        """The tensors of the task's own head, by their names in a model; empty where it has the common one."""
+        prefix, parts = f"{task}/head/", self.parts.tensors
+        return {name.removeprefix(prefix): info for name, info in parts.items() if name.startswith(prefix)}
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Of a tensor of the common model."""
@@ -252,8 +257,8 @@ def check_parts(recipe: Recipe, program: Program, pool: Pool, specs: Mapping[str
     settings, kind = parameters_of(recipe, where), KINDS[VARIANTS[recipe.method].parts]
     kind.check(program, pool)
     sizes = [kind.most(j, specs[j.name][0].itemsize, len(program.tasks), settings) for j in program.varied]
-    heads = [pool.endpoints[m].tensors[n] for m in program.tasks.values() for n in pool.heads.get(m, ())]
-    return sum(sizes) + sum(info.nbytes for info in heads if info.name in pool.fixed)
+    heads = [pool.endpoints[ref.model].tensors[ref.tensor].nbytes for _, ref in _own_heads(program, pool)]
+    return sum(sizes) + sum(heads)
 
 
 def _all(parts: Parts, heads: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -263,13 +268,18 @@ def _all(parts: Parts, heads: Mapping[str, torch.Tensor]) -> Iterator[tuple[str,
 
 def _heads(source: Source) -> dict[str, torch.Tensor]:
     """Part -> each task's own head, where no recipe merges heads."""
-    found, pool = {}, source.pool
-    for task, model in source.program.tasks.items():
-        for name in pool.heads.get(model, ()):
-            if name in pool.fixed:
-                tensor, there = pool.stored(Ref(model, name)), source.common.tensors.get(name)
-                found[f"{task}/head/{name}"] = tensor if there is None else tensor.to(there.dtype)
+    found = {}
+    for task, ref in _own_heads(source.program, source.pool):
+        tensor, there = source.pool.stored(ref), source.common.tensors.get(ref.tensor)
+        found[f"{task}/head/{ref.tensor}"] = tensor if there is None else tensor.to(there.dtype)
     return found
+
+
+def _own_heads(program: Program, pool: Pool) -> list[tuple[str, Ref]]:
+    """(task, a tensor of its head), whatever the base calls its own."""
+    if not any(name in pool.fixed for name in pool.heads.get(pool.base, ())):
+        return []
+    return [(task, Ref(model, n)) for task, model in program.tasks.items() for n in pool.heads.get(model, ())]
 
 
 def _bytes(specs: Mapping[str, Any], names) -> int:

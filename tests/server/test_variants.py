@@ -88,6 +88,9 @@ def test_what_is_wrong_with_one_subject_is_its_own(served, engines):
     for engine, subject in ((local, recipe), (remote, recipe), (local, Varied(packed))):
         (found,) = engine.evaluate(other, [subject])
         assert "no variant 'sorting'; expected english, italian" in str(found.error)
+    for tasks in (("english",), ("english",) * 17, ()):
+        (found,) = local.evaluate(asked, [Varied(recipe, tasks)])
+        assert f"tasks: {len(tasks)} for 16 items; expected one for each item" in str(found.error)
     with pytest.raises(Unavailable, match="one task for all items, or a recipe"):
         list(remote.evaluate(asked, [Varied(packed)]))
 

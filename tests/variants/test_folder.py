@@ -204,6 +204,26 @@ def test_a_later_process_finds_what_was_packed(small, tmp_path):
     assert narrow.variants(recipe(small)).folder != folder
 
 
+def test_another_process_may_be_quicker(small, tmp_path, monkeypatch):
+    """Two that keep what they pack in one folder, and pack the same at once."""
+    from merge3.variants import kept
+
+    pools = [
+        Pool.open(str(small / "base"), [str(small / "e0"), str(small / "e1")], derived_folder=tmp_path) for _ in "ab"
+    ]
+    first, second = (Slot(pool) for pool in pools)
+    write = kept.write_parts
+
+    def slow(*given):
+        monkeypatch.setattr(kept, "write_parts", write)
+        second.swap(recipe(small), task="e0")
+        write(*given)
+
+    monkeypatch.setattr(kept, "write_parts", slow)
+    first.swap(recipe(small), task="e0")
+    assert same(live(first), live(second)) == [] and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_pack_that_fails_half_way_leaves_nothing(small, tmp_path, monkeypatch):
     from merge3.variants import masks
 
@@ -348,3 +368,13 @@ merge_to_disk(Recipe.parse({recipe(small).to_dict()!r}), {str(tmp_path / "out")!
     assert not (tmp_path / "out").exists()
     assert all(file.name.startswith(".out.partial-") for file in tmp_path.iterdir())
     assert merge_to_disk(recipe(small), tmp_path / "out")["path"] == str(tmp_path / "out")
+
+
+def test_tasks_may_have_the_names_of_parts(small, tmp_path):
+    tasks = {"head": str(small / "e0"), "base": str(small / "e1"), "ma sk é": str(small / "e0")}
+    merge_to_disk(recipe(small, tasks=tasks), tmp_path / "packed")
+    merge_to_disk(recipe(small), tmp_path / "plain")
+    write_task(tmp_path / "plain", "e0", tmp_path / "e0")
+    for task in ("head", "ma sk é"):
+        write_task(tmp_path / "packed", task, tmp_path / task)
+        assert same(stored(tmp_path / task), stored(tmp_path / "e0")) == []

@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaForSequenceClassification as Llama
 
 from merge3 import Pool, Recipe, Slot, merge_to_disk
 from merge3.engine import LocalEngine, Varied
+from merge3.errors import CheckpointError
 from merge3.export_task import merge_task, write_task
 from merge3.registration import Registration
 from merge3.tasks import Item
@@ -182,7 +184,7 @@ def test_a_tied_output_that_is_held_apart_follows(pair, small, tmp_path):
             assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "GPT-2", "ViT", "CLIP"])
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-2", "ViT", pytest.param("CLIP", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", ["emr", "byom_fft", "onebit"])
 def test_fused_and_renamed_tensors(family, name, tmp_path):
     import transformers
@@ -281,3 +283,33 @@ def test_a_head_for_each_task(heads, tmp_path):
         exported, expert = Llama.from_pretrained(tmp_path / f"from-{task}"), Llama.from_pretrained(model)
         assert torch.equal(exported.score.weight, expert.score.weight)
         assert exported.config.id2label == expert.config.id2label and exported.num_labels == expert.num_labels
+
+
+def test_a_head_that_the_common_model_has_no_place_for(heads, tmp_path):
+    """Rather than that transformers makes its weights up."""
+    shutil.copytree(heads[3], tmp_path / "odd")
+    tensors = stored(tmp_path / "odd")
+    save_file(
+        {n.replace("score.weight", "score.other"): t for n, t in tensors.items()},
+        tmp_path / "odd" / "model.safetensors",
+    )
+    recipe = recipe_of(heads[0], [heads[1], str(tmp_path / "odd")], "byom_fft")
+    for way in (
+        lambda: merge_task(recipe, "odd", tmp_path / "out"),
+        lambda: (merge_to_disk(recipe, tmp_path / "packed"), write_task(tmp_path / "packed", "odd", tmp_path / "out")),
+    ):
+        with pytest.raises(CheckpointError, match="head of 'odd' does not fit LlamaForSequenceClassification: 'score"):
+            way()
+    assert not (tmp_path / "out").exists()
+
+
+def test_buffers_may_hold_infinities(small, tmp_path):
+    """They are nobody's to merge, and every task's as they are the base's."""
+    for name in ("base", "e0", "e1"):
+        shutil.copytree(small / name, tmp_path / name)
+        mask = {"model.layers.0.self_attn.masked_bias": torch.tensor(float("-inf"))}
+        save_file(stored(tmp_path / name) | mask, tmp_path / name / "model.safetensors", {"format": "pt"})
+    base, experts = models(tmp_path)
+    for name in ("emr", "byom_fft"):
+        expected = of_paths(recipe_of(base, experts, name), tmp_path / name)
+        assert all(found["model.layers.0.self_attn.masked_bias"] == float("-inf") for found in expected.values())
