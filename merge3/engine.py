@@ -54,7 +54,7 @@ class LocalEngine:
     def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
         self.pool, self.slot = pool, slot or Slot(pool, dtype)
         self._spaces: dict[str, Space] = {}
-        self._rounds = Rounds(self.slot, self.space)
+        self._rounds = Rounds(self.slot)
         self._fit: tuple[tuple[Registration, Fit] | None, Fitting | None] = None, None
 
     def info(self) -> PoolInfo:
@@ -75,7 +75,7 @@ class LocalEngine:
 
     def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
         """See Engine."""
-        self._rounds.prepare(registration, recipe)
+        self._rounds.prepare(registration, recipe, self.space)
 
     def space(self, definition: SpaceDefinition) -> Space:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
@@ -101,7 +101,7 @@ class LocalEngine:
                 hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
                 yield Evaluation(index, hash_, None, registration.objectives, none, none, 0.0, error=error)
                 continue
-            prepared = self._rounds.prepare(registration, subject)  # what is wrong with items is raised
+            prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
 
     def _evaluate(

@@ -42,15 +42,18 @@ class Prepared(NamedTuple):
 
 
 class Rounds:
-    """What was prepared for a slot, remembered. space: opens the one that a definition says."""
+    """What was prepared for a slot, remembered. It knows nobody who holds it: an engine goes, models and all, with the
+    last who uses it."""
 
-    def __init__(self, slot: Slot, space: Callable[[SpaceDefinition], Space]):
-        self.slot, self.pool, self._space = slot, slot.pool, space
+    def __init__(self, slot: Slot):
+        self.slot, self.pool = slot, slot.pool
         self._prepared: OrderedDict[tuple, Prepared] = OrderedDict()
         self._scorers: OrderedDict[tuple, Scorer] = OrderedDict()
         self._packed: dict[str, Variants] = {}
 
-    def prepare(self, asked: Registration, subject: Subject | None) -> Prepared:
+    def prepare(
+        self, asked: Registration, subject: Subject | None, space_of: Callable[[SpaceDefinition], Space]
+    ) -> Prepared:
         """A task's head is its own, else its variant's, else the endpoint's asked, else the merge's. The chat template
         is that of the recipe asked, else that of the space's recipes. Raises BadInput for what evaluating would."""
         varied, endpoint, recipe = self._parted(subject)
@@ -58,7 +61,7 @@ class Rounds:
         if key not in self._prepared:
             check_objectives(asked)
             self.check_heads(asked)
-            space = None if asked.space is None else self._space(asked.space)
+            space = None if asked.space is None else space_of(asked.space)
             spoken = recipe or (space and space.uniform_recipe())
             template = chat_template(spoken, self.pool) if asked.chat and spoken is not None else None
             self._prepared[key] = Prepared(space, self._grouped(asked, varied, endpoint, template))

@@ -1,12 +1,14 @@
 """A packed folder: what others read of it, what it says of itself, and what is refused of one that was changed."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from merge3 import Pool, Slot, merge_to_disk
+from merge3 import LocalEngine, Pool, Slot, merge_to_disk
 from merge3.errors import BadInput, CheckpointError, ResourceError
 from merge3.export_task import merge_task, write_task
 from merge3.variants import Variants
@@ -354,7 +356,7 @@ def test_room_for_the_parts_is_asked_before_anything_is_written(small, tmp_path,
 
 def test_a_merge_that_is_killed_leaves_nothing_under_the_final_name(small, tmp_path):
     script = f"""
-import time
+import weakref
 from merge3 import Recipe, merge_to_disk
 from merge3.variants import packed
 write = packed.write_about
@@ -378,3 +380,18 @@ def test_tasks_may_have_the_names_of_parts(small, tmp_path):
     for task in ("head", "ma sk é"):
         write_task(tmp_path / "packed", task, tmp_path / task)
         assert same(stored(tmp_path / task), stored(tmp_path / "e0")) == []
+
+
+def test_an_engine_goes_with_the_last_who_uses_it(small):
+    """Without a collection of cycles: what it holds is as large as all its models."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = LocalEngine(Pool.open(str(small / "base"), [str(small / "e0"), str(small / "e1")]))
+        engine.slot.swap(recipe(small), task="e0")
+        held, folder = weakref.ref(engine.slot.model.lm_head.weight), engine.slot.variants(recipe(small)).folder
+        assert folder.exists()
+        del engine
+        assert held() is None and not folder.exists()
+    finally:
+        gc.enable()
