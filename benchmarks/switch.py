@@ -2,9 +2,9 @@
 
 python benchmarks/switch.py [--repeats N] [--save]    about two minutes
 
-EMR reads the base, the unified model and one bit per weight, whatever the number of tasks; onebit the base and one bit;
-byom_fft writes the places of the task before and of this one alone. Bytes moved a second, over those of torch.copy_ between
-two sets of the same weights, in turn. bfloat16, a Llama of 90 M parameters, eight tasks.
+EMR reads the base, the unified model and one bit per weight, whatever the number of tasks; onebit the base and one
+bit; byom_fft writes the places of the task before and of this one alone. Bytes moved a second, over those of
+torch.copy_ between two sets of the same weights, in turn. bfloat16, a Llama of 90 M parameters, eight tasks.
 """
 
 import argparse
@@ -61,7 +61,8 @@ def measured(folder: Path, repeats: int) -> tuple[list[list[str]], dict]:
             for out, source in zip(spare, others):
                 out.copy_(source)
 
-        times = alternating({"switch": lambda: slot.swap(recipe, task=next(tasks)), "copy": copy}, repeats)
+        switch = lambda recipe=recipe, tasks=tasks: slot.swap(recipe, task=next(tasks))
+        times = alternating({"switch": switch, "copy": copy}, repeats)
         moved = bytes_moved(variants, size)
         ratios = [(moved / s) / (4 * size / c) for s, c in zip(times["switch"], times["copy"])]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from merge3.methods import METHODS
+from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
 from merge3.methods.base import REQUIRED, Method, Parameter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,13 +26,15 @@ def documents() -> list[Path]:
 
 
 def tables() -> dict[str, str]:
-    """Name -> Markdown: every file of results/ under its own name, `demo_short`, `gpu`, `methods`, `parameters`."""
+    """Name -> Markdown: every file of results/ under its own name, `demo_short`, `gpu`, `methods`, `parameters`,
+    `other_methods`."""
     found = {file.stem: file.read_text().strip() for file in sorted(RESULTS.glob("*.md"))}
     # One of each GPU that gpu_check.py ran on.
     gpus = [found.pop(name) for name in list(found) if name.startswith("gpu-")]
     found["gpu"] = "\n\n".join(gpus) or "not measured yet"
     found["demo_short"] = demo_short(found["demo"], json.loads((RESULTS / "demo.json").read_text()))
-    return found | {"methods": methods_table(), "parameters": parameters_table()}
+    found |= {"methods": methods_table(), "parameters": parameters_table()}
+    return found | {"other_methods": others_table()}
 
 
 def demo_short(whole: str, data: dict) -> str:
@@ -45,12 +47,22 @@ def demo_short(whole: str, data: dict) -> str:
 
 def methods_table() -> str:
     """One row per method."""
-    lines = ["| method | what it does | models | parameters | searched |", "|---|---|---|---|---|"]
+    columns = ["method", "what it does", "models", "parameters", "searched", "needs", "result"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     quoted = lambda names: ", ".join(f"`{name}`" for name in names)
     for name, method in METHODS.items():
         title = f"[{name}]({method.reference})" if method.reference else name
         cells = [title, method.summary, models(method), quoted(method.parameters), quoted(method.searched)]
+        cells += [method.needs, method.result]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def others_table() -> str:
+    """One row per method that is no plain merge."""
+    lines = ["| method | what it does | needs | result |", "|---|---|---|---|"]
+    for name, row in (LEARNED | VARIANTS | ZIPPED).items():
+        lines.append(f"| [{name}]({row.reference}) | {row.summary} | {row.needs} | {row.result} |")
     return "\n".join(lines)
 
 

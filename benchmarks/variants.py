@@ -2,8 +2,8 @@
 
 python benchmarks/variants.py [--seeds 0 1 2] [--save]    about half a minute a seed, once its world is there
 
-Every task is answered by its own variant, and with its own expert's head. Held-out accuracy; lambda of task arithmetic, on
-which BYOM keeps residuals, is tuned on the other items, as in benchmarks/learned.py.
+Every task is answered by its own variant, and with its own expert's head. Held-out accuracy; lambda of task
+arithmetic, on which BYOM keeps residuals, is tuned on the other items, as in benchmarks/learned.py.
 """
 
 import argparse
@@ -14,14 +14,18 @@ import numpy as np
 from learned import LAMBDAS, recipe_of
 from measure import report, table
 
-from merge3 import LocalEngine, Pool, Registration, read_items
+from merge3 import LocalEngine, Pool, Recipe, Registration, Slot, read_items
+from merge3.learn.router import fit_router
 from merge3.search.seeds import seed_of
 from merge3.tasks import split_heldout
+from merge3.world import numbers
 from merge3.world.digits import TASKS, make_digits
 from merge3.world.kept import made
+from merge3.world.training import make_models
 
 WORLDS = Path("build/worlds").resolve()
 SHARES = (0.01, 0.05, 0.1)
+METHODS = ("emr", "onebit", "byom_fft")
 
 
 def main() -> None:
@@ -39,7 +43,11 @@ def main() -> None:
     seeds = [f"seed {seed}" for seed in options.seeds]
     title = "Held-out accuracy over eight image tasks, % (75 items a task), and bytes of a task's part"
     text = table(title, ["merge", "mean", "sd", *seeds, "of an expert's"], rows)
-    report("variants", text, {"seeds": options.seeds, "found": found}, options.save)
+    routes = [routed(seed) for seed in options.seeds]
+    rows = [[name, *(f"{100 * of_seed[name]:.1f}" for of_seed in routes)] for name in METHODS]
+    title = "Held-out prompts of the demo's four tasks that the router sends to their own task's variant, %"
+    text += "\n\n" + table(title, ["merge", *seeds], rows)
+    report("variants", text, {"seeds": options.seeds, "found": found, "routes": routes}, options.save)
 
 
 def measured(seed: int) -> dict[str, tuple[float, float]]:
@@ -78,6 +86,30 @@ def measured(seed: int) -> dict[str, tuple[float, float]]:
     for name, (value, _) in found.items():
         print(f"seed {seed}  {name:<40} {100 * value:.1f}", flush=True)
     return found
+
+
+def routed(seed: int) -> dict[str, float]:
+    """Method -> the share of prompts, none of which the router has seen, that it sends to their own task's variant."""
+    world = made(WORLDS, make_models, seed=seed)
+    found = {}
+    for method in METHODS:
+        recipe = recipe_over(world, numbers.TASKS, method)
+        items = [item for task in numbers.TASKS for item in read_items(world / f"{task}.jsonl")]
+        seen, asked = split_heldout(items, 0.3, seed_of("held-out", 0))
+        slot = Slot(Pool.open(str(world / "base"), [str(world / task) for task in numbers.TASKS]))
+        slot.swap(recipe)
+        folder = slot.pool.words.folder()
+        few = {task: [item for item in seen if item.task == task][:16] for task in numbers.TASKS}
+        sent = fit_router(slot.model, folder, few).route(slot.model, folder, asked)
+        found[method] = mean(task == item.task for task, item in zip(sent, asked))
+    print(f"seed {seed}  router {found}", flush=True)
+    return found
+
+
+def recipe_over(world: Path, tasks, method: str) -> Recipe:
+    """Of all experts alike, what the recipe does not say as one would pick by hand."""
+    models = [{"model": str(world / task)} for task in tasks]
+    return Recipe.parse({"merge_method": method, "base_model": str(world / "base"), "models": models})
 
 
 if __name__ == "__main__":

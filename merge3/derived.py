@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,9 @@ from merge3.errors import BadInput, CheckpointError, ResourceError
 
 PREFIX = "derived:"
 Job = Any  # methods.base.Job: here a name, refs, a shape, and the parameters that the tensor is derived by
-Compute = Callable[[Job, list[torch.Tensor]], torch.Tensor]
+Read = Callable[[Iterable[Job]], Iterator[tuple[Job, list[torch.Tensor]]]]  # each job's inputs, one job's at a time
+Compute = Callable[..., torch.Tensor]  # of (job, inputs), or of (job, inputs, what the survey found)
+Survey = Callable[[Sequence[Job], Read], Any]
 
 
 class Source(Protocol):
@@ -51,6 +53,7 @@ class _Model:
     method: str
     compute: Compute
     jobs: dict[str, Job]
+    survey: Survey | None = None
     checkpoint: Checkpoint | None = None  # once it is computed or found
 
     def hash(self, endpoints: Mapping[str, str]) -> str:
@@ -78,9 +81,10 @@ class Derived:
     def __len__(self) -> int:
         return len(self._models)
 
-    def add(self, method: str, compute: Compute, jobs: Iterable[Job]) -> str:
-        """Make a model known; nothing is computed yet. Returns its name, which is the same for equal arguments."""
-        known = _Model(method, compute, {job.name: job for job in jobs})
+    def add(self, method: str, compute: Compute, jobs: Iterable[Job], survey: Survey | None = None) -> str:
+        """Make a model known; nothing is computed yet. Returns its name, which is the same for equal arguments.
+        survey: called once before the first tensor is computed; see Method."""
+        known = _Model(method, compute, {job.name: job for job in jobs}, survey)
         names = {ref.model: ref.model for job in known.jobs.values() for ref in job.refs}
         model = PREFIX + known.hash(names)
         self._models.setdefault(model, known)
@@ -132,23 +136,30 @@ class Derived:
 
     def _compute(self, known: _Model, folder: Path) -> None:
         specs = {name: (torch.float32, job.shape) for name, job in known.jobs.items()}
+        jobs = list(known.jobs.values())
         try:
             with CheckpointWriter(folder, specs, shard_size=sys.maxsize) as writer, torch.no_grad():
-                for name, job in known.jobs.items():
-                    writer.put(name, self._tensor(known, job))
+                found = () if known.survey is None else (known.survey(jobs, self._read),)
+                for job, inputs in self._read(jobs):
+                    writer.put(job.name, _computed(known, job, inputs, *found))
         except (BadInput, ResourceError):
             if not (folder / SINGLE).exists():  # else another process was faster
                 raise
 
-    def _tensor(self, known: _Model, job: Job) -> torch.Tensor:
-        inputs = [self.source.stored(ref).to(self.source.device).float() for ref in job.refs]
-        result = known.compute(job, inputs)
-        assert result.dtype == torch.float32 and tuple(result.shape) == job.shape, f"{known.method}: {job.name}"
-        if not result.isfinite().all():
+    def _read(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, list[torch.Tensor]]]:
+        for job in jobs:
+            inputs = [self.source.stored(ref).to(self.source.device).float() for ref in job.refs]
             for ref, tensor in zip(job.refs, inputs):
                 if not tensor.isfinite().all():
                     raise CheckpointError(ref.model, f"NaN or infinity in tensor {ref.tensor!r}", "finite weights")
-            raise CheckpointError(known.method, f"tensor {job.name!r} derived as NaN or infinity", "finite weights")
-        for ref in job.refs:
-            self.source.unmap(ref)
-        return result
+            yield job, inputs
+            for ref in job.refs:
+                self.source.unmap(ref)
+
+
+def _computed(known: _Model, job: Job, inputs: list[torch.Tensor], *found: Any) -> torch.Tensor:
+    result = known.compute(job, inputs, *found)
+    assert result.dtype == torch.float32 and tuple(result.shape) == job.shape, f"{known.method}: {job.name}"
+    if not result.isfinite().all():
+        raise CheckpointError(known.method, f"tensor {job.name!r} derived as NaN or infinity", "finite weights")
+    return result

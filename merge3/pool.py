@@ -23,7 +23,7 @@ from merge3.checkpoint.read import combine_hashes
 from merge3.checkpoint.remapping import remapped
 from merge3.checkpoint.towers import Tower
 from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
-from merge3.derived import Compute, Derived, Job
+from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError, Unavailable
 from merge3.lineage import differences
@@ -239,10 +239,10 @@ class Pool:
             self._residence.forget(ref)
             self.statistics.forget(ref)
 
-    def derive(self, method: str, compute: Compute, jobs: Sequence[Job]) -> str:
+    def derive(self, method: str, compute: Compute, jobs: Sequence[Job], survey: Survey | None = None) -> str:
         """Make a derived model known, computed when a tensor of it is first read. Returns its name; see Derived."""
         count = len(self.derived)
-        model = self.derived.add(method, compute, jobs)
+        model = self.derived.add(method, compute, jobs, survey)
         if len(self.derived) > count:
             self._plan()
         return model

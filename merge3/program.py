@@ -187,7 +187,7 @@ def _over_one_expert(method: Method, jobs: list[Job], view: View) -> list[Job]:
     for job in jobs:
         per_source = tuple(_only(method.deriving, own) for own in job.per_source)
         inputs.append(replace(job, shared=_only(method.deriving, job.shared), per_source=per_source))
-    model = view.derive(method.name, method.derive, inputs)
+    model = view.derive(method.name, method.derive, inputs, method.survey)
     return [replace(job, sources=(Ref(model, job.name),), per_source=()) for job in jobs]
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client import calibration_commands, evaluation_commands, fit_commands
+from merge3.client import calibration_commands, evaluation_commands, fit_commands, methods_command, study_commands
 from merge3.client.options import (
     Ca,
     Certificate,
@@ -23,6 +23,7 @@ from merge3.client.options import (
     MemoryBudget,
     Quiet,
     Server,
+    Several,
     SkipTooLong,
     Strict,
     TaskPath,
@@ -134,8 +135,9 @@ def evolve(
     _finish(result, run_dir, as_json)
 
 
-for _command, _example in (*fit_commands.COMMANDS, *evaluation_commands.COMMANDS, *calibration_commands.COMMANDS):
-    app.command(epilog=f"Example: merge3-client {_example}")(_command)
+_TABLES = (fit_commands, evaluation_commands, study_commands, calibration_commands, methods_command)
+for _command, _example in (row for table in _TABLES for row in table.COMMANDS):
+    app.command(cls=Several, epilog=f"Example: merge3-client {_example}")(_command)
 
 
 @app.command(epilog="Example: merge3-client report runs/first")
@@ -197,27 +199,6 @@ def demo(
     directory = run_dir or _free(Path("runs") / f"demo-{seed}")
     result = run_demo(seed, directory, as_json, quiet, budget, steps, items)
     _finish(result, directory / "run", as_json)
-
-
-@app.command(epilog="Example: merge3-client methods")
-def methods(as_json: Json = False):
-    """List the merge methods and their parameters."""
-    from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
-    from merge3.methods.base import REQUIRED
-
-    listed = METHODS | VARIANTS
-
-    if as_json:
-        found = {n: {"summary": m.summary, "parameters": list(m.parameters)} for n, m in listed.items()}
-        print(json.dumps(found | {n: {"summary": m.summary, "learned": True} for n, m in (LEARNED | ZIPPED).items()}))
-        return
-    for name, method in listed.items():
-        print(f"{name}: {method.summary}")
-        for parameter, spec in method.parameters.items():
-            default = "required" if spec.default is REQUIRED else f"default {spec.default}"
-            print(f"    {parameter:<18} {spec.help} ({default})")
-    for name, row in (LEARNED | ZIPPED).items():
-        print(f"{name}: {row.summary} (merge3-client fit)")
 
 
 def main() -> None:

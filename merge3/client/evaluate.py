@@ -78,7 +78,7 @@ def evaluate_files(
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
-    items = _from_files(asked)  # bad items and bad adapters before any model is opened
+    items = items_of_files(asked)  # bad items and bad adapters before any model is opened
     adapters = _adapters(what) if surgery and (what / FILE).is_file() else None
     chat = asked.chat(items)
     subject = None if what.is_dir() or what.suffix not in (".yaml", ".yml") else Recipe.from_yaml(what)
@@ -88,7 +88,7 @@ def evaluate_files(
     benchmarks = _benchmarks(asked, folder)
     for benchmark in benchmarks.values():
         items += benchmark.first(asked.limit)
-    _check_unique(items)
+    check_unique(items)
     policy, system = "skip" if skip_too_long else "error", asked.settings.system_instruction or ""
     fitted = fit_to_model(items, folder, policy, bool(chat), system)
     items = fitted.items
@@ -110,7 +110,7 @@ def evaluate_files(
     counted = [i for i, value in enumerate(responses) if not np.isnan(value)]
     result = _accuracies(responses[counted], [items[i] for i in counted]) if counted else {"tasks": {}}
     if responses_file is not None:
-        rows = [_row(str(what), items[i], float(responses[i])) for i in counted]
+        rows = [response_row(str(what), items[i], float(responses[i])) for i in counted]
         write_atomically(responses_file, "".join(json.dumps(row) + "\n" for row in rows))
     result |= {"skipped": fitted.skipped, "seconds": seconds}
     if routes is not None:
@@ -135,7 +135,7 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"the router sent {sent}" + ("" if own is None else f"; {100 * own:.1f} % to their own task's variant"))
 
 
-def _from_files(asked: Asked) -> list[Item]:
+def items_of_files(asked: Asked) -> list[Item]:
     """The first items of every task. Raises BadInput for settings that only lm-eval's tasks know."""
     settings = asked.settings
     if not asked.tasks:
@@ -202,7 +202,8 @@ def _benchmarks(asked: Asked, folder: Path) -> dict[str, Benchmark]:
     return found
 
 
-def _check_unique(items: Sequence[Item]) -> None:
+def check_unique(items: Sequence[Item]) -> None:
+    """Raises ItemsError where a task has an id twice, in several files."""
     seen: set[tuple[str, str]] = set()
     for item in items:
         if (item.task, item.id) in seen:
@@ -236,7 +237,7 @@ def _accuracies(responses: np.ndarray, items: Sequence[Item]) -> dict[str, Any]:
     return {"accuracy": value, "stderr": stderr, "tasks": tasks}
 
 
-def _row(model: str, item: Item, score: float) -> dict[str, Any]:
+def response_row(model: str, item: Item, score: float) -> dict[str, Any]:
     """One answer, with what its item carries beside our keys; `extra_` comes before a name that is a row's own."""
     row: dict[str, Any] = {"model": model, "item": item.id, "task": item.task, "score": score}
     for key, value in item.extra:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from merge3.threads import threads_option
 
@@ -39,6 +40,33 @@ def prefixes(pairs: Iterable[str]) -> dict[str, str]:
             raise BadInput("--tower", f"{pair!r} {what}", "FROM=TO, two prefixes of tensor names, each FROM once")
         found[own] = place
     return found
+
+
+class Several(TyperCommand):
+    """A command whose options with a metavar in `..` take all words up to the next option: `--items a.jsonl b.jsonl`.
+    What else it is given stands before them."""
+
+    def parse_args(self, ctx, args: Sequence[str]):
+        """As of `--items a.jsonl --items b.jsonl`."""
+        several = set()
+        for parameter in self.params:
+            if (parameter.metavar or "").endswith(".."):
+                several |= set(parameter.opts)
+        return super().parse_args(ctx, list(_repeated(args, several)))
+
+
+def _repeated(words: Iterable[str], several: set[str]) -> Iterator[str]:
+    """The words, with an option of these before each of its values."""
+    option, values = "", 0
+    for word in words:
+        if word.startswith("-"):
+            name, equals, _ = word.partition("=")
+            option, values = name if name in several else "", len(equals)
+        elif option:
+            values += 1
+            if values > 1:
+                yield option
+        yield word
 
 
 THREADS_HELP = "CPU threads (default: as many as cores that this process may use)."

@@ -226,18 +226,28 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     console.print(f"recipe {directory / 'best.yaml'}, {model}report {directory / 'report.html'}")
 
 
-def accuracy_table(rows: Sequence[tuple[str, Mapping[str, Any]]], items: int, unseen_by: str, ours: str):
-    """(name, accuracy with its tasks) of several merges as a table of rich's; the row `ours` stands out."""
+def accuracy_table(
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    items: int,
+    unseen_by: str,
+    ours: str,
+    further: Mapping[str, Sequence[str]] | None = None,
+):
+    """(name, accuracy with its tasks) of several merges as a table of rich's; the row `ours` stands out. unseen_by: who
+    never saw the items; empty where nobody learned. further: column -> what it says of each row."""
     from rich.table import Table
 
     tasks = list(rows[0][1]["tasks"])
-    table = Table(title=f"held-out accuracy, {items} items {unseen_by} never saw")
+    further = further or {}
+    unseen = f"held-out accuracy, {items} items {unseen_by} never saw"
+    table = Table(title=unseen if unseen_by else f"accuracy on {items} items")
     table.add_column("merge")
-    for name in ("mean", "± se", *tasks):
+    for name in ("mean", "± se", *tasks, *further):
         table.add_column(name, justify="right")
-    for name, detail in rows:
+    for at, (name, detail) in enumerate(rows):
         of_tasks = [f"{detail['tasks'][t]:.3f}" if t in detail["tasks"] else "" for t in tasks]
         cells = [f"{detail['accuracy']:.3f}", f"{detail['stderr']:.3f}", *of_tasks]
+        cells += [column[at] for column in further.values()]
         table.add_row(name, *cells, style="bold" if name == ours else None)
     return table
 

@@ -189,4 +189,3 @@ def drawn(count: int, size: int, number: int, seed: Sequence[int]) -> list[int]:
 @functools.lru_cache(maxsize=64)
 def _order(count: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(list(seed)).permutation(count)
-

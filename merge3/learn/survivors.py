@@ -8,7 +8,7 @@ most of the model has. AdaMerging's authors compute it so (ties_merging_split).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from merge3.checkpoint.layout import Ref
 from merge3.errors import RecipeError
 from merge3.export import Prepared, prepare, write_checkpoint
-from merge3.largest import kth_largest
+from merge3.largest import kept_from
 from merge3.learn.fit import experts_of, merged_with, of_experts
 from merge3.methods import Job
 from merge3.methods.learned import learned_named
@@ -40,7 +40,8 @@ def write_survivors(recipe: Recipe, pool: Pool, share: float, folder: Path) -> R
     missing = [k for k, name in enumerate(names) if not (folder / name).exists()]
     if missing:
         jobs = prepare(_whole(recipe, experts), pool).program.jobs
-        thresholds = [kept_from(_magnitudes(jobs, pool, k), share) for k in range(len(experts))]
+        kept = kept_from(lambda: _magnitudes(jobs, pool, len(experts)), share)
+        thresholds = [kept[k] for k in range(len(experts))]
         majority = _majority(jobs, pool, thresholds)
         for k in missing:
             _write(_whole(recipe, [experts[k]]), pool, jobs, thresholds, majority, k, folder / names[k])
@@ -67,18 +68,11 @@ def survivors(vectors: Sequence[torch.Tensor], thresholds: Sequence[float], majo
     return [torch.where(vector * signs > 0, vector, 0.0) for vector in kept]
 
 
-def kept_from(read: Callable[[], Iterable[torch.Tensor]], share: float) -> float:
-    """The magnitude from which on `share` of all elements are kept, and one more, as kthvalue(n − int(n · share)) has
-    it; 0.0 where all are. read: magnitudes, float32, each time it is called; it is twice."""
-    return kth_largest(read, lambda count: int(count * share) + 1)[0]
-
-
-def _magnitudes(jobs: Sequence[Job], pool: Pool, k: int) -> Callable[[], Iterator[torch.Tensor]]:
-    def read() -> Iterator[torch.Tensor]:
-        for job in jobs:
-            yield _vectors(job, pool, [k])[0].abs()
-
-    return read
+def _magnitudes(jobs: Sequence[Job], pool: Pool, experts: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for job in jobs:
+        for k, vector in enumerate(_vectors(job, pool, range(experts))):
+            yield k, vector.abs()
+        pool.give_back(job.refs)
 
 
 def _vectors(job: Job, pool: Pool, which: Sequence[int]) -> list[torch.Tensor]:

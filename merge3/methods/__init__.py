@@ -4,7 +4,7 @@ METHODS is the one list: `merge3-client methods`, docs/methods.md and the parity
 """
 
 from merge3.errors import RecipeError
-from merge3.methods import averages, rules, spherical, task_arithmetic
+from merge3.methods import averages, doge, rules, spectral, spherical, task_arithmetic
 from merge3.methods.base import Copy, Gene, Job, Method, Parameter, Step, Unpacked
 from merge3.methods.execute import execute
 from merge3.methods.learned import LEARNED
@@ -12,9 +12,8 @@ from merge3.methods.variants import VARIANTS
 from merge3.methods.zipped import ZIPPED
 from merge3.recipe import nearest
 
-METHODS: dict[str, Method] = {
-    m.name: m for family in (averages, task_arithmetic, spherical, rules) for m in family.methods()
-}
+_FAMILIES = (averages, task_arithmetic, spherical, rules, spectral, doge)
+METHODS: dict[str, Method] = {m.name: m for family in _FAMILIES for m in family.methods()}
 
 
 def method_named(name: str, where: str = "merge_method") -> Method:

@@ -16,6 +16,9 @@ from merge3.recipe import nearest
 from merge3.statistics import Statistics
 
 REQUIRED = object()
+NOTHING, UNLABELLED, LABELLED = "nothing", "unlabelled inputs", "labelled items"  # what a method needs beside models
+RECIPE, DERIVED = "recipe", "recipe over a derived vector"  # what it ends in
+PER_TASK, CHECKPOINT = "a model for each task", "checkpoint"
 ForModels = float | Callable[[int], float]  # a value, or a function of how many models are merged
 
 
@@ -234,6 +237,11 @@ class Method:
     its inputs (float32, in the order of job.refs) to a new expert's weight for that tensor, float32 in the job's shape.
     It sees the parameters named in `deriving` alone; step then sees that expert as the job's only source, with the
     shared parameters, so only these can be searched without deriving anew.
+    survey(jobs, read): for those where a tensor depends on others, by a threshold over the whole model, say. What it
+    returns is given to `derive` as a third argument. Called once, before anything is derived; read(jobs) yields
+    (job, inputs), one at a time in memory, for as many jobs and as often as is asked.
+
+    needs: what it takes beside the models; of the words at the top of this module.
     """
 
     name: str
@@ -251,8 +259,15 @@ class Method:
     evolve_normalizes: bool = False
     like: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    derive: Callable[[Job, list[torch.Tensor]], torch.Tensor] | None = None
+    derive: Callable[..., torch.Tensor] | None = None
     deriving: tuple[str, ...] = ()
+    survey: Callable[..., Any] | None = None
+    needs: str = NOTHING
+
+    @property
+    def result(self) -> str:
+        """What it ends in."""
+        return RECIPE if self.derive is None else DERIVED
 
     @property
     def genes(self) -> dict[str, Gene]:

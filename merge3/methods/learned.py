@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from merge3.errors import RecipeError
+from merge3.methods.base import DERIVED, LABELLED, RECIPE, UNLABELLED
 from merge3.methods.task_arithmetic import PLAIN_SUM
 
 RESULT = PLAIN_SUM  # the method of the recipe that a fit ends in
@@ -30,6 +31,16 @@ class Learned:
     steps: int
     start: float = 0.3
     survivors: str = ""
+
+    @property
+    def needs(self) -> str:
+        """What it takes beside the models."""
+        return LABELLED if self.labels else UNLABELLED
+
+    @property
+    def result(self) -> str:
+        """What it ends in."""
+        return DERIVED if self.survivors else RECIPE
 
 
 _SUPERMERGE = "https://arxiv.org/abs/2412.10416"

@@ -48,7 +48,7 @@ class View(Protocol):
     def shared_with(self, ref: Ref) -> str | None:
         """See Pool."""
 
-    def derive(self, method: str, compute: Callable, jobs: Sequence[Job]) -> str:
+    def derive(self, method: str, compute: Callable, jobs: Sequence[Job], survey: Callable | None) -> str:
         """See Pool."""
 
 

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from merge3.errors import RecipeError
-from merge3.methods.base import Parameter, for_models
+from merge3.methods.base import NOTHING, PER_TASK, Parameter, for_models
 from merge3.methods.rules import UNIFIED
 from merge3.methods.task_arithmetic import ELECTED, PLAIN_SUM
 from merge3.parameters import scalars
@@ -39,6 +39,8 @@ class Variant:
     given: Mapping[str, Any] = field(default_factory=dict)
     from_base: str = ""
     fewest: int = 1
+    needs: str = NOTHING
+    result: str = PER_TASK
     adapters: bool = False
 
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from merge3.methods.base import CHECKPOINT, UNLABELLED
+
 
 @dataclass(frozen=True)
 class Zipped:
-    """match: of learn/zip_matching.py."""
+    """match: of learn/zip_matching.py. needs, result: as of Method."""
 
     name: str
     summary: str
     reference: str
     match: str
+    needs: str = UNLABELLED
+    result: str = CHECKPOINT
 
 
 _ROWS = (

@@ -29,6 +29,7 @@ _ELSEWHERE = {
 PARAMETERS = (  # names of method parameters: where they stand by mistake, the message says where they belong
     "weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask", "t", "select_topk", "scale",
     "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
+    "closed", "mu", "steps", "learning_rate", "eta", "keep", "subspace", "others", "flatten",
     "merger", "share", "rank", "binary",
 )  # fmt: skip
 CHAT_TEMPLATES = ("auto", "chatml")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from merge3.methods import METHODS
-from merge3.methods.base import ByHand, for_models
+from merge3.methods import LEARNED, METHODS, Method
+from merge3.methods.base import DERIVED, NOTHING, RECIPE, REQUIRED, ByHand, ForModels, for_models
 from merge3.recipe import ModelRef, Recipe, Slice, Source
 
 
@@ -21,6 +21,39 @@ def default_merges(
         for name, by_hand in method.by_hand.items():
             recipe = _recipe(method.name, base if needs_base else None, experts, by_hand, dtype)
             yield name, replace(recipe, tower=tower or {})
+
+
+def every_merge(
+    base: str | None, experts: list[str], dtype: str | None = None, tower: dict[str, str] | None = None
+) -> Iterator[tuple[str, Recipe | str]]:
+    """(name, recipe) of the merges of every method that needs nothing but models: by hand, where the row knows any,
+    else with what `defaults` says. Of the other methods why there is none. Whether models allow it, compiling tells."""
+    for method in METHODS.values():
+        if method.needs != NOTHING:
+            yield method.name, f"needs {method.needs}"
+        elif method.result not in (RECIPE, DERIVED):
+            yield method.name, f"makes {method.result}, not one model"
+        elif method.base == "required" and base is None:
+            yield method.name, "needs a base"
+        else:
+            own = base if method.base == "required" else None
+            merges = method.by_hand or {method.name: ByHand(defaults(method))}
+            for name, by_hand in merges.items():
+                yield name, replace(_recipe(method.name, own, experts, by_hand, dtype), tower=tower or {})
+    for name, row in LEARNED.items():
+        yield name, f"needs {row.needs}"
+
+
+def defaults(method: Method) -> dict[str, ForModels]:
+    """What all models are given of a method where nothing is said: its first merge by hand, else where a search starts,
+    of parameters that it varies or that have no default."""
+    for by_hand in method.by_hand.values():
+        return {**by_hand.own, **by_hand.common}
+    found = {}
+    for name, parameter in method.parameters.items():
+        if parameter.gene is not None and (name in method.searched or parameter.default is REQUIRED):
+            found[name] = parameter.gene.start
+    return found
 
 
 def _recipe(method: str, base: str | None, experts: list[str], by_hand: ByHand, dtype: str | None) -> Recipe:

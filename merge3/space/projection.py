@@ -196,9 +196,7 @@ class _Values:
 # -- and which genes that makes
 
 
-def _wanted(
-    space: ParameterSpace, values: _Values, tensors: list[_Tensor], genes: Sequence[str]
-) -> tuple[dict, dict]:
+def _wanted(space: ParameterSpace, values: _Values, tensors: list[_Tensor], genes: Sequence[str]) -> tuple[dict, dict]:
     """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing. tensors: as
     candidates have them."""
     governed = _governed(space, tensors)

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,9 +34,16 @@ class Kept:
     def __init__(self, pool: Pool, folder: str | Path | None = None, dtypes: Mapping[str, torch.dtype] | None = None):
         self.pool, self._dtypes = pool, dict(dtypes or {})
         self._as_held = sorted((name, str(dtype)) for name, dtype in self._dtypes.items())
-        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="merge3-variants-")
-        self._folder = Path(folder or self._temporary.name)
+        self._kept_in = None if folder is None else Path(folder)
         self._open: dict[str, Variants] = {}
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory:
+        return tempfile.TemporaryDirectory(prefix="merge3-variants-")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._temporary.name) if self._kept_in is None else self._kept_in
 
     def of(self, recipe: Recipe, program: Program, seed: int = 0, where: str = "recipe") -> Variants:
         """The recipe's; `program` is what it compiles to. seed: of random keeps."""
@@ -43,7 +51,7 @@ class Kept:
         if key not in self._open:
             folder = self._folder / key
             if not (folder / ABOUT).exists():
-                if self._temporary is not None:
+                if self._kept_in is None:
                     self._make_room()
                 try:
                     self._pack(recipe, program, seed, folder, where)
@@ -56,7 +64,7 @@ class Kept:
     def _key(self, recipe: Recipe, seed: int) -> str:
         """Of all that its parts depend on: contents where it is to be found again, else names."""
         told = [__version__, recipe.hash(), seed, self._as_held]
-        if self._temporary is None:
+        if self._kept_in is not None:
             told.append(self.pool.content_hashes())
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

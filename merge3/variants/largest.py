@@ -80,7 +80,7 @@ class _Choice:
 
     def __init__(self, source: Source, task: str, share: float):
         self.source, self.task = source, task
-        self.threshold, equal = kth_largest(self._all, lambda count: max(1, round(share * count)))
+        ((self.threshold, equal),) = kth_largest(self._all, lambda count: max(1, round(share * count))).values()
         self.kept: dict[str, int] = {}
         self._equal: dict[str, int] = {}  # tensor -> how many of those at the threshold are its
         for job in source.jobs:
@@ -100,9 +100,9 @@ class _Choice:
             chosen[at[: self._equal[job.name]]] = True
         return chosen
 
-    def _all(self) -> Iterator[torch.Tensor]:
+    def _all(self) -> Iterator[tuple[str, torch.Tensor]]:
         for job in self.source.jobs:
-            yield self._sizes(job)
+            yield self.task, self._sizes(job)
             self.source.done(job)
 
     def _sizes(self, job: Job) -> torch.Tensor:

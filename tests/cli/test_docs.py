@@ -10,7 +10,8 @@ import typer
 import yaml
 
 from merge3.client.cli import app
-from merge3.methods import METHODS
+from merge3.client.study_config import StudyConfig, World, read_study
+from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
 from merge3.search.config import EvolveConfig, Genome, Task
 from merge3.tasks import read_items
 from merge3_server.cli import app as server_app
@@ -84,12 +85,21 @@ def test_the_methods_page_is_the_table_of_methods():
         assert row[1] == METHODS[name].summary, name
         assert re.findall(r"`(\w+)`", row[3]) == list(METHODS[name].parameters), name
         assert re.findall(r"`(\w+)`", row[4]) == list(METHODS[name].searched), name
+        assert row[5:] == [METHODS[name].needs, METHODS[name].result], name
     told = {(row[0].strip("`"), name): row for row in rows_of(second, "| `") for name in row[6].split(", ")}
     assert told.keys() == {(parameter, name) for name in METHODS for parameter in METHODS[name].parameters}
     for (parameter, name), row in told.items():
         spec = METHODS[name].parameters[parameter]
         assert row[1] == spec.help and bool(row[5]) == (parameter in METHODS[name].genes)
         assert row[3] in ("required", "none") or yaml.safe_load(row[3]) == pytest.approx(spec.default)
+
+
+def test_the_methods_page_names_what_is_learned():
+    _, text = (ROOT / "docs" / "methods.md").read_text().split("## Learned, for each task, or of strangers")
+    _, *rows = rows_of(text)
+    told = {re.match(r"\[(.+?)\]", row[0])[1]: row[1:] for row in rows}
+    rows = (LEARNED | VARIANTS | ZIPPED).items()
+    assert told == {name: [row.summary, row.needs, row.result] for name, row in rows}
 
 
 # -- links and paths
@@ -203,6 +213,16 @@ def test_shown_configurations_are_valid():
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
     assert started["genome"].items() > whole["genome"].items()
     assert part.keys() == {"extract", "estimate", "optimizer", "race"}
+
+
+def test_the_shown_study_is_valid_and_every_key_is_explained(tmp_path):
+    page = ROOT / "docs" / "study.md"
+    (shown,) = [block for block in blocks(page) if block.language == "yaml"]
+    (tmp_path / "study.yaml").write_text(shown.text)
+    config = read_study(tmp_path / "study.yaml")
+    assert [method.label for method in config.methods] == ["linear", "task_arithmetic", "ties at 0.2"]
+    explained = set(re.findall(r"`(\w+)`", page.read_text()))
+    assert {*StudyConfig.model_fields, *World.model_fields} <= explained
 
 
 def test_every_key_of_a_configuration_is_explained():

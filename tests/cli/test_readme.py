@@ -133,7 +133,7 @@ def test_marked_blocks_of_the_pages_work_as_typed(checkout):
             first, *others = group
             Reader(models).follow(first._replace(text="\n".join([first.text, *(block.text for block in others)])))
         followed += len(marked)
-    assert followed == 13
+    assert followed == 16
     exported, written = (models / name / "model.safetensors" for name in ("exported", "written"))
     assert exported.read_bytes() == written.read_bytes()
     assert set(json.loads((models / "subset.json").read_text())["tasks"]) == {"math", "italian"}

@@ -8,7 +8,8 @@ from merge3.kernels import RULES
 from merge3.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-ROWS = {f"merge3/methods/{family}.py" for family in ("averages", "task_arithmetic", "spherical", "rules")}
+FAMILIES = ("averages", "task_arithmetic", "spherical", "rules", "spectral", "doge")
+ROWS = {f"merge3/methods/{family}.py" for family in FAMILIES}
 # (file, words, why they are no method's name there)
 OTHER_MEANINGS = [
     ("merge3/kernels.py", RULES, "elementwise rules of the kernels, which know no methods"),

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from merge3 import Pool, Recipe
+from merge3.largest import kept_from
 from merge3.learn.fit import Fit, prepare
 from merge3.learn.fitting import drawn
 from merge3.learn.lessons import TaskToLearn
 from merge3.learn.settings import SurgerySettings
 from merge3.learn.surgery import Features, fit_adapters, started
-from merge3.learn.survivors import kept_from, survivors
+from merge3.learn.survivors import survivors
 from merge3.live.slot import Slot
 from merge3.tasks import Item
 from merge3.world.tokenizer import make_tokenizer
@@ -92,7 +93,7 @@ def test_survivors_are_those_of_ties_merging_split(tmp_path):
         cases += [(vectors, share), ((vectors * 2).round() / 2, share)]  # magnitudes that tie, and sums that cancel
     theirs = fusion_bench(tmp_path, what="ties", cases=cases)
     for (vectors, share), expected in zip(cases, theirs):
-        thresholds = [kept_from(lambda row=row: [row.abs()], share) for row in vectors]
+        thresholds = list(kept_from(lambda all=vectors: enumerate(all.abs()), share).values())
         trimmed = torch.where(vectors.abs() >= torch.tensor(thresholds)[:, None], vectors, 0.0)
         majority = float(trimmed.sum(0).sign().sum().sign())
         assert torch.equal(torch.stack(survivors(list(vectors), thresholds, majority)), expected), share

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from merge3 import Pool, Recipe
 from merge3.errors import RecipeError
-from merge3.learn.survivors import kept_from, survivors, write_survivors
+from merge3.largest import kept_from
+from merge3.learn.survivors import survivors, write_survivors
 
 
 def recipe_of(family, experts=("e0", "e1", "e2")):
@@ -25,7 +26,7 @@ def test_the_threshold_is_kthvalues(sizes, share, seed, ties):
     flat = torch.cat(tensors).abs()
     rank = len(flat) - int(len(flat) * share)
     expected = float(flat.kthvalue(rank).values) if rank > 0 else 0.0
-    assert kept_from(lambda: (tensor.abs() for tensor in tensors), share) == expected
+    assert kept_from(lambda: ((0, tensor.abs()) for tensor in tensors), share) == {0: expected}
 
 
 def test_what_survives_by_hand():

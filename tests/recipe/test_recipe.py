@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from merge3.errors import RecipeError
 from merge3.export import merge_to_disk
-from merge3.methods import METHODS
+from merge3.methods import METHODS, VARIANTS
+from merge3.methods.variants import MERGER
 from merge3.parameters import evaluate
 from merge3.pool import Pool
 from merge3.program import compile

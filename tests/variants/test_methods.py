@@ -228,7 +228,8 @@ def test_byom_nears_the_expert_with_its_share(tmp_path):
 def test_the_kth_largest(parts, place):
     tensors = [torch.tensor(part, dtype=torch.float32) / 3 for part in parts]
     ordered = sorted((float(x) for tensor in tensors for x in tensor), reverse=True)
-    value, equal = kth_largest(lambda: tensors, lambda count: place)
+    found = kth_largest(lambda: (("t", tensor) for tensor in tensors), lambda count: place)
+    value, equal = found.get("t", (0.0, 0))
     if place > len(ordered):
         assert (value, equal) == (0.0, 0)
     else:
