@@ -290,9 +290,7 @@ def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
 
 def _of_task(subject: Subject, task: str, accepted: Accepted) -> Varied:
     if isinstance(subject, np.ndarray):
-        raise BadInput(
-            "task", "given with a genome", "a recipe whose method makes a model for each task"
-        )
+        raise BadInput("task", "given with a genome", "a recipe whose method makes a model for each task")
     if isinstance(subject, Recipe):
         check_task(subject, task)
     return Varied(subject, (task,) * len(accepted.registered.load().items))
