@@ -1,10 +1,13 @@
 """A router: which task's variant answers a prompt, by the nearest class mean of what the common model makes of it.
 
-    φ(x) = the mean of the last layer's states over x's tokens;  task(x) = argmin_t ‖φ(x) − μ_t‖,  μ_t: φ's mean over t
+    φ(x) = mean of the last layer's states over x's tokens;  task(x) = argmin_t ‖φ(x) − μ_t‖_C,  μ_t: φ's mean over t
+    ‖v‖²_C = vᵀ C⁻¹ v,  C = half of the covariance within tasks + half of its mean variance in every direction
 
 It is the model that is there before a task is known, the one that all tasks have in common, that looks at prompts.
-Labels are never read, and nothing but a mean per task is learned. A folder keeps it as router.safetensors: `means`,
-float32 [tasks, width], and in the header's metadata the tasks and how prompts are read.
+Labels are never read. Directions in which prompts of one task differ say little about which task it is: C takes them
+back (Fisher's discriminant, shrunk because prompts are few). A folder keeps it as router.safetensors: `means`, float32
+[tasks, width]; `axes` [k, width], the directions in which prompts of a task were seen to differ, and `gains` [k], what a
+distance along them counts where any other counts 1; and in the header's metadata the tasks and how prompts are read.
 """
 
 from __future__ import annotations
@@ -35,10 +38,13 @@ _BATCH = 4096  # padded tokens of a forward pass
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """means: float32 [tasks, width]. system: message of the chat template of prompts, None where none is applied."""
+    """means: float32 [tasks, width]; axes: [k, width], orthonormal; gains: [k]. system: message of the chat template of
+    prompts, None where none is applied."""
 
     tasks: tuple[str, ...]
     means: torch.Tensor
+    axes: torch.Tensor
+    gains: torch.Tensor
     system: str | None = None
 
     def route(self, model, folder: Path, items: Sequence[Item]) -> list[str]:
@@ -52,14 +58,25 @@ class Router:
         if found.shape[1] != self.means.shape[1]:
             expected = f"{found.shape[1]}, as this model's states have"
             raise BadInput("router", f"means of width {self.means.shape[1]}", expected)
-        nearest_ = torch.cdist(found, self.means).argmin(1)
-        return [self.tasks[at] for at in nearest_.tolist()]
+        closest = torch.cdist(self._seen(found), self._seen(self.means)).argmin(1)
+        return [self.tasks[at] for at in closest.tolist()]
+
+    def _seen(self, states: torch.Tensor) -> torch.Tensor:
+        """States in a space where the distance is the plain one."""
+        return states + (states @ self.axes.T * (self.gains - 1)) @ self.axes
 
 
 def fit_router(model, folder: Path, items: Mapping[str, Sequence[Item]], system: str | None = None) -> Router:
     """items: task -> some of its prompts. The others are as of Router.route."""
-    means = [prompt_states(model, folder, own, system).mean(0) for own in items.values()]
-    return Router(tuple(items), torch.stack(means), system)
+    states = [prompt_states(model, folder, own, system) for own in items.values()]
+    means = torch.stack([own.mean(0) for own in states])
+    apart = torch.cat([own - mean for own, mean in zip(states, means)])
+    _, size, axes = torch.linalg.svd(apart.double(), full_matrices=False)
+    variances = size.square() / len(apart)
+    kept = variances > 1e-9 * variances.sum()
+    mean = variances.sum() / means.shape[1]
+    gains = (mean / (variances[kept] + mean)).sqrt()
+    return Router(tuple(items), means, axes[kept].float(), gains.float(), system)
 
 
 @torch.no_grad()
@@ -118,7 +135,8 @@ def save_router(router: Router, folder: Path) -> None:
     from safetensors.torch import save as to_bytes
 
     about = {"tasks": list(router.tasks), "system": router.system}
-    write_atomically(folder / FILE, to_bytes({"means": router.means.contiguous()}, {"router": json.dumps(about)}))
+    tensors = {name: getattr(router, name).contiguous() for name in ("means", "axes", "gains")}
+    write_atomically(folder / FILE, to_bytes(tensors, {"router": json.dumps(about)}))
 
 
 def load_router(folder: Path) -> Router:
@@ -133,12 +151,15 @@ def load_router(folder: Path) -> Router:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
         about = json.loads(header["__metadata__"]["router"])
         tasks, system = tuple(str(task) for task in about["tasks"]), about["system"]
-        means = checkpoint.get("means").clone()
+        means, axes, gains = (checkpoint.get(name).clone() for name in ("means", "axes", "gains"))
+        assert {means.dtype, axes.dtype, gains.dtype} == {torch.float32}
+        assert axes.shape == (len(gains), means.shape[-1]) and gains.dim() == 1
         assert means.dtype == torch.float32 and means.shape[0] == len(set(tasks)) and means.dim() == 2 and tasks
         assert isinstance(about["tasks"], list) and len(set(tasks)) == len(tasks)
         assert system is None or isinstance(system, str)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AssertionError, CheckpointError):
         raise CheckpointError(file, "not a router that merge3 wrote", "the file as it was") from None
-    if not means.isfinite().all():
-        raise CheckpointError(file, "means that are NaN or infinite", "finite ones")
-    return Router(tasks, means, system)
+    for name, tensor in (("means", means), ("axes", axes), ("gains", gains)):
+        if not tensor.isfinite().all():
+            raise CheckpointError(file, f"{name} that are NaN or infinite", "finite ones")
+    return Router(tasks, means, axes, gains, system)

@@ -69,9 +69,20 @@ def test_the_nearest_mean(model, folder):
     states = {task: prompt_states(model, folder, prompts) for task, prompts in own.items()}
     torch.testing.assert_close(router.means, torch.stack([state.mean(0) for state in states.values()]))
     asked = items(PROMPTS)
-    found = prompt_states(model, folder, asked).double()
-    expected = [router.tasks[int((router.means.double() - one).norm(dim=1).argmin())] for one in found]
+    found, means = prompt_states(model, folder, asked).double(), router.means.double()
+    apart = torch.cat([state.double() - state.double().mean(0) for state in states.values()])
+    within = apart.T @ apart / len(apart)
+    shrunk = (within + within.diagonal().mean() * torch.eye(len(within), dtype=torch.float64)) / 2
+    distances = [[float((one - mean) @ torch.linalg.solve(shrunk, one - mean)) for mean in means] for one in found]
+    expected = [router.tasks[min((0, 1), key=lambda at: own[at])] for own in distances]
     assert router.route(model, folder, asked) == expected and set(expected) == {"short", "long"}
+
+
+def test_one_prompt_of_each_task_is_enough(model, folder):
+    own = {"short": items(["two"]), "long": items(["four plus four equals"])}
+    router = fit_router(model, folder, own)
+    assert router.axes.shape == (0, 32)
+    assert router.route(model, folder, own["long"] + own["short"]) == ["long", "short"]
 
 
 def test_answers_are_never_read(model, folder):
@@ -97,10 +108,11 @@ def test_a_classifiers_labels_are_not_read_either():
 
 def test_what_is_saved_is_loaded_again(tmp_path):
     for system in (None, "", "you add"):
-        save_router(Router(("math", "it aly é"), torch.randn(2, 5), system), tmp_path)
+        save_router(Router(("math", "it aly é"), torch.randn(2, 5), torch.eye(5)[:3], torch.rand(3), system), tmp_path)
         found = load_router(tmp_path)
         assert found.tasks == ("math", "it aly é") and found.system == system and found.means.shape == (2, 5)
-        assert torch.equal(load_file(tmp_path / "router.safetensors")["means"], found.means)
+        for name, tensor in load_file(tmp_path / "router.safetensors").items():
+            assert torch.equal(tensor, getattr(found, name))
     assert [file.name for file in tmp_path.iterdir()] == ["router.safetensors"]
 
 
@@ -108,7 +120,7 @@ def about(**changes):
     return {"router": json.dumps({"tasks": ["a", "b"], "system": None} | changes)}
 
 
-MEANS = torch.ones(2, 4)
+MEANS, NO_AXES = torch.ones(2, 4), (torch.empty(0, 4), torch.empty(0))
 DAMAGED = [
     (MEANS, None, "not a router that merge3 wrote"),
     (MEANS, {"router": "{"}, "not a router"),
@@ -125,7 +137,8 @@ DAMAGED = [
 
 @pytest.mark.parametrize("means, metadata, line", DAMAGED)
 def test_a_file_that_is_not_right_is_one_line(means, metadata, line, tmp_path):
-    save_file({"means": means}, tmp_path / "router.safetensors", metadata)
+    axes, gains = NO_AXES
+    save_file({"means": means, "axes": axes, "gains": gains}, tmp_path / "router.safetensors", metadata)
     with pytest.raises(CheckpointError, match=rf"router\.safetensors: {line}") as found:
         load_router(tmp_path)
     assert "\n" not in str(found.value)
@@ -134,7 +147,7 @@ def test_a_file_that_is_not_right_is_one_line(means, metadata, line, tmp_path):
 def test_a_file_that_is_cut_or_missing_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"no router\.safetensors"):
         load_router(tmp_path)
-    save_router(Router(("a", "b"), MEANS), tmp_path)
+    save_router(Router(("a", "b"), MEANS, *NO_AXES), tmp_path)
     data = (tmp_path / "router.safetensors").read_bytes()
     for length in range(0, len(data), 13):
         (tmp_path / "router.safetensors").write_bytes(data[:length])
@@ -144,7 +157,17 @@ def test_a_file_that_is_cut_or_missing_is_one_line(tmp_path):
 
 def test_a_router_of_another_model(model, folder):
     with pytest.raises(BadInput, match=r"router: means of width 4; expected 32"):
-        Router(("a", "b"), MEANS).route(model, folder, items(["two"]))
+        Router(("a", "b"), MEANS, *NO_AXES).route(model, folder, items(["two"]))
+
+
+@pytest.mark.parametrize("name", ["means", "axes", "gains"])
+def test_a_file_lacks_a_part(name, tmp_path):
+    axes, gains = NO_AXES
+    parts = {"means": MEANS, "axes": axes, "gains": gains}
+    del parts[name]
+    save_file(parts, tmp_path / "router.safetensors", about())
+    with pytest.raises(CheckpointError, match=r"router\.safetensors: not a router"):
+        load_router(tmp_path)
 
 
 def test_states_that_are_no_numbers(folder):
@@ -156,7 +179,7 @@ def test_states_that_are_no_numbers(folder):
 
 def test_no_prompts(model, folder):
     """Nothing to route is nothing routed; a mean of nothing is nobody's."""
-    assert Router(("a", "b"), torch.ones(2, 32)).route(model, folder, []) == []
+    assert Router(("a", "b"), torch.ones(2, 32), torch.empty(0, 32), torch.empty(0)).route(model, folder, []) == []
     assert np.isfinite(prompt_states(model, folder, items(["two"])).numpy()).all()
 
 
