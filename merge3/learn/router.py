@@ -6,8 +6,8 @@
 It is the model that is there before a task is known, the one that all tasks have in common, that looks at prompts.
 Labels are never read. Directions in which prompts of one task differ say little about which task it is: C takes them
 back (Fisher's discriminant, shrunk because prompts are few). A folder keeps it as router.safetensors: `means`, float32
-[tasks, width]; `axes` [k, width], the directions in which prompts of a task were seen to differ, and `gains` [k], what a
-distance along them counts where any other counts 1; and in the header's metadata the tasks and how prompts are read.
+[tasks, width]; `axes` [k, width], the directions in which prompts of a task were seen to differ, and `gains` [k], what
+a distance along them counts where any other counts 1; and in the header's metadata the tasks and how prompts are read.
 """
 
 from __future__ import annotations
