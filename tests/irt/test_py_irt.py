@@ -31,7 +31,7 @@ def theirs(y: np.ndarray, dimensions: int, steps: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_abilities_agree(dimensions):
     g = np.random.default_rng(4)
     theta = g.normal(size=(60, dimensions))

@@ -150,6 +150,7 @@ int main(int, char** argv) {
     assert overrun.returncode != 0 and "heap-buffer-overflow" in overrun.stderr
 
 
+@pytest.mark.heavy
 def test_tensors_beyond_2_to_the_31(tmp_path):
     objects = [HERE / "large.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     command = [
