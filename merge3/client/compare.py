@@ -17,13 +17,14 @@ from merge3.adapters.lm_eval import load_benchmark
 from merge3.client.compare_table import standings
 from merge3.client.evaluate import Asked, check_unique, items_of_files, response_row
 from merge3.client.run import open_pool
-from merge3.engine import LocalEngine
+from merge3.engine import LocalEngine, Subject, Varied
 from merge3.errors import BadInput, Merge3Error, Merge3Warning, RecipeError
 from merge3.export import check_recipe
 from merge3.files import write_atomically
 from merge3.live.heads import own_heads
-from merge3.methods import method_named
-from merge3.methods.base import DERIVED, NOTHING, RECIPE
+from merge3.methods import VARIANTS, method_named
+from merge3.methods.base import DERIVED, NOTHING, PER_TASK, RECIPE
+from merge3.methods.variants import tasks_of
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe
@@ -51,10 +52,10 @@ def from_files(files: Sequence[Path]) -> Compared:
     where: dict[str, str] = {}
     for file in files:
         recipe, name = Recipe.from_yaml(file), names[str(file.with_suffix(""))]
-        method = method_named(recipe.method, f"{file}: merge_method")
-        if method.needs != NOTHING or method.result not in (RECIPE, DERIVED):
-            found = f"{method.name}, which needs {method.needs} and makes: {method.result}"
-            raise RecipeError(f"{file}: merge_method", found, "a method that makes one model of models alone")
+        row = VARIANTS.get(recipe.method) or method_named(recipe.method, f"{file}: merge_method")
+        if row.needs != NOTHING or row.result not in (RECIPE, DERIVED, PER_TASK):
+            found = f"{row.name}, which needs {row.needs} and makes: {row.result}"
+            raise RecipeError(f"{file}: merge_method", found, "a method that needs nothing but models")
         if name in recipes:
             raise RecipeError(file, "given twice", "each recipe once")
         recipes[name], where[name] = recipe, str(file)
@@ -117,6 +118,7 @@ def compare(
         raise BadInput("compare", "neither --items nor --task", "one of them, or both")
     items, began = items_of_files(asked), time.perf_counter()  # bad items before any model is opened
     check_unique(items)
+    what = _possible(what, lambda recipe, where: _check_tasks(recipe, items, where))
     if not what.recipes:
         raise BadInput("compare", "no method that these models allow", "other models, or recipes")
     first = next(iter(what.recipes.values()))
@@ -128,8 +130,9 @@ def compare(
     dtype = first.out_dtype or first.dtype
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     what = _possible(what, engine.slot.compile)
-    recipes = dict(what.recipes)
     items, judges, chat = _questions(asked, items, pool, first, skip_too_long)
+    what = _possible(what, lambda recipe, where: _check_tasks(recipe, items, where))
+    recipes = {name: Varied(one) if one.method in VARIANTS else one for name, one in what.recipes.items()}
     asking = Registration(tuple(items), heads=_heads(pool, items), seed=seed, chat=chat, judges=judges)
     names = short_names(what.models, recipes)
     subjects = {names[model]: model for model in what.models} | recipes
@@ -170,6 +173,16 @@ def _possible(what: Compared, check: Callable[[Recipe, str], Any]) -> Compared:
     return replace(what, recipes=recipes, skipped=skipped)
 
 
+def _check_tasks(recipe: Recipe, items: Sequence[Item], where: str) -> None:
+    """Of a method with a model for each task: raises RecipeError where items have a task without."""
+    if recipe.method not in VARIANTS:
+        return
+    tasks = tasks_of(recipe, where)
+    for task in dict.fromkeys(item.task for item in items):
+        if task not in tasks:
+            raise RecipeError(f"{where}: tasks", f"none for task {task!r}", f"items of {', '.join(tasks)}")
+
+
 def _questions(
     asked: Asked, items: list[Item], pool: Pool, recipe: Recipe, skip_too_long: bool
 ) -> tuple[list[Item], dict[str, Judge], dict[str, str]]:
@@ -201,12 +214,13 @@ def _heads(pool: Pool, items: Sequence[Item]) -> dict[str, str]:
     return {task: models[task] for task in tasks}
 
 
-def _measured(engine: LocalEngine, asking: Registration, name: str, subject: Recipe | str) -> tuple[dict, Any]:
+def _measured(engine: LocalEngine, asking: Registration, name: str, subject: Subject) -> tuple[dict, Any]:
     """(a row, responses; None where there are none)"""
     (evaluation,) = engine.evaluate(asking, [subject])
     row: dict[str, Any] = {"name": name, "kind": "model"}
-    if isinstance(subject, Recipe):
-        row |= {"kind": "merge", "seconds": evaluation.swap_seconds, "recipe": subject.to_dict()}
+    if not isinstance(subject, str):
+        recipe = subject.subject if isinstance(subject, Varied) else subject
+        row |= {"kind": "merge", "seconds": evaluation.swap_seconds, "recipe": recipe.to_dict()}
     try:
         responses = evaluation.answers()
     except Merge3Error as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from merge3.methods import LEARNED, METHODS, Method
+from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED, Method
 from merge3.methods.base import DERIVED, NOTHING, RECIPE, REQUIRED, ByHand, ForModels, for_models
 from merge3.recipe import ModelRef, Recipe, Slice, Source
 
@@ -40,7 +40,11 @@ def every_merge(
             merges = method.by_hand or {method.name: ByHand(defaults(method))}
             for name, by_hand in merges.items():
                 yield name, replace(_recipe(method.name, own, experts, by_hand, dtype), tower=tower or {})
-    for name, row in LEARNED.items():
+    for name in VARIANTS:
+        sources = tuple(Source(ModelRef.parse(expert)) for expert in experts)
+        recipe = base and Recipe(name, (Slice(sources),), ModelRef.parse(base), dtype=dtype, tower=tower or {})
+        yield f"{name}, by task", recipe or "needs a base"
+    for name, row in (LEARNED | ZIPPED).items():
         yield name, f"needs {row.needs}"
 
 

@@ -101,6 +101,21 @@ def test_methods_that_do_not_apply_are_listed_with_the_reason(tiny_world):
     assert {"uniform_linear", "karcher", "english"} <= {row["name"] for row in without["rows"]}
 
 
+def test_methods_with_a_model_for_each_task_stand_beside(own_world):
+    base, *experts = (own_world / name for name in ("base", *EXPERTS[:2]))
+    own = [own_world / f"{task}.jsonl" for task in EXPERTS[:2]]
+    found = compared("--base", base, "--models", *experts, "--items", *own, "--limit", 4)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {"emr, by task", "onebit, by task", "byom_fft, by task"} <= rows.keys()
+    assert rows["emr, by task"]["kind"] == "merge" and rows["emr, by task"]["recipe"]["merge_method"] == "emr"
+    assert "a LoRA adapter" in found["skipped"]["byom_lora, by task"]
+    other = own_world / f"{EXPERTS[2]}.jsonl"  # nobody's task
+    found = compared("--base", base, "--models", *experts, "--items", other, "--limit", 4)
+    assert f"none for task '{EXPERTS[2]}'" in found["skipped"]["emr, by task"]
+    recipe = write(own_world, "emr.yaml", "emr", weight=None)
+    assert f"emr.yaml: tasks: none for task '{EXPERTS[2]}'" in refused(recipe, "--items", other)
+
+
 def test_recipes_share_one_table(tiny_world, own_world):
     first = write(own_world, "first.yaml", experts=EXPERTS)
     second = write(own_world, "second.yaml", "linear", base_model=None)
