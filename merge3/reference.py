@@ -111,11 +111,11 @@ def random_bits(numel: int, tensor: int, expert: int, seed: int) -> torch.Tensor
     Of elements 16 i .. 16 i + 15 the even ones have the bytes of words 0 and 1 in turn, the odd ones of words 2 and 3.
     """
     blocks = torch.arange((numel + 15) // 16)
-    upper, lower = (
-        philox(blocks & _WORD, blocks >> 32 | which, tensor, expert, seed) for which in (0, 0x80000000)
-    )
+    upper, lower = (philox(blocks & _WORD, blocks >> 32 | which, tensor, expert, seed) for which in (0, 0x80000000))
     shifts = torch.tensor([0, 8, 16, 24])
-    bytes_of = lambda words: (words[..., None] >> shifts & 0xFF).reshape(-1, 2, 8).transpose(1, 2)  # [blocks, 8, parity]
+    bytes_of = lambda words: (
+        (words[..., None] >> shifts & 0xFF).reshape(-1, 2, 8).transpose(1, 2)
+    )  # [blocks, 8, parity]
     return (bytes_of(upper) << 8 | bytes_of(lower)).reshape(-1)[:numel]
 
 
@@ -140,7 +140,7 @@ def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]
 def binned_ranks(magnitude: torch.Tensor) -> torch.Tensor:
     """Rank of each element in its row (0..1), float64 [rows, columns]: the middle of one of RANK_BINS bins.
 
-    A bin begins at position columns · bin // RANK_BINS of the sorted row; equal elements stand at their middle position.
+    A bin begins at position columns · bin // RANK_BINS of the sorted row; equal elements stand at their middle one.
     """
     rows, columns = magnitude.shape
     ordered = magnitude.sort(dim=1).values.contiguous()
