@@ -24,34 +24,31 @@ MERGE3_HD bool draws(const merge3_modes& modes) {
   return modes.sparsify == MERGE3_KEEP_RANKED || modes.sparsify == MERGE3_KEEP_RANDOM;
 }
 
-// The random words of the eight elements to which element `whole` of a tensor belongs.
-MERGE3_HD void random_words(const merge3_tensor& tensor, int64_t whole, int k, uint64_t seed, uint32_t (&words)[4]) {
-  const uint64_t block = uint64_t(whole) / 8;
-  philox_block(uint32_t(block), uint32_t(block >> 32), tensor.id, uint32_t(k), seed, words);
-}
-MERGE3_HD int32_t random_of(const uint32_t (&words)[4], int64_t whole) {
-  const int j = int(whole % 8);
-  const uint32_t word = j < 4 ? (j < 2 ? words[0] : words[1]) : (j < 6 ? words[2] : words[3]);
-  return int32_t((word >> (16 * (j & 1))) & 0xffffu);
+// The draws of the eight elements to which element `whole` of a tensor belongs, as far as they decide anything.
+MERGE3_HD Draws8 draws_of(const merge3_tensor& tensor, int64_t whole, int k, const merge3_modes& modes, const merge3_coefficient& c) {
+  return draw8(whole, tensor.id, uint32_t(k), modes.seed, modes.sparsify == MERGE3_KEEP_RANDOM ? kept_draws(c) : -1);
 }
 
-// whole: the element's place in its whole tensor; g: the gradient of what it became; random: see random_of.
+// What decides whether expert k's change is kept: hash of the element, and its draw if any.
+template <int K>
+MERGE3_HD void decide(const merge3_tensor& tensor, int32_t sparsify, const merge3_coefficient& c, const Bounds<K>& bounds, int k,
+                      int64_t whole, int32_t hash, int32_t draw, Keep<float, K>& keep) {
+  keep.lo[k] = limit(bounds.lo[k], hash);
+  keep.hi[k] = limit(bounds.hi[k], hash);
+  keep.drawn[k] = draw < kept_draws(c);
+  if (sparsify == MERGE3_KEEP_RANKED)
+    keep.lo[k] = drawn_limit(make_spread(c), draw, tensor.rank_tables[k] + whole / tensor.columns * MERGE3_RANK_STRIDE);
+}
+
+// whole: the element's place in its whole tensor; g: the gradient of what it became; draw: see draws_of.
 template <int K>
 MERGE3_HD void backward_element(const merge3_tensor& tensor, const merge3_modes& modes, const merge3_coefficient* c,
                                 const Prepared<float, K>& p, const Bounds<K>& bounds, int64_t whole, float g, float theta,
-                                const float (&expert)[K], const int32_t (&random)[K], double (&sums)[2 * K + 1]) {
+                                const float (&expert)[K], const int32_t (&draw)[K], double (&sums)[2 * K + 1]) {
   const int32_t hash = tie_hash(whole, tensor.id);
   Keep<float, K> keep;
   MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) {
-    keep.lo[k] = limit(bounds.lo[k], hash);
-    keep.hi[k] = limit(bounds.hi[k], hash);
-    keep.random[k] = random[k];
-    keep.rank[k] = 0.0f;
-    if (modes.sparsify == MERGE3_KEEP_RANKED)
-      keep.rank[k] = rank_in_row(magnitude(expert[k] - theta),
-                                 tensor.rank_tables[k] + whole / tensor.columns * MERGE3_RANK_STRIDE);
-  }
+  for (int k = 0; k < K; ++k) decide(tensor, modes.sparsify, c[k], bounds, k, whole, hash, draw[k], keep);
   merge_gradient<K>(g, theta, expert, c, p, keep, modes, tensor.base != nullptr, sums);
 }
 

@@ -62,11 +62,18 @@ template <class F, int K>
 struct Prepared {
   F scale[K];   // weight * rescale
   F weight[K];
-  typename Lanes<F>::I keep16[K];  // random: keep if the 16 random bits are below this
-  F low16[K], span16[K];           // ranked: keep if the bits are below low16 + span16 * rank
   F lambda;
   F total;  // sum of weights, the divisor without election
+  F nobody;  // the divisor where no expert agrees; zero where it has to be looked for, see `cancels`
 };
+
+// Whether weights of experts that agree can add up to zero, or to what is lost beside `nobody`.
+template <int K>
+MERGE3_HD bool cancels(const merge3_coefficient* c) {
+  bool found = false;
+  for (int k = 0; k < K; ++k) found = found || !(c[k].weight == 0.0f || c[k].weight >= 1e-20f);
+  return found;
+}
 
 template <class F, int K>
 MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool has_base) {
@@ -75,91 +82,130 @@ MERGE3_HD Prepared<F, K> prepare(const merge3_coefficient* c, float lambda, bool
   for (int k = 0; k < K; ++k) {
     p.scale[k] = same<F>(c[k].weight * c[k].rescale);
     p.weight[k] = same<F>(c[k].weight);
-    p.keep16[k] = same<typename Lanes<F>::I>(int32_t(c[k].density * 65536.0f + 0.5f));
-    p.low16[k] = same<F>((c[k].density - c[k].epsilon) * 65536.0f);
-    p.span16[k] = same<F>(2.0f * c[k].epsilon * 65536.0f);
     total += c[k].weight;
   }
   // The guard follows generalised task arithmetic; a plain weighted mean has no base to fall to.
   if (has_base && magnitude(total) < 1e-8f) total = 1.0f;
   p.total = same<F>(total);
   p.lambda = same<F>(lambda);
+  // Where nobody agrees the sum is zero, and so is its quotient with anything but zero. The smallest normal number
+  // vanishes in a sum with any weight that is not as small itself, so that a divisor can start there.
+  p.nobody = same<F>(cancels<K>(c) ? 0.0f : 1.17549435e-38f);
   return p;
 }
 
 // What decides, element by element, whether expert k's change is kept. Each mode reads its own part.
 template <class F, int K>
 struct Keep {
-  F lo[K], hi[K];                  // magnitude, band: limits of |tau|
-  typename Lanes<F>::I random[K];  // random, ranked: 16 random bits
-  F rank[K];                       // ranked: rank of |tau| in its row
+  F lo[K], hi[K];                     // limits of |tau|; hi: band only
+  typename Lanes<F>::Kept drawn[K];  // random
 };
 
-// DELLA (Deep et al. 2024): rank of a magnitude within its row, from MERGE3_RANK_BINS - 1 boundaries
-// and the mean rank of each bin. Off by at most half a bin: a keep probability errs by < epsilon / 32.
-template <class F>
-MERGE3_HD F rank_in_row(F a, const float* table) {
-  F rank = same<F>(table[MERGE3_RANK_BINS - 1]);
-  for (int j = 0; j < MERGE3_RANK_BINS - 1; ++j)
-    rank = select(a >= same<F>(table[j]), same<F>(table[MERGE3_RANK_BINS + j]), rank);
-  return rank;
+// The draws, of 65536, that a random keep keeps: those below this.
+MERGE3_HD int32_t kept_draws(const merge3_coefficient& c) { return int32_t(c.density * 65536.0f + 0.5f); }
+
+// DELLA (Deep et al. 2024) keeps an element with probability density - epsilon + 2 epsilon rank, rank being that of its
+// magnitude within its row, 0 to 1. Turned round: a draw says how high the rank has to be, and a table of the row's
+// quantiles which magnitude that is. bin = draw * step + start: 0 or less keeps all, MERGE3_RANK_BINS or more nothing,
+// and in between what reaches quantile int(bin). A rank counts as the middle of its bin, which is at most half a
+// bin off: a keep probability errs by < epsilon / 32.
+//
+// What an element has to reach for a bin that begins at position `at` of a sorted row, where `value` stands, as it does
+// at `equal` positions from `first` on: they all belong to the bin of the middle one, so that ties share a rank.
+MERGE3_HD float bin_limit(float value, int64_t at, int64_t first, int64_t equal) {
+  return at <= first + (equal - 1) / 2 ? value : as_float(as_uint(value) + 1);
+}
+
+struct Spread {
+  float step, start;
+};
+MERGE3_HD Spread make_spread(const merge3_coefficient& c) {
+  const float low = (c.density - c.epsilon) * 65536.0f, span = 2.0f * c.epsilon * 65536.0f;
+  Spread s;
+  s.step = float(MERGE3_RANK_BINS) / (span > 1.0f ? span : 1.0f);
+  s.start = 0.5f - low * s.step;
+  return s;
+}
+// What |tau| has to reach: NaN, which nothing does, where the draw is above all. quantiles: of the row.
+MERGE3_HD float drawn_limit(const Spread& s, int32_t draw, const float* quantiles) {
+  const float bin = float(draw) * s.step + s.start;
+  if (!(bin < float(MERGE3_RANK_BINS))) return as_float(0x7fc00000u);
+  return quantiles[bin > 0.0f ? int32_t(bin) : 0];
 }
 
 // Whether expert k's change is kept: one Mask<F>.
 template <int SPARSIFY, int K, class F>
-MERGE3_HD auto is_kept(F tau, int k, const Prepared<F, K>& p, const Keep<F, K>& keep) {
-  if constexpr (SPARSIFY == MERGE3_KEEP_MAGNITUDE) {
+MERGE3_HD auto is_kept(F tau, int k, const Keep<F, K>& keep) {
+  if constexpr (SPARSIFY == MERGE3_KEEP_MAGNITUDE || SPARSIFY == MERGE3_KEEP_RANKED) {
     return magnitude(tau) >= keep.lo[k];
   } else if constexpr (SPARSIFY == MERGE3_KEEP_BAND) {
     const F a = magnitude(tau);
     return (a >= keep.lo[k]) & (a <= keep.hi[k]);
-  } else if constexpr (SPARSIFY == MERGE3_KEEP_RANDOM) {
-    return keep.random[k] < p.keep16[k];
   } else {
-    return to_float(keep.random[k]) < p.low16[k] + p.span16[k] * keep.rank[k];
+    return keep.drawn[k];
   }
 }
 
-// theta + lambda * the elected sum of the weighted, sparsified changes c.
-template <int K, int ELECT, class F>
-MERGE3_HD F elect_and_add(F theta, const F (&c)[K], const Prepared<F, K>& p, bool normalize) {
+// Expert k's weighted, sparsified change of one element, or of one per lane.
+template <int K, int SPARSIFY, class F>
+MERGE3_HD F change_of(F theta, F expert, int k, const Prepared<One<F>, K>& p, const Keep<F, K>& keep) {
+  const F tau = expert - theta;
+  if constexpr (SPARSIFY == MERGE3_KEEP_ALL) return tau * p.scale[k];
+  else return keep_where(is_kept<SPARSIFY>(tau, k, keep), tau * p.scale[k]);
+}
+
+// Whose sign is elected: the sum (TIES, Yadav et al. 2023, Algorithm 1), or the head count; zero elects +. votes: of the
+// experts before k. Without election the vote is the merged change itself.
+template <int ELECT, class F>
+MERGE3_HD F add_vote(int k, F votes, F change) {
+  const F vote = ELECT == MERGE3_ELECT_COUNT ? sign(change) : change;
+  return k == 0 ? vote : votes + vote;
+}
+
+// The sum of the changes that agree with the vote, and of their weights where `normalize`. A zero element never
+// agrees, so it drops out of both sums. GUARDED: weights may cancel.
+template <int K, int ELECT, bool GUARDED, class F>
+MERGE3_HD F elect(const F (&c)[K], F vote, const Prepared<One<F>, K>& p, bool normalize, F& divisor) {
+  divisor = same<F>(0.0f) + p.total;
+  if (ELECT == MERGE3_ELECT_NONE) return vote;
+  // Where - is elected, both the elements and their sum change sign: the same values come out, and
+  // what disagrees is what a maximum with zero removes.
   const F zero = same<F>(0.0f);
-  F sum = c[0], divisor = p.total;
-  if (ELECT == MERGE3_ELECT_NONE) {
-    MERGE3_UNROLL
-    for (int k = 1; k < K; ++k) sum = sum + c[k];
-  } else {
-    // Elected sign: of the sum (TIES, Yadav et al. 2023, Algorithm 1) or of the head count; zero
-    // elects +. A zero element never agrees, so it drops out of both sums.
-    F vote = ELECT == MERGE3_ELECT_SUM ? c[0] : sign(c[0]);
-    MERGE3_UNROLL
-    for (int k = 1; k < K; ++k) vote = vote + (ELECT == MERGE3_ELECT_SUM ? c[k] : sign(c[k]));
-    // Where - is elected, both the elements and their sum change sign: the same values come out, and
-    // what disagrees is what a maximum with zero removes.
-    const auto flip = as_uint(vote) & same<typename Lanes<F>::U>(0x80000000u);
-    sum = zero;
-    if (normalize) divisor = zero;
-    MERGE3_UNROLL
-    for (int k = 0; k < K; ++k) {
-      const F aligned = as_float(as_uint(c[k]) ^ flip);
-      if (normalize) {
-        const auto agrees = aligned > zero;
-        sum = add_where(agrees, sum, aligned);
-        divisor = add_where(agrees, divisor, p.weight[k]);
-      } else {
-        sum = sum + positive_part(aligned);
-      }
+  F sum = zero;
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) {
+    const F aligned = flip_sign(c[k], vote);
+    if (normalize) {
+      const auto agrees = aligned > zero;
+      sum = k == 0 ? keep_where(agrees, aligned) : add_where(agrees, sum, aligned);
+      divisor = k == 0 ? select(agrees, p.weight[0], p.nobody) : add_where(agrees, divisor, p.weight[k]);
+    } else {
+      sum = k == 0 ? positive_part(aligned) : sum + positive_part(aligned);
     }
-    sum = as_float(as_uint(sum) ^ flip);
-    if (normalize) divisor = select(divisor == zero, same<F>(1.0f), divisor);
   }
+  if (GUARDED && normalize) divisor = select(divisor == zero, same<F>(1.0f), divisor);
+  return flip_sign(sum, vote);
+}
+
+template <int K, class F>
+MERGE3_HD F add_change(F theta, F sum, F divisor, const Prepared<One<F>, K>& p, bool normalize) {
   if (normalize) sum = sum / divisor;
   return theta + p.lambda * sum;
 }
 
+// theta + lambda * the elected sum of the weighted, sparsified changes c.
+template <int K, int ELECT, class F>
+MERGE3_HD F elect_and_add(F theta, const F (&c)[K], const Prepared<One<F>, K>& p, bool normalize) {
+  F vote = c[0], divisor;
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) vote = add_vote<ELECT>(k, vote, c[k]);
+  const F sum = elect<K, ELECT, true>(c, vote, p, normalize, divisor);
+  return add_change<K>(theta, sum, divisor, p, normalize);
+}
+
 // The same where the modes are only known at run time: for what is not bound by arithmetic.
 template <int K, class F>
-MERGE3_HD F elect_any(F theta, const F (&c)[K], const Prepared<F, K>& p, int32_t elect, bool normalize) {
+MERGE3_HD F elect_any(F theta, const F (&c)[K], const Prepared<One<F>, K>& p, int32_t elect, bool normalize) {
   switch (elect) {
     case MERGE3_ELECT_SUM: return elect_and_add<K, MERGE3_ELECT_SUM>(theta, c, p, normalize);
     case MERGE3_ELECT_COUNT: return elect_and_add<K, MERGE3_ELECT_COUNT>(theta, c, p, normalize);
@@ -167,41 +213,34 @@ MERGE3_HD F elect_any(F theta, const F (&c)[K], const Prepared<F, K>& p, int32_t
   }
 }
 template <int K>
-MERGE3_HD bool keeps(float tau, int k, const Prepared<float, K>& p, const Keep<float, K>& keep, int32_t sparsify) {
+MERGE3_HD bool keeps(float tau, int k, const Keep<float, K>& keep, int32_t sparsify) {
   switch (sparsify) {
-    case MERGE3_KEEP_MAGNITUDE: return is_kept<MERGE3_KEEP_MAGNITUDE>(tau, k, p, keep);
-    case MERGE3_KEEP_BAND: return is_kept<MERGE3_KEEP_BAND>(tau, k, p, keep);
-    case MERGE3_KEEP_RANDOM: return is_kept<MERGE3_KEEP_RANDOM>(tau, k, p, keep);
-    case MERGE3_KEEP_RANKED: return is_kept<MERGE3_KEEP_RANKED>(tau, k, p, keep);
+    case MERGE3_KEEP_MAGNITUDE: return is_kept<MERGE3_KEEP_MAGNITUDE>(tau, k, keep);
+    case MERGE3_KEEP_BAND: return is_kept<MERGE3_KEEP_BAND>(tau, k, keep);
+    case MERGE3_KEEP_RANDOM: return is_kept<MERGE3_KEEP_RANDOM>(tau, k, keep);
+    case MERGE3_KEEP_RANKED: return is_kept<MERGE3_KEEP_RANKED>(tau, k, keep);
     default: return true;
   }
 }
 
 // out for one element, or one per lane.
 template <int K, int SPARSIFY, int ELECT, class F>
-MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<F, K>& p, const Keep<F, K>& keep, bool normalize) {
-  const F zero = same<F>(0.0f);
+MERGE3_HD F merge_element(F theta, const F (&expert)[K], const Prepared<One<F>, K>& p, const Keep<F, K>& keep, bool normalize) {
   F c[K];
   MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) {
-    const F tau = expert[k] - theta;
-    const F scaled = tau * p.scale[k];
-    if constexpr (SPARSIFY == MERGE3_KEEP_ALL) c[k] = scaled;
-    else c[k] = select(is_kept<SPARSIFY>(tau, k, p, keep), scaled, zero);
-  }
+  for (int k = 0; k < K; ++k) c[k] = change_of<K, SPARSIFY>(theta, expert[k], k, p, keep);
   return elect_and_add<K, ELECT>(theta, c, p, normalize);
 }
 
 // Where one bit per element and expert says what is kept (EMR-Merging, Huang et al. 2024), or is the whole task vector
 // but for its scale (BitDelta, Liu et al. 2024): what an expert changes.
 template <bool SIGNS, class F, class Mask>
-MERGE3_HD F packed_change(F theta, F expert, Mask bit, F scale) {
-  const F zero = same<F>(0.0f);
-  if constexpr (SIGNS) return select(bit, scale, zero - scale);
-  else return select(bit, (expert - theta) * scale, zero);
+MERGE3_HD F packed_change(F theta, F expert, Mask bit, One<F> scale) {
+  if constexpr (SIGNS) return select(bit, scale, same<One<F>>(0.0f) - scale);
+  else return keep_where(bit, (expert - theta) * scale);
 }
 template <int K, class F, class Mask>
-MERGE3_HD F packed_element(F theta, const F (&expert)[K], const Mask (&bit)[K], const Prepared<F, K>& p, const merge3_modes& modes) {
+MERGE3_HD F packed_element(F theta, const F (&expert)[K], const Mask (&bit)[K], const Prepared<One<F>, K>& p, const merge3_modes& modes) {
   F c[K];
   MERGE3_UNROLL
   for (int k = 0; k < K; ++k)
@@ -233,7 +272,7 @@ MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], co
   MERGE3_UNROLL
   for (int k = 0; k < K; ++k) {
     const float tau = expert[k] - theta;
-    kept[k] = keeps(tau, k, p, keep, modes.sparsify) ? tau : 0.0f;
+    kept[k] = keeps(tau, k, keep, modes.sparsify) ? tau : 0.0f;
     c[k] = kept[k] * p.scale[k];
     vote = k == 0 ? (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k])
                   : vote + (modes.elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k]);

@@ -29,7 +29,7 @@ RULES = ("nearswap", "arcee_fusion", "ram", "sce", "unify")
 STATISTICS = ("magnitude", "variance")
 MAX_EXPERTS = 8
 RANK_BINS = 32
-RANK_STRIDE = 2 * RANK_BINS - 1
+RANK_STRIDE = RANK_BINS
 CHUNK = _C.chunk  # elements, 65536; slices of a tensor start at its multiples
 # Columns of a coefficient row, as in merge3_coefficient.
 WEIGHT, RESCALE, LO, LO_SHARE, HI, HI_SHARE, DENSITY, EPSILON = range(8)
@@ -242,8 +242,11 @@ def pack(
 def rank_tables(
     base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Per (tensor, expert): float32 [rows, RANK_STRIDE] (bin boundaries of |τ|, then mean ranks 0..1), and
-    the sum of |τ| per bin over all rows, float64 [T, K, RANK_BINS]. A 1-D tensor is one row."""
+    """Per (tensor, expert): float32 [rows, RANK_STRIDE], what |τ| has to reach for each bin of rank (0 for the first),
+    and the sum of |τ| per bin over all rows, float64 [T, K, RANK_BINS]. A 1-D tensor is one row.
+
+    A rank counts as the middle of its bin, so it is at most 1 / (2 RANK_BINS) off; equal elements share the bin of
+    their middle position."""
     tables = []
     for expert in experts:
         columns = expert.shape[-1] if expert.dim() >= 2 else expert.numel()

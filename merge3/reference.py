@@ -106,17 +106,29 @@ def tie_position(numel: int, tensor: int) -> torch.Tensor:
 
 
 def random_bits(numel: int, tensor: int, expert: int, seed: int) -> torch.Tensor:
-    """Sixteen random bits per element, int64 [numel]: half j of Philox4x32-7 block i for element 8 i + j."""
-    blocks = torch.arange((numel + 7) // 8)
-    c = [blocks & _WORD, blocks >> 32, torch.full_like(blocks, tensor), torch.full_like(blocks, expert)]
+    """Sixteen random bits per element, int64 [numel]: two bytes, from two Philox4x32-7 blocks per 16 elements.
+
+    Of elements 16 i .. 16 i + 15 the even ones have the bytes of words 0 and 1 in turn, the odd ones of words 2 and 3.
+    """
+    blocks = torch.arange((numel + 15) // 16)
+    upper, lower = (philox(blocks & _WORD, blocks >> 32 | which, tensor, expert, seed) for which in (0, 0x80000000))
+    shifts = torch.tensor([0, 8, 16, 24])
+    bytes_of = lambda words: (
+        (words[..., None] >> shifts & 0xFF).reshape(-1, 2, 8).transpose(1, 2)
+    )  # [blocks, 8, parity]
+    return (bytes_of(upper) << 8 | bytes_of(lower)).reshape(-1)[:numel]
+
+
+def philox(low: torch.Tensor, high: torch.Tensor, tensor: int, expert: int, seed: int) -> torch.Tensor:
+    """Philox4x32-7 of counters (low, high, tensor, expert), int64 [n] each: four words, int64 [n, 4]."""
+    c = [low, high, torch.full_like(low, tensor), torch.full_like(low, expert)]
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(7):
         hi0, lo0 = _multiply_wide(c[0], 0xD2511F53)
         hi1, lo1 = _multiply_wide(c[2], 0xCD9E8D57)
         c = [hi1 ^ c[1] ^ k0, lo1, hi0 ^ c[3] ^ k1, lo0]
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    halves = torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], dim=1)
-    return halves.reshape(-1)[:numel]
+    return torch.stack(c, dim=1)
 
 
 def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,17 +138,17 @@ def _multiply_wide(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def binned_ranks(magnitude: torch.Tensor) -> torch.Tensor:
-    """Rank of each element in its row (0..1), by RANK_BINS bins whose members share their mean rank."""
+    """Rank of each element in its row (0..1), float64 [rows, columns]: the middle of one of RANK_BINS bins.
+
+    A bin begins at position columns · bin // RANK_BINS of the sorted row; equal elements stand at their middle one.
+    """
     rows, columns = magnitude.shape
-    ordered = magnitude.sort(dim=1).values
-    edges = ordered[:, [columns * j // RANK_BINS for j in range(1, RANK_BINS)]] if columns else ordered
-    bins = torch.searchsorted(edges.contiguous(), magnitude.contiguous(), right=True)
-    sorted_bins = torch.searchsorted(edges.contiguous(), ordered.contiguous(), right=True)
-    one_hot = torch.nn.functional.one_hot(sorted_bins, RANK_BINS).double()
-    count = one_hot.sum(1).clamp(min=1)
-    position = (one_hot * torch.arange(columns).double()[None, :, None]).sum(1) / count
-    mean = position / (columns - 1) if columns > 1 else torch.full_like(position, 0.5)
-    return mean.gather(1, bins)
+    ordered = magnitude.sort(dim=1).values.contiguous()
+    first = torch.searchsorted(ordered, magnitude.contiguous())
+    equal = torch.searchsorted(ordered, magnitude.contiguous(), right=True) - first
+    starts = torch.tensor([columns * bin // RANK_BINS for bin in range(1, RANK_BINS)])
+    bins = torch.searchsorted(starts, first + (equal - 1) // 2, right=True)
+    return (bins.double() + 0.5) / RANK_BINS
 
 
 def elementwise_ref(

@@ -45,13 +45,13 @@ void backward_any(const MergeCall& call, const merge3_tensor& tensor, const merg
     load_block(tensor.out_dtype, tensor.out, i, n, g);
     load_block(tensor.dtype, tensor.base, i, n, theta);
     for (int k = 0; k < K; ++k) load_block(tensor.dtype, tensor.experts[k], i, n, expert[k]);
-    uint32_t words[K][4] = {};
-    for (int k = 0; k < K && draws(*call.modes); ++k) random_words(tensor, tensor.offset + i, k, call.modes->seed, words[k]);
+    Draws8 drawn[K] = {};
+    for (int k = 0; k < K && draws(*call.modes); ++k) drawn[k] = draws_of(tensor, tensor.offset + i, k, *call.modes, c[k]);
     for (int j = 0; j < n; ++j) {
       float e[K];
-      int32_t random[K];
-      for (int k = 0; k < K; ++k) e[k] = expert[k][j], random[k] = random_of(words[k], j);
-      backward_element<K>(tensor, *call.modes, c, p, bounds, tensor.offset + i + j, g[j], theta[j], e, random, sums);
+      int32_t draw[K];
+      for (int k = 0; k < K; ++k) e[k] = expert[k][j], draw[k] = draw_of(drawn[k], j);
+      backward_element<K>(tensor, *call.modes, c, p, bounds, tensor.offset + i + j, g[j], theta[j], e, draw, sums);
     }
   }
 }

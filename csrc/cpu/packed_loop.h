@@ -2,26 +2,10 @@
 //
 // mask: (K + 1) reads, K / 32 words and 1 write per element; signs: 1 read, K / 32 words, 1 write. Included once per
 // instruction set, as merge_loop.h is. A word's bits become lanes by a broadcast and a test against each lane's place.
-#include "../dispatch.h"
-#include "merge_cpu.h"
-#include "storage.h"
+#include "blocks.h"
 
 namespace merge3 {
 namespace {
-
-constexpr int kBlock = 512;  // elements whose results wait in L1 for one streaming store
-
-using Float = MERGE3_LANES;
-using UInt = Lanes<Float>::U;
-using Int = Lanes<Float>::I;
-constexpr int W = sizeof(Float) / sizeof(float);
-
-template <class V>
-MERGE3_HD V load(const void* from) {
-  V x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
 
 // Where each lane's bit is: `first` for lane 0, and so many further on for each lane after it.
 MERGE3_HD UInt places(uint32_t first, uint32_t apart) {
@@ -70,50 +54,30 @@ void packed_floats(const MergeCall& call, int64_t t, int64_t begin, int64_t end)
 }
 
 #if MERGE3_DIRECT
-// bfloat16 to bfloat16 in registers; see merge_bfloat16 in merge_loop.h. Of 2 W neighbours the even ones have every
-// second bit, from the first on, and the odd ones those between.
+// bfloat16 to bfloat16 in registers; see Pairs. Of 2 W neighbours the even ones have every second bit, from the
+// first on, and the odd ones those between.
 template <int K, bool SIGNS>
 void packed_bfloat16(const MergeCall& call, int64_t t, int64_t begin, int64_t end) {
   const merge3_tensor& tensor = call.table[t];
   const auto p = prepare<Float, K>(call.coefficients + t * K, call.lambda[t], tensor.base != nullptr);
-  const UInt upper = UInt{} + 0xffff0000u, at_bit[2] = {places(0, 2), places(1, 2)};
-  const uint16_t* source[K + 1];
-  alignas(64) uint16_t copy[K + 1][kBlock] = {}, partial[kBlock];
+  const Two<UInt> at_bit = {places(0, 2), places(1, 2)};
+  constexpr int kRead = SIGNS ? 1 : K + 1;
+  Padding<kRead> padding;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int n = int(end - at < kBlock ? end - at : kBlock);
-    const bool whole = n % (2 * W) == 0;
-    for (int v = 0; v <= (SIGNS ? 0 : K); ++v) {
-      const auto* data = static_cast<const uint16_t*>(v ? tensor.experts[v - 1] : tensor.base);
-      source[v] = copy[v];
-      if (data == nullptr) continue;
-      if (whole) source[v] = data + at;
-      else memcpy(copy[v], data + at, sizeof(uint16_t) * size_t(n));
-    }
-    uint16_t* out = whole ? static_cast<uint16_t*>(tensor.out) + at : partial;
-    const bool streaming = call.stream && reinterpret_cast<uintptr_t>(out) % sizeof(UInt) == 0;
+    const Pairs<kRead> block = padding.open([&](int v) { return v ? tensor.experts[v - 1] : tensor.base; }, tensor.out, at, n, call.stream);
     for (int j = 0; j < n; j += 2 * W) {
-      uint32_t bits[K];
-      for (int k = 0; k < K; ++k) bits[k] = bits_at(tensor.masks[k], tensor.offset + at + j);
-      UInt half[2];
-#pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-        Float x[K + 1];
-        Int bit[K];
-        MERGE3_UNROLL
-        for (int v = 0; v <= (SIGNS ? 0 : K); ++v) {
-          const UInt pair = load<UInt>(source[v] + j);
-          x[v] = as_float(odd ? pair & upper : pair << 16);
-        }
-        MERGE3_UNROLL
-        for (int k = 0; k < K; ++k) bit[k] = lanes_of(bits[k], at_bit[odd]);
-        const auto& expert = reinterpret_cast<const Float(&)[K]>(x[1]);
-        half[odd] = round_bfloat16(as_uint(element<K, SIGNS, true>(x[0], expert, bit, p, *call.modes)));
+      Two<Float> c[K];
+      const Two<Float> theta = block.read(0, j);
+      MERGE3_UNROLL
+      for (int k = 0; k < K; ++k) {
+        const uint32_t bits = bits_at(tensor.masks[k], tensor.offset + at + j);
+        const Two<Int> bit = {lanes_of(bits, at_bit.a), lanes_of(bits, at_bit.b)};
+        c[k] = packed_change<SIGNS>(theta, SIGNS ? theta : block.read(k + 1, j), bit, p.scale[k]);
       }
-      const UInt packed = (half[0] >> 16) | (half[1] & upper);
-      if (streaming) stream_store(out + j, packed);
-      else memcpy(out + j, &packed, sizeof packed);
+      block.write(j, elect_and_add<K, MERGE3_ELECT_NONE>(theta, c, p, false));
     }
-    if (!whole) memcpy(static_cast<uint16_t*>(tensor.out) + at, partial, sizeof(uint16_t) * size_t(n));
+    padding.close(tensor.out, at, n);
   }
 }
 #endif

@@ -24,17 +24,18 @@ void rank_tables_cpu(const merge3_tensor* table, int32_t experts, int64_t from, 
       }
       for (int64_t i = 0; i < C; ++i) row[size_t(i)] = magnitude(row[size_t(i)] - theta[size_t(i)]);
       std::sort(row.begin(), row.end());
-      float* boundary = const_cast<float*>(tensor.rank_tables[k]) + r * MERGE3_RANK_STRIDE;
-      float* mean_rank = boundary + Q - 1;
-      for (int j = 1; j < Q; ++j) boundary[j - 1] = row[size_t(C * j / Q)];
-      // The mean position of a bin's members, so that ties share their average rank.
+      float* limits = const_cast<float*>(tensor.rank_tables[k]) + r * MERGE3_RANK_STRIDE;
+      limits[0] = 0.0f;
+      for (int bin = 1; bin < Q; ++bin) {
+        const int64_t at = C * bin / Q;
+        const float value = row[size_t(at)];
+        const auto [first, past] = std::equal_range(row.begin(), row.end(), value);
+        limits[bin] = bin_limit(value, at, first - row.begin(), past - first);
+      }
       int64_t i = 0;
       for (int bin = 0; bin < Q; ++bin) {
-        const int64_t start = i;
         double sum = 0.0;
-        for (; i < C && (bin == Q - 1 || row[size_t(i)] < boundary[bin]); ++i) sum += row[size_t(i)];
-        const double position = i > start ? 0.5 * double(start + i - 1) : double(start);
-        mean_rank[bin] = C > 1 ? float(std::min(1.0, position / double(C - 1))) : 0.5f;
+        for (; i < C && (bin == Q - 1 || !(row[size_t(i)] >= limits[bin + 1])); ++i) sum += row[size_t(i)];
         l1[bin] += sum;
       }
     }

@@ -78,6 +78,28 @@ MERGE3_HD void stream_store(void* to, u32x8 x) { _mm256_stream_si256(static_cast
 MERGE3_HD void stream_store(void* to, u32x16 x) { _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x); }
 #endif
 
+#if defined(__AVX2__)
+// Rounds two float32 vectors to bfloat16, to nearest even, and lays them side by side: the lower half of each lane from
+// `even`. Where the cut-off half, plus one if the result would be odd, is over a half of its range, one is added.
+MERGE3_HD u32x8 pair_bfloat16(u32x8 even, u32x8 odd) {
+  const __m256i e = (__m256i)even, o = (__m256i)odd;
+  const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(e, 16), o, 0xAA);
+  const __m256i lower = _mm256_blend_epi16(e, _mm256_slli_epi32(o, 16), 0xAA);
+  const __m256i sum = _mm256_adds_epu16(lower, _mm256_and_si256(upper, _mm256_set1_epi16(1)));
+  const __m256i over = _mm256_cmpgt_epi16(_mm256_xor_si256(sum, _mm256_set1_epi16(-0x8000)), _mm256_setzero_si256());
+  return (u32x8)_mm256_sub_epi16(upper, over);
+}
+#endif
+#if defined(__AVX512F__)
+MERGE3_HD u32x16 pair_bfloat16(u32x16 even, u32x16 odd) {
+  const __m512i e = (__m512i)even, o = (__m512i)odd;
+  const __m512i upper = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(e, 16), o);
+  const __m512i lower = _mm512_mask_blend_epi16(0xAAAAAAAAu, e, _mm512_slli_epi32(o, 16));
+  const __m512i sum = _mm512_adds_epu16(lower, _mm512_and_si512(upper, _mm512_set1_epi16(1)));
+  return (u32x16)_mm512_mask_sub_epi16(upper, _mm512_cmpgt_epu16_mask(sum, _mm512_set1_epi16(-0x8000)), upper, _mm512_set1_epi16(-1));
+}
+#endif
+
 // Writes n floats to out[i..]. `stream` bypasses the caches: a model larger than them is not read
 // back soon, and an ordinary store would first fetch the line it is about to overwrite.
 MERGE3_HD void store_block(int32_t dtype, void* out, int64_t i, int n, const float* from, bool stream) {

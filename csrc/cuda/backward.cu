@@ -33,18 +33,13 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Args a) {
     const float g = load1(tensor.out_dtype, tensor.out, i), theta = load1(tensor.dtype, tensor.base, i);
     const int64_t whole = tensor.offset + i;
     float expert[K];
-    int32_t random[K];
+    int32_t draw[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       expert[k] = load1(tensor.dtype, tensor.experts[k], i);
-      random[k] = 0;
-      if (draws(a.modes)) {
-        uint32_t words[4];
-        random_words(tensor, whole, k, a.modes.seed, words);
-        random[k] = random_of(words, whole);
-      }
+      draw[k] = draws(a.modes) ? draw_of(draws_of(tensor, whole, k, a.modes, c[k]), whole) : 0;
     }
-    backward_element<K>(tensor, a.modes, c, p, bounds, whole, g, theta, expert, random, sums);
+    backward_element<K>(tensor, a.modes, c, p, bounds, whole, g, theta, expert, draw, sums);
   }
 #pragma unroll
   for (int s = 0; s < 2 * K + 1; ++s) {

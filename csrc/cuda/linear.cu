@@ -44,7 +44,7 @@ template <int K>
 __device__ void merge8(const Args& a, const Prepared<float, K>& p, const Bounds<K>& bounds, int64_t i, int n, float (&out)[8]) {
   const merge3_tensor& tensor = a.tensor;
   float theta[8], expert[K][8];
-  uint32_t words[K][4];
+  Draws8 drawn[K];
   load8(tensor.dtype, tensor.base, i, n, theta);
 #pragma unroll
   for (int k = 0; k < K; ++k) load8(tensor.dtype, tensor.experts[k], i, n, expert[k]);
@@ -53,7 +53,7 @@ __device__ void merge8(const Args& a, const Prepared<float, K>& p, const Bounds<
     const int64_t whole = i + j;
     if (draws(a.modes) && (j == 0 || whole % 8 == 0)) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) random_words(tensor, whole, k, a.modes.seed, words[k]);
+      for (int k = 0; k < K; ++k) drawn[k] = draws_of(tensor, whole, k, a.modes, a.c[k]);
     }
     float c[K];
     Keep<float, K> keep;
@@ -61,13 +61,8 @@ __device__ void merge8(const Args& a, const Prepared<float, K>& p, const Bounds<
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const float tau = expert[k][j] - theta[j];
-      keep.lo[k] = limit(bounds.lo[k], hash);
-      keep.hi[k] = limit(bounds.hi[k], hash);
-      keep.random[k] = draws(a.modes) ? random_of(words[k], whole) : 0;
-      keep.rank[k] = 0.0f;
-      if (a.modes.sparsify == MERGE3_KEEP_RANKED && j < n)
-        keep.rank[k] = rank_in_row(magnitude(tau), tensor.rank_tables[k] + whole / tensor.columns * MERGE3_RANK_STRIDE);
-      c[k] = keeps(tau, k, p, keep, a.modes.sparsify) ? tau * p.scale[k] : 0.0f;
+      if (j < n) decide(tensor, a.modes.sparsify, a.c[k], bounds, k, whole, hash, draws(a.modes) ? draw_of(drawn[k], whole) : 0, keep);
+      c[k] = j < n && keeps(tau, k, keep, a.modes.sparsify) ? tau * p.scale[k] : 0.0f;
     }
     out[j] = j < n ? elect_any<K>(theta[j], c, p, a.modes.elect, a.modes.normalize != 0) : 0.0f;
   }

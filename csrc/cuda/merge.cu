@@ -30,11 +30,15 @@ __global__ void __launch_bounds__(kThreads, 1) merge_kernel(Args a) {
   const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
   const auto p = prepare<float, K>(a.coefficients + t * K, a.lambda[t], tensor.base != nullptr);
   Bound lo[K], hi[K];
+  Spread spread[K];
+  int32_t threshold[K];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const merge3_coefficient& c = a.coefficients[t * K + k];
     lo[k] = make_bound(c.lo, c.lo_share, false);
     hi[k] = make_bound(c.hi, c.hi_share, true);
+    spread[k] = make_spread(c);
+    threshold[k] = kRanked ? -1 : kept_draws(c);
   }
   for (int64_t i = begin + int64_t(threadIdx.x) * 8; i < end; i += int64_t(blockDim.x) * 8) {
     const int n = end - i < 8 ? int(end - i) : 8;
@@ -42,12 +46,10 @@ __global__ void __launch_bounds__(kThreads, 1) merge_kernel(Args a) {
     load8(tensor.dtype, tensor.base, i, n, theta);
 #pragma unroll
     for (int k = 0; k < K; ++k) load8(tensor.dtype, tensor.experts[k], i, n, expert[k]);
-    uint32_t words[kRandom ? K : 1][4];
+    Draws8 drawn[kRandom ? K : 1];
     if (kRandom)
-      for (int k = 0; k < K; ++k) {
-        const uint64_t block = uint64_t(tensor.offset + i) / 8;
-        philox_block(uint32_t(block), uint32_t(block >> 32), tensor.id, uint32_t(k), a.seed, words[k]);
-      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) drawn[k] = draw8(tensor.offset + i, tensor.id, uint32_t(k), a.seed, threshold[k]);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float e[K];
@@ -58,10 +60,10 @@ __global__ void __launch_bounds__(kThreads, 1) merge_kernel(Args a) {
         e[k] = expert[k][j];
         if (kBounded) keep.lo[k] = limit(lo[k], hash);
         if (SPARSIFY == MERGE3_KEEP_BAND) keep.hi[k] = limit(hi[k], hash);
-        if (kRandom) keep.random[k] = int32_t((words[kRandom ? k : 0][j / 2] >> (16 * (j & 1))) & 0xffffu);
+        const int32_t draw = kRandom ? draw_of(drawn[kRandom ? k : 0], j) : 0;
+        keep.drawn[k] = draw < threshold[k];
         if (kRanked && j < n)
-          keep.rank[k] = rank_in_row(magnitude(e[k] - theta[j]),
-                                     tensor.rank_tables[k] + (tensor.offset + i + j) / tensor.columns * MERGE3_RANK_STRIDE);
+          keep.lo[k] = drawn_limit(spread[k], draw, tensor.rank_tables[k] + (tensor.offset + i + j) / tensor.columns * MERGE3_RANK_STRIDE);
       }
       out[j] = merge_element<K, SPARSIFY, ELECT>(theta[j], e, p, keep, a.normalize);
     }

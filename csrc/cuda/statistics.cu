@@ -146,7 +146,7 @@ struct RankArgs {
 __global__ void __launch_bounds__(kThreads) rank_kernel(RankArgs a) {
   constexpr int Q = MERGE3_RANK_BINS;
   __shared__ unsigned int counts[Q - 1][256];
-  __shared__ uint32_t prefix[Q - 1];
+  __shared__ uint32_t prefix[Q - 1], limits[Q - 1];
   __shared__ long long left[Q - 1], below[Q - 1];
   __shared__ unsigned int highest;
   __shared__ unsigned long long sums[Q];
@@ -187,21 +187,16 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(RankArgs a) {
         ++b;
       }
       mine = prefix[threadIdx.x] << 8 | uint32_t(b);
+      if (shift == 0)
+        limits[threadIdx.x] = as_uint(bin_limit(as_float(mine), C * (int64_t(threadIdx.x) + 1) / Q, below[threadIdx.x],
+                                                counts[shared_with][b]));
     }
     __syncthreads();
     if (int(threadIdx.x) < Q - 1) prefix[threadIdx.x] = mine;
     __syncthreads();
   }
-  // below[q]: elements smaller than boundary q, so bin b holds positions below[b - 1] .. below[b] - 1.
   float* out = const_cast<float*>(tensor.rank_tables[a.k]) + int64_t(blockIdx.x) * MERGE3_RANK_STRIDE;
-  if (int(threadIdx.x) < Q - 1) out[threadIdx.x] = as_float(prefix[threadIdx.x]);
-  if (int(threadIdx.x) < Q) {
-    const long long from = threadIdx.x ? below[threadIdx.x - 1] : 0;
-    const long long to = int(threadIdx.x) < Q - 1 ? below[threadIdx.x] : C;
-    const double position = to > from ? 0.5 * double(from + to - 1) : double(from);
-    const double rank = C > 1 ? position / double(C - 1) : 0.5;
-    out[Q - 1 + threadIdx.x] = float(rank < 1.0 ? rank : 1.0);
-  }
+  if (int(threadIdx.x) < Q) out[threadIdx.x] = threadIdx.x ? as_float(limits[threadIdx.x - 1]) : 0.0f;
   int exponent = 0, room = 62;
   frexp(double(as_float(highest)), &exponent);
   for (int64_t n = C; n > 1; n = (n + 1) / 2) --room;
@@ -209,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(RankArgs a) {
   for (int64_t i = threadIdx.x; i < C; i += blockDim.x) {
     const uint32_t bits = value(i);
     int bin = 0;
-    while (bin < Q - 1 && bits >= prefix[bin]) ++bin;
+    while (bin < Q - 1 && bits >= limits[bin]) ++bin;
     atomicAdd(&sums[bin], fixed_point(bits, scale));
   }
   __syncthreads();

@@ -21,10 +21,10 @@ extern "C" {
 #endif
 
 #define MERGE3_MAX_EXPERTS 8
-/* Bins of |tau| per row from which a `ranked` keep derives an element's rank. */
+/* Bins of |tau| per row: a `ranked` keep takes an element's rank to be the middle of its bin. */
 #define MERGE3_RANK_BINS 32
-/* Floats per row of a rank table: (bins - 1) boundaries, then one mean rank per bin. */
-#define MERGE3_RANK_STRIDE (2 * MERGE3_RANK_BINS - 1)
+/* Floats per row of a rank table: what |tau| has to reach for each bin, 0 for the first. */
+#define MERGE3_RANK_STRIDE MERGE3_RANK_BINS
 /* Elements that one thread or block works on; slices of a tensor start at multiples of it. */
 #ifndef MERGE3_CHUNK
 #define MERGE3_CHUNK 65536
@@ -175,7 +175,9 @@ merge3_status merge3_order_statistics(const merge3_context *context, int32_t sta
                                       int64_t *greater, int64_t *equal, double *l1_greater,
                                       double *total, int64_t *nonzero);
 
-/* Fills table[t].rank_tables (device memory, written here) and bin_l1 [tensors, K, bins] (host). */
+/* Fills table[t].rank_tables (device memory, written here) and bin_l1 [tensors, K, bins] (host): the sum of |tau| in
+ * each bin, over all rows. Elements that tie share the bin of their middle position, so that a share of ties counts for
+ * as much as a share of other elements. */
 merge3_status merge3_rank_tables(const merge3_context *context, int32_t experts, int64_t tensors,
                                  const merge3_tensor *table, double *bin_l1);
 
