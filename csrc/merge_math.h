@@ -350,15 +350,16 @@ MERGE3_HD float variance(float theta, const float* expert, int experts) {
 }
 
 // Unified task vector (Elect of EMR-Merging, Huang et al. 2024): the sign of the sum, and the largest change that has it.
+// A sum of zero elects -, as in the authors' code.
 MERGE3_HD float unify(float theta, const float* expert, int experts) {
   float vote = 0.0f, largest = 0.0f;
   for (int k = 0; k < experts; ++k) vote += expert[k] - theta;
   if (vote != vote) return vote;  // a NaN stays one
   for (int k = 0; k < experts; ++k) {
-    const float tau = vote < 0.0f ? theta - expert[k] : expert[k] - theta;
+    const float tau = vote > 0.0f ? expert[k] - theta : theta - expert[k];
     if (tau > largest) largest = tau;
   }
-  return theta + (vote < 0.0f ? -largest : largest);
+  return theta + (vote > 0.0f ? largest : -largest);
 }
 
 // SCE (Wan et al. 2024): select by variance, calculate weights (given), erase minority signs.

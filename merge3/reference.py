@@ -180,7 +180,7 @@ def elementwise_ref(
             shared = (tau * active).sum(0) / count.clamp(min=1)
             merged = theta + torch.where(count == 1, own, torch.where(count > 1, shared, 0.0))
         elif rule == "unify":
-            sign = torch.where(tau.sum(0) >= 0, 1.0, -1.0).to(dtype)
+            sign = torch.where(tau.sum(0) > 0, 1.0, -1.0).to(dtype)  # a sum of 0 elects -, as the authors have it
             merged = theta + sign * (tau * sign).clamp(min=0).amax(0)
         else:
             selected = tau.var(0, unbiased=False) >= s
