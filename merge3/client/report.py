@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained page, pictures drawn as SVG, the search's curve as a chart too; no network."""
+"""report.html of a run: one self-contained page, pictures drawn as SVG, its curve as a chart too; no network."""
 
 from __future__ import annotations
 

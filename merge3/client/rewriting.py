@@ -18,6 +18,7 @@ from pathlib import Path
 from merge3.errors import ResourceError
 from merge3.files import write_atomically
 
+PAGE = "report.html"
 EVERY = 3.0  # seconds between two pages, at least
 SHARE = 0.01  # of the time that pages may take
 HEARTBEAT = 20.0  # seconds after which a page is written although nothing is new: its readers see that the run lives

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge3.client.loggers import Loggers
-from merge3.client.rewriting import Rewriting
+from merge3.client.rewriting import PAGE, Rewriting
 from merge3.client.search_page import SearchPage, workers_here, workers_of
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress
@@ -38,7 +38,7 @@ class Watched(AbstractContextManager):
         full = config.optimizer.budget * len(questions.search)
         self._loggers = Loggers(config.logging, directory, config)
         self._page = SearchPage(directory, config, full, workers, self._loggers)
-        self._rewriting = Rewriting(directory / "report.html", self._page)
+        self._rewriting = Rewriting(directory / PAGE, self._page)
 
     def beside(self, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
         """What the search reports to: `report`, and this."""
