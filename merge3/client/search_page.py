@@ -28,10 +28,7 @@ _JOURNAL = {"checks": "check"}
 
 
 class SearchPage:
-    """What `Rewriting` calls. full: item answers that a search on all items would take; workers: who works on it now.
-
-    told(candidates): of those that are new to this process, as they are seen; a resumed run tells all of them again.
-    """
+    """What `Rewriting` calls. full: item answers that a search on all items would take; workers: who is at work now."""
 
     def __init__(
         self,
@@ -39,14 +36,14 @@ class SearchPage:
         config: EvolveConfig,
         full: int,
         workers: Callable[[], Sequence[Mapping[str, Any]]],
-        told: Callable[[Sequence[Seen]], None] = lambda seen: None,
     ):
         self.directory, self.config, self.full = directory, config, full
-        self._workers, self._told = workers, told
+        self._workers = workers
         self.progress = Progress(budget=config.optimizer.budget)
         self._drawn: Progress | None = None
         self._reader: JournalReader | None = None
         self._seen: list[Seen] = []
+        self._taken = 0
         self._times: deque[tuple[float, int]] = deque()  # when there were how many
 
     def tell(self, progress: Progress) -> None:
@@ -59,8 +56,6 @@ class SearchPage:
             self._reader = JournalReader(self.directory)
         new, progress = self._reader.new(), self.progress
         self._seen += new
-        if new:
-            self._told(new)
         if not (pace.due or new) and progress is self._drawn:
             return None
         self._drawn = progress
@@ -68,6 +63,12 @@ class SearchPage:
         if not pace.alive:
             self._reader.close()
         return page(data, self.config)
+
+    def taken(self) -> list[Seen]:
+        """Candidates seen since the last call: at first all of the journal's, also those of a run that is resumed."""
+        new = self._seen[self._taken :]
+        self._taken += len(new)
+        return new
 
     def data(self, progress: Progress, answers: Mapping[str, int], pace: Pace) -> dict[str, Any]:
         """What the page says, as it is embedded in it."""

@@ -37,8 +37,9 @@ class Watched(AbstractContextManager):
         workers = (lambda: workers_here(device)) if target is None else (lambda: workers_of(target))
         full = config.optimizer.budget * len(questions.search)
         self._loggers = Loggers(config.logging, directory, config)
-        self._page = SearchPage(directory, config, full, workers, self._loggers)
-        self._rewriting = Rewriting(directory / PAGE, self._page)
+        self._page = SearchPage(directory, config, full, workers)
+        tell = lambda: self._loggers(self._page.taken())
+        self._rewriting = Rewriting(directory / PAGE, self._page, after=tell)
 
     def beside(self, report: Callable[[Progress], None]) -> Callable[[Progress], None]:
         """What the search reports to: `report`, and this."""

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from merge3.search.config_files import load_config
 from merge3.search.context import Progress
 from merge3.search.journal import Journal
 from merge3.search.watching import JournalReader
+from tests.commands import client
 from tests.watching import Page, candidate, journaled
 
 HOSTILE = "</script><img src=http://x>&amp;"
@@ -195,6 +197,7 @@ def test_nothing_new_is_not_written_again(tmp_path, config):
     assert look(Pace(due=True)), "a reader waits for a sign of life"
     journaled(tmp_path, candidate(1, [0.5]))
     assert look(quiet) and look(quiet) is None
+    assert len(look.taken()) == 2 and look.taken() == []
     look.tell(Progress(stage="race"))
     assert "the best candidates race" in look(quiet)
     assert look(Pace(due=True, alive=False, state="done"))
@@ -231,20 +234,29 @@ def test_a_fits_page_has_its_losses(tmp_path):
 # -- rewriting
 
 
+def busy(seconds):
+    """For so long of a core."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
 def test_a_page_that_costs_more_is_written_less_often(tmp_path):
-    paces = []
+    paces, afters = [], []
 
     def look(pace):
         paces.append(pace)
-        time.sleep(0.02)
+        busy(0.02)
         return f"{len(paces)}"
 
-    with Rewriting(tmp_path / "report.html", look, every=0.001) as page:
+    after = lambda: busy(0.5) or afters.append(len(paces))
+    with Rewriting(tmp_path / "report.html", look, every=0.001, after=after) as page:
         page.begin()
         page.begin()
     first, *_, last = paces
     assert first.alive and first.due and not last.alive and last.state == "done"
-    assert last.every >= 0.02 / SHARE and last.cost >= 0.02
+    assert 0.02 / SHARE <= last.every < 0.5 / SHARE and 0.02 <= last.cost < 0.5
+    assert afters[-1] == len(paces), "what came last is told too"
     assert (tmp_path / "report.html").read_text() == str(len(paces))
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -272,9 +284,11 @@ def test_what_never_began_writes_nothing(tmp_path):
 
 def test_a_page_that_cannot_be_written_ends_no_run(tmp_path, capsys):
     (tmp_path / "report.html").mkdir()
-    with Rewriting(tmp_path / "report.html", lambda pace: "page", every=0.001) as page:
+    looks = []
+    with Rewriting(tmp_path / "report.html", lambda pace: looks.append(pace) or "page", every=0.001) as page:
         page.begin()
     error = capsys.readouterr().err
+    assert not looks[-1].alive, "loggers are told all the same"
     assert error.count("\n") == 1 and error.endswith("report.html is no longer written\n")
 
 
@@ -323,21 +337,46 @@ def test_killed_in_the_middle_the_page_is_whole_and_the_run_goes_on(tiny_world, 
     assert (directory / "report.html").stat() == before
 
 
-def test_a_run_that_is_stopped_says_so(tiny_world, tmp_path):
-    config = load_config(tiny_world / "evolve.yaml", budget=60)
+def interrupted(page):
+    """A thread that sends Ctrl-C as soon as there is a page."""
 
     def interrupt():
-        while not (tmp_path / "report.html").exists():
+        while not page.exists():
             time.sleep(0.005)
         signal.raise_signal(signal.SIGINT)
 
     waiting = threading.Thread(target=interrupt, daemon=True)
     waiting.start()
+    return waiting
+
+
+def test_a_run_that_is_stopped_says_so(tiny_world, tmp_path):
+    config = load_config(tiny_world / "evolve.yaml", budget=60)
+    waiting = interrupted(tmp_path / "report.html")
     assert run.evolve(config, tmp_path, quiet=True) is None
     waiting.join()
     page = Page((tmp_path / "report.html").read_text())
     assert page.data["state"] == "stopped" and not page.data["alive"] and "was stopped" in page.text
     assert 0 < page.data["candidates"] < 60 and len(page.data["charts"][0]["xs"][0]["values"]) < 60
+
+
+def test_a_fit_has_a_page_too_until_its_report(tiny_world, tmp_path):
+    data = {"merge_method": "supermerge", "base_model": str(tiny_world / "base"), "dtype": "float32"}
+    data["models"] = [{"model": str(tiny_world / name)} for name in ("english", "italian")]
+    items = [str(tiny_world / f"{name}.jsonl") for name in ("english", "italian")]
+    data["fit"] = {"items": items, "steps": 40, "per_task": 4, "heldout": 0.02, "check_every": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    waiting = interrupted(tmp_path / "run" / "report.html")
+    command = ("fit", tmp_path / "recipe.yaml", "--run-dir", tmp_path / "run", "--quiet", "--no-export")
+    assert client(*command).returncode == 130
+    waiting.join()
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert page.data["state"] == "stopped" and 0 < page.data["done"] < 40 and "fit was stopped" in page.text
+    assert [chart["id"] for chart in page.data["charts"]] == ["loss", "heldout"]
+    done = client(*command, "--resume")
+    assert done.returncode == 0, done.stderr
+    final = (tmp_path / "run" / "report.html").read_text()
+    assert "merge3-data" not in final and final.count("<svg") >= 3 and "Against the baselines" in final
 
 
 def test_a_daemon_that_is_away_has_no_workers():
