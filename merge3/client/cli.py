@@ -13,7 +13,14 @@ from typing import Annotated
 
 import typer
 
-from merge3.client import calibration_commands, evaluation_commands, fit_commands, methods_command, study_commands
+from merge3.client import (
+    calibration_commands,
+    evaluation_commands,
+    fit_commands,
+    methods_command,
+    serve_commands,
+    study_commands,
+)
 from merge3.client.options import (
     Ca,
     Certificate,
@@ -115,6 +122,9 @@ def evolve(
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
     skip_too_long: SkipTooLong = False,
     task_path: TaskPath = None,
+    log: Annotated[
+        list[str] | None, typer.Option(help="Tell the search to tensorboard or wandb too (extras); repeat.")
+    ] = None,
     strict: Strict = False,
     server: Annotated[str | None, typer.Option(help="A daemon that holds the models: host:port or unix:/path.")] = None,
     tls_ca: Ca = None,
@@ -131,11 +141,13 @@ def evolve(
 
     target = target_of(server, tls_ca, tls_cert, tls_key, token_file) if server else None
     asked = load_config(config, skip_too_long, task_path or (), budget=budget, seed=seed)
+    if log:
+        asked = asked.model_copy(update={"logging": (*asked.logging, *log)})
     result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget)
     _finish(result, run_dir, as_json)
 
 
-_TABLES = (fit_commands, evaluation_commands, study_commands, calibration_commands, methods_command)
+_TABLES = (fit_commands, evaluation_commands, study_commands, calibration_commands, methods_command, serve_commands)
 for _command, _example in (row for table in _TABLES for row in table.COMMANDS):
     app.command(cls=Several, epilog=f"Example: merge3-client {_example}")(_command)
 

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from merge3.client.fit_files import FitFiles, identity
 from merge3.client.fit_items import Taught, load_items
+from merge3.client.fit_page import FitPage
 from merge3.client.fit_progress import chosen
 from merge3.client.fit_report import write_fit_report
 from merge3.client.fit_result import baselines, measure, other_run, summary
+from merge3.client.rewriting import PAGE, Rewriting
 from merge3.client.run import StopOnInterrupt, open_models
 from merge3.engine import Engine
 from merge3.errors import BadInput, RecipeError
@@ -253,7 +255,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     if state is not None and state.step >= steps:
         return Outcome(files.latest(recipe), history, engine, taught, steps, steps * each, files.seconds)
     fitted, before, began = None, files.seconds if state is not None else 0.0, time.perf_counter()
-    with chosen(run.as_json, run.quiet, steps, len(history)) as report:
+    look = FitPage(recipe.method, steps, history)
+    with chosen(run.as_json, run.quiet, steps, len(history)) as report, Rewriting(files.directory / PAGE, look) as page:
         told = lambda line: run.quiet or print(line, file=sys.stderr)
         for step in engine.fit(asked, what, state, told):
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
@@ -264,7 +267,9 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
             if step.state is not None:
                 fitted = step.recipe
                 files.save(step.state, history, fitted, before + time.perf_counter() - began)
+                page.begin()  # not before there is something to keep: a directory without it counts as empty
                 if run.stopping() and step.number < steps:
+                    page.end("stopped")
                     engine.close()
                     return None
     return Outcome(fitted, history, engine, taught, steps, steps * each, files.seconds)

@@ -33,7 +33,7 @@ class Live(AbstractContextManager):
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        rate = _rate(p)
+        rate = rate_of(p)
         table = Table.grid(padding=(0, 2))
         table.add_row("stage", STAGES.get(p.stage, p.stage))
         table.add_row(
@@ -41,7 +41,7 @@ class Live(AbstractContextManager):
         )
         table.add_row("", ProgressBar(total=p.budget or 1, completed=p.done, width=40))
         table.add_row("best", f"{p.best:.4f} ± {p.best_stderr:.4f}   mean of last generation {p.mean:.4f}")
-        table.add_row("rate", f"{rate * 60:.0f} candidates per minute, {_left(p, rate)} left")
+        table.add_row("rate", f"{rate * 60:.0f} candidates per minute, {left(p, rate)} left")
         table.add_row("item answers", f"{p.item_answers:,} (a full search: {p.full_answers:,})")
         if p.failed:
             table.add_row("failed", str(p.failed))
@@ -65,10 +65,10 @@ class Lines(AbstractContextManager):
             if p.stage != "calibration" or p.done == 1:
                 print(STAGES.get(p.stage, p.stage), file=sys.stderr, flush=True)
             return
-        rate = _rate(p)
+        rate = rate_of(p)
         print(
             f"generation {p.generation}  {p.done}/{p.budget}  best {p.best:.4f} ± {p.best_stderr:.4f}  "
-            f"{rate * 60:.0f}/min  {_left(p, rate)} left",
+            f"{rate * 60:.0f}/min  {left(p, rate)} left",
             file=sys.stderr,
             flush=True,
         )
@@ -104,12 +104,13 @@ class Silent(Lines):
         pass
 
 
-def _rate(p: Progress) -> float:
+def rate_of(p: Progress) -> float:
     """Candidates per second, the journal's not counted."""
     return (p.done - p.replayed) / p.seconds if p.seconds > 0 else 0.0
 
 
-def _left(p: Progress, rate: float) -> str:
+def left(p: Progress, rate: float) -> str:
+    """Minutes and seconds to the end of the budget at this rate."""
     if rate <= 0:
         return "?"
     seconds = int((p.budget - p.done) / rate)

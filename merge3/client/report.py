@@ -1,4 +1,4 @@
-"""report.html of a run: one self-contained page with pictures drawn as SVG, no scripts, no network."""
+"""report.html of a run: one self-contained page, pictures drawn as SVG, its curve as a chart too; no network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from merge3.client.charts import body, head
+from merge3.client.search_charts import search_charts
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.recipe import Recipe
 from merge3.search.journal import Candidate, Journal, read_result
+from merge3.search.watching import JournalReader
 
 WIDTH, HEIGHT, PAD = 720, 260, 46
 
@@ -28,6 +31,8 @@ def write_report(directory: str | Path) -> Path:
     result = read_result(directory)
     with closing(Journal(directory)) as journal:
         candidates = journal.candidates()
+        with closing(JournalReader(directory)) as reader:
+            charts = search_charts(reader.new())
     recipe = Recipe.from_yaml(directory / "best.yaml")
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     rows = [("evolved", result["heldout_detail"], True)]
@@ -41,6 +46,9 @@ def write_report(directory: str | Path) -> Path:
         bars=bars(rows),
         checks=spot_checks(result["checks"]["made"]),
         recipe=recipe.to_yaml(),
+        head=head() if charts else "",
+        body=body({"kind": "search", "alive": False, "state": "done", "charts": charts}) if charts else "",
+        charts=charts,
         config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()), sort_keys=False),
     )
     write_atomically(directory / "report.html", page)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.terminal import bar, in_few_lines
+from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.files import write_atomically
@@ -52,14 +54,17 @@ def evolve(
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
     if target is not None:
         _check_fitting(config)
+    check_loggers(config.logging)
     questions = load_questions(config)  # bad items are found before any model is opened
-    with closing(open_engine(config, device, quiet, target, memory_budget, directory / "derived")) as engine:
+    watched = Watched(config, questions, directory, device, target)
+    with watched, closing(open_engine(config, device, quiet, target, memory_budget, directory / "derived")) as engine:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = StopOnInterrupt()
         with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
-            outcome = run(config, questions, engine, journal, resume, report, stopping)
+            outcome = run(config, questions, engine, journal, resume, watched.beside(report), stopping)
         if outcome is None:
+            watched.end(None)
             print(
                 f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr
             )
@@ -68,6 +73,7 @@ def evolve(
             engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
     result = summary(config, questions, outcome)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
+    watched.end(result)
     write_report(directory)
     return result
 

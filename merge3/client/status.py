@@ -15,14 +15,20 @@ from merge3.rpc import merge3_pb2_grpc
 
 def show(target: Target, as_json: bool) -> None:
     """Ask once and print."""
-    with target.channel() as channel, translated(target.address):
-        status = merge3_pb2_grpc.Merge3Stub(channel).Status(pb.StatusRequest(), metadata=target.metadata(), timeout=30)
+    status = status_of(target)
     if as_json:
         print(_json(status))
         return
     from rich.console import Console
 
     Console().print(_page(status, target.address))
+
+
+def status_of(target: Target, seconds: float = 30) -> pb.StatusResponse:
+    """What a daemon says of itself, within so many seconds. Raises Unavailable, and what calls raise."""
+    with target.channel() as channel, translated(target.address):
+        stub = merge3_pb2_grpc.Merge3Stub(channel)
+        return stub.Status(pb.StatusRequest(), metadata=target.metadata(), timeout=seconds)
 
 
 def watch(target: Target, interval: float, as_json: bool) -> None:

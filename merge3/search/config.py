@@ -138,13 +138,14 @@ class EvolveConfig(Section):
     num_fewshot: int | None = Field(None, ge=0)
     fewshot_as_multiturn: bool = False
     task_path: tuple[str, ...] = ()
+    logging: tuple[str, ...] = ()  # names of client/loggers.py
 
     @model_validator(mode="before")
     @classmethod
     def _one_path(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("task_path"), str):
-            return data | {"task_path": [data["task_path"]]}
-        return data
+        if not isinstance(data, dict):
+            return data
+        return data | {key: [data[key]] for key in ("task_path", "logging") if isinstance(data.get(key), str)}
 
     @model_validator(mode="after")
     def _one_start(self):
@@ -186,7 +187,7 @@ class EvolveConfig(Section):
         for key in ("tokenizer", "chat_template", "tower", "start"):  # as above
             if not data["genome"][key]:
                 del data["genome"][key]
-        del data["task_path"]
+        del data["task_path"], data["logging"]
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}
         _forget_defaults(data, EvolveConfig, ("system_instruction",))

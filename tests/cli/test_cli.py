@@ -21,7 +21,7 @@ from merge3.errors import BadInput
 from tests.commands import client
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands)
+COMMANDS = tuple(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
 
 
 def recipe_file(folder, family, **changes):
@@ -242,7 +242,7 @@ def test_public_names():
 
 def test_readme_commands_exist():
     text = (ROOT / "README.md").read_text()
-    used = set(re.findall(r"merge3-client (\w+)", text))
+    used = set(re.findall(r"merge3-client ([\w-]+)", text))
     assert used <= set(COMMANDS) and {"merge", "evolve", "evaluate"} <= used
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`?make (\w+)`?", text)) <= targets
