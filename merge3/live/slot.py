@@ -12,10 +12,12 @@ from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
+from merge3.hops import hops_of, outside_of, writers_known
 from merge3.live.binding import bind
 from merge3.live.heads import Heads
 from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
+from merge3.live.path import Path
 from merge3.live.streaming import execute_streamed
 from merge3.methods import Unpacked, execute
 from merge3.methods.execute import Output
@@ -55,6 +57,8 @@ class Slot:
         self._memory = pool.memory  # the plan under which the above was prepared
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
         self._kept = Kept(pool, pool.derived_folder)
+        self.path = Path(self.model, pool)
+        self._ends: tuple[str, str] | None = None  # whose embedding and head a path has, while they are in place
         self._shown: tuple[Variants, str | None] | None = None  # whose the weights are, and which task's
         self._varied: tuple[Recipe, int] | None = None  # the recipe and seed of these, where they are a recipe's
         self._kept_as_is: dict[str, str] = {}  # what that recipe keeps
@@ -64,7 +68,9 @@ class Slot:
 
         seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
-        Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
+        A path is followed through layers as they lie in the pool: of its weights only those outside the stack are
+        written. Raises RecipeError if another recipe makes another number of layers than the base has, BadInput for
+        another task.
         """
         if task is not None and self._varied == (recipe, seed) and self._shown is not None:
             variants, _ = self._shown
@@ -72,6 +78,11 @@ class Slot:
             self._vary(task)
             return self._kept_as_is
         program = self.compile(recipe, where)
+        if (hops := hops_of(recipe, writers_known(self._layout.layer_names))) is not None:
+            self.path.check({hop.model for hop in hops})
+            self._outside(program, outside_of(recipe), seed)
+            self.path.follow(hops)
+            return program.kept
         if task is None:
             self.run(program, seed)
             return program.kept
@@ -130,9 +141,26 @@ class Slot:
             self._settle()
             self._heads.show(None)
 
+    def _outside(self, program: Program, ends: tuple[str, str], seed: int) -> None:
+        """Write what a path has outside the stack, if it is not there."""
+        if self._ends == ends:
+            return
+        self._shown, layout = None, self._layout
+        self._settle()
+        outside = {name: tensor for name, tensor in self.written().items() if layout.layer_of(name) is None}
+        self._run(program.outputs(outside, self.pool.statistics), seed)
+        self._share(program.ties)
+        self._ends = ends
+
+    def _leave(self) -> None:
+        """The model's own layers again, and nothing of a path."""
+        self.path.leave()
+        self._ends = None
+
     def written(self) -> dict[str, torch.Tensor]:
-        """What a swap writes: checkpoint name -> the live tensor. Of a head that recipes merge it is the merge's own,
-        which is shown afterwards."""
+        """What a swap writes: checkpoint name -> the live tensor, and the model's stack what they are. Of a head that
+        recipes merge it is the merge's own, which is shown afterwards."""
+        self._leave()
         # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
         own = set(self.pool.heads.get(self.pool.base, ()))
         return {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
@@ -140,11 +168,14 @@ class Slot:
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
         """What `swap` would run. Raises RecipeError for what it would refuse."""
         program = compile(recipe, self.pool, where)
-        if program.layers != self._layout.layers:
+        followed = hops_of(recipe, writers_known(self._layout.layer_names)) is not None
+        if program.layers != self._layout.layers and not followed:
             expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
             raise RecipeError(where, f"{program.layers} layers", expected)
         aside = {*self.pool.fixed, *self.pool.heads.get(self.pool.base, ())}
         for name in self._weights:  # what no source has would stay the last swap's
+            if followed and self._layout.layer_of(name) is not None:
+                continue
             if name not in program.shapes and name not in program.ties and name not in aside:
                 raise RecipeError(where, f"tensor {name!r} is in none of its models", "a base_model that has it")
         return program
@@ -153,6 +184,7 @@ class Slot:
         """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
         self._shown = None
         self._settle()
+        self._leave()
         self.use_head(model)
         self._copy(model, self._weights)
 
