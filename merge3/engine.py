@@ -18,6 +18,7 @@ from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import merge_task
 from merge3.fitness import estimates, judged
+from merge3.joined import join
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
@@ -34,7 +35,7 @@ from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject, Var
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
-from merge3.space import Space, SpaceDefinition
+from merge3.space import PathSpace, Space, SpaceDefinition
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
@@ -61,7 +62,7 @@ class LocalEngine:
         """See Engine."""
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
-            tuple(self.pool.endpoints),
+            tuple(model for model in self.pool.endpoints if model not in self.pool.joined),
             self.pool.content_hashes(),
             parameters,
             dict(self.pool.kept),
@@ -82,8 +83,13 @@ class LocalEngine:
         key = definition.hash()
         if key not in self._spaces:
             space = Space(definition, self.pool.searched)
+            if definition.merged:
+                join(self.pool, definition.models[0], definition.merged)
             self._check_depths(space)
-            self._prefetch(space)
+            if isinstance(space, PathSpace):
+                self.slot.path.check(space.models)
+            else:
+                self._prefetch(space)
             self._spaces[key] = space
         return self._spaces[key]
 

@@ -12,7 +12,7 @@ from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
 from merge3.errors import RecipeError
-from merge3.hops import hops_of, outside_of, writers_known
+from merge3.hops import Hop, hops_of, outside_of, writers_known
 from merge3.live.binding import bind
 from merge3.live.heads import Heads
 from merge3.live.load import load_model, promoted
@@ -78,8 +78,7 @@ class Slot:
             self._vary(task)
             return self._kept_as_is
         program = self.compile(recipe, where)
-        if (hops := hops_of(recipe, writers_known(self._layout.layer_names))) is not None:
-            self.path.check({hop.model for hop in hops})
+        if (hops := self._hops(recipe)) is not None:
             self._outside(program, outside_of(recipe), seed)
             self.path.follow(hops)
             return program.kept
@@ -152,6 +151,13 @@ class Slot:
         self._share(program.ties)
         self._ends = ends
 
+    def _hops(self, recipe: Recipe) -> tuple[Hop, ...] | None:
+        """The path that a recipe is, if it is one. Raises ConfigError for one through layers that cannot follow."""
+        hops = hops_of(recipe, writers_known(self._layout.layer_names))
+        if hops is not None:
+            self.path.check(dict.fromkeys(hop.model for hop in hops))
+        return hops
+
     def _leave(self) -> None:
         """The model's own layers again, and nothing of a path."""
         self.path.leave()
@@ -168,7 +174,7 @@ class Slot:
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
         """What `swap` would run. Raises RecipeError for what it would refuse."""
         program = compile(recipe, self.pool, where)
-        followed = hops_of(recipe, writers_known(self._layout.layer_names)) is not None
+        followed = self._hops(recipe) is not None
         if program.layers != self._layout.layers and not followed:
             expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
             raise RecipeError(where, f"{program.layers} layers", expected)

@@ -57,6 +57,7 @@ class Space(Protocol):
         """The recipe of `initial`."""
 
 
-SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace, "path": PathSpace}
+PATH = "path"
+SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace, PATH: PathSpace}
 
-__all__ = ["PRESETS", "SPACES", "PathSpace", "Space", "SpaceDefinition"]
+__all__ = ["PATH", "PRESETS", "SPACES", "PathSpace", "Space", "SpaceDefinition"]
