@@ -114,6 +114,11 @@ def hops_of(recipe: Recipe, writers: Sequence[str]) -> tuple[Hop, ...] | None:
     return tuple(hops) or None
 
 
+def read_hops(recipe: Recipe) -> tuple[Hop, ...] | None:
+    """The same of a recipe alone, whatever the family of its models."""
+    return next((hops for family in FAMILIES if (hops := hops_of(recipe, family.writers))), None)
+
+
 def outside_of(recipe: Recipe) -> tuple[str, str]:
     """The models whose tensors stand before and after the stack of a path."""
     return str(recipe.slices[0].sources[0].model), str(recipe.slices[-1].sources[0].model)

@@ -94,4 +94,3 @@ class _Memory:
 
     def __del__(self, close: Callable[[int], None] = os.close):
         close(self.handle)
-

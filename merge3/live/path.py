@@ -1,8 +1,8 @@
 """Layers of a live model in any order: a light module per hop over the pool's own tensors, nothing copied.
 
 A layer of an endpoint is built once, as the live model's own layer is, with the endpoint's tensors for parameters, and
-called wherever a path comes by. Before each call its attention is told which hop this is, so that every hop has keys and
-values of its own, of a layer that comes twice too.
+called wherever a path comes by. Before each call its attention is told which hop this is, so that every hop has keys
+and values of its own, of a layer that comes twice too.
 """
 
 from __future__ import annotations

@@ -169,7 +169,8 @@ class EvolveConfig(Section):
     @model_validator(mode="after")
     def _stages(self):
         if not self.stages:
-            said = [key for key in ("repetitions", "pinned", "max_hops") if getattr(self.genome, key) not in (1, (), None)]
+            of_path = ("repetitions", "pinned", "max_hops")
+            said = [key for key in of_path if getattr(self.genome, key) != Genome.model_fields[key].default]
             if said and self.genome.space != PATH:
                 raise ValueError(f"genome.{said[0]}: of a path: expected `space: {PATH}`, or stages with one")
             return self

@@ -45,7 +45,7 @@ def winner_of(journal: Journal, recipe: Recipe) -> Winner:
 
 
 def second(asking: Asking, config: EvolveConfig, winner: Winner) -> Asking:
-    """What the second stage asks: the same items, estimated as they were, of paths through the winner and the models."""
+    """What the second stage asks: the same items, estimated as they were, of paths through winner and models."""
     search = asking.search
     definition = _definition(config, (winner.name, *config.genome.models))
     definition = replace(definition, merged=json.dumps(winner.recipe.to_dict()))
@@ -75,4 +75,3 @@ def _definition(config: EvolveConfig, models: tuple[str, ...]) -> SpaceDefinitio
         pinned=genome.pinned,
         max_hops=genome.max_hops,
     )
-

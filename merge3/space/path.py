@@ -135,8 +135,8 @@ class PathSpace:
             raise ConfigError(f"{where}: slices", found, f"those of {self.models[0]}, the genome's first model")
         bare = [hop._replace(scale=1.0) for hop in hops]
         head, tail = len(self.before), len(self.after)
-        middle = bare[head : len(bare) - tail]
-        if tuple(bare[:head]) != self.before or len(bare) < head + tail or tuple(bare[len(bare) - tail :]) != self.after:
+        first, middle, last = bare[:head], bare[head : len(bare) - tail], bare[max(head, len(bare) - tail) :]
+        if (tuple(first), tuple(last)) != (self.before, self.after):
             expected = f"the first {head} layers of {self.models[0]} first, its last {tail} last: they are pinned"
             raise ConfigError(f"{where}: slices", "found other layers", expected)
         slots, reached = [], 0
@@ -192,7 +192,8 @@ def _scales(definition: SpaceDefinition) -> tuple[float, float]:
         hint = "a norm turns the sign of what it reads, so other scales do not fold into weights"
         raise ConfigError(f"genome: bounds: {SCALE}", found, "scales above 0", hint)
     if not low <= 1 <= high:
-        raise ConfigError(f"genome: bounds: {SCALE}", f"from {low:g} to {high:g}", "1 among them: a search begins there")
+        found = f"from {low:g} to {high:g}"
+        raise ConfigError(f"genome: bounds: {SCALE}", found, "1 among them, where a search begins")
     return low, high
 
 
