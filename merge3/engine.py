@@ -18,7 +18,7 @@ from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import merge_task
 from merge3.fitness import estimates, judged
-from merge3.joined import join
+from merge3.joined import joined
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
@@ -83,8 +83,7 @@ class LocalEngine:
         key = definition.hash()
         if key not in self._spaces:
             space = Space(definition, self.pool.searched)
-            if definition.merged:
-                join(self.pool, definition.models[0], definition.merged)
+            joined(self.pool, space.uniform_recipe())
             self._check_depths(space)
             if isinstance(space, PathSpace):
                 self.slot.path.check(space.models)
@@ -101,6 +100,8 @@ class LocalEngine:
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
                 subject = Varied(subject)
+            if isinstance(subject, Recipe):
+                joined(self.pool, subject)
             prepared = self._rounds.prepare(registration, subject)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
 
@@ -114,6 +115,8 @@ class LocalEngine:
         try:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
+            if recipe is not None:
+                joined(self.pool, recipe)
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
@@ -209,11 +212,13 @@ class LocalEngine:
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
+        recipe = joined(self.pool, recipe)
         self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """See Engine."""
+        recipe = joined(self.pool, recipe)
         if task is not None:
             return merge_task(recipe, task, directory, self.pool, seed)
         return merge_to_disk(recipe, directory, self.pool, seed)

@@ -78,7 +78,7 @@ def _norms(layer_names: Iterable[str]) -> set[str]:
 def path_recipe(hops: Sequence[Hop], outside: str, writers: Sequence[str], **others: Any) -> Recipe:
     """The recipe of a path, which any tool with mergekit's rules merges: a slice for each run of layers.
 
-    outside: the model whose embedding, final norm and head it has. others: dtype, tokenizer, chat_template.
+    outside: the model whose embedding, final norm and head it has. others: of the recipe, dtype and the like.
     """
     slices: list[tuple[str, int, int, float]] = []  # model, first, last, factor
     factor = 1.0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,24 +22,37 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 
 _BATCH = 24_000_000  # elements merged at once
+_KEPT = 2  # as many models of memory at most, whoever asks
 _ALIGNED = 64
 
 
-def join(pool: Pool, name: str, text: str, seed: int = 0) -> None:
-    """Let a recipe's merge join the pool as the endpoint `name`; one that is there already stays, another recipe's of
-    the same name goes. text: the recipe as JSON (Recipe.to_dict). seed: of random keeps.
+def joined(pool: Pool, recipe: Recipe) -> Recipe:
+    """A recipe whose models are all endpoints: merges among them have joined the pool; see join."""
+    for name, merged in recipe.merged.items():
+        join(pool, name, merged)
+    return replace(recipe, merged={})
+
+
+def join(pool: Pool, name: str, merged: Mapping[str, Any]) -> None:
+    """Let a merge join the pool as the endpoint `name`; one that is there already stays, another one of the same name
+    goes, and of more than a few the one that was first. merged: a recipe (Recipe.to_dict), and `seed` of random keeps.
 
     The merge lies in a file of memory (memfd_create): no disk is written, and its pages are mapped like a checkpoint's.
     Raises RecipeError or CheckpointError for what an export would refuse, ResourceError where memory is too short.
     """
+    text = json.dumps(merged, sort_keys=True)
     if pool.joined.get(name) == text:
         return
-    if name in pool.endpoints:
-        if name not in pool.joined:
-            raise BadInput("merged", f"{name} is an endpoint", "a name of its own")
-        pool.release(Ref(name, tensor) for tensor in pool.endpoints[name].tensors)
-    recipe = Recipe.parse(json.loads(text), f"{name}: merged")
-    pool.add(name, text, _merged(pool, recipe, seed))
+    if name in pool.endpoints and name not in pool.joined:
+        raise BadInput("merged", f"{name} is an endpoint", "a name of its own")
+    data = dict(merged)
+    seed = data.pop("seed", 0)
+    checkpoint = _merged(pool, Recipe.parse(data, f"{name}: merged"), seed)
+    left = [name] if name in pool.joined else list(pool.joined)[: len(pool.joined) + 1 - _KEPT]
+    for other in left:
+        pool.release(Ref(other, tensor) for tensor in pool.endpoints[other].tensors)
+        del pool.endpoints[other], pool.joined[other]
+    pool.add(name, text, checkpoint)
 
 
 def _merged(pool: Pool, recipe: Recipe, seed: int) -> Checkpoint:

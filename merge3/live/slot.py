@@ -19,6 +19,7 @@ from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.path import Path
 from merge3.live.streaming import execute_streamed
+from merge3.memory import MemoryPlan
 from merge3.methods import Unpacked, execute
 from merge3.methods.execute import Output
 from merge3.pool import Pool
@@ -58,7 +59,8 @@ class Slot:
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
         self._kept = Kept(pool, pool.derived_folder)
         self.path = Path(self.model, pool)
-        self._ends: tuple[str, str] | None = None  # whose embedding and head a path has, while they are in place
+        # Whose embedding and head a path has, while they are in place, and under which plan.
+        self._ends: tuple[tuple[str, str], MemoryPlan] | None = None
         self._shown: tuple[Variants, str | None] | None = None  # whose the weights are, and which task's
         self._varied: tuple[Recipe, int] | None = None  # the recipe and seed of these, where they are a recipe's
         self._kept_as_is: dict[str, str] = {}  # what that recipe keeps
@@ -142,14 +144,14 @@ class Slot:
 
     def _outside(self, program: Program, ends: tuple[str, str], seed: int) -> None:
         """Write what a path has outside the stack, if it is not there."""
-        if self._ends == ends:
+        if self._ends is not None and self._ends[0] == ends and self._ends[1] is self.pool.memory:
             return
         self._shown, layout = None, self._layout
         self._settle()
         outside = {name: tensor for name, tensor in self.written().items() if layout.layer_of(name) is None}
         self._run(program.outputs(outside, self.pool.statistics), seed)
         self._share(program.ties)
-        self._ends = ends
+        self._ends = ends, self.pool.memory
 
     def _hops(self, recipe: Recipe) -> tuple[Hop, ...] | None:
         """The path that a recipe is, if it is one. Raises ConfigError for one through layers that cannot follow."""

@@ -17,7 +17,7 @@ from merge3.recipe.text import nearest
 
 TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "tokenizer", "tower", "fit", "surgery", "tasks", "router",
+    "chat_template", "tokenizer", "tower", "fit", "surgery", "tasks", "router", "merged",
 )  # fmt: skip
 # Keys at the top level that mean something, but not here.
 _ELSEWHERE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from merge3 import __version__
@@ -106,7 +106,8 @@ def run(
         found = _searched(asking, first)
     if found is None:
         return None
-    write_atomically(journal.directory / "best.yaml", best_yaml(found.recipe, config, below))
+    written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out", len(candidates), found.best)
     seconds = sum(c.seconds for c in candidates)

@@ -14,7 +14,7 @@ class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
     kind: a row of SPACES. tokenizer_source, tokens, pad_to_multiple_of: of the recipes' tokenizer, see there.
     repetitions, pinned, max_hops: of a path, see path.py; merged: JSON of the recipe that makes the first of `models`,
-    which lies in no folder.
+    which lies in no folder, as in Recipe.merged.
 
         definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
     """

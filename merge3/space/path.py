@@ -10,6 +10,7 @@ be]; a bit is on above one half, and the search begins two first steps away from
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Sequence
 
@@ -100,7 +101,8 @@ class PathSpace:
         """See Space."""
         d = self.definition
         words = {"dtype": d.dtype, "tokenizer": d.tokenizer, "chat_template": d.chat_template}
-        return path_recipe(self.path(genome), self.models[0], self.writers, **words)
+        merged = {self.models[0]: json.loads(d.merged)} if d.merged else {}
+        return path_recipe(self.path(genome), self.models[0], self.writers, merged=merged, **words)
 
     def genome(self, recipe: Recipe) -> np.ndarray:
         """See Space: bits are 0 or 1, and scales of slots that are off 1. Raises ConfigError for what is no path of

@@ -131,7 +131,7 @@ def test_a_merge_that_joins_is_what_would_have_been_written(tied_family, tmp_pat
     pool = Pool.open(models[0], models[1:])
     engine = LocalEngine(pool)
     before = engine.info()
-    join(pool, "it", json.dumps(recipe.to_dict()))
+    join(pool, "it", recipe.to_dict())
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     found = pool.endpoints["it"]
     assert found.tensors.keys() == stored.keys()
@@ -142,10 +142,13 @@ def test_a_merge_that_joins_is_what_would_have_been_written(tied_family, tmp_pat
     after = engine.info()
     assert (after.endpoints, after.content_hashes) == (before.endpoints, before.content_hashes)
     other = Recipe.parse(recipe.to_dict() | {"parameters": {"lambda": 0.5}})
-    join(pool, "it", json.dumps(other.to_dict()))
+    join(pool, "it", other.to_dict())
     assert not torch.equal(pool.endpoints["it"].get("model.norm.weight"), stored["model.norm.weight"])
     with pytest.raises(BadInput, match="is an endpoint"):
-        join(pool, models[1], json.dumps(recipe.to_dict()))
+        join(pool, models[1], recipe.to_dict())
+    for name in "abc":
+        join(pool, name, recipe.to_dict())
+    assert list(pool.joined) == ["b", "c"] and list(pool.endpoints) == [*models, "b", "c"]
 
 
 REFUSED = {
