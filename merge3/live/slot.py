@@ -11,7 +11,7 @@ import torch
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
-from merge3.errors import RecipeError
+from merge3.errors import ConfigError, RecipeError
 from merge3.hops import Hop, hops_of, outside_of, writers_known
 from merge3.live.binding import bind
 from merge3.live.heads import Heads
@@ -154,10 +154,17 @@ class Slot:
         self._ends = ends, self.pool.memory
 
     def _hops(self, recipe: Recipe) -> tuple[Hop, ...] | None:
-        """The path that a recipe is, if it is one. Raises ConfigError for one through layers that cannot follow."""
+        """The path that a recipe is, if it is one that can be followed; another one as deep as the base is a merge like
+        others. Raises ConfigError for one that is neither."""
         hops = hops_of(recipe, writers_known(self._layout.layer_names))
-        if hops is not None:
+        if hops is None:
+            return None
+        try:
             self.path.check(dict.fromkeys(hop.model for hop in hops))
+        except ConfigError:
+            if len(hops) != self._layout.layers:
+                raise
+            return None
         return hops
 
     def _leave(self) -> None:

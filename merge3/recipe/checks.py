@@ -148,6 +148,17 @@ def section(data: Mapping, key: str, where: str) -> dict[str, Any]:
     return mapping(data[key], f"{where}: {key}")
 
 
+def merged(data: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Model -> a recipe's content, and perhaps the seed of its random keeps. mergekit has no such key."""
+    found = {}
+    for name, content in mapping(data or {}, where).items():
+        found[name] = mapping(content, f"{where}: {name}")
+        seed = found[name].get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise RecipeError(f"{where}: {name}: seed", f"found {seed!r}", "a whole number, 0 or more")
+    return found
+
+
 def tasks(data: Any, where: str) -> dict[str, str]:
     """Task -> model, in a form that names files too. mergekit has no such key."""
     if data is None:

@@ -176,7 +176,7 @@ class Recipe:
             surgery=checks.section(data, "surgery", where),
             tasks=checks.tasks(data.get("tasks"), f"{where}: tasks"),
             router=checks.section(data, "router", where),
-            merged={name: checks.section(data["merged"], name, f"{where}: merged") for name in data.get("merged") or ()},
+            merged=checks.merged(data.get("merged"), f"{where}: merged"),
         )
         tokenizer = read_tokenizer(data, where)
         if tokenizer is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from merge3.space.definition import SpaceDefinition
 
 SLOT = "slot"
 LOW, HIGH = 0.5, 2.0  # of scales
+SLOTS = 100_000
 ON, OFF = 5 / 6, 1 / 6  # where a search begins: two steps of 1/6 away from where a bit changes
 # What says nothing of a path, and so is not said: key -> values that say nothing.
 _OF_PARAMETERS = {
@@ -46,13 +48,16 @@ class PathSpace:
         self.genes = definition.genes or (SLOT, SCALE)
         self.models = tuple(dict.fromkeys(str(ModelRef.parse(m)) for m in _models(definition)))
         _check(definition, self.genes)
-        self.writers = writers_of(layout.layer_names)
+        self.writers, self.merged = writers_of(layout.layer_names), _merged(definition, self.models[0])
         self.low, self.high = _scales(definition)
         first, layers = self.models[0], layout.layers
         head, tail = _pinned(definition, layers)
         self.before = tuple(Hop(first, layer) for layer in range(head))
         self.after = tuple(Hop(first, layer) for layer in range(layers - tail, layers))
         once = [Hop(model, layer) for model in self.models for layer in range(layers)]
+        if len(once) * definition.repetitions > SLOTS:
+            found = f"{definition.repetitions} times {len(once)} layers"
+            raise ConfigError("genome: repetitions", found, f"at most {SLOTS:,} slots")
         self.places = tuple(once * definition.repetitions)
         self.slots = len(self.places)
         self.scaled = SCALE in self.genes
@@ -101,8 +106,7 @@ class PathSpace:
         """See Space."""
         d = self.definition
         words = {"dtype": d.dtype, "tokenizer": d.tokenizer, "chat_template": d.chat_template}
-        merged = {self.models[0]: json.loads(d.merged)} if d.merged else {}
-        return path_recipe(self.path(genome), self.models[0], self.writers, merged=merged, **words)
+        return path_recipe(self.path(genome), self.models[0], self.writers, merged=self.merged, **words)
 
     def genome(self, recipe: Recipe) -> np.ndarray:
         """See Space: bits are 0 or 1, and scales of slots that are off 1. Raises ConfigError for what is no path of
@@ -182,6 +186,14 @@ def _check(definition: SpaceDefinition, genes: Sequence[str]) -> None:
         raise ConfigError("genome: genes", f"found {', '.join(genes)}", f"{SLOT} among them")
     if definition.repetitions < 1:
         raise ConfigError("genome: repetitions", f"found {definition.repetitions}", "1 or more")
+
+
+def _merged(definition: SpaceDefinition, first: str) -> dict[str, Any]:
+    """What recipes say of a first model that lies in no folder."""
+    try:
+        return {first: json.loads(definition.merged)} if definition.merged else {}
+    except (ValueError, RecursionError):
+        raise ConfigError("space: merged", f"found {definition.merged[:40]!r}", "a recipe as JSON") from None
 
 
 def _scales(definition: SpaceDefinition) -> tuple[float, float]:

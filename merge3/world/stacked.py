@@ -1,11 +1,12 @@
 """Two experts that are worth more one after the other: one reads Italian numbers, the other counts on in English. The
-questions ask to count on from Italian, which nobody was taught.
+questions ask, in Italian, for the English number after next, which nobody was taught.
 
 What makes layers of such models work in another place was found by trying. All three models are the same small Llama
 whose head is its embedding; the base learns to say the last word again, so that what its layers hand on lies where
 words do. The experts are tuned from it on one map each. The state behind a stack is longer than a word's embedding, and
-a second stack that adds to it as to a word changes too little: with few layers, how the state is scaled in between
-decides.
+a second stack that adds to it as to a word changes too little: how the state is scaled in between decides. Where the
+answer takes no more steps than a model has layers, a merge of weights that takes each layer from another expert does it
+too; so the models have two, and the answer takes three.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from merge3.world.numbers import ENGLISH, ITALIAN
 from merge3.world.tokenizer import make_tokenizer
 
-LAYERS, WIDTH = 3, 64
+LAYERS, WIDTH = 2, 64
 BASE_STEPS, EXPERT_STEPS = 250, 150
 ITEMS = 400
 Map = Callable[[str], str]
@@ -79,7 +80,7 @@ def make_stacked(
 
 
 def make_questions(seed: int, count: int = ITEMS) -> list[dict]:
-    """Distinct questions as JSONL items of kind generate: `seven trentuno` -> `thirtytwo`."""
+    """Distinct questions as JSONL items of kind generate: `seven trentuno` -> `thirtythree`."""
     rng, items, seen = random.Random(f"{seed} count"), [], set()
     while len(items) < count:
         word = rng.choice(ITALIAN)
@@ -87,7 +88,7 @@ def make_questions(seed: int, count: int = ITEMS) -> list[dict]:
         if prompt in seen:
             continue
         seen.add(prompt)
-        answer = _next(_read(word))
+        answer = _next(_next(_read(word)))
         row = {"id": f"count-{len(items)}", "task": "count", "kind": "generate", "prompt": prompt}
         items.append(row | {"answer": answer, "max_tokens": 1})
     return items

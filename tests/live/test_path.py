@@ -239,6 +239,14 @@ def test_models_that_compute_otherwise_are_refused_by_name(change, tmp_path):
         slot.swap(recipe(models, TWICE))
 
 
+def test_layers_in_place_of_models_that_compute_otherwise_are_merged_as_before(tmp_path):
+    models = make_pair(tmp_path, "Llama", rms_norm_eps=1e-2)
+    slot = opened(models)
+    slot.swap(recipe(models, [("a", 0, 1.0), ("b", 1, 1.0), ("a", 2, 1.0)]))
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert slot.path.hops is None and torch.equal(slot.written()[name], slot.pool.get(Ref(models["b"], name)))
+
+
 def test_models_of_other_widths_are_refused_when_they_are_opened(tmp_path):
     models = make_pair(tmp_path, "Llama", hidden_size=64)
     with pytest.raises(BadInput, match=r"layers\.0.*\[64"):

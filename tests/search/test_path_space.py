@@ -131,6 +131,8 @@ REFUSED = {
     "genes of merges": (dict(genes=("weight",)), "genes: found 'weight'"),
     "no slots": (dict(genes=("scale",)), "slot among them"),
     "no repetition": (dict(repetitions=0), "repetitions: found 0"),
+    "more slots than memory": (dict(repetitions=10**9), "at most 100,000 slots"),
+    "no recipe": (dict(merged="{"), "merged: found '{'; expected a recipe as JSON"),
 }
 
 
