@@ -61,18 +61,16 @@ def measured(seed: int, budget: int, hops: int) -> dict[str, dict]:
     merge = {"base_model": str(world / "base"), "models": experts, "merge_method": "task_arithmetic"}
     merge |= {"layer_granularity": 1, "bounds": {"weight": [-0.5, 2.0]}}
     path = {"models": experts, "space": "path", "repetitions": 2, "max_hops": hops}
-    halves = [{"space": "parameters"}, {"space": "path", "optimizer": {"name": "catcma", "sigma": 1 / 6}}]
+    stages = ["parameters", {"space": "path", "optimizer": {"name": "catcma"}}]
+    both = {"genome": merge | {"repetitions": 2, "max_hops": hops}, "stages": stages}
     searches = {
         "merge: cma over weights, layer by layer": ({"genome": merge}, "cma", budget),
         "path: catcma": ({"genome": path}, "catcma", budget),
         "path: cma over thresholded numbers": ({"genome": path}, "cma", budget),
         "path: random": ({"genome": path}, "random", budget),
         "path, scales fixed at 1: catcma": ({"genome": path | {"genes": ["slot"]}}, "catcma", budget),
-        "merge, then path: half each": (
-            {"genome": merge | {"repetitions": 2, "max_hops": hops}, "stages": halves},
-            "cma",
-            budget // 2,
-        ),
+        "merge, then path: half of the candidates each": (both, "cma", budget // 2),
+        "merge, then path: as many each as a search": (both, "cma", budget),
     }
     found: dict[str, dict] = {}
     for name, (settings, optimizer, candidates) in searches.items():
