@@ -50,7 +50,7 @@ def main() -> None:
     for seed, of_seed in zip(options.seeds, found):
         for name, one in of_seed.items():
             if one.get("path"):
-                text += f"\nseed {seed}, {name}: {one['path']}"
+                print(f"seed {seed}, {name}: {one['path']}")
     report("paths", text, vars(options) | {"found": found}, options.save)
 
 

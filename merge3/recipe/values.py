@@ -47,8 +47,8 @@ class Recipe:
 
     fit: how the weights of a learned method are found; surgery: adapters on top of the merge; router: how a prompt
     finds its task's variant. They are as they stand in the file; what they may hold is known to those who fit. tasks:
-    task -> the model it belongs to, of methods with a result per task. merged: model -> the recipe that makes it, of one
-    that lies in no folder, and the `seed` of its random keeps; for engines, no file says so.
+    task -> the model it belongs to, of methods with a result per task. merged: model -> the recipe that makes it, of
+    one that lies in no folder, and the `seed` of its random keeps; for engines, no file says so.
     """
 
     method: str

@@ -66,7 +66,7 @@ def test_what_is_wrong_with_a_merge_that_should_join_is_told_and_nothing_joins(d
         "itself": ({"it": linear | {"models": [{"model": "it", "parameters": {"weight": 1.0}}]}}, "is not in the pool"),
         "nothing": ({}, "model 'it' is not in the pool"),
     }
-    for name, (merged, message) in wrong.items():
+    for merged, message in wrong.values():
         other = RemoteEngine(daemon.address, models, dtype="bfloat16")  # a pool that nothing has joined
         with pytest.raises(BadInput, match=message):
             other.check(dataclasses.replace(good, merged=merged))
