@@ -18,6 +18,7 @@ from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import check_router, merge_task
 from merge3.fitness import estimates, judged
+from merge3.joined import joined
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
@@ -34,7 +35,7 @@ from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject, Var
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
-from merge3.space import Space, SpaceDefinition
+from merge3.space import PathSpace, Space, SpaceDefinition
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
@@ -61,7 +62,7 @@ class LocalEngine:
         """See Engine."""
         parameters = sum(int(np.prod(t.shape)) for t in self.pool.base_checkpoint.tensors.values())
         return PoolInfo(
-            tuple(self.pool.endpoints),
+            tuple(model for model in self.pool.endpoints if model not in self.pool.joined),
             self.pool.content_hashes(),
             parameters,
             dict(self.pool.kept),
@@ -82,8 +83,12 @@ class LocalEngine:
         key = definition.hash()
         if key not in self._spaces:
             space = Space(definition, self.pool.searched)
+            joined(self.pool, space.uniform_recipe())
             self._check_depths(space)
-            self._prefetch(space)
+            if isinstance(space, PathSpace):
+                self.slot.path.check(space.models)
+            else:
+                self._prefetch(space)
             self._spaces[key] = space
         return self._spaces[key]
 
@@ -95,6 +100,8 @@ class LocalEngine:
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
                 subject = Varied(subject)
+            if isinstance(subject, Recipe):
+                joined(self.pool, subject)
             error = self._rounds.refused(registration, subject)
             if error is not None:
                 none = np.full(len(registration.objectives), np.nan)
@@ -114,6 +121,8 @@ class LocalEngine:
         try:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
+            if recipe is not None:
+                joined(self.pool, recipe)
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
@@ -210,11 +219,13 @@ class LocalEngine:
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         check_router(recipe)
+        recipe = joined(self.pool, recipe)
         self.slot.compile(recipe)
         check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """See Engine."""
+        recipe = joined(self.pool, recipe)
         if task is not None:
             return merge_task(recipe, task, directory, self.pool, seed)
         check_router(recipe)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from merge3.errors import BadInput, ResourceError
+from merge3.errors import BadInput, ResourceError, Unavailable
 from merge3.kernels import CHUNK, MAX_EXPERTS
 
 DEVICE, HOST, FILE = "device", "host", "file"
@@ -102,6 +102,16 @@ def parse_size(text: int | str) -> int:
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise BadInput("memory_budget", f"found {text!r}", "bytes, or a size such as 20GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """The device as tensors name theirs. Raises Unavailable for a GPU where there is none."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("device", "no CUDA device can be used here", "cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def pinnable() -> int:

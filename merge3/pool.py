@@ -1,8 +1,7 @@
 """The pool: a base and its experts, aligned tensor by tensor, resident or streamed within a memory budget.
 
-On the CPU the memory-mapped files are the pool, so no expert is ever copied; on another device, or
-where an endpoint's dtype differs, each tensor is copied there once, or whenever it is used if the
-budget has no room for it.
+On the CPU the memory-mapped files are the pool, so no expert is ever copied; on another device, or where an endpoint's
+dtype differs, each tensor is copied there once, or whenever it is used if the budget has no room for it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from merge3.checkpoint.towers import Tower
 from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
 from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
-from merge3.errors import BadInput, CheckpointError, Unavailable
+from merge3.errors import BadInput, CheckpointError
 from merge3.lineage import differences
-from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory
+from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory, usable
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
@@ -44,6 +43,7 @@ class Pool:
     towers: endpoint -> its place in the base's language tower; tower: the prefixes that were given; notes: of both.
     vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
+    joined: endpoints that are merges of others -> the recipe.
 
         pool = Pool.open("base", ["math", "italian"])
         pool.get(Ref("math", "lm_head.weight"))
@@ -62,6 +62,7 @@ class Pool:
     towers: dict[str, Tower] = field(default_factory=dict)
     tower: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    joined: dict[str, str] = field(default_factory=dict)
     statistics: Statistics = field(init=False)
     derived: Derived = field(init=False)
     _ties: Ties = field(init=False, repr=False)
@@ -98,15 +99,10 @@ class Pool:
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
         tower: prefixes of a language model's names -> of the base's, where they cannot be found; see docs/towers.md.
         tokenizer: of every recipe to come (`recipe.tokenizer`): embeddings and heads get its rows, once.
-        Raises CheckpointError naming endpoint and tensor where shapes differ inside a layer, or where
-        an expert lacks a tensor of the base or has one more.
+        Raises CheckpointError naming endpoint and tensor where shapes differ in a layer, or an expert lacks a tensor.
         """
         budget = None if memory_budget is None else parse_size(memory_budget)
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise Unavailable("device", "no CUDA device can be used here", "cpu")
-        if device.type == "cuda" and device.index is None:  # as tensors name theirs
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = usable(device)
         endpoints, towers = open_endpoints((base, *experts), locate, tower)
         vocabulary = None
         if tokenizer is not None:
@@ -160,10 +156,7 @@ class Pool:
     def outputs(self) -> list[str]:
         """Outputs that a configuration could tie and that some endpoint has as tensors of their own: what a live model
         must hold apart to be any merge of these endpoints."""
-        names: set[str] = set()
-        for model in self.endpoints:
-            names.update(self._stored_names(model))
-        return self._ties.outputs(names)
+        return self._ties.outputs(set().union(*map(self._stored_names, self.endpoints)))
 
     def has(self, ref: Ref) -> bool:
         """Whether there is such a tensor, stored, tied or derived."""
@@ -247,6 +240,13 @@ class Pool:
             self._plan()
         return model
 
+    def add(self, name: str, what: str, checkpoint: Checkpoint) -> None:
+        """One more endpoint, or another one in the place of one that joined; see joined.py, which also says `what`."""
+        self.endpoints[name], self.joined[name] = checkpoint, what
+        self._ties = Ties(self.endpoints)
+        self.__dict__.pop("layouts", None)
+        self._plan()
+
     def read_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Read every byte once: content hashes, Gram matrices, and the check for NaN and infinity.
 
@@ -266,11 +266,10 @@ class Pool:
         self._hashes = {model: combine_hashes(h) for model, h in hashes.items()}
 
     def content_hashes(self) -> dict[str, str]:
-        """SHA-256 of each endpoint's tensors."""
-        for model, checkpoint in self.endpoints.items():
-            if model not in self._hashes:
-                hashes = {name: self._hash(Ref(model, name)) for name in checkpoint.tensors}
-                self._hashes[model] = combine_hashes(hashes)
+        """SHA-256 of each endpoint's tensors, but for those that joined."""
+        for model in [name for name in self.endpoints if name not in self._hashes and name not in self.joined]:
+            names = self.endpoints[model].tensors
+            self._hashes[model] = combine_hashes({name: self._hash(Ref(model, name)) for name in names})
         return dict(self._hashes)
 
     def _hash(self, ref: Ref) -> str:

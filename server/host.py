@@ -20,6 +20,7 @@ from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
 from merge3.export import merge_to_disk
 from merge3.export_task import check_router, check_task, merge_task
+from merge3.joined import joined
 from merge3.learn.fit import Fit
 from merge3.learn.fitting import State
 from merge3.packaging import chat_template
@@ -140,6 +141,7 @@ class Host:
                 emit((done, total))
 
         where = Path(directory), self._engine(spec).pool, seed
+        recipe = joined(where[1], recipe)
         if task:
             return merge_task(recipe, task, *where, progress=progress)
         check_router(recipe)
@@ -175,6 +177,7 @@ class Host:
         with self._stopping(stop):
             template = None
             if isinstance(what, Recipe):
+                what = joined(pool, what)
                 if task:
                     check_task(what, task)
                 slot.swap(what, seed, task=task or None)

@@ -154,7 +154,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             raise Busy("recipe", f"{len(request.recipe)} characters", f"at most {self.limits.recipe}")
         recipe = await asyncio.to_thread(convert.recipe_from, request.recipe)
         for model in recipe.models():
-            if str(model) not in models:
+            if str(model) not in models and str(model) not in recipe.merged:
                 raise RecipeError("recipe", f"model {str(model)!r} is not in the pool", ", ".join(models))
         return recipe
 

@@ -14,6 +14,7 @@ from merge3.client.charts import body, head
 from merge3.client.search_charts import search_charts
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
+from merge3.hops import read_hops
 from merge3.recipe import Recipe
 from merge3.search.journal import Candidate, Journal, read_result
 from merge3.search.watching import JournalReader
@@ -124,7 +125,14 @@ def bars(rows) -> str:
 
 
 def heat_maps(recipe: Recipe) -> list[tuple[str, str]]:
-    """(parameter, SVG) of the winner's coefficients: a row per model, a column per layer group and filter."""
+    """(parameter, SVG) of the winner's coefficients: a row per model, a column per layer group and filter. Of a path a
+    column per hop, with the scale of the state that enters it."""
+    if hops := read_hops(recipe):
+        columns = [f"{number}: layer {hop.layer}" for number, hop in enumerate(hops, 1)]
+        rows = {}
+        for model in dict.fromkeys(hop.model for hop in hops):
+            rows[Path(model).name] = [hop.scale if hop.model == model else None for hop in hops]
+        return [("scales along the path", heat_map(columns, rows))]
     table = coefficients(recipe)
     return [(name, heat_map(columns, rows)) for name, (columns, rows) in table.items()]
 

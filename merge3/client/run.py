@@ -69,6 +69,8 @@ def evolve(
                 f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr
             )
             return None
+        if export and outcome.below is not None and not Path(outcome.below.name).exists():
+            engine.export(outcome.below.recipe, Path(outcome.below.name), config.optimizer.seed)
         if export and not (directory / "model").exists():
             engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
     result = summary(config, questions, outcome)
@@ -195,7 +197,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dic
         "heldout_name": items_name(questions.heldout) if questions.heldout else "",
         "heldout_detail": outcome.heldout,
         "baselines_detail": outcome.baselines,
-        "method": config.genome.merge_method,
+        "method": ", then ".join([config.genome.merge_method, *(stage.space for stage in config.stages[1:])]),
         "models": list(config.models),
         "seed": config.optimizer.seed,
         "skipped": questions.skipped,  # task -> items that were too long

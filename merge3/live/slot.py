@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -12,22 +11,20 @@ import torch
 
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.checkpoint.naming import by_token
-from merge3.errors import CheckpointError, RecipeError
+from merge3.errors import CheckpointError, ConfigError, RecipeError
+from merge3.hops import Hop, hops_of, outside_of, writers_known
 from merge3.live.binding import bind
 from merge3.live.heads import Heads, Labelled
 from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
-from merge3.live.streaming import execute_streamed
-from merge3.methods import execute
+from merge3.live.path import Path
+from merge3.live.writing import Writer, in_place
+from merge3.memory import MemoryPlan
 from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
 from merge3.variants import Head, Kept, Variants
-
-# Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
-# block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
-BATCH = 24_000_000
 
 
 class Shown(NamedTuple):
@@ -65,9 +62,11 @@ class Slot:
         if pool.vocabulary is not None:  # the file's rows are others
             self._copy(pool.base, [name for name in self._weights if by_token(name)])
         self._heads = Heads(self.model, pool, self._weights)
-        self._prepared: OrderedDict = OrderedDict()
-        self._memory = pool.memory  # the plan under which the above was prepared
+        self._writer = Writer(pool)
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
+        self.path = Path(self.model, pool)
+        # Whose embedding and head a path has, while they are in place, and under which plan.
+        self._ends: tuple[tuple[str, str], MemoryPlan] | None = None
         held = {name: self._rounded.get(name, tensor.dtype) for name, tensor in self.written().items()}
         self._kept = Kept(pool, pool.derived_folder, held)
         self._shown: Shown | None = None  # whose the weights are, and which task's
@@ -77,7 +76,9 @@ class Slot:
 
         seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
-        Raises RecipeError if the recipe makes another number of layers than the base has, BadInput for another task.
+        A path is followed through layers as they lie in the pool: of its weights only those outside the stack are
+        written. Raises RecipeError if another recipe makes another number of layers than the base has, BadInput for
+        another task.
         """
         shown = self._shown
         if task is not None and shown is not None and shown.asked == (recipe, seed):
@@ -86,6 +87,10 @@ class Slot:
             self._heads.show_merged()
             return shown.kept
         program = self.compile(recipe, where)
+        if (hops := self._hops(recipe)) is not None:
+            self._outside(program, outside_of(recipe), seed)
+            self.path.follow(hops)
+            return program.kept
         if task is None:
             self.run(program, seed)
             return program.kept
@@ -146,7 +151,7 @@ class Slot:
             out, dtype = weights[name], variants.spec(stored)[0]
             if out.dtype != dtype:
                 rounded[name] = dtype
-            if not _in_place(out, name, rounded):
+            if not in_place(out, name, rounded):
                 step.whole = True
             outputs.append((name, step, out))
         self._settle()
@@ -168,9 +173,40 @@ class Slot:
             self._settle()
             self._heads.show_merged()
 
+    def _outside(self, program: Program, ends: tuple[str, str], seed: int) -> None:
+        """Write what a path has outside the stack, if it is not there."""
+        if self._ends is not None and self._ends[0] == ends and self._ends[1] is self.pool.memory:
+            return
+        self._shown, layout = None, self._layout
+        self._settle()
+        outside = {name: tensor for name, tensor in self.written().items() if layout.layer_of(name) is None}
+        self._run(program.outputs(outside, self.pool.statistics), seed)
+        self._share(program.ties)
+        self._ends = ends, self.pool.memory
+
+    def _hops(self, recipe: Recipe) -> tuple[Hop, ...] | None:
+        """The path that a recipe is, if it is one that can be followed; another one as deep as the base is a merge like
+        others. Raises ConfigError for one that is neither."""
+        hops = hops_of(recipe, writers_known(self._layout.layer_names))
+        if hops is None:
+            return None
+        try:
+            self.path.check(dict.fromkeys(hop.model for hop in hops))
+        except ConfigError:
+            if len(hops) != self._layout.layers:
+                raise
+            return None
+        return hops
+
+    def _leave(self) -> None:
+        """The model's own layers again, and nothing of a path."""
+        self.path.leave()
+        self._ends = None
+
     def written(self) -> dict[str, torch.Tensor]:
-        """What a swap writes: checkpoint name -> the live tensor. Of a head that recipes merge it is the merge's own,
-        which is shown afterwards."""
+        """What a swap writes: checkpoint name -> the live tensor, and the model's stack what they are. Of a head that
+        recipes merge it is the merge's own, which is shown afterwards."""
+        self._leave()
         # Buffers that the model computes itself are not among its weights; heads may be every endpoint's own.
         own = set(self.pool.heads.get(self.pool.base, ()))
         return {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
@@ -178,11 +214,14 @@ class Slot:
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
         """What `swap` would run. Raises RecipeError for what it would refuse."""
         program = compile(recipe, self.pool, where)
-        if program.layers != self._layout.layers:
+        followed = self._hops(recipe) is not None
+        if program.layers != self._layout.layers and not followed:
             expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
             raise RecipeError(where, f"{program.layers} layers", expected)
         aside = {*self.pool.fixed, *self.pool.heads.get(self.pool.base, ())}
         for name in self._weights:  # what no source has would stay the last swap's
+            if followed and self._layout.layer_of(name) is not None:
+                continue
             if name not in program.shapes and name not in program.ties and name not in aside:
                 raise RecipeError(where, f"tensor {name!r} is in none of its models", "a base_model that has it")
         return program
@@ -191,6 +230,7 @@ class Slot:
         """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
         self._shown = None
         self._settle()
+        self._leave()
         self.use_head(model)
         self._copy(model, self._weights)
 
@@ -223,29 +263,7 @@ class Slot:
         return self._heads.lent
 
     def _run(self, outputs: list[Output], seed: int, rounded: Mapping[str, torch.dtype] | None = None) -> None:
-        rounded = self._rounded if rounded is None else rounded
-        if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
-            self._prepared.clear()
-            self._memory = self.pool.memory
-        there, beside = [], []
-        for output in outputs:
-            (there if _in_place(output[2], output[0], rounded) else beside).append(output)
-        with torch.no_grad():
-            self._write(there, seed, self._prepared)
-            for batch in _batches(beside):
-                blocks = []
-                for name, step, out in batch:
-                    blocks.append((name, step, out.new_empty(out.shape, dtype=rounded.get(name, out.dtype))))
-                self._write(blocks, seed, None)
-                for (_, _, out), (_, _, block) in zip(batch, blocks):
-                    out.copy_(block)
-
-    def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
-        here, away = [], []
-        for output in outputs:
-            (here if self.pool.resident(output[1].refs) else away).append(output)
-        execute(here, self.pool.get, seed, prepared)
-        execute_streamed(away, self.pool, seed)
+        self._writer.run(outputs, seed, self._rounded if rounded is None else rounded)
 
     def _kept_wide(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
         """Weights that transformers keeps in float32 in a narrower model -> what they are exported in, and so rounded
@@ -281,21 +299,3 @@ class Slot:
     def _settle(self) -> None:
         if self._overlap:
             self._overlap.settle()
-
-
-def _in_place(out: torch.Tensor, name: str, rounded: Mapping[str, torch.dtype]) -> bool:
-    return out.is_contiguous() and name not in rounded
-
-
-def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
-    """In order, about BATCH elements at a time."""
-    batch: list[Output] = []
-    size = 0
-    for output in outputs:
-        batch.append(output)
-        size += output[2].numel()
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

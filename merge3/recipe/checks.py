@@ -17,7 +17,7 @@ from merge3.recipe.text import nearest
 
 TOP_KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "tokenizer", "tower", "fit", "surgery", "tasks", "router",
+    "chat_template", "tokenizer", "tower", "fit", "surgery", "tasks", "router", "merged",
 )  # fmt: skip
 # Keys at the top level that mean something, but not here.
 _ELSEWHERE = {
@@ -147,6 +147,17 @@ def section(data: Mapping, key: str, where: str) -> dict[str, Any]:
     if key not in data:
         return {}
     return mapping(data[key], f"{where}: {key}")
+
+
+def merged(data: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Model -> a recipe's content, and perhaps the seed of its random keeps. mergekit has no such key."""
+    found = {}
+    for name, content in mapping(data or {}, where).items():
+        found[name] = mapping(content, f"{where}: {name}")
+        seed = found[name].get("seed", 0)
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise RecipeError(f"{where}: {name}: seed", f"found {seed!r}", "a whole number, 0 or more")
+    return found
 
 
 def tasks(data: Any, where: str) -> dict[str, str]:

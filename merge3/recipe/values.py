@@ -47,7 +47,8 @@ class Recipe:
 
     fit: how the weights of a learned method are found; surgery: adapters on top of the merge; router: how a prompt
     finds its task's variant. They are as they stand in the file; what they may hold is known to those who fit. tasks:
-    task -> the model it belongs to, of methods with a result per task.
+    task -> the model it belongs to, of methods with a result per task. merged: model -> the recipe that makes it, of
+    one that lies in no folder, and the `seed` of its random keeps; for engines, no file says so.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Recipe:
     surgery: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
+    merged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -100,7 +102,7 @@ class Recipe:
             data |= self.tokenizer.to_dict()
         if self.chat_template is not None:
             data["chat_template"] = self.chat_template
-        for key in ("tower", "fit", "surgery", "tasks", "router"):
+        for key in ("tower", "fit", "surgery", "tasks", "router", "merged"):
             if getattr(self, key):
                 data[key] = plain(getattr(self, key))
         return data
@@ -174,6 +176,7 @@ class Recipe:
             surgery=checks.section(data, "surgery", where),
             tasks=checks.tasks(data.get("tasks"), f"{where}: tasks"),
             router=checks.section(data, "router", where),
+            merged=checks.merged(data.get("merged"), f"{where}: merged"),
         )
         tokenizer = read_tokenizer(data, where)
         if tokenizer is None:

@@ -15,7 +15,7 @@ from merge3.fitness import OBJECTIVES
 from merge3.registration import ACCURACY
 from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
-from merge3.space import SpaceDefinition
+from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
@@ -117,10 +117,24 @@ class Heldout(Section):
     fraction: float = Field(0.3, ge=0, lt=1)
 
 
+class Stage(Section):
+    """One of several searches in a run. optimizer: settings that are others than the run's."""
+
+    space: Literal[tuple(SPACES)]
+    optimizer: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return {"space": data} if isinstance(data, str) else data
+
+
 class EvolveConfig(Section):
-    """A whole run. Paths are resolved against the file's folder."""
+    """A whole run. Paths are resolved against the file's folder. stages: one search after another, each from the
+    winner of the one before; none: one search of `genome.space`."""
 
     genome: Genome
+    stages: tuple[Stage, ...] = ()
     tasks: tuple[Task, ...] = Field(min_length=1)
     extract: Extract = Extract()
     estimate: Estimate = Estimate()
@@ -154,6 +168,25 @@ class EvolveConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _stages(self):
+        if not self.stages:
+            of_path = ("repetitions", "pinned", "max_hops")
+            said = [key for key in of_path if getattr(self.genome, key) != Genome.model_fields[key].default]
+            if said and self.genome.space != PATH:
+                raise ValueError(f"genome.{said[0]}: of a path: expected `space: {PATH}`, or stages with one")
+            return self
+        found = [stage.space for stage in self.stages]
+        if found != [SpaceDefinition.kind, PATH]:
+            raise ValueError(f"stages: found {', '.join(found)}, expected {SpaceDefinition.kind}, then {PATH}")
+        if self.genome.space != SpaceDefinition.kind:
+            raise ValueError(f"genome.space: {self.genome.space} beside stages, which say the spaces: leave it out")
+        if self.genome.recipe_tokenizer() or self.genome.tower:
+            raise ValueError("stages: beside a tokenizer or tower of the genome's: expected models that share theirs")
+        for stage in self.stages:
+            Optimizer.model_validate(self.optimizer.model_dump() | stage.optimizer)
+        return self
+
+    @model_validator(mode="after")
     def _no_fewshot(self):
         for key in ("num_fewshot", "fewshot_as_multiturn"):
             if getattr(self, key) and any(task.items is not None for task in self.tasks):
@@ -162,6 +195,14 @@ class EvolveConfig(Section):
                     "set it at the tasks of lm-eval's, or leave it out"
                 )
         return self
+
+    def of_stage(self, number: int) -> EvolveConfig:
+        """With the optimizer of one stage; itself where there are no stages."""
+        if not self.stages:
+            return self
+        stage = self.stages[number]
+        optimizer = Optimizer.model_validate(self.optimizer.model_dump() | stage.optimizer)
+        return self.model_copy(update={"optimizer": optimizer})
 
     def of_task(self, task: Task, key: str) -> Any:
         """A setting of a task's, or the run's where the task has none. key: apply_chat_template and its like."""
@@ -184,9 +225,12 @@ class EvolveConfig(Section):
             data["genome"] |= tokenizer.renamed(lambda model: place.get(model, model)).to_dict()
         if self.genome.start is not None:
             data["genome"]["start"] = _content(Path(self.genome.start))
-        for key in ("tokenizer", "chat_template", "tower", "start"):  # as above
+        for key in ("tokenizer", "chat_template", "tower", "start", "pinned", "max_hops"):  # as above
             if not data["genome"][key]:
                 del data["genome"][key]
+        _forget_defaults(data["genome"], Genome, ("repetitions",))
+        if not self.stages:
+            del data["stages"]
         del data["task_path"], data["logging"]
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}

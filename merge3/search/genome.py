@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from merge3.errors import RecipeError
 from merge3.methods import METHODS, VARIANTS, gene_names
+from merge3.methods.averages import AS_IT_IS
 from merge3.recipe import Tokenizer, checks, nearest, read_tokenizer
-from merge3.space import PRESETS, SPACES, SpaceDefinition
+from merge3.space import PATH, PRESETS, SPACES, SpaceDefinition
 
 _OTHER_NAMES = {"method": "merge_method", "base": "base_model", "kind": "space"}  # of a definition's fields
 
@@ -24,7 +25,7 @@ class Section(BaseModel):
 class Genome(Section):
     """What to search over; names as in mergekit-evolve, then ours (from `space` on).
 
-    start: a recipe, where a search begins instead of at the uniform merge.
+    start: a recipe, where a search begins instead of at the uniform merge. repetitions, pinned, max_hops: of a path.
     """
 
     models: tuple[str, ...] = Field(min_length=1)
@@ -45,11 +46,17 @@ class Genome(Section):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tower: dict[str, str] = {}
     start: str | None = None
+    repetitions: int = Field(1, ge=1)
+    pinned: tuple[int, ...] = ()
+    max_hops: int | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _nulls(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        said = {k: v for k, v in data.items() if v is not None}
+        return {"merge_method": AS_IT_IS} | said if said.get("space") == PATH else said
 
     @model_validator(mode="after")
     def _check(self):

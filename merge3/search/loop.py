@@ -21,8 +21,9 @@ from merge3.search.context import Progress, Search
 from merge3.search.journal import Candidate, Journal
 
 
-def search_generations(asking: Asking) -> optimizers.Optimizer | None:
-    """Spend the budget; the optimizer as it was left. None if stopped.
+def search_generations(asking: Asking, first: int = 0) -> optimizers.Optimizer | None:
+    """Spend the budget; the optimizer as it was left. None if stopped. first: the number of its first generation in
+    the journal.
 
     Raises ConfigError for a generation of which no candidate can be evaluated.
     """
@@ -30,10 +31,10 @@ def search_generations(asking: Asking) -> optimizers.Optimizer | None:
     budget, full = search.config.optimizer.budget, search.config.optimizer.budget * len(search.questions.search)
     optimizer, registration, host = make_optimizer(search), asking.registration(), search.engine.info().host
     told = _Told(search, Progress(budget=budget, item_answers=asking.answers, full_answers=full))
-    generation = 0
+    generation = first
     while told.progress.done < budget:
         genomes = asked = _asked(optimizer, budget - told.progress.done)
-        if generation == 0 and search.start is not None:  # as it was given, whatever the optimizer makes of it
+        if generation == first and search.start is not None:  # as it was given, whatever the optimizer makes of it
             genomes = [search.start, *asked[1:]]
         answered = search.journal.generation(generation)
         _check_replay(search.journal, answered, genomes, generation)
@@ -68,7 +69,8 @@ def make_optimizer(search: Search) -> optimizers.Optimizer:
         start = np.random.default_rng(search.seed("start")).uniform(lowest, highest)
     assisted = search.questions.policy.subset if settings.surrogate == "auto" else settings.surrogate
     seed, given = search.seed("optimizer"), search.start is not None
-    return optimizers.make(settings.name, start, low, high, settings.sigma, settings.population, seed, assisted, given)
+    how = settings.sigma, settings.population, seed, assisted, given, getattr(search.space, "bits", None)
+    return optimizers.make(settings.name, start, low, high, *how)
 
 
 def _asked(optimizer: optimizers.Optimizer, left: int) -> list[np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from merge3 import __version__
 from merge3.engine import Engine
@@ -23,6 +24,7 @@ from merge3.search.optimizers import Optimizer
 from merge3.search.policy import Policy
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
+from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
 from merge3.search.start import check_start, near_start
 from merge3.space import Space
 
@@ -46,7 +48,8 @@ class Ledger:
 @dataclass(frozen=True)
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
-    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items."""
+    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
+    run in stages, the first one's winner."""
 
     best: Candidate
     recipe: Recipe
@@ -61,6 +64,7 @@ class Outcome:
     drifted: list[int]
     heldout: Measured
     baselines: dict[str, Measured]
+    below: Winner | None = None
 
 
 def run(
@@ -79,7 +83,8 @@ def run(
     """
     space = Space(config.genome.definition(), engine.info().layout)
     # A start that no genome is near to is refused before anything is read for the search.
-    search, start = near_start(Search(config, questions, engine, space, journal, report, stop))
+    search, start = near_start(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
+    check_stages(config, engine)
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
     engine.check(space.uniform_recipe())
@@ -92,39 +97,63 @@ def run(
     asking = prepare(search)
     if asking is None:
         return None
-    optimizer = search_generations(asking)
-    if optimizer is None:
+    found, below, answers = _searched(asking), None, 0
+    if found is not None and config.stages:
+        below, answers = winner_of(journal, found.recipe), found.answers
+        write_atomically(journal.directory / f"{FOLDER}.yaml", best_yaml(found.recipe, config))
+        baselines = [*baselines, (FOLDER, below.recipe)]
+        first, asking = generations(asking.search), second(asking, config, below)
+        found = _searched(asking, first)
+    if found is None:
         return None
-    candidates = journal.candidates()
-    ranked = rank(candidates, optimizer)
-    best = ranked[0].candidate
-    _stage(search, "race", len(candidates), best)
-    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
-    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
-    if stop():
-        return None
-    if settled is not None:
-        best = settled[0]
-    recipe = space.recipe(best.genome)
-    write_atomically(journal.directory / "best.yaml", best_yaml(recipe, config))
-    _stage(search, "held-out", len(candidates), best)
-    measured = questions.heldout or questions.search
+    written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
+    candidates, measured = journal.candidates(), questions.heldout or questions.search
+    _stage(asking.search, "held-out", len(candidates), found.best)
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
-        best,
-        recipe,
+        found.best,
+        found.recipe,
         len(candidates),
         sum(c.error is not None for c in candidates),
         seconds,
         sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
         questions.policy,
-        _ledger(asking, answers),
-        settled[1] if settled else None,
+        _ledger(asking, answers + found.answers, len(candidates)),
+        found.race,
         asking.checks,
         asking.drifted,
-        measure(search, recipe, measured),
-        measure_all(search, baselines, measured),
+        measure(asking.search, found.recipe, measured),
+        measure_all(asking.search, baselines, measured),
+        below,
     )
+
+
+class _Found(NamedTuple):
+    """What one search came to. answers: it took, calibration and race aside."""
+
+    best: Candidate
+    recipe: Recipe
+    race: Race | None
+    answers: int
+
+
+def _searched(asking: Asking, first: int = 0) -> _Found | None:
+    """Search, then let the best race. None if stopped. first: see search_generations."""
+    search, journal = asking.search, asking.search.journal
+    optimizer = search_generations(asking, first)
+    if optimizer is None:
+        return None
+    candidates = [c for c in journal.candidates() if c.generation >= first][: search.config.optimizer.budget]
+    ranked = rank(candidates, optimizer)
+    best = ranked[0].candidate
+    _stage(search, "race", len(candidates), best)
+    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
+    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
+    if search.stop():
+        return None
+    best, race = settled if settled is not None else (best, None)
+    return _Found(best, search.space.recipe(best.genome), race, answers)
 
 
 def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
@@ -137,14 +166,16 @@ def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
     return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
 
 
-def best_yaml(recipe: Recipe, config: EvolveConfig) -> str:
-    """The winner as a mergekit recipe."""
+def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None) -> str:
+    """The winner as a mergekit recipe. below: a first stage's, which is one of its models."""
     seed = config.optimizer.seed
     head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
     if METHODS[recipe.method].stochastic:
         head += f"# random keeps: the searched model is `merge3-client merge best.yaml OUT --seed {seed}`\n"
     if recipe.tower:
         head += "# `tower` says where a language model lies in the base: merge3 reads it, mergekit does not\n"
+    if below is not None:
+        head += f"# {below.name} is the merge of {FOLDER}.yaml\n"
     return head + recipe.to_yaml()
 
 
@@ -155,7 +186,7 @@ def _stage(search: Search, stage: str, done: int = 0, best: Candidate | None = N
     search.report(progress)
 
 
-def _ledger(asking: Asking, answers: int) -> Ledger:
+def _ledger(asking: Asking, answers: int, candidates: int) -> Ledger:
     search, journal = asking.search, asking.search.journal
-    full = search.config.optimizer.budget * len(search.questions.search)
+    full = candidates * len(search.questions.search)
     return Ledger(asking.answers, answers, journal.answers("check"), journal.answers("race"), full)

@@ -12,13 +12,15 @@ from merge3.errors import ConfigError
 from merge3.recipe import Recipe
 from merge3.space.definition import SpaceDefinition
 from merge3.space.parameters import ParameterSpace
+from merge3.space.path import PathSpace
 from merge3.space.presets import PRESETS
 
 
 class Space(Protocol):
     """A definition met with a model's layout: genomes are float64 [size], and every one is a recipe.
 
-    `Space(definition, layout)` is one of the definition's kind. genes: the parameters of the method that it varies.
+    `Space(definition, layout)` is one of the definition's kind. genes: the parameters of the method that it varies. A
+    space may say which of its numbers are bits as well: `bits`, bool [size], on above one half.
 
         space = Space(SpaceDefinition(("./math", "./code"), "ties", "./base"), pool.layouts["./base"])
         space.recipe(space.initial())
@@ -55,6 +57,7 @@ class Space(Protocol):
         """The recipe of `initial`."""
 
 
-SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace}
+PATH = "path"
+SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace, PATH: PathSpace}
 
-__all__ = ["PRESETS", "SPACES", "Space", "SpaceDefinition"]
+__all__ = ["PATH", "PRESETS", "SPACES", "PathSpace", "Space", "SpaceDefinition"]

@@ -13,6 +13,8 @@ from merge3.recipe import Tokenizer, TokenRow
 class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
     kind: a row of SPACES. tokenizer_source, tokens, pad_to_multiple_of: of the recipes' tokenizer, see there.
+    repetitions, pinned, max_hops: of a path, see path.py; merged: JSON of the recipe that makes the first of `models`,
+    which lies in no folder, as in Recipe.merged.
 
         definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
     """
@@ -35,6 +37,10 @@ class SpaceDefinition:
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
     tower: dict[str, str] = field(default_factory=dict)
+    repetitions: int = 1
+    pinned: tuple[int, ...] = ()
+    max_hops: int | None = None
+    merged: str = ""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -48,7 +54,10 @@ class SpaceDefinition:
         data = asdict(self)
         if self.kind == SpaceDefinition.kind:  # so that runs begun before there were kinds can be continued
             del data["kind"]
-        for key in ("tokens", "pad_to_multiple_of", "chat_template", "tower"):  # nor any of these
+        if self.repetitions == SpaceDefinition.repetitions:
+            del data["repetitions"]
+        later = ("tokens", "pad_to_multiple_of", "chat_template", "tower", "pinned", "max_hops", "merged")
+        for key in later:  # nor any of these
             if not data[key]:
                 del data[key]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -136,6 +136,7 @@ def merged(family, bf16_family, tmp_path_factory):
     for method in ("ties", "linear"):  # what a search writes as best.yaml
         recipes[f"searched_{method}"] = searched(family, method)
     recipes["fitted"] = fitted(family)
+    recipes["path"] = path(family)
     for name, data in recipes.items():
         (root / "in" / f"{name}.yaml").write_text(yaml.safe_dump(data))
     runner = Path(__file__).with_name("run_mergekit.py")
@@ -178,6 +179,34 @@ def fitted(root):
     names = load_file(root / "base" / "model.safetensors")
     made = merged_with(recipe, {model: [(name, rng.uniform(-0.5, 1.0)) for name in names] for model in models})
     return yaml.safe_load(made.to_yaml())
+
+
+def path(root):
+    """A random genome of a space of paths: layers that come twice, neither the first nor the last the first model's."""
+    import numpy as np
+
+    from merge3.pool import Pool
+    from merge3.space import Space, SpaceDefinition
+
+    models = tuple(str(root / name) for name in ("e0", "e1", "e2"))
+    definition = SpaceDefinition(models, "passthrough", kind="path", repetitions=2, dtype="float32")
+    space = Space(definition, Pool.open(models[0], []).layouts[models[0]])
+    genome = np.random.default_rng(0).uniform(*space.bounds())
+    genome[[0, 1, 2, 3, -1 - space.hops]] = 0.0
+    genome[5] = 1.0
+    assert space.path(genome)[0].model == models[1]
+    return yaml.safe_load(space.recipe(genome).to_yaml())
+
+
+def test_a_path_means_the_same_to_mergekit_to_the_last_bit(merged):
+    """Slices of no layers say whose embedding and head it has."""
+    import json
+
+    ours, theirs = pair(merged, "path")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    config = json.loads((merged[0] / "theirs" / "path" / "config.json").read_text())
+    layers = {int(name.split(".")[2]) for name in theirs if name.startswith("model.layers.")}
+    assert config["num_hidden_layers"] == len(layers) > 8
 
 
 def test_a_fitted_recipe_means_the_same_to_mergekit(merged):

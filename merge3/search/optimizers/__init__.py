@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from merge3.search.optimizers.catcma import CatCMA
 from merge3.search.optimizers.cma import CMA, AssistedCMA
 from merge3.search.optimizers.random import RandomSearch
 
@@ -36,7 +37,8 @@ class Optimizer(Protocol):
 class Start:
     """What every optimizer is made from. initial, low, high: float64 [d]; sigma: the first step, a share of each gene's
     range; population: of a generation; assisted: whether estimates are noisy enough for a surrogate to pay; given:
-    whether somebody chose `initial`, which is then the first candidate, close to a bound too."""
+    whether somebody chose `initial`, which is then the first candidate, close to a bound too. bits: which genes are on
+    above one half and else off, bool [d]; None: none."""
 
     initial: np.ndarray
     low: np.ndarray
@@ -46,6 +48,7 @@ class Start:
     seed: int
     assisted: bool = False
     given: bool = False
+    bits: np.ndarray | None = None
 
 
 def _cma(start: Start) -> Optimizer:
@@ -57,7 +60,9 @@ def _random(start: Start) -> Optimizer:
     return RandomSearch(start.initial, start.low, start.high, start.sigma, start.population, start.seed)
 
 
-OPTIMIZERS: dict[str, Callable[[Start], Optimizer]] = {"cma": _cma, "random": _random}
+OPTIMIZERS: dict[str, Callable[[Start], Optimizer]] = {"cma": _cma, "random": _random, "catcma": CatCMA}
+# Packages whose version is part of what a run is.
+PACKAGES = {"catcma": ("cmaes",)}
 
 
 def make(
@@ -70,8 +75,9 @@ def make(
     seed: int,
     assisted: bool = False,
     given: bool = False,
+    bits: np.ndarray | None = None,
 ) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))
-    return OPTIMIZERS[name](Start(initial, low, high, sigma, count, seed, assisted, given))
+    return OPTIMIZERS[name](Start(initial, low, high, sigma, count, seed, assisted, given, bits))

@@ -1,0 +1,70 @@
+"""Steps run into the weights of a live model: in place where kernels can, else beside them, batch by batch."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from merge3.live.streaming import execute_streamed
+from merge3.methods import execute
+from merge3.methods.execute import Output
+from merge3.pool import Pool
+
+# Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
+# block of memory, as the kernels want theirs, and weights of another dtype than the merge's.
+BATCH = 24_000_000
+
+
+class Writer:
+    """Remembers what was prepared for the pool's tensors, as long as they lie where they are."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+        self._prepared: OrderedDict = OrderedDict()
+        self._memory = pool.memory  # the plan under which the above was prepared
+
+    def run(self, outputs: list[Output], seed: int, rounded: Mapping[str, torch.dtype]) -> None:
+        """rounded: weights that are wider than what they are exported in -> that dtype."""
+        if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
+            self._prepared.clear()
+            self._memory = self.pool.memory
+        there, beside = [], []
+        for output in outputs:
+            (there if in_place(output[2], output[0], rounded) else beside).append(output)
+        with torch.no_grad():
+            self._write(there, seed, self._prepared)
+            for batch in _batches(beside):
+                blocks = []
+                for name, step, out in batch:
+                    blocks.append((name, step, out.new_empty(out.shape, dtype=rounded.get(name, out.dtype))))
+                self._write(blocks, seed, None)
+                for (_, _, out), (_, _, block) in zip(batch, blocks):
+                    out.copy_(block)
+
+    def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
+        here, away = [], []
+        for output in outputs:
+            (here if self.pool.resident(output[1].refs) else away).append(output)
+        execute(here, self.pool.get, seed, prepared)
+        execute_streamed(away, self.pool, seed)
+
+
+def in_place(out: torch.Tensor, name: str, rounded: Mapping[str, torch.dtype]) -> bool:
+    """Whether a merge can be written there as it comes."""
+    return out.is_contiguous() and name not in rounded
+
+
+def _batches(outputs: list[Output]) -> Iterator[list[Output]]:
+    """In order, about BATCH elements at a time."""
+    batch: list[Output] = []
+    size = 0
+    for output in outputs:
+        batch.append(output)
+        size += output[2].numel()
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
