@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from merge3 import __version__
 from merge3.engine import Engine
@@ -15,11 +16,13 @@ from merge3.recipe import Recipe
 from merge3.search.asking import Asking, SpotCheck, prepare
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
+from merge3.search.front import Front, believed, check_pick, measure_front
+from merge3.search.front_race import settle_front
 from merge3.search.identity import identity
 from merge3.search.journal import Candidate, Journal
 from merge3.search.loop import search_generations
-from merge3.search.measure import Measured, measure, measure_all, possible_baselines
-from merge3.search.optimizers import Optimizer
+from merge3.search.measure import Baseline, Measured, measure, measure_all, possible_baselines
+from merge3.search.optimizers import Optimizer, check_installed
 from merge3.search.policy import Policy
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
@@ -46,7 +49,8 @@ class Ledger:
 @dataclass(frozen=True)
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
-    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items."""
+    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. front: of
+    several objectives, of which `best` is the member picked."""
 
     best: Candidate
     recipe: Recipe
@@ -61,6 +65,7 @@ class Outcome:
     drifted: list[int]
     heldout: Measured
     baselines: dict[str, Measured]
+    front: Front | None = None
 
 
 def run(
@@ -71,15 +76,19 @@ def run(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    pick: str | None = None,
 ) -> Outcome | None:
-    """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all).
+    """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all). pick: see
+    Front.pick.
 
     Raises ResumeMismatch if the directory holds another run, or this one without `resume`, and BadInput for whatever
     merging, asking or exporting would refuse at the end, before the first candidate.
     """
+    check_installed(config.optimizer.name)
     space = Space(config.genome.definition(), engine.info().layout)
     # A start that no genome is near to is refused before anything is read for the search.
     search, start = near_start(Search(config, questions, engine, space, journal, report, stop))
+    check_pick(pick, search.objectives, search.fronts)
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
     engine.check(space.uniform_recipe())
@@ -96,35 +105,85 @@ def run(
     if optimizer is None:
         return None
     candidates = journal.candidates()
-    ranked = rank(candidates, optimizer)
-    best = ranked[0].candidate
-    _stage(search, "race", len(candidates), best)
     answers = sum(len(c.responses) for c in candidates if c.responses is not None)
-    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
-    if stop():
+    ended = (_front if search.fronts else _winner)(asking, optimizer, candidates, answers, baselines, pick)
+    if ended is None:
         return None
-    if settled is not None:
-        best = settled[0]
-    recipe = space.recipe(best.genome)
-    write_atomically(journal.directory / "best.yaml", best_yaml(recipe, config))
-    _stage(search, "held-out", len(candidates), best)
-    measured = questions.heldout or questions.search
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
-        best,
-        recipe,
+        ended.best,
+        ended.recipe,
         len(candidates),
         sum(c.error is not None for c in candidates),
         seconds,
         sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
         questions.policy,
         _ledger(asking, answers),
-        settled[1] if settled else None,
+        ended.race,
         asking.checks,
         asking.drifted,
-        measure(search, recipe, measured),
-        measure_all(search, baselines, measured),
+        ended.heldout,
+        ended.baselines,
+        ended.front,
     )
+
+
+class _Ended(NamedTuple):
+    """What is left of the candidates, as an Outcome has it."""
+
+    best: Candidate
+    recipe: Recipe
+    race: Race | None
+    heldout: Measured
+    baselines: dict[str, Measured]
+    front: Front | None = None
+
+
+def _winner(
+    asking: Asking,
+    optimizer: Optimizer,
+    candidates: list[Candidate],
+    answers: int,
+    baselines: Sequence[Baseline],
+    pick: str | None,
+) -> _Ended | None:
+    search = asking.search
+    ranked = rank(candidates, optimizer)
+    best = ranked[0].candidate
+    _stage(search, "race", len(candidates), best)
+    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
+    if search.stop():
+        return None
+    if settled is not None:
+        best = settled[0]
+    recipe = search.space.recipe(best.genome)
+    write_atomically(search.journal.directory / "best.yaml", best_yaml(recipe, search.config))
+    _stage(search, "held-out", len(candidates), best)
+    items = search.questions.heldout or search.questions.search
+    measured = measure(search, recipe, items), measure_all(search, baselines, items)
+    return _Ended(best, recipe, settled[1] if settled else None, *measured)
+
+
+def _front(
+    asking: Asking,
+    optimizer: Optimizer,
+    candidates: list[Candidate],
+    answers: int,
+    baselines: Sequence[Baseline],
+    pick: str | None,
+) -> _Ended | None:
+    search = asking.search
+    _stage(search, "race", len(candidates))
+    members, race = settle_front(asking, believed(search, candidates, optimizer), answers)
+    if search.stop():
+        return None
+    _stage(search, "held-out", len(candidates))
+    items = search.questions.heldout or search.questions.search
+    found = measure_all(search, baselines, items)
+    front = measure_front(search, members, race, found, items)
+    picked = front.members[front.pick(pick)]
+    write_atomically(search.journal.directory / "best.yaml", best_yaml(picked.recipe, search.config))
+    return _Ended(picked.candidate, picked.recipe, None, picked.heldout, found, front)
 
 
 def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:

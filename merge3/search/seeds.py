@@ -17,6 +17,7 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "start": lambda seed: seed,  # the genome that a search with random_init begins at
     "optimizer": lambda seed: seed,
     "race": lambda seed: seed,  # in which order contenders are asked items
+    "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
     # calibration
     "calibration merges": lambda seed: seed + 1,
     "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers

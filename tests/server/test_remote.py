@@ -295,5 +295,7 @@ def test_objectives_and_failures_cross_as_they_are(daemon, tiny_world):
     own = found[0][0].responses[[item.task == "translation" for item in items]]
     assert found[0][0].value == own.mean()
     for engine in engines:
-        with pytest.raises(BadInput, match="objectives: found 'cost'; expected accuracy, english, translation"):
-            engine.prepare(Registration(items, objectives=("cost",)))
+        with pytest.raises(
+            BadInput, match="objectives: found 'speed'; expected accuracy, length, cost, english, translation"
+        ):
+            engine.prepare(Registration(items, objectives=("speed",)))
