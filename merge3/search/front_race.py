@@ -23,6 +23,7 @@ from merge3.tasks import Item, LogitsError
 from merge3.tasks.kinds import KINDS
 
 SURE = 2.0  # standard errors of a difference that settle it
+TIED = 30  # items that two members answered exactly alike, in an objective, count as no difference in it
 _LEAST = 1e-3  # a standard error below this counts as this: answers that are all alike are no surer than others
 
 
@@ -102,7 +103,9 @@ def still_running(
         if ((believed < 0) & (found < 0)).any():
             return False
         errors = _estimates(search, answered[other] - answered[c], items)[1]  # what both share does not count
-        return settled(*together((believed, np.hypot(top[other].stderrs, top[c].stderrs)), (found, errors)))
+        gap, error = together((believed, np.hypot(top[other].stderrs, top[c].stderrs)), (found, errors))
+        tied = (found == 0) & (errors == 0) & (len(items) >= TIED)
+        return settled(np.where(tied, 0.0, gap), np.where(tied, 0.0, error))
 
     return [c for c in running if not any(beaten(c, other) for other in running if other != c)]
 
@@ -121,7 +124,7 @@ def dominated(search: Search, answered: Sequence[np.ndarray], items: Sequence[It
 def settled(gap: np.ndarray, stderrs: np.ndarray) -> bool:
     """Whether a gap [objectives] says beyond doubt: as good in all, better in one."""
     sure = gap - SURE * stderrs
-    return bool((sure >= -SURE * _LEAST).all() and (sure > 0).any())
+    return bool((sure >= 0).all() and (sure > 0).any())
 
 
 def together(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,8 @@ from merge3.search.pareto import best_first
 
 POOL = 100  # genomes of an assisted population, of which few are asked
 ROUNDS = 15  # generations of it on the surrogates' values between two that are asked
+HOPE = 1.0
+CARE = 0.0
 
 
 def _algorithm(name: str, start, sampling: np.ndarray, seed: int):
@@ -95,11 +97,12 @@ class AssistedNSGA:
         algorithm = _algorithm(self._name, self._start, self._pool, self._start.seed + self._generation)
         for _ in range(ROUNDS):
             asked = algorithm.ask()
-            asked.set("F", -self._surrogates.predict(asked.get("X"))[0])
+            values, errors = self._surrogates.predict(asked.get("X"))
+            asked.set("F", CARE * errors - values)
             algorithm.tell(infills=asked)
         self._pool = np.array(algorithm.pop.get("X"), dtype=np.float64)
         values, errors = self._surrogates.predict(self._pool)
-        hopeful = best_first(values + errors)
+        hopeful = best_first(values + HOPE * errors)
         self._next = [self._pool[i] for i in hopeful[: self.population]]
 
     def favorite(self) -> None:
