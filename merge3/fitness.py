@@ -15,7 +15,7 @@ from merge3.irt.estimation import estimate as estimate_task
 from merge3.registration import ACCURACY, Registration
 from merge3.space import SPACES
 from merge3.tasks import Item
-from merge3.tasks.kinds import KINDS
+from merge3.tasks.kinds import writes
 from merge3.tasks.score import Answers
 
 
@@ -124,9 +124,9 @@ def cost(asked: Registration, answered: Answered) -> Estimate:
 # what an objective needs -> (registration -> whether it is there, what a refusal says, what it expects)
 NEEDS: dict[str, tuple[Callable[[Registration], bool], str, str]] = {
     "texts": (
-        lambda asked: any(KINDS[item.kind].asks == "generate" for item in asked.items),
+        lambda asked: any(map(writes, asked.items)),
         "objectives: {} without an item that asks for a text",
-        "items of kind generate",
+        "items that are answered with a text",
     ),
     "paths": (
         lambda asked: asked.space is None or hasattr(SPACES[asked.space.kind], "cost"),

@@ -2,7 +2,8 @@
 
 As in race.py the same further items are asked of all, twice as many in every round. Differences are paired, and the
 search's own beliefs are counted in. A member leaves only when it is settled that another one is at least as good in
-every objective and better in one: two standard errors of every difference beyond doubt. Who is not settled stays.
+every objective and better in one: two standard errors of every difference beyond doubt. Who is not settled stays. Those
+who race from behind the front join it if at the end nobody is believed to dominate them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from merge3.search.context import Search
 from merge3.search.journal import Candidate
 from merge3.search.pareto import best_first, ranks, spread_out
 from merge3.search.race import in_rounds
-from merge3.tasks import Item, LogitsError
-from merge3.tasks.kinds import KINDS
+from merge3.tasks import Item, LogitsError, by_task
+from merge3.tasks.kinds import writes
 
+ROUNDS = 3  # of the first round's items, that the budget lets every contender answer
 SURE = 2.0  # standard errors of a difference that settle it
 TIED = 30  # items that two members answered exactly alike, in an objective, count as no difference in it
 _LEAST = 1e-3  # a standard error below this counts as this: answers that are all alike are no surer than others
@@ -37,7 +39,7 @@ class Believed(NamedTuple):
 
 @dataclass(frozen=True)
 class FrontRace:
-    """answers: spent. rounds: members left after each, the first entry before any. items: that all who are left
+    """answers: spent. rounds: contenders left after each, the first entry before any. items: that all who are left
     answered."""
 
     answers: int
@@ -52,8 +54,12 @@ def settle_front(asking: Asking, known: Sequence[Believed], answers: int) -> tup
     """
     search, settings = asking.search, asking.search.config.race
     unseen, most = asking.unseen(), max(settings.candidates, 1) * len(search.objectives)
-    racing = bool(unseen) and settings.candidates > 1
-    top = [known[i] for i in contenders(np.array([one.values for one in known]), most, only_front=not racing)]
+    racing, budget = bool(unseen) and settings.candidates > 1, int(settings.share * answers)
+    if racing:  # fewer who answer more, where the budget is small
+        least = ROUNDS * search.config.extract.size * len(by_task(search.questions.search))
+        most = min(most, max(budget // least, 2 * len(search.objectives)))
+    values = np.array([one.values for one in known])
+    top, front = [known[i] for i in contenders(values, most, only_front=not racing)], ranks(values) == 0
     if not racing or len(top) < 2:
         return top, None
     items = [search.questions.search[i] for i in unseen]
@@ -67,7 +73,6 @@ def settle_front(asking: Asking, known: Sequence[Believed], answers: int) -> tup
     def left(running: list[int], answered: dict[int, np.ndarray], own: list[Item]) -> list[int]:
         return still_running(search, top, running, answered, own)
 
-    budget = int(settings.share * answers)
     found = in_rounds(len(top), items, ask, search.config.extract.size, budget, left, search.seed("race"), search.stop)
     members = []
     for at in found.running:
@@ -76,6 +81,9 @@ def settle_front(asking: Asking, known: Sequence[Believed], answers: int) -> tup
             means = _estimates(search, found.answers[at], found.items)
             values, stderrs = together((values, stderrs), means)
         members.append(Believed(candidate, values, stderrs))
+    ahead = {id(one.candidate) for one, first in zip(known, front) if first}
+    ahead |= {id(members[i].candidate) for i in np.flatnonzero(ranks(np.array([one.values for one in members])) == 0)}
+    members = [one for one in members if id(one.candidate) in ahead]
     return members, FrontRace(found.spent, (len(top), *found.rounds), len(found.items))
 
 
@@ -152,5 +160,5 @@ def unanswered(search: Search, items: Sequence[Item]) -> np.ndarray:
     responses = np.zeros(len(items))
     if not lengths_needed(search.asks(items)):
         return responses
-    longest = [item.max_tokens if KINDS[item.kind].asks == "generate" else np.nan for item in items]
+    longest = [item.max_tokens if writes(item) else np.nan for item in items]
     return np.stack([responses, longest])

@@ -14,7 +14,7 @@ from merge3.errors import ItemsError
 from merge3.tasks.documents import Raw
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
-from merge3.tasks.kinds import KINDS, Kind, in_files
+from merge3.tasks.kinds import KINDS, Kind, in_files, writes
 from merge3.tasks.lm import BATCH_TOKENS, HEADS, LM, has_head, who_answers
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
 from merge3.tasks.requests import Question, taken
@@ -96,7 +96,7 @@ class Scorer:
                 own.setdefault(owner, []).append(result)
             for owner, found in own.items():
                 index, item = asked.indices[owner], asked.items[owner]
-                if asked.kind.asks == "generate":
+                if writes(item):
                     lengths[index] = np.mean([len(written.tokens) for written in found])
                 if asked.kind.raw is None:
                     responses[index] = asked.kind.response(item, found[0])

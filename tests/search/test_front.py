@@ -32,7 +32,7 @@ from merge3.search.questions import Questions, load_questions
 from merge3.tasks import Item
 
 SEVERAL = {
-    "objectives": ["english", "length"],
+    "objectives": ["english", "translation", "length"],
     "extract": {"method": "random", "size": 8},
     "estimate": {"method": "mean"},
     "race": {"candidates": 4, "share": 1.0},
@@ -205,13 +205,13 @@ def test_a_run_leaves_its_front(several):
     config, directory, result = several
     front, count = result["front"], len(result["front"]["members"])
     assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert front["objectives"] == {"english": "higher", "length": "lower"} and count > 1
+    assert front["objectives"] == {"english": "higher", "translation": "higher", "length": "lower"} and count > 1
     with open(directory / "front.csv") as file:
         table = list(csv.DictReader(file))
     assert [row["recipe"] for row in table] == [f"front/{n:02}.yaml" for n in range(1, count + 1)]
     assert {p.name for p in (directory / "front").iterdir()} == {f"{n:02}.yaml" for n in range(1, count + 1)}
     for row, member in zip(table, front["members"]):
-        for name in ("english", "length"):
+        for name in front["objectives"]:
             assert float(row[name]) == pytest.approx(member["values"][name][0], rel=1e-5)
             assert float(row[f"{name}_heldout"]) == pytest.approx(member["heldout"][name][0], rel=1e-5)
             assert float(row[f"{name}_heldout_se"]) >= 0 and float(row[f"{name}_se"]) > 0
@@ -220,13 +220,13 @@ def test_a_run_leaves_its_front(several):
     assert first == sorted(first, reverse=True) and front["picked"] == 1 and "first objective" in front["picked_by"]
     assert (directory / "best.yaml").read_bytes() == (directory / "front" / "01.yaml").read_bytes()
     volume = front["hypervolume"]
-    assert 0 <= volume["low"] <= volume["high"] and set(volume["reference"]) == {"english", "length"}
+    assert 0 <= volume["low"] <= volume["high"] and set(volume["reference"]) == set(front["objectives"])
     assert volume["reference"]["length"] == max(
         b["objectives"]["length"][0] for b in result["baselines_detail"].values()
     )
     assert result["ledger"]["race"] == front["race"]["answers"] and result["ledger"]["search"] == 24 * 16
     page = (directory / "report.html").read_text()
-    assert "The front" in page and page.count('<circle class="estimated"') == count
+    assert "The front" in page and page.count('<circle class="estimated"') == 3 * count
     assert all(f"front/{n:02}.yaml" in page for n in range(1, count + 1))
 
 
@@ -234,8 +234,8 @@ def test_candidates_are_journalled_with_every_objective(several):
     config, directory, result = several
     with closing(Journal(directory)) as journal:
         found = journal.candidates()
-    assert all(c.objectives == ("english", "length") and c.values.shape == (2,) for c in found)
-    assert all(0 <= c.values[0] <= 1 < c.values[1] for c in found)
+    assert all(c.objectives == ("english", "translation", "length") and c.values.shape == (3,) for c in found)
+    assert all(0 <= c.values[0] <= 1 < c.values[2] for c in found)
 
 
 def test_one_more_call_picks_another_member(several, tmp_path):
@@ -325,8 +325,8 @@ def test_every_objective_is_checked_in_the_search(solving_world, tmp_path):
     )
     result = run.evolve(load_config(config), folder / "run", quiet=True, export=False)
     made = result["checks"]["made"]
-    assert [check[-1] for check in made] == ["english", "length"] * (len(made) // 2) and len(made) == 4
-    assert all(check[1] > 1 and check[3] > 1 for check in made[1::2])
+    assert [check[-1] for check in made] == ["english", "translation", "length"] * 2
+    assert all(check[1] > 1 and check[3] > 1 for check in made[2::3])
     assert result["ledger"]["checks"] == 2 * 16  # a check answers once, whatever is made of it
     page = (folder / "run" / "report.html").read_text()
     assert "<h4>english</h4>" in page and "<h4>length</h4>" in page

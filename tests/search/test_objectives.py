@@ -115,7 +115,7 @@ REFUSED = {
     "cost": (searched(["english", "cost"], name="nsga2"), "objectives that no candidate can differ in: cost"),
     "no texts": (
         searched(["accuracy", "length"], name="nsga2") | {"tasks": [{"items": "choices.jsonl"}]},
-        "objectives: length without an item that asks for a text; expected items of kind generate",
+        "objectives: length without an item that asks for a text; expected items that are answered with a text",
     ),
     "the same": (
         searched(["english", "accuracy"], name="nsga2") | {"tasks": [{"items": "english.jsonl"}]},
