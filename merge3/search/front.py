@@ -84,6 +84,8 @@ def believed(search: Search, candidates: Sequence[Candidate], optimizer: Optimiz
     if found is None:
         return [Believed(c, search.signs * c.values, c.stderrs) for c in known]
     values, stderrs = (np.reshape(column, (len(known), -1)) for column in found)
+    # A surrogate that sees no differences is sure of it; that is no proof, and a race must be able to find some.
+    stderrs = np.maximum(stderrs, np.median([c.stderrs for c in known], axis=0) / 4)
     return [Believed(c, *pair) for c, *pair in zip(known, values, stderrs)]
 
 

@@ -72,10 +72,10 @@ class AssistedNSGA:
     """NSGA on what surrogates of each objective make of noisy estimates.
 
     Between two generations that are asked a large population moves on by the surrogates' values, which costs no
-    answers, and of what it comes to the best spread are asked. It begins anew from its genomes each time: what was
-    believed of them before does not count. Tried on made-up fronts (24 genes, nine answers a candidate), and no better:
-    more rounds, which follow the surrogates' errors; asking by what is believed plus a standard error, which asks for
-    corners that nothing is known of; minus one; parents averaged.
+    answers, and of what it comes to the best are asked, every other one a step away. It begins anew from its genomes
+    each time: what was believed of them before does not count. Tried on made-up fronts (24 genes, nine answers a
+    candidate), and no better: more rounds, which follow the surrogates' errors; asking by what is believed plus a
+    standard error, which asks for corners that nothing is known of; minus one; parents averaged.
     """
 
     def __init__(self, start, name: str):
@@ -101,7 +101,12 @@ class AssistedNSGA:
             algorithm.tell(infills=asked)
         self._pool = np.array(algorithm.pop.get("X"), dtype=np.float64)
         values, _ = self._surrogates.predict(self._pool)
-        self._next = [self._pool[i] for i in best_first(values)[: self.population]]
+        best = self._pool[best_first(values)[: self.population]]
+        # Half of them steps away: candidates that are all alike tell the surrogates nothing of what genes do.
+        rng, (low, high) = np.random.default_rng([self._start.seed, self._generation]), box(self._start)
+        scale = self._start.sigma * (high - low) * rng.uniform(0, 1.5, (len(best), 1))
+        steps = rng.normal(size=best.shape) * scale * (np.arange(len(best)) % 2)[:, None]
+        self._next = list(np.clip(best + steps, low, high))
 
     def favorite(self) -> None:
         """None: a front has no one best."""
