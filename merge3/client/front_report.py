@@ -33,7 +33,8 @@ def _picture(front: Mapping[str, Any], baselines: Mapping[str, Mapping[str, Any]
     parts.append(f'<text x="{WIDTH / 2}" y="{height - 4}" class="label">{escape(told)}</text>')
     for kind, points in (("answered", others), ("estimated", members)):
         for name, (a, a_error), (b, b_error) in points:
-            at, left, right, place, low, high = x(a), x(a - a_error), x(a + a_error), y(b), y(b - b_error), y(b + b_error)
+            at, left, right = (x(v) for v in (a, a - a_error, a + a_error))
+            place, low, high = (y(v) for v in (b, b - b_error, b + b_error))
             parts += [
                 _line(kind, left, right, place, place),
                 _line(kind, at, at, low, high),
