@@ -17,7 +17,7 @@ import torch
 from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import check_router, merge_task
-from merge3.fitness import estimates, judged
+from merge3.fitness import Answered, estimates, judged, lengths_needed
 from merge3.joined import joined
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
@@ -116,7 +116,7 @@ class LocalEngine:
     ) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
-        responses, raw, error = None, {}, None
+        responses, raw, lengths, error = None, {}, None, None
         values = stderrs = np.full(len(asked.objectives), np.nan)
         try:
             recipe = self._recipe(prepared.space, subject)
@@ -126,18 +126,20 @@ class LocalEngine:
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
-            responses = judged(asked, answers)
+            responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
             if responses is None:
-                responses, raw = answers
+                responses, raw = answers.responses, answers.raw
             else:
-                values, stderrs = estimates(asked, responses)
+                cost = 1.0 if recipe is None or not hasattr(prepared.space, "cost") else prepared.space.cost(recipe)
+                values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
         except LogitsError as problem:
             at = f"{subject}: {problem.where}" if isinstance(subject, str) else problem.where
             error = LogitsError(at, problem.found, problem.expected, problem.hint)
         except BadInput as problem:
             error = problem
         seconds = time.perf_counter() - start
-        return Evaluation(index, recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw)
+        found = recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw, lengths
+        return Evaluation(index, *found)
 
     def fit(
         self,
@@ -242,7 +244,7 @@ class LocalEngine:
         show: Callable[[str | None], None],
     ) -> tuple[Answers, float]:
         """(what was answered, seconds of bringing the subject into the live model)"""
-        responses, raw, seconds = np.empty(count), {}, 0.0
+        responses, raw, lengths, seconds = np.empty(count), {}, np.empty(count), 0.0
         for number, (task, positions, head, scorer, variant) in enumerate(rounds):
             if number == 0 or variant != rounds[number - 1].variant:
                 before = time.perf_counter()
@@ -251,9 +253,9 @@ class LocalEngine:
             self.slot.use_head(head)
             with adapted(self.slot.model, adapters.get(task)):
                 answers = scorer.ask(self.slot.model)
-            responses[positions] = answers.responses
+            responses[positions], lengths[positions] = answers.responses, answers.lengths
             raw |= {positions[at]: found for at, found in answers.raw.items()}
-        return Answers(responses, raw), seconds
+        return Answers(responses, raw, lengths), seconds
 
     def _check_depths(self, space: Space) -> None:
         """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""

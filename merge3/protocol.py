@@ -49,7 +49,8 @@ class Evaluation:
 
     index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
     [objectives], NaN where there are no responses; error: why not. raw: position -> what the asks of a document came
-    to, where its judge is not here (whose response is then NaN).
+    to, where its judge is not here (whose response is then NaN). lengths: tokens written for each item, float64
+    [items], NaN where one asks for no text; None where no objective needs them.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Evaluation:
     swap_seconds: float = 0.0
     error: Merge3Error | None = None
     raw: Mapping[int, Raw] = field(default_factory=dict)
+    lengths: np.ndarray | None = None
 
     @property
     def value(self) -> float:

@@ -21,10 +21,10 @@ class Registration:
     items: what is asked, in the order that responses will have. space: what genomes mean; None where only recipes and
     endpoints are asked. heads: task -> the endpoint whose head answers it (classification). weights: task -> its weight
     in the accuracy, default 1. estimators: task -> what makes accuracy of answers to a subset; none: the plain mean.
-    objectives: names of the values that an evaluation has, `accuracy` or tasks. seed: of random keeps, the same for
-    every subject, so that candidates differ by their genes alone. chat: whose prompts go through the chat template: all
-    tasks', or task -> its system message, empty for none. judges: task -> what makes responses of its documents'
-    answers; without one these stay raw.
+    objectives: names of the values that an evaluation has, of fitness.OBJECTIVES or tasks. seed: of random keeps, the
+    same for every subject, so that candidates differ by their genes alone. chat: whose prompts go through the chat
+    template: all tasks', or task -> its system message, empty for none. judges: task -> what makes responses of its
+    documents' answers; without one these stay raw.
 
         asked = Registration(tuple(read_items("items.jsonl")))
         with_other_keeps = dataclasses.replace(asked, seed=1)

@@ -120,6 +120,10 @@ def evolve(
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
+    pick: Annotated[
+        str | None,
+        typer.Option(help="Of several objectives, the member exported: its number, knee, or an objective."),
+    ] = None,
     skip_too_long: SkipTooLong = False,
     task_path: TaskPath = None,
     log: Annotated[
@@ -143,7 +147,7 @@ def evolve(
     asked = load_config(config, skip_too_long, task_path or (), budget=budget, seed=seed)
     if log:
         asked = asked.model_copy(update={"logging": (*asked.logging, *log)})
-    result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget)
+    result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget, pick)
     _finish(result, run_dir, as_json)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge3.client.report import HEIGHT, PAD, WIDTH, axis, bars, heat_map, svg
+from merge3.client.report import bars, heat_map
+from merge3.client.report_parts import HEIGHT, PAD, WIDTH, axis, svg
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.parameters import scalars

@@ -30,7 +30,7 @@ from merge3.client.remote_fit import fit_steps
 from merge3.engine import Evaluation, Operated, PoolInfo, Subject, Varied
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
 from merge3.files import resource_error, sync
-from merge3.fitness import estimates, judged
+from merge3.fitness import Answered, estimates, judged
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
 from merge3.learn.surgery import Operation, Surgery
@@ -211,12 +211,12 @@ class RemoteEngine:
         if not evaluation.raw:
             return evaluation
         try:
-            responses = judged(registration, Answers(evaluation.responses, evaluation.raw))
+            responses = judged(registration, Answers(evaluation.responses, evaluation.raw, evaluation.lengths))
         except ItemsError as error:
             return replace(evaluation, responses=None, raw={}, error=error)
         if responses is None:
             return evaluation
-        values, stderrs = estimates(registration, responses)
+        values, stderrs = estimates(registration, Answered(responses, evaluation.lengths))
         return replace(evaluation, responses=responses, values=values, stderrs=stderrs, raw={})
 
     def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:

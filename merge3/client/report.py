@@ -11,6 +11,9 @@ from pathlib import Path
 import yaml
 
 from merge3.client.charts import body, head
+from merge3.client.front import cell
+from merge3.client.front_report import front_pictures
+from merge3.client.report_parts import HEIGHT, PAD, WIDTH, axis, svg
 from merge3.client.search_charts import search_charts
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
@@ -18,8 +21,6 @@ from merge3.hops import read_hops
 from merge3.recipe import Recipe
 from merge3.search.journal import Candidate, Journal, read_result
 from merge3.search.watching import JournalReader
-
-WIDTH, HEIGHT, PAD = 720, 260, 46
 
 
 def write_report(directory: str | Path) -> Path:
@@ -45,7 +46,10 @@ def write_report(directory: str | Path) -> Path:
         curve=fitness_curve(candidates),
         maps=heat_maps(recipe),
         bars=bars(rows),
-        checks=spot_checks(result["checks"]["made"]),
+        checks=[(name, spot_checks(made)) for name, made in checks_by_objective(result["checks"]["made"]).items()],
+        front=result.get("front"),
+        fronts=front_pictures(result["front"], result["baselines_detail"]) if "front" in result else [],
+        cell=cell,
         recipe=recipe.to_yaml(),
         head=head() if charts else "",
         body=body({"kind": "search", "alive": False, "state": "done", "charts": charts}) if charts else "",
@@ -84,6 +88,14 @@ def fitness_curve(candidates: list[Candidate]) -> str:
     for name, points in (("mean", means), ("best", line)):
         parts.append(f'<polyline class="{name}" points="{" ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in points)}"/>')
     return svg(parts, WIDTH, HEIGHT, "Fitness of every candidate")
+
+
+def checks_by_objective(made: list) -> dict[str, list]:
+    """Spot checks of result.json, those of each objective by its name; of accuracy alone they have none."""
+    found: dict[str, list] = {}
+    for generation, estimate, error, mean, mean_error, *name in made:
+        found.setdefault(name[0] if name else "", []).append((generation, estimate, error, mean, mean_error))
+    return found
 
 
 def spot_checks(made: list) -> str:
@@ -212,23 +224,6 @@ def _color(share: float) -> str:
     """White at 0, blue up to 1, red down to -1."""
     strong = (33, 102, 172) if share >= 0 else (178, 24, 43)
     return "#" + "".join(f"{round(255 + (s - 255) * min(1, abs(share))):02x}" for s in strong)
-
-
-def axis(low: float, high: float, y) -> str:
-    """Five lines across a picture with their values. y: from a value to its place."""
-    parts = []
-    for i in range(5):
-        v = low + (high - low) * i / 4
-        parts.append(f'<line x1="{PAD}" x2="{WIDTH - 12}" y1="{y(v):.1f}" y2="{y(v):.1f}" class="grid"/>')
-        parts.append(f'<text x="{PAD - 6}" y="{y(v) + 4:.1f}" class="name">{v:.2f}</text>')
-    return "".join(parts)
-
-
-def svg(parts: Sequence[str], width: float, height: float, title: str) -> str:
-    """A picture of these parts."""
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
-    )
 
 
 def _escape(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from merge3.client.front import export_picked, front_summary, print_front, write_front
 from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
@@ -45,10 +46,12 @@ def evolve(
     export: bool = True,
     target: Target | None = None,
     memory_budget: str | None = None,
+    pick: str | None = None,
 ) -> dict[str, Any] | None:
     """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C.
 
-    target: the daemon that holds the models; None: this process does.
+    target: the daemon that holds the models; None: this process does. pick: of several objectives, which member of the
+    front is exported; see Front.pick.
     """
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
@@ -62,7 +65,7 @@ def evolve(
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = StopOnInterrupt()
         with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
-            outcome = run(config, questions, engine, journal, resume, watched.beside(report), stopping)
+            outcome = run(config, questions, engine, journal, resume, watched.beside(report), stopping, pick)
         if outcome is None:
             watched.end(None)
             print(
@@ -71,9 +74,13 @@ def evolve(
             return None
         if export and outcome.below is not None and not Path(outcome.below.name).exists():
             engine.export(outcome.below.recipe, Path(outcome.below.name), config.optimizer.seed)
-        if export and not (directory / "model").exists():
+        if outcome.front is not None:
+            write_front(directory, config, outcome.front)
+        if export and outcome.front is not None:
+            export_picked(engine, outcome, directory, config.optimizer.seed)
+        elif export and not (directory / "model").exists():
             engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
-    result = summary(config, questions, outcome)
+    result = summary(config, questions, outcome, pick)
     write_atomically(directory / "result.json", json.dumps(result, indent=2))
     watched.end(result)
     write_report(directory)
@@ -174,10 +181,11 @@ def _say_kept(notes: Iterable[str], kept: dict[str, str], quiet: bool) -> None:
             print(line, file=sys.stderr)
 
 
-def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dict[str, Any]:
-    """result.json."""
+def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: str | None = None) -> dict[str, Any]:
+    """result.json. pick: see `evolve`."""
     baselines = {name: detail["accuracy"] for name, detail in outcome.baselines.items()}
-    return {
+    checks = outcome.checks if outcome.front is not None else [check[:5] for check in outcome.checks]
+    found = {
         "heldout": outcome.heldout["accuracy"],
         "baselines": baselines,
         "best_baseline": max(baselines, key=baselines.get),
@@ -187,7 +195,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dic
         "ledger": dataclasses.asdict(outcome.ledger) | {"total": outcome.ledger.total},
         "asked": outcome.policy._asdict(),
         "race": dataclasses.asdict(outcome.race) if outcome.race else None,
-        "checks": {"made": outcome.checks, "drifted": outcome.drifted},
+        "checks": {"made": checks, "drifted": outcome.drifted},
         "seconds": outcome.seconds,
         "swap_share": outcome.swap_share,
         "search_value": outcome.best.value,  # of the search alone; the race's is in `race`
@@ -203,6 +211,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome) -> dic
         "skipped": questions.skipped,  # task -> items that were too long
         "truncated": questions.truncated,
     }
+    return found if outcome.front is None else found | {"front": front_summary(outcome.front, outcome, pick)}
 
 
 def print_result(result: dict[str, Any], directory: Path) -> None:
@@ -212,6 +221,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     rows = [("evolved", result["heldout_detail"])]
     rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
     console = Console()
+    if "front" in result:
+        print_front(result["front"], console)
     console.print(accuracy_table(rows, result["heldout_items"], "the search", "evolved"))
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(

@@ -203,6 +203,7 @@ def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker:
         swap_seconds=e.swap_seconds,
         queue_seconds=queue_seconds,
         worker=worker,
+        lengths=() if e.lengths is None else e.lengths,
     )
     for name, value, stderr in zip(e.objectives, e.values, e.stderrs):
         message.estimates.add(objective=name, value=value, stderr=stderr)
@@ -249,6 +250,7 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
         m.swap_seconds,
         error,
         {raw.item: raw_from(raw) for raw in m.raw},
+        np.array(m.lengths) if m.lengths else None,
     )
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merge3.fitness import mean_over_tasks
+from merge3.fitness import estimates
 from merge3.irt.estimation import Estimator
-from merge3.registration import Registration
+from merge3.registration import ACCURACY, Registration
 from merge3.search.calibration import Calibration, choose
 from merge3.search.context import Search
 from merge3.search.gathering import calibrated
@@ -20,13 +20,14 @@ from merge3.tasks import Item, LogitsError, by_task
 
 
 class SpotCheck(NamedTuple):
-    """A candidate's estimate beside the mean of further answers, each with its standard error."""
+    """A candidate's estimate of an objective beside what further answers make it, each with its standard error."""
 
     generation: int
     estimate: float
     stderr: float
     mean: float
     mean_stderr: float
+    objective: str = ACCURACY
 
     def squared(self) -> float:
         """Their difference, in standard errors, squared."""
@@ -101,7 +102,7 @@ def check(asking: Asking, generation: int, genomes: Sequence[np.ndarray], answer
     """Spot check: a random candidate of the generation answers as many items again that it was not asked.
 
     Returns whether the last three checks together are further from the estimates than the estimates' own
-    standard errors allow (mean z² above 4): then it is time for another subset.
+    standard errors allow (mean z² above 4, over all objectives): then it is time for another subset.
     """
     search = asking.search
     rng = np.random.default_rng(search.seed("spot check", generation))
@@ -113,14 +114,15 @@ def check(asking: Asking, generation: int, genomes: Sequence[np.ndarray], answer
     asked = [search.questions.search[i] for i in positions]
     recipe = search.space.recipe(candidate.genome)
     try:
-        answers = search.journal.remember("check", f"{generation}", positions, lambda: search.answers(recipe, asked))
+        answers = search.journal.remember("check", f"{generation}", positions, lambda: search.answered(recipe, asked))
     except LogitsError:  # it has no answer to these items: nothing to compare its estimate with
         return False
-    mean = mean_over_tasks(answers, asked, search.weights)
-    asking.checks.append(SpotCheck(generation, candidate.value, candidate.stderr, mean.value, mean.stderr))
-    since = asking.drifted[-1] if asking.drifted else -1
-    last = [c for c in asking.checks if c.generation > since][-3:]
-    if len(last) < 3 or np.mean([c.squared() for c in last]) <= 4:
+    means = estimates(search.asks(asked), search.read(answers, len(asked)))
+    for name, *pair in zip(candidate.objectives, candidate.values, candidate.stderrs, *means):
+        asking.checks.append(SpotCheck(generation, *map(float, pair), name))
+    since, three = asking.drifted[-1] if asking.drifted else -1, 3 * len(candidate.objectives)
+    last = [c for c in asking.checks if c.generation > since][-three:]
+    if len(last) < three or np.mean([c.squared() for c in last]) <= 4:
         return False
     asking.drifted.append(generation)
     return True

@@ -142,6 +142,7 @@ class EvolveConfig(Section):
     race: RaceSettings = RaceSettings()
     heldout: Heldout = Heldout()
     objective: Literal[tuple(OBJECTIVES)] = ACCURACY
+    objectives: tuple[str, ...] = ()  # rows of OBJECTIVES and tasks; none: `objective` alone
     random_init: bool = False  # instead of the uniform merge or `genome.start`
     # mergekit-evolve's lm-eval settings, of every task that has none of its own. limit: of each task's search items,
     # the first or (shuffle) random ones. task_path: folders of lm-eval tasks beside lm-eval's own.
@@ -204,6 +205,23 @@ class EvolveConfig(Section):
         optimizer = Optimizer.model_validate(self.optimizer.model_dump() | stage.optimizer)
         return self.model_copy(update={"optimizer": optimizer})
 
+    @model_validator(mode="after")
+    def _objectives(self):
+        if self.objectives and self.objective != ACCURACY:
+            raise ValueError(f"objective: {self.objective} beside objectives: expected one of them")
+        row, count = OPTIMIZERS[self.optimizer.name], len(self.names)
+        if count < row.least or (row.most is not None and count > row.most):
+            fit = [name for name, one in OPTIMIZERS.items() if one.least <= count <= (one.most or count)]
+            given = f"{count} objectives ({', '.join(self.names)})" if count > 1 else f"one objective ({self.names[0]})"
+            expected = f"expected {row.takes()}, or another optimizer: {', '.join(fit)}"
+            raise ValueError(f"optimizer.name: {self.optimizer.name} with {given}; {expected}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the objectives, the first one first."""
+        return self.objectives or (self.objective,)
+
     def of_task(self, task: Task, key: str) -> Any:
         """A setting of a task's, or the run's where the task has none. key: apply_chat_template and its like."""
         own = getattr(task, key)
@@ -235,6 +253,8 @@ class EvolveConfig(Section):
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}
         _forget_defaults(data, EvolveConfig, ("system_instruction",))
+        if not self.objectives:
+            del data["objectives"]
         for task in data["tasks"]:
             _forget_defaults(task, Task, _LATER)
         if self.estimate.calibration != "auto":

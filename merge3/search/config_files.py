@@ -91,7 +91,7 @@ def _readable(path: Path, error: ValidationError) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(f"{path}: {where}", "missing", "a value")
     if first["type"] == "literal_error":
-        hint = "several objectives are not available yet" if where == "objective" else ""
+        hint = "a task, or several, with `objectives: [..]`" if where == "objective" else ""
         return ConfigError(f"{path}: {where}", f"found {first['input']!r}", first["ctx"]["expected"], hint)
     if not first["loc"]:
         return ConfigError(path, message)

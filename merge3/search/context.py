@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from merge3.engine import Engine, Subject
+from merge3.fitness import Answered, lengths_needed, signs
 from merge3.irt.estimation import Estimator
-from merge3.registration import Registration
+from merge3.registration import ACCURACY, Registration
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
 from merge3.search.questions import Questions
@@ -60,6 +61,21 @@ class Search:
         """Task -> its weight in the accuracy."""
         return self.questions.weights
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Their names."""
+        return self.config.names
+
+    @property
+    def fronts(self) -> bool:
+        """Whether the run ends with a front, rather than with the merge that is most accurate."""
+        return self.objectives != (ACCURACY,)
+
+    @property
+    def signs(self) -> np.ndarray:
+        """What makes more the better of every objective's values, float64 [objectives]."""
+        return signs(self.objectives)
+
     def seed(self, stream: str, *at: int) -> Seed:
         """Of a random stream; see seeds.py."""
         return seed_of(stream, self.config.optimizer.seed, *at)
@@ -73,7 +89,7 @@ class Search:
             asked.heads,
             asked.weights,
             estimators or {},
-            (self.config.objective,),
+            self.config.names,
             self.config.optimizer.seed,
             asked.chat,
             asked.judges,
@@ -83,3 +99,16 @@ class Search:
         """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""
         (evaluation,) = self.engine.evaluate(self.asks(items), [subject])
         return evaluation.answers()
+
+    def answered(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
+        """The same with what else objectives are made of, as the journal holds it and `Search.read` reads it:
+        responses, and where an objective needs them lengths, float64 [items] or [2, items]."""
+        asked = self.asks(items)
+        (evaluation,) = self.engine.evaluate(asked, [subject])
+        responses = evaluation.answers()
+        return np.stack([responses, evaluation.lengths]) if lengths_needed(asked) else responses
+
+    def read(self, answers: np.ndarray, count: int) -> Answered:
+        """What was `answered` to that many items."""
+        rows = answers.reshape(-1, count)
+        return Answered(rows[0], rows[1] if len(rows) > 1 else None)

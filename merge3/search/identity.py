@@ -10,7 +10,7 @@ import numpy as np
 
 from merge3 import __version__
 from merge3.search.context import Search
-from merge3.search.optimizers import PACKAGES
+from merge3.search.optimizers import OPTIMIZERS
 from merge3.space import SpaceDefinition
 from merge3.tasks import items_hash
 
@@ -29,7 +29,7 @@ def identity(search: Search) -> dict[str, str]:
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
     }
-    for package in PACKAGES.get(config.optimizer.name, ()):
+    for package in OPTIMIZERS[config.optimizer.name].packages:
         found[package] = metadata.version(package)
     if search.start is not None:  # a resumed run reads it here
         found["start"] = json.dumps(search.start.tolist())

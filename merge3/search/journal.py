@@ -180,9 +180,7 @@ class Journal:
 
     def answers(self, stage: str) -> int:
         """How many answers a stage has cost."""
-        return sum(
-            len(row[0]) // 8 for row in self._db.execute("SELECT responses FROM answers WHERE stage = ?", (stage,))
-        )
+        return sum(len(row[0]) // 8 for row in self._db.execute("SELECT items FROM answers WHERE stage = ?", (stage,)))
 
     def generation(self, number: int) -> dict[int, Candidate]:
         """Answered candidates of one generation, by position."""

@@ -50,9 +50,9 @@ def search_generations(asking: Asking, first: int = 0) -> optimizers.Optimizer |
                 told.of(candidate)
                 if search.stop():
                     return None
-        fitness = _fitness(generation, answered, len(genomes))
-        told.progress.mean = float(np.mean([f for f in fitness if not math.isnan(f)]))
-        optimizer.tell(asked, fitness, [answered[p].stderr for p in range(len(genomes))])
+        fitness, stderrs = _fitness(generation, answered, len(genomes), search.signs)
+        told.progress.mean = float(np.nanmean([answered[p].value for p in range(len(genomes))]))
+        optimizer.tell(asked, fitness, stderrs)
         generation += 1
         if told.progress.done < budget and due(asking, generation, genomes, answered):
             renew(asking)
@@ -69,7 +69,8 @@ def make_optimizer(search: Search) -> optimizers.Optimizer:
         start = np.random.default_rng(search.seed("start")).uniform(lowest, highest)
     assisted = search.questions.policy.subset if settings.surrogate == "auto" else settings.surrogate
     seed, given = search.seed("optimizer"), search.start is not None
-    how = settings.sigma, settings.population, seed, assisted, given, getattr(search.space, "bits", None)
+    bits, objectives = getattr(search.space, "bits", None), len(search.objectives)
+    how = settings.sigma, settings.population, seed, assisted, given, bits, objectives
     return optimizers.make(settings.name, start, low, high, *how)
 
 
@@ -98,13 +99,15 @@ def _candidate(generation: int, position: int, genome: np.ndarray, found: Evalua
     )
 
 
-def _fitness(generation: int, answered: dict[int, Candidate], count: int) -> list[float]:
-    """What the optimizer is told, NaN for a candidate that failed."""
-    fitness = [answered[p].value for p in range(count)]
-    if all(map(math.isnan, fitness)):
+def _fitness(generation: int, answered: dict[int, Candidate], count: int, signs: np.ndarray):
+    """What the optimizer is told: (fitness, NaN for a candidate that failed; standard errors), lists of numbers, or of
+    several objectives float64 [count, objectives]."""
+    values = np.array([answered[p].values for p in range(count)]) * signs
+    stderrs = np.array([answered[p].stderrs for p in range(count)])
+    if np.isnan(values).any(1).all():
         found = f"every candidate failed ({answered[0].error})"
         raise ConfigError(f"generation {generation}", found, "at least one that can be evaluated")
-    return fitness
+    return (values[:, 0].tolist(), stderrs[:, 0].tolist()) if len(signs) == 1 else (values, stderrs)
 
 
 def _check_replay(
@@ -133,7 +136,8 @@ class _Told:
         progress.item_answers += 0 if candidate.responses is None else len(candidate.responses)
         progress.failed += candidate.error is not None
         # Ties go to the earlier candidate, so that a resumed run has the same winner.
-        if not math.isnan(candidate.value) and (self.best is None or candidate.value > self.best.value):
+        sign = self.search.signs[0]
+        if not math.isnan(candidate.value) and (self.best is None or sign * candidate.value > sign * self.best.value):
             self.best = candidate
             progress.best, progress.best_stderr = candidate.value, candidate.stderr
         if not replayed:

@@ -12,19 +12,30 @@ import numpy as np
 
 from merge3.engine import Subject
 from merge3.errors import BadInput
-from merge3.fitness import mean_over_tasks
+from merge3.fitness import estimates, mean_over_tasks
 from merge3.recipe import Recipe
 from merge3.search.baselines import default_merges
 from merge3.search.context import Search
 from merge3.tasks import Item, LogitsError, items_hash
 
-Measured = dict[str, Any]  # {"accuracy", "stderr", "tasks": {task: accuracy}}
+# {"accuracy", "stderr", "tasks": {task: accuracy}}; of several objectives "objectives": {name: [value, stderr]} too
+Measured = dict[str, Any]
 Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
 
 
 def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured:
     """Accuracy of one subject. Raises LogitsError where it has no answers."""
-    return measured(search.answers(subject, items), items, search.weights)
+    if not search.fronts:
+        return measured(search.answers(subject, items), items, search.weights)
+    answers = search.answered(subject, items)
+    found = measured(search.read(answers, len(items)).responses, items, search.weights)
+    return found | {"objectives": valued(search, answers, items)}
+
+
+def valued(search: Search, answers: np.ndarray, items: Sequence[Item]) -> dict[str, list[float]]:
+    """Objective -> [value, standard error] of answers, as `Search.answered` gives them."""
+    pairs = zip(*estimates(search.asks(items), search.read(answers, len(items))))
+    return {name: [float(value), float(stderr)] for name, (value, stderr) in zip(search.objectives, pairs)}
 
 
 def measured(responses: np.ndarray, items: Sequence[Item], weights: Mapping[str, float] | None = None) -> Measured:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from merge3.errors import ConfigError
-from merge3.registration import Judge
+from merge3.fitness import check_objectives
+from merge3.registration import ACCURACY, Judge, Registration
 from merge3.search.config import EvolveConfig, Task
 from merge3.search.policy import Policy, decide
 from merge3.search.seeds import seed_of
@@ -76,6 +77,7 @@ def load_questions(config: EvolveConfig) -> Questions:
     seed = config.optimizer.seed
     search, heldout = split_heldout(items, config.heldout.fraction, seed_of("held-out", seed))
     search = _limited(search, limits, np.random.default_rng(seed_of("limit", seed)) if config.shuffle else None)
+    _check_objectives(config, search)
     policy = decide(config, search)
     subset = search
     if policy.extract == "random":
@@ -93,6 +95,14 @@ def load_questions(config: EvolveConfig) -> Questions:
         chat,
         judges,
     )
+
+
+def _check_objectives(config: EvolveConfig, items: list[Item]) -> None:
+    """Raises BadInput for objectives that these items or this space do not have, or two that are one."""
+    asked = Registration(tuple(items), config.genome.definition(), objectives=config.names)
+    check_objectives(asked)
+    if ACCURACY in config.names and len(asked.tasks()) == 1 and set(asked.tasks()) & set(config.names):
+        raise ConfigError("objectives", f"{' and '.join(config.names)}, which is one task", "values that can differ")
 
 
 def _from_file(task: Task, wrapped: bool, system: str) -> list[Item]:

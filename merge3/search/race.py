@@ -102,11 +102,45 @@ def race(
 
     size: items per task in the first round; budget: answers at most.
     """
+
+    def left(running: list[int], answers: dict[int, np.ndarray], own: list[Item]) -> list[int]:
+        return _still_running(contenders, running, answers, own, weights)
+
+    found = in_rounds(len(contenders), items, ask, size, budget, left, seed, halt)
+    running = found.running
+    final = {c: _together(contenders[c], found.answers[c], found.items, weights) for c in running}
+    winner = max(running, key=lambda c: (final[c].value, -c))
+    return Race(winner, found.spent, found.rounds, len(running) == 1, *final[winner])
+
+
+class Rounds(NamedTuple):
+    """How a race went. running: who is left; answers: of each contender, as `ask` gave them, joined; items: those that
+    all who are left were asked; spent: answers; rounds: how many still ran after each."""
+
+    running: list[int]
+    answers: dict[int, np.ndarray]
+    items: list[Item]
+    spent: int
+    rounds: tuple[int, ...]
+
+
+def in_rounds(
+    count: int,
+    items: Sequence[Item],
+    ask: Callable[[int, list[int]], np.ndarray],
+    size: int,
+    budget: int,
+    left: Callable[[list[int], dict[int, np.ndarray], list[Item]], list[int]],
+    seed: int = 0,
+    halt: Callable[[], bool] = lambda: False,
+) -> Rounds:
+    """Ask `count` contenders more and more items. ask(contender, positions) -> what it answered, [.., items];
+    left(running, answers so far, the items they are to) -> who runs on; the others: see race."""
     rng = np.random.default_rng(seed)
     order = {}
     for task in by_task(items):
         order[task] = list(rng.permutation([i for i, item in enumerate(items) if item.task == task]))
-    running, asked, spent, rounds = list(range(len(contenders))), [], 0, []
+    running, asked, spent, rounds = list(range(count)), [], 0, []
     answers: dict[int, np.ndarray] = {c: np.zeros(0) for c in running}
     while len(running) > 1 and not halt():
         size = min(size, (budget - spent) // (len(running) * len(order)))
@@ -117,16 +151,14 @@ def race(
             break
         order = {task: positions[size:] for task, positions in order.items()}
         for c in running:
-            answers[c] = np.concatenate([answers[c], ask(c, batch)])
+            more = ask(c, batch)
+            answers[c] = np.concatenate([answers[c], more], axis=-1) if asked else more
         spent += len(batch) * len(running)
         asked += batch
         size *= 2
-        running = _still_running(contenders, running, answers, [items[i] for i in asked], weights)
+        running = left(running, answers, [items[i] for i in asked])
         rounds.append(len(running))
-    own = [items[i] for i in asked]
-    final = {c: _together(contenders[c], answers[c], own, weights) for c in running}
-    winner = max(running, key=lambda c: (final[c].value, -c))
-    return Race(winner, spent, tuple(rounds), len(running) == 1, *final[winner])
+    return Rounds(running, answers, [items[i] for i in asked], spent, tuple(rounds))
 
 
 def _still_running(

@@ -16,11 +16,13 @@ from merge3.recipe import Recipe
 from merge3.search.asking import Asking, SpotCheck, prepare
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
+from merge3.search.front import Front, believed, check_pick, measure_front
+from merge3.search.front_race import Believed, FrontRace, settle_front
 from merge3.search.identity import identity
 from merge3.search.journal import Candidate, Journal
 from merge3.search.loop import search_generations
 from merge3.search.measure import Measured, measure, measure_all, possible_baselines
-from merge3.search.optimizers import Optimizer
+from merge3.search.optimizers import Optimizer, check_installed
 from merge3.search.policy import Policy
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
@@ -49,7 +51,7 @@ class Ledger:
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
     swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
-    run in stages, the first one's winner."""
+    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked."""
 
     best: Candidate
     recipe: Recipe
@@ -65,6 +67,7 @@ class Outcome:
     heldout: Measured
     baselines: dict[str, Measured]
     below: Winner | None = None
+    front: Front | None = None
 
 
 def run(
@@ -75,16 +78,20 @@ def run(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
+    pick: str | None = None,
 ) -> Outcome | None:
-    """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all).
+    """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all). pick: see
+    Front.pick.
 
     Raises ResumeMismatch if the directory holds another run, or this one without `resume`, and BadInput for whatever
     merging, asking or exporting would refuse at the end, before the first candidate.
     """
+    check_installed(config.optimizer.name)
     space = Space(config.genome.definition(), engine.info().layout)
     # A start that no genome is near to is refused before anything is read for the search.
     search, start = near_start(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
     check_stages(config, engine)
+    check_pick(pick, search.objectives, search.fronts)
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
     engine.check(space.uniform_recipe())
@@ -97,7 +104,7 @@ def run(
     asking = prepare(search)
     if asking is None:
         return None
-    found, below, answers = _searched(asking), None, 0
+    found, below, answers = _searched(asking, ending=_front if search.fronts else _winner), None, 0
     if found is not None and config.stages:
         below, answers = winner_of(journal, found.recipe), found.answers
         write_atomically(journal.directory / f"{FOLDER}.yaml", best_yaml(found.recipe, config))
@@ -106,13 +113,21 @@ def run(
         found = _searched(asking, first)
     if found is None:
         return None
-    written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
-    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out", len(candidates), found.best)
+    others, front, best = measure_all(asking.search, baselines, measured), None, found.best
+    if found.members is not None:
+        front = measure_front(search, found.members, found.race, others, measured)
+        picked = front.members[front.pick(pick)]
+        best, found = picked.candidate, found._replace(recipe=picked.recipe, race=None)
+        heldout = picked.heldout
+    else:
+        heldout = measure(asking.search, found.recipe, measured)
+    written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
-        found.best,
+        best,
         found.recipe,
         len(candidates),
         sum(c.error is not None for c in candidates),
@@ -123,37 +138,55 @@ def run(
         found.race,
         asking.checks,
         asking.drifted,
-        measure(asking.search, found.recipe, measured),
-        measure_all(asking.search, baselines, measured),
+        heldout,
+        others,
         below,
+        front,
     )
 
 
 class _Found(NamedTuple):
-    """What one search came to. answers: it took, calibration and race aside."""
+    """What one search came to. answers: it took, calibration and race aside. members: of several objectives, those who
+    may be on the front, `best` being the first."""
 
     best: Candidate
     recipe: Recipe
-    race: Race | None
+    race: Race | FrontRace | None
     answers: int
+    members: Sequence[Believed] | None = None
 
 
-def _searched(asking: Asking, first: int = 0) -> _Found | None:
-    """Search, then let the best race. None if stopped. first: see search_generations."""
+def _searched(asking: Asking, first: int = 0, ending: Callable[..., _Found | None] | None = None) -> _Found | None:
+    """Search, then let the best race. None if stopped. first: see search_generations. ending: default: _winner."""
     search, journal = asking.search, asking.search.journal
     optimizer = search_generations(asking, first)
     if optimizer is None:
         return None
     candidates = [c for c in journal.candidates() if c.generation >= first][: search.config.optimizer.budget]
+    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
+    return (ending or _winner)(asking, optimizer, candidates, answers)
+
+
+def _winner(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
+    search = asking.search
     ranked = rank(candidates, optimizer)
     best = ranked[0].candidate
     _stage(search, "race", len(candidates), best)
-    answers = sum(len(c.responses) for c in candidates if c.responses is not None)
     settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
     if search.stop():
         return None
     best, race = settled if settled is not None else (best, None)
     return _Found(best, search.space.recipe(best.genome), race, answers)
+
+
+def _front(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
+    search = asking.search
+    _stage(search, "race", len(candidates))
+    members, race = settle_front(asking, believed(search, candidates, optimizer), answers)
+    if search.stop():
+        return None
+    first = members[0].candidate
+    return _Found(first, search.space.recipe(first.genome), race, answers, members)
 
 
 def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:

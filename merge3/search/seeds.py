@@ -18,6 +18,7 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "optimizer": lambda seed: seed,
     "race": lambda seed: seed,  # in which order contenders are asked items
     "study subset": lambda seed, count: [seed, 5, count],  # which experts a study merges
+    "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
     # calibration
     "calibration merges": lambda seed: seed + 1,
     "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from merge3.engine import Engine
+from merge3.errors import ConfigError
 from merge3.hops import SCALE
 from merge3.methods.averages import AS_IT_IS
 from merge3.recipe import Recipe
@@ -33,6 +34,9 @@ def check_stages(config: EvolveConfig, engine: Engine) -> None:
     """Raises ConfigError for a second stage that would be refused when the first is over."""
     if not config.stages:
         return
+    if len(config.names) > 1:
+        found = f"stages beside {len(config.names)} objectives"
+        raise ConfigError("stages", found, "one of both: a stage goes on from one winner")
     layout = engine.info().layout
     Space(_definition(config, config.genome.models), layout)
     through_all = Space(replace(_definition(config, config.genome.models), max_hops=None), layout)

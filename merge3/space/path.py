@@ -19,7 +19,7 @@ import numpy as np
 
 from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError, Merge3Warning
-from merge3.hops import SCALE, Hop, hops_of, outside_of, path_recipe, writers_of
+from merge3.hops import SCALE, Hop, hops_of, outside_of, path_recipe, read_hops, writers_of
 from merge3.methods.averages import AS_IT_IS
 from merge3.recipe import ModelRef, Recipe
 from merge3.space.definition import SpaceDefinition
@@ -101,6 +101,11 @@ class PathSpace:
         if not hops:
             raise ConfigError("genome", "an empty path", "at least one slot that is on")
         return tuple(hops)
+
+    def cost(self, recipe: Recipe) -> float:
+        """Of a forward, in forwards of the first model."""
+        hops = read_hops(recipe)
+        return len(hops) / self.layout.layers if hops is not None else 1.0
 
     def recipe(self, genome: Sequence[float]) -> Recipe:
         """See Space."""

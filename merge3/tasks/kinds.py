@@ -81,6 +81,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def writes(item: Item) -> bool:
+    """Whether an item asks for a text."""
+    return KINDS[item.kind].asks == "generate"
+
+
 def in_files() -> dict[str, Kind]:
     """The rows that item files may name."""
     return {name: kind for name, kind in KINDS.items() if kind.raw is None}

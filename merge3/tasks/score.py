@@ -14,7 +14,7 @@ from merge3.errors import ItemsError
 from merge3.tasks.documents import Raw
 from merge3.tasks.forward import LogitsError
 from merge3.tasks.items import Item, place
-from merge3.tasks.kinds import KINDS, Kind, in_files
+from merge3.tasks.kinds import KINDS, Kind, in_files, writes
 from merge3.tasks.lm import BATCH_TOKENS, HEADS, LM, has_head, who_answers
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
 from merge3.tasks.requests import Question, taken
@@ -38,10 +38,12 @@ class Asked:
 
 
 class Answers(NamedTuple):
-    """responses: float64 [items], NaN where a judge has to say; raw: position -> what it is told, for those."""
+    """responses: float64 [items], NaN where a judge has to say; raw: position -> what it is told, for those.
+    lengths: tokens written for each, the mean where an item asks for several texts, NaN where it asks for none."""
 
     responses: np.ndarray
     raw: dict[int, Raw]
+    lengths: np.ndarray
 
 
 class Scorer:
@@ -79,7 +81,7 @@ class Scorer:
 
     def ask(self, model) -> Answers:
         """What the model as it is now answers. Raises LogitsError where it has no answer."""
-        responses, raw = np.full(len(self.items), np.nan), {}
+        responses, raw, lengths = np.full(len(self.items), np.nan), {}, np.full(len(self.items), np.nan)
         for asked in self.asked:
             results: list[Any] = [None] * len(asked.owners)
             for at, result in asked.question(model):
@@ -94,12 +96,14 @@ class Scorer:
                 own.setdefault(owner, []).append(result)
             for owner, found in own.items():
                 index, item = asked.indices[owner], asked.items[owner]
+                if writes(item):
+                    lengths[index] = np.mean([len(written.tokens) for written in found])
                 if asked.kind.raw is None:
                     responses[index] = asked.kind.response(item, found[0])
                 else:
                     raw[index] = asked.kind.raw(item, found)
         assert np.isnan(responses).sum() == len(raw), "an item was left without a response"
-        return Answers(responses, raw)
+        return Answers(responses, raw, lengths)
 
 
 def reader_of(items: Sequence[Item], model, folder: str | Path, chat: bool = False, system: str = "") -> Reader:

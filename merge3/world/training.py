@@ -36,11 +36,27 @@ def make_models(
 ) -> None:
     """Train a base and one expert per task; save ordinary checkpoints folder/base and folder/<task>, and `items`
     questions of every task, folder/<task>.jsonl. progress(what, step, steps)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = make_tokenizer()
+    model = new_model(tokenizer)
+    mix = lambda: TASKS[rng.choices(list(MIXTURE), MIXTURE.values())[0]](rng)
+    train(model, tokenizer, mix, base_steps, 2e-3, lambda s: progress("base", s, base_steps))
+    save(model, tokenizer, folder / "base")
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    for task in TASKS:
+        model.load_state_dict(start)
+        report = lambda step, task=task: progress(task, step, expert_steps)
+        train(model, tokenizer, lambda task=task: TASKS[task](rng), expert_steps, RATES[task], report)
+        save(model, tokenizer, folder / task)
+    for task in TASKS:
+        write_items(make_items(task, seed, items), folder / f"{task}.jsonl")
+
+
+def new_model(tokenizer):
+    """A Llama of four layers that has learned nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -53,29 +69,26 @@ def make_models(
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config)
-    mix = lambda: rng.choices(list(MIXTURE), MIXTURE.values())[0]
-    _train(model, tokenizer, rng, mix, base_steps, 2e-3, lambda s: progress("base", s, base_steps))
-    _save(model, tokenizer, folder / "base")
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    for task in TASKS:
-        model.load_state_dict(start)
-        report = lambda step, task=task: progress(task, step, expert_steps)
-        _train(model, tokenizer, rng, lambda task=task: task, expert_steps, RATES[task], report)
-        _save(model, tokenizer, folder / task)
-    for task in TASKS:
-        lines = [json.dumps(item, ensure_ascii=False) for item in make_items(task, seed, items)]
-        (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return LlamaForCausalLM(config)
 
 
-def _train(model, tokenizer, rng, pick: Callable[[], str], steps: int, rate: float, progress) -> None:
-    """AdamW with a linear warm-up; loss on the answer alone, batches of 128 lines."""
+def train(
+    model,
+    tokenizer,
+    line: Callable[[], tuple[str, list[str]]],
+    steps: int,
+    rate: float,
+    progress: Callable[[int], None] = lambda step: None,
+    length: int = MAX_LENGTH,
+) -> None:
+    """AdamW with a linear warm-up; loss on the answer alone, batches of 128 lines. line: the next (prompt, words of the
+    answer); length: tokens of the longest, start and end included."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 20)
-        ids, labels = _batch(tokenizer, rng, pick, 128)
+        ids, labels = _batch(tokenizer, line, 128, length)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -85,20 +98,27 @@ def _train(model, tokenizer, rng, pick: Callable[[], str], steps: int, rate: flo
     model.eval()
 
 
-def _batch(tokenizer, rng, pick, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.zeros(size, MAX_LENGTH, dtype=torch.long)
-    labels = torch.full((size, MAX_LENGTH), -100)
-    vocabulary = tokenizer.get_vocab()
-    for row in range(size):
-        prompt, answer = TASKS[pick()](rng)
-        before = [1, *(vocabulary[w] for w in prompt.split())]
-        after = [*(vocabulary[w] for w in answer), 2]
-        line = torch.tensor(before + after)
-        ids[row, : len(line)] = line
-        labels[row, len(before) : len(line)] = line[len(before) :]
-    return ids, labels
+def write_items(items: list[dict], file: Path) -> None:
+    """As JSON lines."""
+    lines = [json.dumps(item, ensure_ascii=False) for item in items]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _save(model, tokenizer, folder: Path) -> None:
+def save(model, tokenizer, folder: Path) -> None:
+    """An ordinary checkpoint."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _batch(tokenizer, line, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.zeros(size, length, dtype=torch.long)
+    labels = torch.full((size, length), -100)
+    vocabulary = tokenizer.get_vocab()
+    for row in range(size):
+        prompt, answer = line()
+        before = [1, *(vocabulary[w] for w in prompt.split())]
+        after = [*(vocabulary[w] for w in answer), 2]
+        whole = torch.tensor(before + after)
+        ids[row, : len(whole)] = whole
+        labels[row, len(before) : len(whole)] = whole[len(before) :]
+    return ids, labels

@@ -208,7 +208,8 @@ def test_shown_configurations_are_valid():
     """The page's whole one, the part with a start, that of a path, that with stages, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
-    whole, started, path, stages, part = shown
+    whole, started, path, stages, several, part = shown
+    assert EvolveConfig.model_validate(whole | several).names == ("math", "length")
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
     assert started["genome"].items() > whole["genome"].items()

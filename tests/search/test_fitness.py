@@ -5,7 +5,7 @@ import pytest
 
 from merge3 import irt
 from merge3.errors import BadInput
-from merge3.fitness import check_objectives, estimates, mean_over_tasks
+from merge3.fitness import Answered, check_objectives, estimates, mean_over_tasks
 from merge3.irt.bank import sigmoid
 from merge3.registration import Registration
 from merge3.tasks import Item
@@ -18,7 +18,7 @@ def items(task, count):
 def test_the_accuracy_and_each_task():
     asked = Registration(tuple(items("a", 8) + items("b", 2)), objectives=("b", "accuracy", "a"), weights={"a": 3.0})
     responses = np.array([1.0] * 2 + [0.0] * 6 + [1.0, 0.0])
-    values, stderrs = estimates(asked, responses)
+    values, stderrs = estimates(asked, Answered(responses))
     assert values.tolist() == [0.5, (3 * 0.25 + 0.5) / 4, 0.25]
     assert tuple(values[1:2]) + tuple(stderrs[1:2]) == tuple(mean_over_tasks(responses, asked.items, asked.weights))
     assert stderrs[0] == pytest.approx((0.25 / 2) ** 0.5) and stderrs[2] == pytest.approx((0.1875 / 8) ** 0.5)
@@ -37,7 +37,7 @@ def test_calibrated_estimates_are_taken_task_by_task():
         chosen += [items(task, 40)[i] for i in subset.index]
         answers.append(right[0, subset.index])
     asked = Registration(tuple(chosen), estimators=estimators, objectives=("accuracy", "a", "b"))
-    values, stderrs = estimates(asked, np.concatenate(answers))
+    values, stderrs = estimates(asked, Answered(np.concatenate(answers)))
     alone = [irt.estimate(estimators[t], a[None]) for t, a in zip("ab", answers)]
     assert values[1:].tolist() == [found.value[0] for found in alone]
     assert stderrs[1:].tolist() == [found.stderr[0] for found in alone]
@@ -50,7 +50,7 @@ def test_calibrated_estimates_are_taken_task_by_task():
 @pytest.mark.parametrize(
     "objectives,said",
     [
-        (("accuracy", "c"), "objectives: found 'c'; expected accuracy, a"),
+        (("accuracy", "c"), "objectives: found 'c'; expected accuracy, length, cost, a"),
         (("a", "a"), "objectives: 'a' twice"),
         ((), "objectives: none"),
     ],

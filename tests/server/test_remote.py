@@ -36,7 +36,7 @@ def journal(directory):
 def variant(tiny_world, name, **changes):
     data = yaml.safe_load((tiny_world / "evolve.yaml").read_text())
     for key, value in changes.items():
-        data[key] = data.get(key, {}) | value
+        data[key] = data.get(key, {}) | value if isinstance(value, dict) else value
     (tiny_world / f"{name}.yaml").write_text(yaml.safe_dump(data))
     return tiny_world / f"{name}.yaml"
 
@@ -63,6 +63,14 @@ VARIANTS = {
     "failing": {
         "genome": {"merge_method": "della", "genes": ["weight", "density"]},
         "optimizer": {"budget": 12, "population": 6, "seed": 2},
+    },
+    # what was written crosses, too: of candidates, checks, the race and held-out items
+    "two-objectives": {
+        "objectives": ["english", "length"],
+        "extract": {"method": "irt", "size": 8},
+        "estimate": {"models": 4, "check_every": 1},
+        "race": {"share": 1.0},
+        "optimizer": {"name": "nsga2", "budget": 12, "population": 6, "seed": 1},
     },
     "random-keeps": {
         "genome": {"merge_method": "dare_ties", "dtype": "bfloat16"},
@@ -295,5 +303,7 @@ def test_objectives_and_failures_cross_as_they_are(daemon, tiny_world):
     own = found[0][0].responses[[item.task == "translation" for item in items]]
     assert found[0][0].value == own.mean()
     for engine in engines:
-        with pytest.raises(BadInput, match="objectives: found 'cost'; expected accuracy, english, translation"):
-            engine.prepare(Registration(items, objectives=("cost",)))
+        with pytest.raises(
+            BadInput, match="objectives: found 'speed'; expected accuracy, length, cost, english, translation"
+        ):
+            engine.prepare(Registration(items, objectives=("speed",)))

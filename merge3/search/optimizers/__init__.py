@@ -6,17 +6,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
 
+from merge3.errors import Unavailable
 from merge3.search.optimizers.catcma import CatCMA
 from merge3.search.optimizers.cma import CMA, AssistedCMA
+from merge3.search.optimizers.como import Como
+from merge3.search.optimizers.nsga import NSGA, AssistedNSGA
 from merge3.search.optimizers.random import RandomSearch
 
 
 class Optimizer(Protocol):
-    """Maximises, generation by generation. population: genomes of one."""
+    """Maximises, generation by generation. population: genomes of one.
+
+    Of several objectives, fitness and standard errors are float64 [C, objectives], all to be maximised.
+    """
 
     population: int
 
@@ -30,7 +37,7 @@ class Optimizer(Protocol):
         """The genome it believes in most; None where it believes in none."""
 
     def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
-        """(value, stderr) of any genomes, each [C]; None where it only ranks."""
+        """(value, stderr) of any genomes, each [C], or [C, objectives]; None where it only ranks."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Start:
     """What every optimizer is made from. initial, low, high: float64 [d]; sigma: the first step, a share of each gene's
     range; population: of a generation; assisted: whether estimates are noisy enough for a surrogate to pay; given:
     whether somebody chose `initial`, which is then the first candidate, close to a bound too. bits: which genes are on
-    above one half and else off, bool [d]; None: none."""
+    above one half and else off, bool [d]; None: none. objectives: how many."""
 
     initial: np.ndarray
     low: np.ndarray
@@ -49,6 +56,24 @@ class Start:
     assisted: bool = False
     given: bool = False
     bits: np.ndarray | None = None
+    objectives: int = 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """make: from a start. least, most: objectives that it takes, None for any number. packages: what it needs of the
+    extra `pareto`; their versions are part of what a run is."""
+
+    make: Callable[[Start], Optimizer]
+    least: int = 1
+    most: int | None = 1
+    packages: tuple[str, ...] = ()
+
+    def takes(self) -> str:
+        """How many objectives, in words."""
+        if self.most is None:
+            return "any number of objectives" if self.least < 2 else f"{self.least} objectives or more"
+        return "one objective" if self.most == 1 else f"{self.most} objectives"
 
 
 def _cma(start: Start) -> Optimizer:
@@ -60,9 +85,26 @@ def _random(start: Start) -> Optimizer:
     return RandomSearch(start.initial, start.low, start.high, start.sigma, start.population, start.seed)
 
 
-OPTIMIZERS: dict[str, Callable[[Start], Optimizer]] = {"cma": _cma, "random": _random, "catcma": CatCMA}
-# Packages whose version is part of what a run is.
-PACKAGES = {"catcma": ("cmaes",)}
+def _nsga(name: str) -> Callable[[Start], Optimizer]:
+    return lambda start: (AssistedNSGA if start.assisted else NSGA)(start, name)
+
+
+OPTIMIZERS: dict[str, Kind] = {
+    "cma": Kind(_cma),
+    "random": Kind(_random, most=None),
+    "catcma": Kind(CatCMA, packages=("cmaes",)),
+    "nsga2": Kind(_nsga("nsga2"), least=2, most=None, packages=("pymoo",)),
+    "nsga3": Kind(_nsga("nsga3"), least=2, most=None, packages=("pymoo",)),
+    "como": Kind(Como, least=2, most=2, packages=("cmaes",)),
+}
+
+
+def check_installed(name: str) -> None:
+    """Raises Unavailable for an optimizer whose packages are not there."""
+    for package in OPTIMIZERS[name].packages:
+        if find_spec(package) is None:
+            hint = "pip install 'merge3-gpu[pareto]'"
+            raise Unavailable(f"optimizer {name}", f"{package} is not installed", "the extra `pareto`", hint)
 
 
 def make(
@@ -76,8 +118,9 @@ def make(
     assisted: bool = False,
     given: bool = False,
     bits: np.ndarray | None = None,
+    objectives: int = 1,
 ) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))
-    return OPTIMIZERS[name](Start(initial, low, high, sigma, count, seed, assisted, given, bits))
+    return OPTIMIZERS[name].make(Start(initial, low, high, sigma, count, seed, assisted, given, bits, objectives))

@@ -1,0 +1,116 @@
+"""What a run for several objectives leaves of its front: front.csv, a recipe of every member, the one exported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge3.engine import Engine
+from merge3.files import write_atomically
+from merge3.search.config import EvolveConfig
+from merge3.search.front import Front
+from merge3.search.journal import read_result
+from merge3.search.run import Outcome, best_yaml
+
+
+def write_front(directory: Path, config: EvolveConfig, front: Front) -> None:
+    """front/NN.yaml, a recipe of each member, and front.csv: member, file, and of each objective what is believed and
+    what held-out items say, each with its standard error. Values are in the objectives' own units."""
+    folder = directory / "front"
+    shutil.rmtree(folder, ignore_errors=True)  # of another pick of the same run
+    folder.mkdir(parents=True)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}{what}" for name in front.objectives for what in ("", "_se", "_heldout", "_heldout_se")]
+    table.writerow(["member", "recipe", *columns])
+    for number, member in enumerate(front.members, 1):
+        write_atomically(directory / file_of(number), best_yaml(member.recipe, config))
+        cells = []
+        for at, name in enumerate(front.objectives):
+            cells += [member.values[at], member.stderrs[at], *member.heldout["objectives"][name]]
+        table.writerow([number, file_of(number), *(f"{cell:.6g}" for cell in cells)])
+    write_atomically(directory / "front.csv", text.getvalue())
+
+
+def file_of(number: int) -> str:
+    """A member's recipe, in the run's directory."""
+    return f"front/{number:02}.yaml"
+
+
+def export_picked(engine: Engine, outcome: Outcome, directory: Path, seed: int) -> None:
+    """model/ of the member picked; one of another pick makes room."""
+    model = directory / "model"
+    if model.exists():
+        known = read_result(directory)["recipe_hash"] if (directory / "result.json").exists() else None
+        if known == outcome.best.recipe_hash:
+            return
+    partial = directory / ".picked"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    engine.export(outcome.recipe, partial, seed)
+    shutil.rmtree(model, ignore_errors=True)
+    partial.rename(model)
+
+
+def front_summary(front: Front, outcome: Outcome, pick: str | None) -> dict[str, Any]:
+    """`front` in result.json."""
+    members = []
+    for number, member in enumerate(front.members, 1):
+        values = zip(member.values.tolist(), (_number(se) for se in member.stderrs))
+        members.append(
+            {
+                "member": number,
+                "recipe": file_of(number),
+                "recipe_hash": member.candidate.recipe_hash,
+                "values": {name: list(pair) for name, pair in zip(front.objectives, values)},
+                "heldout": member.heldout["objectives"],
+                "dominated": member.dominated,
+            }
+        )
+    at = next(i for i, member in enumerate(front.members, 1) if member.candidate is outcome.best)
+    race = front.race
+    return {
+        "objectives": {name: "lower" if sign < 0 else "higher" for name, sign in zip(front.objectives, front.signs)},
+        "members": members,
+        "hypervolume": front.hypervolume,
+        "race": race and {"answers": race.answers, "rounds": list(race.rounds), "items": race.items},
+        "picked": at,
+        "picked_by": pick or f"best in {front.objectives[0]}, the first objective",
+    }
+
+
+def print_front(front: Mapping[str, Any], console) -> None:
+    """The front as a table of rich's, and how much it covers."""
+    from rich.table import Table
+
+    table = Table(title="front: held-out values (what search and race believe)")
+    table.add_column("member")
+    for name, better in front["objectives"].items():
+        table.add_column(f"{name} ({better} is better)", justify="right")
+    for one in front["members"]:
+        cells = [cell(one["heldout"][name], one["values"][name]) for name in front["objectives"]]
+        number = one["member"]
+        table.add_row(str(number), *cells, style="bold" if number == front["picked"] else None)
+    console.print(table)
+    volume = front["hypervolume"]
+    console.print(f"hypervolume {volume['value']:.4g} (95 %: {volume['low']:.4g} to {volume['high']:.4g})")
+    console.print(
+        f"exported: member {front['picked']} ({front['picked_by']}); another one with --resume --pick NUMBER, knee or "
+        "an objective"
+    )
+
+
+def cell(heldout, believed) -> str:
+    """A held-out value and what was believed, with standard errors."""
+    digits = 3 if abs(heldout[0]) <= 1 else 1
+    told = lambda value, error: f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return f"{told(*heldout)} ({told(*believed)})"
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
