@@ -102,7 +102,10 @@ void merge_floats(const MergeCall& call, int64_t t, int64_t begin, int64_t end) 
 // block that meet in L1, and the quotient is finished one round later than the sums that it divides.
 // Tried, on a Zen 4 with AVX2 (K = 3, elected and normalized, one loop: 1.0): two chains side by side 1.16; two loops
 // 1.34; the divisor as a permutation of a table of sums, instead of adding weights: no faster; and
-// with AVX-512, whose stores are half as many a cycle: two loops are slower than one.
+// with AVX-512, whose stores are half as many a cycle: two loops are slower than one. Prefetching the next block: slower.
+// Quotients without division: reciprocals of the few divisors and two fused corrections are exact, but take as many
+// instructions as they spare cycles; and where results are 16 bits, a division only where an approximate quotient leaves
+// the rounding open costs as much as the division, since the sum may cancel.
 template <int K, int SPARSIFY, int ELECT, bool NORMALIZE>
 void merge_bfloat16(const MergeCall& call, int64_t t, int64_t begin, int64_t end) {
   constexpr bool kRandom = SPARSIFY == MERGE3_KEEP_RANDOM;
