@@ -109,13 +109,6 @@ MERGE3_HD int32_t kept_draws(const merge3_coefficient& c) { return int32_t(c.den
 // quantiles which magnitude that is. bin = draw * step + start: 0 or less keeps all, MERGE3_RANK_BINS or more nothing,
 // and in between what reaches quantile int(bin). A rank counts as the middle of its bin, which is at most half a
 // bin off: a keep probability errs by < epsilon / 32.
-//
-// What an element has to reach for a bin that begins at position `at` of a sorted row, where `value` stands, as it does
-// at `equal` positions from `first` on: they all belong to the bin of the middle one, so that ties share a rank.
-MERGE3_HD float bin_limit(float value, int64_t at, int64_t first, int64_t equal) {
-  return at <= first + (equal - 1) / 2 ? value : as_float(as_uint(value) + 1);
-}
-
 struct Spread {
   float step, start;
 };
@@ -131,6 +124,12 @@ MERGE3_HD float drawn_limit(const Spread& s, int32_t draw, const float* quantile
   const float bin = float(draw) * s.step + s.start;
   if (!(bin < float(MERGE3_RANK_BINS))) return as_float(0x7fc00000u);
   return quantiles[bin > 0.0f ? int32_t(bin) : 0];
+}
+
+// What an element has to reach for a bin that begins at position `at` of a sorted row, where `value` stands, as it does
+// at `equal` positions from `first` on: they all belong to the bin of the middle one, so that ties share a rank.
+MERGE3_HD float bin_limit(float value, int64_t at, int64_t first, int64_t equal) {
+  return at <= first + (equal - 1) / 2 ? value : as_float(as_uint(value) + 1);
 }
 
 // Whether expert k's change is kept: one Mask<F>.

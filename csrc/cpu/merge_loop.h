@@ -100,9 +100,12 @@ void merge_floats(const MergeCall& call, int64_t t, int64_t begin, int64_t end) 
 // bfloat16 to bfloat16; see Pairs. The formula is a chain of some sixty cycles, of which a processor sees about
 // two links of two vectors ahead: it waits. So it is cut, where registers are few (AVX2), into two loops over a
 // block that meet in L1, and the quotient is finished one round later than the sums that it divides.
-// Tried, on a Zen 4 with AVX2 (K = 3, elected and normalized, one loop: 1.0): two chains side by side 1.16; two loops
-// 1.34; the divisor as a permutation of a table of sums, instead of adding weights: no faster; and
-// with AVX-512, whose stores are half as many a cycle: two loops are slower than one.
+// Tried, on a Zen 4 with AVX2 (K = 3, elected and normalized, in L2, one loop: 1.0): two chains side by side 1.16; two
+// loops 1.34; the divisor as a permutation of a table of sums, instead of adding weights: no faster. With AVX-512, where
+// instructions are what counts: two or three loops are no faster. Prefetching the next block: slower on both.
+// Counted, not run: exact quotients from reciprocals of the few divisors and fused corrections (as many instructions
+// as a division blocks), and a division only where an approximate quotient leaves the rounding to 16 bits open (theta
+// and change may cancel, and to know that takes as long).
 template <int K, int SPARSIFY, int ELECT, bool NORMALIZE>
 void merge_bfloat16(const MergeCall& call, int64_t t, int64_t begin, int64_t end) {
   constexpr bool kRandom = SPARSIFY == MERGE3_KEEP_RANDOM;

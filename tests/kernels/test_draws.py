@@ -19,7 +19,7 @@ LIMIT = 4.5
 
 
 def kept(density, experts=1, tensor=5, seed=11, numel=N, dtype=torch.float32):
-    """Which elements each expert keeps, bool [experts, numel]: weights are powers of two: their sum tells."""
+    """Which elements each expert keeps, bool [experts, numel]: weights are powers of two, as in a number."""
     c = kernels.coefficients(1, experts)
     c[..., DENSITY] = density
     c[0, :, WEIGHT] = 2.0 ** torch.arange(experts)
