@@ -8,7 +8,9 @@ SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type
 SEED ?= 0
 # A test process per core, each on one thread: tests are many and small. Files stay together, their fixtures are costly.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+# In the order of their names: those with the fewest tests take the longest, and must not come last.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+    --no-loadscope-reorder
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: install demo real test test-heavy lint check-cuda bench clean

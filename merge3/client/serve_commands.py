@@ -21,11 +21,15 @@ def serve_report(
     as_json: Json = False,
 ):
     """Show a run's report.html over HTTP, as it is rewritten, until Ctrl-C. Read only."""
+    import signal
+
     from merge3.client.serve_report import serve
 
     def ready(address: str) -> None:
         print(json.dumps({"url": address, "directory": str(run_dir)}) if as_json else address, flush=True)
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell runs in the background
+        signal.signal(number, signal.default_int_handler)
     try:
         serve(run_dir, host, port, ready)
     except KeyboardInterrupt:  # how it is meant to end

@@ -53,7 +53,8 @@ def port(directory):
         thread.join()
 
 
-def test_the_command_shows_the_page_as_it_is_rewritten(directory):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_shows_the_page_as_it_is_rewritten(directory, number):
     command = [sys.executable, "-m", "merge3.client", "serve-report", str(directory), "--port", "0", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -65,7 +66,7 @@ def test_the_command_shows_the_page_as_it_is_rewritten(directory):
             (directory / "report.html").write_text("<p>second, longer")
             assert ask(port, "/report.html?x=1#y")[2] == b"<p>second, longer"
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         rest, errors = process.communicate(timeout=60)
     assert (process.returncode, rest, errors) == (0, "", "")
 

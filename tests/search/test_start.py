@@ -293,7 +293,7 @@ def test_what_layouts_tell_is_refused_before_the_search_is_prepared(own_world, t
     engine = LocalEngine(opened(config)[0])
     with closing(Journal(tmp_path / "run")) as journal, pytest.raises(BadInput, match=OTHERS[case][1]):
         whole_run(config, load_questions(config), engine, journal)
-    assert not engine._spaces and not engine._prepared and not engine._scorers
+    assert not engine._spaces and not engine._rounds._prepared and not engine._rounds._scorers
 
 
 HUGE = {

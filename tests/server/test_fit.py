@@ -28,7 +28,7 @@ from tests.server.fitting import METHODS, TASKS, begun, by_hand, free, learning,
 @pytest.fixture(scope="module")
 def long(tiny_world):
     """A fit of many turns, and its steps in this process."""
-    what = learning(tiny_world, steps=48, check_every=16)
+    what = learning(tiny_world, steps=160, check_every=16)  # a fast machine is not through before it is told to stop
     return SimpleNamespace(**vars(what), steps=local(what))
 
 

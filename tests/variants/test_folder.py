@@ -114,7 +114,7 @@ def test_shards_on_both_sides(small, packed, tmp_path):
 
 
 def test_only_what_differs_is_written(small, monkeypatch):
-    from merge3.live import slot as module
+    from merge3.live import writing as module
 
     written = []
     run = module.execute
@@ -158,7 +158,7 @@ def test_what_is_interrupted_leaves_neither_task(small, monkeypatch):
         expected = live(slot)
         slot.swap(one, task="e0")
         with monkeypatch.context() as patch:
-            patch.setattr("merge3.live.slot.execute", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            patch.setattr("merge3.live.writing.execute", lambda *_: (_ for _ in ()).throw(MemoryError()))
             with pytest.raises(MemoryError):
                 slot.swap(one, task="e1")
         for parameter in slot.model.parameters():  # half of it was written, say

@@ -188,8 +188,8 @@ def test_recipes_with_other_templates_share_an_engine(own_speakers, recipe_of):
     assert [chat_template(recipe, engine.pool) for recipe in recipes] == [None, recipes[1].chat_template]
     for recipe in recipes:
         list(engine.evaluate(asked, [recipe]))
-    prompts = {scorer.asked[0].question.batches[0][0][0][1].tokens for scorer in engine._scorers.values()}
-    assert len(engine._scorers) == 2 and len(prompts) == 2
+    prompts = {scorer.asked[0].question.batches[0][0][0][1].tokens for scorer in engine._rounds._scorers.values()}
+    assert len(engine._rounds._scorers) == 2 and len(prompts) == 2
 
 
 def test_the_end_of_text_is_the_sources(own_speakers, recipe_of, tmp_path):
