@@ -15,6 +15,7 @@ import io
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,19 +23,51 @@ from measure import alternating, median, report, table
 from safetensors.torch import load_file, save_file
 
 from merge3 import Pool, Recipe, Slot
-from merge3.methods import doge, spectral
+from merge3.checkpoint.layout import Ref
+from merge3.methods import METHODS, Job, spectral
 from merge3.world.family import make_family
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 16000}
 RANK, EXPERTS = 16, 3
 LAYER = "model.layers.0."
 MEASURED = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")  # one of every shape
+Vectors = list[dict[str, torch.Tensor]]  # of every expert: name -> task vector
+
+
+def each(derive: Callable[[list[torch.Tensor]], torch.Tensor]) -> Callable[[Vectors], None]:
+    """A method that sees one tensor at a time."""
+
+    def all_of_them(vectors: Vectors) -> None:
+        for name in vectors[0]:
+            derive([own[name] for own in vectors])
+
+    return all_of_them
+
+
+def whole_doge(vectors: Vectors) -> None:
+    """Its row as a pool runs it: thresholds of the whole model, 400 steps a tensor, masks, sum."""
+    row = METHODS["doge"]
+    shared = {name: parameter.default for name, parameter in row.parameters.items()}
+    jobs = []
+    for name, vector in vectors[0].items():
+        sources = tuple(Ref(f"e{i}", name) for i in range(len(vectors)))
+        jobs.append(Job(name, Ref("base", name), sources, shared, ({},) * len(vectors), tuple(vector.shape)))
+
+    def read(jobs):
+        for job in jobs:
+            yield job, [torch.zeros(job.shape), *(own[job.name] for own in vectors)]
+
+    thresholds = row.survey(jobs, read)
+    for job, tensors in read(jobs):
+        row.derive(job, tensors, thresholds)
+
+
 OURS = {
-    "iso_c": spectral.isotropic,
-    "tsv_m": spectral.separated,
-    "wudi": lambda vectors: spectral.least_interference(vectors, 300, 1e-5),
-    "wudi, closed": lambda vectors: spectral.least_interference_closed(vectors, 0.1),
-    "doge": lambda vectors: doge.common_change(torch.stack(vectors), 0.07, 6, 400, 1e-4),
+    "iso_c": each(spectral.isotropic),
+    "tsv_m": each(spectral.separated),
+    "wudi": each(lambda vectors: spectral.least_interference(vectors, 300, 1e-5)),
+    "wudi, closed": each(lambda vectors: spectral.least_interference_closed(vectors, 0.1)),
+    "doge": whole_doge,
 }
 WHOLE = {"iso_c": {}, "tsv_m": {}, "wudi": {"closed": True}}  # those that a whole model takes minutes at most
 
@@ -106,17 +139,17 @@ def task_vectors(world: Path) -> list[dict[str, torch.Tensor]]:
     found = []
     for i in range(EXPERTS):
         expert = load_file(world / f"e{i}" / "model.safetensors")
-        found.append({f"encoder.{name}": expert[LAYER + name] - base[LAYER + name] for name in MEASURED})
+        names = {f"encoder.{LAYER}{name}": LAYER + name for name in MEASURED}
+        found.append({name: expert[stored] - base[stored] for name, stored in names.items()})
     return found
 
 
-def compared(ours, theirs, vectors: list[dict[str, torch.Tensor]]) -> dict[str, float | None]:
+def compared(ours, theirs, vectors: Vectors) -> dict[str, float | None]:
     """Seconds of both; theirs None where there is none."""
 
     def all_of_ours() -> None:
         with torch.no_grad():
-            for name in vectors[0]:
-                ours([own[name] for own in vectors])
+            ours(vectors)
 
     timed = {"ours": all_of_ours}
     if theirs is not None:
