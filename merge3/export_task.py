@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from merge3.checkpoint.architecture import loading
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.export import check_values, merge_to_disk
-from merge3.files import resource_error
+from merge3.files import folder_beside
 from merge3.methods import VARIANTS
 from merge3.methods.variants import tasks_of
 from merge3.packaging import Specs, check_written
@@ -40,12 +39,7 @@ def merge_task(
     directory = Path(directory)
     check_free(directory)
     check_task(recipe, task, where)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{directory.name}.partial-", dir=directory.parent)
-    except OSError as error:
-        raise resource_error(directory, error) from None
-    with beside as folder:
+    with folder_beside(directory) as folder:
         packed = Path(folder) / "packed"
         told = merge_to_disk(recipe, packed, pool, seed, shard_size, progress, where, drop)
         written = write_task(packed, task, directory, shard_size)

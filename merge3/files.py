@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 from merge3.errors import ResourceError
@@ -24,6 +25,16 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise resource_error(file, error) from None
+
+
+def folder_beside(path: Path) -> tempfile.TemporaryDirectory:
+    """A folder on the disk that `path` will lie on, for what is not whole yet; it goes when it is left. Raises
+    ResourceError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent)
+    except OSError as error:
+        raise resource_error(path, error) from None
 
 
 def sync(path: Path) -> None:

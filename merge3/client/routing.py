@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from merge3.checkpoint import check_free
 from merge3.errors import BadInput, RecipeError
-from merge3.files import resource_error, sync
+from merge3.files import folder_beside, resource_error, sync
 from merge3.learn.router import Router, fit_router, load_router, save_router
 from merge3.learn.settings import RouterSettings, located, read_router
 from merge3.live.slot import Slot
@@ -63,12 +62,7 @@ def with_router(recipe: Recipe, file: Path, out: Path, pack: Callable[[Path], di
     """A packed folder with a router beside, there whole or not at all. pack: writes it into a new folder."""
     settings, chosen = prompts(recipe, file)
     check_free(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent)
-    except OSError as error:
-        raise resource_error(out, error) from None
-    with beside as folder:
+    with folder_beside(out) as folder:
         packed = Path(folder) / "packed"
         told = pack(packed)
         pool = Pool.open(str(packed), [])

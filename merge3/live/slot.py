@@ -65,6 +65,7 @@ class Slot:
         self._writer = Writer(pool)
         self._overlap = Overlap(self.model, self._layout, pool.device) if overlap else None
         self.path = Path(self.model, pool)
+        self._writers = writers_known(self._layout.layer_names)
         # Whose embedding and head a path has, while they are in place, and under which plan.
         self._ends: tuple[tuple[str, str], MemoryPlan] | None = None
         held = {name: self._rounded.get(name, tensor.dtype) for name, tensor in self.written().items()}
@@ -187,7 +188,7 @@ class Slot:
     def _hops(self, recipe: Recipe) -> tuple[Hop, ...] | None:
         """The path that a recipe is, if it is one that can be followed; another one as deep as the base is a merge like
         others. Raises ConfigError for one that is neither."""
-        hops = hops_of(recipe, writers_known(self._layout.layer_names))
+        hops = hops_of(recipe, self._writers)
         if hops is None:
             return None
         try:
