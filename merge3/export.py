@@ -34,11 +34,9 @@ from merge3.packaging import (
     side_files,
 )
 from merge3.pool import Pool
-from merge3.program import Program, compile
+from merge3.program import BATCH, Program, compile
 from merge3.recipe import Recipe
 from merge3.variants import Variants, check_parts, write_parts
-
-BATCH = 24_000_000  # elements merged at once
 
 
 @dataclass(frozen=True)

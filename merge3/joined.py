@@ -16,12 +16,11 @@ from merge3.checkpoint import Checkpoint, TensorInfo
 from merge3.checkpoint.layout import Ref
 from merge3.errors import BadInput, ResourceError
 from merge3.export import check_values, prepare
-from merge3.methods import execute
 from merge3.packaging import lead
 from merge3.pool import Pool
+from merge3.program import merged as merged_tensors
 from merge3.recipe import Recipe
 
-_BATCH = 24_000_000  # elements merged at once
 _KEPT = 2  # as many models of memory at most, whoever asks
 _ALIGNED = 64
 
@@ -67,20 +66,8 @@ def _merged(pool: Pool, recipe: Recipe, seed: int) -> Checkpoint:
     memory.grow(place)
     checkpoint = Checkpoint(pool.endpoints[lead(recipe)].path, ready.config, tensors, memory)
     written = mmap.mmap(memory.handle, max(1, place))
-    batch: dict[str, torch.Tensor] = {}
-
-    def write() -> None:
-        execute(ready.program.outputs(batch, pool.statistics), pool.get, seed)
-        for name, tensor in batch.items():
-            _check_and_put(name, tensor, tensors[name], written, name not in pool.fixed)
-        batch.clear()
-
-    with torch.no_grad():
-        for name, (dtype, shape) in ready.specs.items():
-            batch[name] = torch.empty(shape, dtype=dtype, device=pool.device)
-            if sum(tensor.numel() for tensor in batch.values()) >= _BATCH:
-                write()
-        write()
+    for name, tensor in merged_tensors(ready.program, ready.specs, pool, seed):
+        _check_and_put(name, tensor, tensors[name], written, name not in pool.fixed)
     written.close()
     return checkpoint
 

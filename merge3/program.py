@@ -6,7 +6,7 @@ Compiling reads no weights. Steps, which need statistics of them, are made for t
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +15,14 @@ import torch
 from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import RecipeError
 from merge3.methods import METHODS, VARIANTS, Copy, Job, Method, Step, method_named
-from merge3.methods.execute import Output
+from merge3.methods.execute import Output, execute
 from merge3.methods.plan import Kept, Layer, Rest, Tied, View, resolve
 from merge3.methods.variants import common_of, parameters_of, tasks_of
 from merge3.parameters import lookup
 from merge3.recipe import BASE, Recipe
 from merge3.statistics import Statistics
+
+BATCH = 24_000_000  # elements merged at once, where a model is merged to be stored
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,23 @@ def _based(job: Job, recipe: Recipe, view: View, where: str) -> Job:
     if base is None or not view.has(base):
         raise RecipeError(f"{where}: base_model", f"none for tensor {job.name!r}", "a base, from which variants differ")
     return replace(job, base=base)
+
+
+@torch.no_grad()
+def merged(
+    program: Program, specs: Mapping[str, tuple], pool: Any, seed: int = 0
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every output of `specs` (name -> dtype, shape), in their order, on the pool's device; about BATCH elements are in
+    memory at a time. seed: of random keeps."""
+    batch: dict[str, torch.Tensor] = {}
+    size, left = 0, len(specs)
+    for name, (dtype, shape) in specs.items():
+        batch[name] = torch.empty(shape, dtype=dtype, device=pool.device)
+        size, left = size + batch[name].numel(), left - 1
+        if size >= BATCH or not left:
+            execute(program.outputs(batch, pool.statistics), pool.get, seed)
+            yield from batch.items()
+            batch, size = {}, 0
 
 
 def tied_outputs(view: View, layout: Layout) -> tuple[str, ...]:

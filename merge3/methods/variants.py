@@ -113,8 +113,9 @@ def common_of(recipe: Recipe, methods: Mapping[str, Any], where: str = "recipe")
     parameters = {name: value for name, value in recipe.parameters.items() if name not in own}
     by_hand = next(iter(method.by_hand.values()), None)
     if by_hand is not None:
+        experts = sum(source.model != recipe.base_model for source in recipe.slices[0].sources)
         for name, value in {**by_hand.own, **by_hand.common}.items():
-            parameters.setdefault(name, for_models(value, len(recipe.slices[0].sources)))
+            parameters.setdefault(name, for_models(value, experts))
     return replace(recipe, method=named, parameters=parameters | dict(row.given), tasks={}, router={})
 
 

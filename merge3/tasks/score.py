@@ -97,7 +97,7 @@ class Scorer:
             for owner, found in own.items():
                 index, item = asked.indices[owner], asked.items[owner]
                 if writes(item):
-                    lengths[index] = np.mean([len(written.tokens) for written in found])
+                    lengths[index] = sum(len(written.tokens) for written in found) / len(found)
                 if asked.kind.raw is None:
                     responses[index] = asked.kind.response(item, found[0])
                 else:

@@ -15,15 +15,13 @@ import torch
 from merge3 import __version__
 from merge3.checkpoint.write import CheckpointWriter
 from merge3.errors import BadInput, ResourceError
-from merge3.methods import execute
 from merge3.packaging import output_specs
 from merge3.pool import Pool
-from merge3.program import Program
+from merge3.program import Program, merged
 from merge3.recipe import Recipe
 from merge3.variants.about import ABOUT
 from merge3.variants.packed import Variants, check_parts, write_parts
 
-_BATCH = 24_000_000  # elements merged at once
 _FOLDERS = 4  # in a temporary folder: each is as large as a model
 
 
@@ -81,26 +79,8 @@ class Kept:
                 specs[name] = self._dtypes.get(name, dtype), shape
         parts = check_parts(recipe, program, self.pool, specs, where)
         with CheckpointWriter(folder, specs, 2**63, parts) as writer, torch.no_grad():
-            for names in _batches(specs):
-                tensors = {}
-                for name in names:
-                    dtype, shape = specs[name]
-                    tensors[name] = torch.empty(shape, dtype=dtype, device=self.pool.device)
-                execute(program.outputs(tensors, self.pool.statistics), self.pool.get, seed)
-                for name in names:
-                    writer.put(name, tensors.pop(name))
+            for name, tensor in merged(program, specs, self.pool, seed):
+                writer.put(name, tensor)
             writer.write_text("config.json", json.dumps(self.pool.base_checkpoint.config))
             writer.finish()
             write_parts(writer.temporary, recipe, program, self.pool, where)
-
-
-def _batches(specs):
-    batch, size = [], 0
-    for name, (_, shape) in specs.items():
-        batch.append(name)
-        size += torch.Size(shape).numel()
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

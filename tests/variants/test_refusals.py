@@ -11,7 +11,8 @@ from merge3 import Pool, Recipe, Slot, merge_to_disk
 from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.export import check_recipe
 from merge3.export_task import merge_task
-from merge3.methods.variants import tasks_of
+from merge3.methods import METHODS
+from merge3.methods.variants import common_of, tasks_of
 from merge3.variants import Variants
 from tests.variants.making import recipe_of, same, stored, with_adapter
 from tests.worlds import shared
@@ -287,3 +288,13 @@ def test_factors_that_are_no_numbers(small, tmp_path, adapters):
     with pytest.raises(CheckpointError, match="NaN or infinity in the adapter's factors of"):
         merge_to_disk(recipe_of(small / "base", adapters, "byom_lora"), tmp_path / "out", pool)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_among_the_models_is_no_expert():
+    """Nor does it take a share of what all weigh together."""
+    told = {"merge_method": "byom_fft", "base_model": "b", "parameters": {"merger": "dare_ties"}}
+    without, among = (
+        common_of(Recipe.parse(told | {"models": [{"model": m} for m in models]}), METHODS)
+        for models in (("x", "y"), ("b", "x", "y"))
+    )
+    assert without.parameters == among.parameters and without.parameters["weight"] == 0.5
