@@ -10,6 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 from measure import report, table
@@ -18,7 +19,7 @@ from merge3 import LocalEngine, Pool, Recipe, Registration, read_items
 from merge3.client.fit import fit
 from merge3.learn.survivors import write_survivors
 from merge3.search.seeds import seed_of
-from merge3.tasks import split_heldout
+from merge3.tasks import Item, split_heldout
 from merge3.world.digits import TASKS, make_digits
 from merge3.world.kept import made
 
@@ -54,21 +55,44 @@ def main() -> None:
            options.save)  # fmt: skip
 
 
-def measured(seed: int, only: list[str] | None) -> dict[str, float]:
-    """Name of a merge -> held-out accuracy."""
+class Digits(NamedTuple):
+    """A world of eight image tasks, open. learned, heldout: items that merges may be tuned on, and the others."""
+
+    world: Path
+    experts: list[str]
+    engine: LocalEngine
+    learned: list[Item]
+    heldout: list[Item]
+
+    def asks(self, items: list[Item], experts: list[str] | None = None) -> Registration:
+        """Every task before the head of its own expert."""
+        return Registration(tuple(items), heads=dict(zip(TASKS, experts or self.experts)))
+
+    def alone(self) -> float:
+        """Mean held-out accuracy of the experts, each on its own task."""
+        found = []
+        for task, expert in zip(TASKS, self.experts):
+            own = Registration(tuple(item for item in self.heldout if item.task == task), heads={task: expert})
+            found.append(next(self.engine.evaluate(own, [expert])).value)
+        return mean(found)
+
+
+def opened(seed: int) -> Digits:
+    """The world of a seed, made where it is not there."""
     world = made(WORLDS, make_digits, seed=seed)
     items = [item for task in TASKS for item in read_items(world / f"{task}.jsonl")]
-    learned, heldout = split_heldout(items, 0.3, seed_of("held-out", 0))
     experts = [str(world / task) for task in TASKS]
-    heads = dict(zip(TASKS, experts))
     engine = LocalEngine(Pool.open(str(world / "base"), experts))
-    tuning, held = Registration(tuple(learned), heads=heads), Registration(tuple(heldout), heads=heads)
+    return Digits(world, experts, engine, *split_heldout(items, 0.3, seed_of("held-out", 0)))
+
+
+def measured(seed: int, only: list[str] | None) -> dict[str, float]:
+    """Name of a merge -> held-out accuracy."""
+    digits = opened(seed)
+    world, experts, engine, learned, heldout = digits
+    tuning, held = digits.asks(learned), digits.asks(heldout)
     accuracy = lambda engine, asked, recipe: next(engine.evaluate(asked, [recipe])).value
-    alone = []
-    for task, expert in heads.items():
-        own = Registration(tuple(item for item in heldout if item.task == task), heads={task: expert})
-        alone.append(accuracy(engine, own, expert))
-    found = {"base": accuracy(engine, held, str(world / "base")), "each expert on its task": mean(alone)}
+    found = {"base": accuracy(engine, held, str(world / "base")), "each expert on its task": digits.alone()}
     found["average"] = accuracy(engine, held, recipe_of(world, "task_arithmetic", weight=1 / len(TASKS)))
 
     def tuned(engine, method, models, **parameters):
@@ -81,8 +105,7 @@ def measured(seed: int, only: list[str] | None) -> dict[str, float]:
         over = write_survivors(recipe_of(world, "adamerging", fit={"items": ["i"]}), engine.pool, 0.2, Path(folder))
         trimmed = [str(source.model) for source in over.slices[0].sources]
         ties = LocalEngine(Pool.open(str(world / "base"), trimmed))
-        heads = dict(zip(TASKS, trimmed))
-        tuning, held = Registration(tuple(learned), heads=heads), Registration(tuple(heldout), heads=heads)
+        tuning, held = digits.asks(learned, trimmed), digits.asks(heldout, trimmed)
         found["TIES, lambda tuned"] = tuned(ties, "ties", trimmed, weight=1.0, density=1.0, normalize=True)
         for name, (method, settings) in FITS.items():
             if only is None or name.startswith(tuple(only)):

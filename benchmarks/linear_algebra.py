@@ -12,15 +12,11 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from learned import LAMBDAS, WORLDS, recipe_of
+from learned import LAMBDAS, opened, recipe_of
 from measure import report, table
 
-from merge3 import LocalEngine, Pool, Recipe, Registration, read_items
+from merge3 import LocalEngine, Pool, Recipe
 from merge3.learn.survivors import write_survivors
-from merge3.search.seeds import seed_of
-from merge3.tasks import split_heldout
-from merge3.world.digits import TASKS, make_digits
-from merge3.world.kept import made
 
 # Name -> method, and the values of every parameter that is tried beside lambda.
 DERIVED = {
@@ -57,15 +53,12 @@ def main() -> None:
 
 def measured(seed: int) -> dict[str, float]:
     """Name of a merge -> held-out accuracy."""
-    world = made(WORLDS, make_digits, seed=seed)
-    items = [item for task in TASKS for item in read_items(world / f"{task}.jsonl")]
-    learned, heldout = split_heldout(items, 0.3, seed_of("held-out", 0))
-    experts = [str(world / task) for task in TASKS]
-    engine, found = LocalEngine(Pool.open(str(world / "base"), experts)), {}
+    digits = opened(seed)
+    world, experts, engine, learned, heldout = digits
+    found: dict[str, float] = {}
 
     def tuned(name: str, engine: LocalEngine, models: list[str], recipes: list[Recipe]) -> None:
-        heads = dict(zip(TASKS, models))
-        asked = [Registration(tuple(part), heads=heads) for part in (learned, heldout)]
+        asked = [digits.asks(part, models) for part in (learned, heldout)]
         values = [one.value for one in engine.evaluate(asked[0], recipes)]
         best = recipes[values.index(max(values))]
         found[name] = next(engine.evaluate(asked[1], [best])).value

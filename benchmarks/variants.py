@@ -11,19 +11,17 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from learned import LAMBDAS, recipe_of
+from learned import LAMBDAS, WORLDS, opened, recipe_of
 from measure import report, table
 
-from merge3 import LocalEngine, Pool, Recipe, Registration, Slot, read_items
+from merge3 import Pool, Recipe, Slot, read_items
 from merge3.learn.router import fit_router
 from merge3.search.seeds import seed_of
 from merge3.tasks import split_heldout
 from merge3.world import numbers
-from merge3.world.digits import TASKS, make_digits
 from merge3.world.kept import made
 from merge3.world.training import make_models
 
-WORLDS = Path("build/worlds").resolve()
 SHARES = (0.01, 0.05, 0.1)
 METHODS = ("emr", "onebit", "byom_fft")
 
@@ -52,19 +50,11 @@ def main() -> None:
 
 def measured(seed: int) -> dict[str, tuple[float, float]]:
     """Name -> (held-out accuracy, a task's part in bytes as a share of an expert's; 0 where there is one model)."""
-    world = made(WORLDS, make_digits, seed=seed)
-    items = [item for task in TASKS for item in read_items(world / f"{task}.jsonl")]
-    learned, heldout = split_heldout(items, 0.3, seed_of("held-out", 0))
-    experts = [str(world / task) for task in TASKS]
-    heads = dict(zip(TASKS, experts))
-    engine = LocalEngine(Pool.open(str(world / "base"), experts))
-    tuning, held = Registration(tuple(learned), heads=heads), Registration(tuple(heldout), heads=heads)
+    digits = opened(seed)
+    world, experts, engine, learned, heldout = digits
+    tuning, held = digits.asks(learned), digits.asks(heldout)
     accuracy = lambda asked, subject: next(engine.evaluate(asked, [subject])).value
-    alone = []
-    for task, expert in heads.items():
-        own = Registration(tuple(item for item in heldout if item.task == task), heads={task: expert})
-        alone.append(accuracy(own, expert))
-    found = {"base": (accuracy(held, str(world / "base")), 0.0), "each expert on its task": (mean(alone), 0.0)}
+    found = {"base": (accuracy(held, str(world / "base")), 0.0), "each expert on its task": (digits.alone(), 0.0)}
     arithmetic = lambda value: recipe_of(world, "task_arithmetic", weight=value)
     best = max(LAMBDAS, key=lambda value: accuracy(tuning, arithmetic(value)))
     found["task arithmetic, lambda tuned"] = accuracy(held, arithmetic(best)), 0.0
