@@ -1,11 +1,5 @@
 """Learned merges against fusion_bench's own code, where it is installed (make test installs it)."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,24 +15,9 @@ from merge3.live.slot import Slot
 from merge3.tasks import Item
 from merge3.world.tokenizer import make_tokenizer
 from tests.classifiers import make_classifier
+from tests.fusing import fusion_bench, missing
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(importlib.util.find_spec("fusion_bench") is None, reason="fusion_bench is not installed"),
-]
-
-
-def fusion_bench(tmp_path, **given):
-    torch.save(given, tmp_path / "in.pt")
-    runner = Path(__file__).with_name("run_fusion_bench.py")
-    done = subprocess.run(
-        [sys.executable, runner, tmp_path / "in.pt", tmp_path / "out.pt"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(tmp_path / "out.pt")
+pytestmark = [pytest.mark.parity, missing]
 
 
 @pytest.fixture
@@ -77,7 +56,7 @@ def test_twenty_steps_of_layer_wise_adamerging(classifiers, tmp_path):
             step.append(torch.tensor([lesson.asked[at].head.tokens for at in chosen]))
         batches.append(step)
     steps = list(fitting.steps())
-    theirs = fusion_bench(tmp_path, what="adamerging", models=classifiers, learning_rate=0.01, batches=batches)
+    theirs = fusion_bench(tmp_path, dict(what="adamerging", models=classifiers, learning_rate=0.01, batches=batches))
     assert [3 * step.loss for step in steps] == pytest.approx(theirs["losses"], rel=1e-5)
     names = [job.name for job in fitting.weighted.jobs]
     assert sorted(names) == sorted(theirs["names"])
@@ -91,7 +70,7 @@ def test_survivors_are_those_of_ties_merging_split(tmp_path):
     for share in (0.05, 0.2, 0.5, 0.9):
         vectors = torch.randn(4, 500, generator=rng)
         cases += [(vectors, share), ((vectors * 2).round() / 2, share)]  # magnitudes that tie, and sums that cancel
-    theirs = fusion_bench(tmp_path, what="ties", cases=cases)
+    theirs = fusion_bench(tmp_path, dict(what="ties", cases=cases))
     for (vectors, share), expected in zip(cases, theirs):
         thresholds = list(kept_from(lambda all=vectors: enumerate(all.abs()), share).values())
         trimmed = torch.where(vectors.abs() >= torch.tensor(thresholds)[:, None], vectors, 0.0)
@@ -111,7 +90,7 @@ def test_surgery_is_that_of_its_wrapper(tmp_path):
         batches.append({task: drawn(20, 8, number, [0, index]) for index, task in enumerate(tasks)})
     down = {task: started(12, 3, [0, index]).down for index, task in enumerate(tasks)}
     given = {"down": down, "merged": merged, "expert": expert, "batches": batches, "learning_rate": 0.01}
-    theirs = fusion_bench(tmp_path, what="surgery", **given)
+    theirs = fusion_bench(tmp_path, dict(what="surgery", **given))
     for task, adapter in last.adapters.items():
         assert adapter.up.abs().max() > 0.05
         torch.testing.assert_close(tuple(adapter), theirs["weights"][task], atol=1e-5, rtol=0)

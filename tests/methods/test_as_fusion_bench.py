@@ -1,20 +1,14 @@
 """Merges by linear algebra against fusion_bench's own code, where it is installed (make test installs it)."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fusing import fusion_bench, missing
 from tests.methods.deriving import derived
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.skipif(importlib.util.find_spec("fusion_bench") is None, reason="fusion_bench is not installed"),
-]
+pytestmark = [pytest.mark.parity, missing]
 SHAPES = {
     "embeddings.weight": (50, 16),
     "encoder.layers.0.attention.weight": (24, 24),
@@ -65,16 +59,7 @@ CASES = [*spectral(), *projective()]
 def theirs(tmp_path_factory):
     """What it makes of every case, in a process of its own."""
     folder = tmp_path_factory.mktemp("fusion_bench")
-    torch.save(CASES, folder / "in.pt")
-    runner = Path(__file__).with_name("run_fusion_bench.py")
-    done = subprocess.run(
-        [sys.executable, runner, folder / "in.pt", folder / "out.pt"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(folder / "out.pt")
+    return fusion_bench(folder, CASES, Path(__file__).with_name("run_fusion_bench.py"))
 
 
 def assert_near(ours, theirs, share):

@@ -1,6 +1,5 @@
 """Every method against float64 oracles in plain torch, written from the formulas."""
 
-import importlib.util
 import math
 
 import pytest
@@ -14,7 +13,7 @@ from merge3.largest import kth_largest
 from merge3.packed import bits_of, words_of
 from merge3.variants import Variants
 from merge3.variants.factors import cut
-from tests.learn.test_fusion_bench import fusion_bench
+from tests.fusing import fusion_bench, missing
 from tests.variants.making import recipe_of, stored, with_adapter
 
 SHAPES = {"model.embed_tokens.weight": (32, 16), "model.norm.weight": (16,)}
@@ -127,7 +126,7 @@ def test_a_mask_brings_every_expert_nearer(seed, count, coarse):
 
 
 @pytest.mark.parity
-@pytest.mark.skipif(importlib.util.find_spec("fusion_bench") is None, reason="fusion_bench is not installed")
+@missing
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("rescale", ["code", "paper"])
 def test_emr_is_that_of_fusion_bench(tmp_path, rescale, coarse):
@@ -138,7 +137,7 @@ def test_emr_is_that_of_fusion_bench(tmp_path, rescale, coarse):
     taus = [{name: expert[name] - base[name] for name in SHAPES} for expert in (*experts, base)]
     joined = lambda tensors: torch.cat([tensors[name].flatten() for name in SHAPES])
     given = taus if rescale == "code" else [{"all": joined(tau)} for tau in taus]
-    theirs = fusion_bench(tmp_path, what="emr", vectors=given)
+    theirs = fusion_bench(tmp_path, dict(what="emr", vectors=given))
     u = joined(theirs["unified"]) if rescale == "code" else theirs["unified"]["all"]
     found = flat(stored(tmp_path / "packed")) - flat(base)
     torch.testing.assert_close(found, u.double(), atol=1e-6, rtol=0)
