@@ -35,7 +35,8 @@ from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject, Var
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
-from merge3.space import PathSpace, Space, SpaceDefinition
+from merge3.space import ParameterSpace, PathSpace, Space, SpaceDefinition
+from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
@@ -217,6 +218,13 @@ class LocalEngine:
         if recipe is not None:
             return lambda task: self.slot.swap(recipe, seed, "recipe", task)
         return lambda task: self.show(subject.subject, task)
+
+    def relative_norms(self, definition: SpaceDefinition) -> np.ndarray:
+        """See Engine."""
+        space = self.space(definition)
+        if not isinstance(space, ParameterSpace):
+            raise ConfigError("space", f"a {definition.kind} has no task vectors", SpaceDefinition.kind)
+        return relative_norms(space, self.pool)
 
     def check(self, recipe: Recipe) -> None:
         """See Engine."""

@@ -86,6 +86,12 @@ def compile(recipe: Recipe, view: View, where: str = "recipe") -> Program:
     return _with_variants(recipe, view, where) if recipe.method in VARIANTS else _compiled(recipe, view, where)[0]
 
 
+def jobs_of_experts(recipe: Recipe, view: View) -> list[Job]:
+    """What is merged of the models themselves, also where a method merges what it derives of them. Raises as compile
+    does."""
+    return _compiled(recipe, view, "recipe")[1]
+
+
 def _compiled(recipe: Recipe, view: View, where: str) -> tuple[Program, list[Job]]:
     """(the program of one merge, its jobs over the experts themselves)"""
     method = method_named(recipe.method, f"{where}: merge_method")

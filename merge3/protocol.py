@@ -17,6 +17,7 @@ from merge3.learn.surgery import Operation, Surgery
 from merge3.live.hooks import Adapter
 from merge3.recipe import Recipe
 from merge3.registration import Registration
+from merge3.space import SpaceDefinition
 from merge3.tasks.documents import Raw
 
 
@@ -152,6 +153,10 @@ class Engine(Protocol):
 
         Raises RecipeError, ItemsError, BadInput or LogitsError for what cannot be fitted.
         """
+
+    def relative_norms(self, definition: SpaceDefinition) -> np.ndarray:
+        """How long the task vectors are that each gene of a space of parameters moves, relative to the weights they
+        change; see space.norms. float64 [genes]. Raises ConfigError for a space of another kind."""
 
     def check(self, recipe: Recipe) -> None:
         """A dry run: raises what merging or exporting the recipe would refuse. Reads and writes no weights."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
@@ -27,6 +28,7 @@ from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
+from merge3.space import SpaceDefinition
 
 log = logging.getLogger("merge3.host")
 REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared again when they are asked for
@@ -146,6 +148,10 @@ class Host:
             return merge_task(recipe, task, *where, progress=progress)
         check_router(recipe)
         return merge_to_disk(recipe, *where, progress=progress)
+
+    def relative_norms(self, spec: PoolSpec, definition: SpaceDefinition, stop=None, emit=None) -> np.ndarray:
+        """Of a space's genes; see Engine."""
+        return self._engine(spec).relative_norms(definition)
 
     def check(self, spec: PoolSpec, recipe: Recipe, task: str = "", stop=None, emit=None) -> None:
         """A dry run of swap and export: raises what they would refuse."""

@@ -84,6 +84,12 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             self.catalog.registered.put(registered.items_id, Accepted(registered, done.result), 1)
         return response
 
+    async def RelativeNorms(self, request, context):
+        """See the proto."""
+        entry, definition = self.pools.get(request.pool_id), spaces.space_from(request.space)
+        done = await self.scheduler.run(_driver(context), "relative_norms", entry.spec, definition)
+        return pb.RelativeNormsResponse(values=done.result)
+
     # -- subjects
 
     async def Evaluate(self, request, context):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from merge3.errors import ResourceError
+from merge3.files import resource_error, sync
 from merge3.rpc import merge3_pb2 as pb
 
 
@@ -14,6 +18,27 @@ def _inside(name: str) -> bool:
     path = PurePosixPath(name)
     parts = path.parts and not path.is_absolute() and ".." not in path.parts
     return bool(parts) and str(path) == name and "\\" not in name and "\0" not in name
+
+
+def fetched(begin: Callable[[], Iterator[pb.ExportResponse]], directory: Path) -> pb.ExportResult:
+    """A checkpoint in a new or empty directory, which appears whole. begin: starts its Export stream. Raises
+    ResourceError."""
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        result = received(begin(), partial)
+        for file in partial.rglob("*"):
+            sync(file)
+        if directory.exists():
+            directory.rmdir()  # empty, as was checked
+        partial.rename(directory)
+        sync(directory.parent)
+    except OSError as error:
+        raise resource_error(directory, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return result
 
 
 def received(stream, directory: Path) -> pb.ExportResult:

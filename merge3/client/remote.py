@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import socket
 import sys
 import time
@@ -20,16 +19,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+import numpy as np
 
 from merge3 import __version__
 from merge3.checkpoint import check_free
 from merge3.client.channel import Target, translated
-from merge3.client.received import received
+from merge3.client.received import fetched
 from merge3.client.register import Registrar
 from merge3.client.remote_fit import fit_steps
 from merge3.engine import Evaluation, Operated, PoolInfo, Subject, Varied
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
-from merge3.files import resource_error, sync
 from merge3.fitness import Answered, estimates, judged
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
@@ -38,6 +37,7 @@ from merge3.recipe import Recipe, Tokenizer
 from merge3.registration import Registration
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
 from merge3.rpc import merge3_pb2 as pb
+from merge3.space import SpaceDefinition
 from merge3.tasks.items import located
 from merge3.tasks.score import Answers
 
@@ -127,6 +127,10 @@ class RemoteEngine:
         """See Engine. Not there yet: raises Unavailable."""
         raise _not_there(self.target.address)
 
+    def relative_norms(self, definition: SpaceDefinition) -> np.ndarray:
+        """See Engine."""
+        return self._persist(lambda: self._norms(definition))
+
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         self._persist(lambda: self._dry_run(recipe))
@@ -172,6 +176,11 @@ class RemoteEngine:
     def _send(self, requests: Iterator[pb.RegisterItemsRequest]) -> pb.RegisterItemsResponse:
         with self._translated():
             return self._stub.RegisterItems(requests, metadata=self._metadata)
+
+    def _norms(self, definition: SpaceDefinition) -> np.ndarray:
+        with self._translated():
+            request = pb.RelativeNormsRequest(pool_id=self._pool_id, space=spaces.space_to(definition))
+            return np.array(self._stub.RelativeNorms(request, metadata=self._metadata).values)
 
     def _request(self, index: int, subject: Subject) -> pb.EvaluateRequest:
         request = pb.EvaluateRequest(index=index, idempotency_key=f"{self._name}-{next(self._keys)}")
@@ -230,23 +239,13 @@ class RemoteEngine:
             stream.cancel()
 
     def _fetch(self, recipe: Recipe, directory: Path, seed: int, task: str) -> dict:
-        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
         request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=seed, task=task)
-        try:
-            partial.mkdir(parents=True)
+
+        def begin() -> Iterator[pb.ExportResponse]:
             with self._translated():
-                result = received(self._stub.Export(request, metadata=self._metadata), partial)
-            for file in partial.rglob("*"):
-                sync(file)
-            if directory.exists():
-                directory.rmdir()  # empty, as was checked
-            partial.rename(directory)
-            sync(directory.parent)
-        except OSError as error:
-            raise resource_error(directory, error) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                yield from self._stub.Export(request, metadata=self._metadata)
+
+        result = fetched(begin, directory)
         return {
             "path": str(directory),
             "tensors": result.tensors,

@@ -19,6 +19,7 @@ from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
+_LATER_OF_OPTIMIZERS = ("prior",)
 
 
 class Task(Section):
@@ -101,7 +102,7 @@ class RaceSettings(Section):
 class Optimizer(Section):
     """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
-    auto: where candidates answer a part of the items."""
+    auto: where candidates answer a part of the items. prior: what is taken for granted of genes, see prior.py."""
 
     name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
@@ -109,6 +110,19 @@ class Optimizer(Section):
     sigma: float = Field(1 / 6, gt=0, le=1)
     seed: int = Field(0, ge=0)
     surrogate: bool | Literal["auto"] = "auto"
+    prior: Literal["none", "norms"] = "none"
+
+    def named(self) -> str:
+        """As a run's identity has it: JSON without settings that came later and are not used."""
+        unused = {key for key in _LATER_OF_OPTIMIZERS if getattr(self, key) == Optimizer.model_fields[key].default}
+        return self.model_dump_json(exclude=unused)
+
+    @model_validator(mode="after")
+    def _prior(self):
+        if self.prior != "none" and not OPTIMIZERS[self.name].steps:
+            able = ", ".join(name for name, row in OPTIMIZERS.items() if row.steps)
+            raise ValueError(f"prior: {self.prior} with {self.name}, which has no steps; expected {able}")
+        return self
 
 
 class Heldout(Section):
@@ -184,7 +198,20 @@ class EvolveConfig(Section):
         if self.genome.recipe_tokenizer() or self.genome.tower:
             raise ValueError("stages: beside a tokenizer or tower of the genome's: expected models that share theirs")
         for stage in self.stages:
-            Optimizer.model_validate(self.optimizer.model_dump() | stage.optimizer)
+            self._optimizer(stage)
+        return self
+
+    def _optimizer(self, stage: Stage) -> Optimizer:
+        """A stage's. A prior is of parameters, and no path's."""
+        run = self.optimizer.model_dump() | ({} if stage.space == SpaceDefinition.kind else {"prior": "none"})
+        return Optimizer.model_validate(run | stage.optimizer)
+
+    @model_validator(mode="after")
+    def _prior_of_parameters(self):
+        paths = [self.optimizer] if self.genome.space == PATH else []
+        paths += [self._optimizer(stage) for stage in self.stages if stage.space == PATH]
+        if any(optimizer.prior != "none" for optimizer in paths):
+            raise ValueError("optimizer.prior: norms of a path, which moves no weights; expected none")
         return self
 
     @model_validator(mode="after")
@@ -201,9 +228,7 @@ class EvolveConfig(Section):
         """With the optimizer of one stage; itself where there are no stages."""
         if not self.stages:
             return self
-        stage = self.stages[number]
-        optimizer = Optimizer.model_validate(self.optimizer.model_dump() | stage.optimizer)
-        return self.model_copy(update={"optimizer": optimizer})
+        return self.model_copy(update={"optimizer": self._optimizer(self.stages[number])})
 
     @model_validator(mode="after")
     def _objectives(self):
@@ -255,6 +280,7 @@ class EvolveConfig(Section):
         _forget_defaults(data, EvolveConfig, ("system_instruction",))
         if not self.objectives:
             del data["objectives"]
+        _forget_defaults(data["optimizer"], Optimizer, _LATER_OF_OPTIMIZERS)
         for task in data["tasks"]:
             _forget_defaults(task, Task, _LATER)
         if self.estimate.calibration != "auto":

@@ -24,7 +24,7 @@ def identity(search: Search) -> dict[str, str]:
         "numpy": np.__version__,
         "scipy": metadata.version("scipy"),
         "genome": _placeless(search).hash(),
-        "optimizer": config.optimizer.model_dump_json(),
+        "optimizer": config.optimizer.named(),
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
@@ -33,6 +33,8 @@ def identity(search: Search) -> dict[str, str]:
         found[package] = metadata.version(package)
     if search.start is not None:  # a resumed run reads it here
         found["start"] = json.dumps(search.start.tolist())
+    if search.steps is not None:
+        found["steps"] = json.dumps(search.steps.tolist())
     if questions.judges:  # what answers are worth is lm-eval's to say
         found["lm-eval"] = metadata.version("lm_eval")
     for place, name in enumerate(info.endpoints):

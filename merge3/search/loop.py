@@ -70,7 +70,7 @@ def make_optimizer(search: Search) -> optimizers.Optimizer:
     assisted = search.questions.policy.subset if settings.surrogate == "auto" else settings.surrogate
     seed, given = search.seed("optimizer"), search.start is not None
     bits, objectives = getattr(search.space, "bits", None), len(search.objectives)
-    how = settings.sigma, settings.population, seed, assisted, given, bits, objectives
+    how = settings.sigma, settings.population, seed, assisted, given, bits, objectives, search.steps
     return optimizers.make(settings.name, start, low, high, *how)
 
 

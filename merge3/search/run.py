@@ -24,6 +24,7 @@ from merge3.search.loop import search_generations
 from merge3.search.measure import Measured, measure, measure_all, possible_baselines
 from merge3.search.optimizers import Optimizer, check_installed
 from merge3.search.policy import Policy
+from merge3.search.prior import with_prior
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
@@ -97,6 +98,7 @@ def run(
     engine.check(space.uniform_recipe())
     if start is not None:
         check_start(search, start)
+    search = with_prior(search)
     baselines = possible_baselines(search)
     if journal.begin(identity(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")

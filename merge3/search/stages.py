@@ -54,7 +54,7 @@ def second(asking: Asking, config: EvolveConfig, winner: Winner) -> Asking:
     definition = _definition(config, (winner.name, *config.genome.models))
     definition = replace(definition, merged=json.dumps(winner.recipe.to_dict() | {"seed": config.optimizer.seed}))
     space = Space(definition, search.engine.info().layout)
-    searched = replace(search, config=config.of_stage(1), space=space, start=None)
+    searched = replace(search, config=config.of_stage(1), space=space, start=None, steps=None)
     searched.engine.prepare(searched.asks([*search.questions.search, *search.questions.heldout]))
     return replace(asking, search=searched)
 

@@ -39,7 +39,7 @@ def near_start(search: Search) -> tuple[Search, Recipe | None]:
         return search, None
     known = search.journal.identity()
     if search.journal.begun and known.get("config") == search.config.hash() and "start" in known:
-        return replace(search, start=_kept(search.journal, known["start"], search.space.size)), None
+        return replace(search, start=kept(search.journal, "start", known["start"], search.space.size)), None
     path = search.config.genome.start
     recipe = read_start(path, search.config.models)
     if recipe.surgery:
@@ -69,11 +69,11 @@ def read_start(path: str | Path, models: Sequence[str]) -> Recipe:
     return Recipe.from_yaml(path).renamed(lambda ref: _known(ref, Path(path).parent, known))
 
 
-def _kept(journal: Journal, text: str, size: int) -> np.ndarray:
-    """The genome that a run began at, float64 [size], from its journal."""
+def kept(journal: Journal, name: str, text: str, size: int) -> np.ndarray:
+    """A number for every gene that a run began with, float64 [size], from its journal. name: of the entry."""
     found = np.array(json.loads(text), dtype=np.float64)
     if found.shape != (size,):
-        words = f"start is {found.size} numbers, was written when the run began", f"{size}, as a genome has"
+        words = f"{name} is {found.size} numbers, was written when the run began", f"{size}, as a genome has"
         raise ResumeMismatch(journal.directory, *words, "start another run directory")
     return found
 

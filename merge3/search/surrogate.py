@@ -21,13 +21,16 @@ _TOO_FAR = 1e30
 
 
 class Surrogate:
-    """Fit, then predict. low, high: [d] bounds; sigma: the search's first step as a share of them."""
+    """Fit, then predict. low, high: [d] bounds; sigma: the search's first step as a share of them; steps: how much
+    longer that is for each gene, float64 [d]; None: alike."""
 
-    def __init__(self, low: np.ndarray, high: np.ndarray, sigma: float):
+    def __init__(self, low: np.ndarray, high: np.ndarray, sigma: float, steps: np.ndarray | None = None):
         span = high - low
         self._span = np.where(np.isfinite(span), span, 1.0)
         # Before anything is known, candidates of the first generation are about one length apart.
         lengths = np.full(len(low), np.log(sigma * np.sqrt(2 * len(low))))
+        if steps is not None:
+            lengths += np.log(steps)
         self._prior = np.concatenate([lengths, [np.log(1e-3), np.log(1e-3), 0.0]])
         self._prior_sd = np.concatenate([np.ones(len(low)), [2.0, 2.0, 0.7]])
         self._at = self._prior.copy()  # log of l, s_f², s_g², κ; where the next fit starts

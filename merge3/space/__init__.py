@@ -60,4 +60,4 @@ class Space(Protocol):
 PATH = "path"
 SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace, PATH: PathSpace}
 
-__all__ = ["PATH", "PRESETS", "SPACES", "PathSpace", "Space", "SpaceDefinition"]
+__all__ = ["PATH", "PRESETS", "SPACES", "ParameterSpace", "PathSpace", "Space", "SpaceDefinition"]

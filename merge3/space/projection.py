@@ -199,16 +199,16 @@ class _Values:
 def _wanted(space: ParameterSpace, values: _Values, tensors: list[_Tensor], genes: Sequence[str]) -> tuple[dict, dict]:
     """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing. tensors: as
     candidates have them."""
-    governed = _governed(space, tensors)
+    governing = _governed(space, tensors)
     own = {name: np.full(space.shape[:-1], np.nan) for name in space.own}
     shared = {name: np.full(space.groups, np.nan) for name in space.shared}
     models = [str(ModelRef.parse(model)) for model in space.definition.models]
     for name in genes:
         if name in shared:
-            shared[name][:] = _nearest(governed.sum(axis=-1), values.numbers(name, None))
+            shared[name][:] = _nearest(governing.sum(axis=-1), values.numbers(name, None))
             continue
         for model in _experts(space):
-            found = _nearest(governed.reshape(len(governed), -1), values.numbers(name, model))
+            found = _nearest(governing.reshape(len(governing), -1), values.numbers(name, model))
             found = found.reshape(space.groups, space.sets)
             if space.outside:  # there the last set has the value, the others go unused
                 found[[0, -1]] = found[[0, -1], -1:]
@@ -216,14 +216,25 @@ def _wanted(space: ParameterSpace, values: _Values, tensors: list[_Tensor], gene
     return own, shared
 
 
+def governed(space: ParameterSpace, names: Sequence[str]) -> np.ndarray:
+    """How far every gene of one model and parameter governs each of these tensors: float64 [tensors, groups, filter
+    sets], 1 in all; 0 for a tensor outside the space's layout."""
+    ranges = [(0, space.layout.layers)] if space.whole else space.ranges
+    places = {tensor.name: tensor for tensor in _all_tensors(space.layout, ranges)}
+    inside = [i for i, name in enumerate(names) if name in places]
+    found = np.zeros((len(names), space.groups, space.sets))
+    found[inside] = _governed(space, [places[names[i]] for i in inside])
+    return found
+
+
 def _governed(space: ParameterSpace, tensors: list[_Tensor]) -> np.ndarray:
-    """How far every gene of one model and parameter governs each tensor: [tensors, groups, filter sets], 1 in all."""
+    """The same of tensors with their places."""
     cells = np.empty((space.groups, space.sets), dtype=object)
     for cell, unit in zip(np.ndindex(cells.shape), np.eye(cells.size)):
         cells[cell] = unit
     settings = space.written(cells)
-    governed = [evaluate(settings[tensor.part], tensor.name, tensor.t) for tensor in tensors]
-    return np.array(governed).reshape(len(governed), *cells.shape)
+    found = [evaluate(settings[tensor.part], tensor.name, tensor.t) for tensor in tensors]
+    return np.array(found).reshape(len(found), *cells.shape)
 
 
 def _nearest(governed: np.ndarray, values: np.ndarray) -> np.ndarray:

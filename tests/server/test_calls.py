@@ -1,5 +1,6 @@
 """Pools and registrations by hand: what the service gives, and what it says to what it cannot use."""
 
+import contextlib
 import hashlib
 import time
 
@@ -10,8 +11,12 @@ from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from merge3.client.remote import RemoteEngine
+from merge3.engine import LocalEngine
+from merge3.pool import Pool
 from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
+from merge3.space import SpaceDefinition
 from tests.server.calling import refused
 
 # -- a stock client
@@ -29,6 +34,7 @@ def test_a_stock_client_lists_checks_health_and_evaluates(daemon, world):
         "ListPools",
         "ClosePool",
         "RegisterItems",
+        "RelativeNorms",
         "Evaluate",
         "EvaluateStream",
         "Fit",
@@ -264,3 +270,14 @@ def test_registrations_that_cannot_be(world, by_hand):
         refused(lambda parts=parts: stub.RegisterItems(iter(parts)), "INVALID_ARGUMENT", words)
     unknown = [pb.RegisterItemsRequest(header=pb.RegisterHeader(pool_id="none")), entries]
     refused(lambda: stub.RegisterItems(iter(unknown)), "NOT_FOUND", "is not open")
+
+
+def test_relative_norms_are_those_of_this_process(daemon, world):
+    definition = world.config.genome.definition()
+    local = LocalEngine(Pool.open(world.config.models[0], world.config.models[1:]))
+    with contextlib.closing(RemoteEngine(daemon.address, world.config.models)) as engine:
+        found, expected = engine.relative_norms(definition), local.relative_norms(definition)
+    assert np.array_equal(found, expected, equal_nan=True) and len(found) == world.space.size
+    path = SpaceDefinition(definition.models, "passthrough", kind="path")
+    request = pb.RelativeNormsRequest(pool_id=world.pool.pool_id, space=spaces.space_to(path))
+    refused(lambda: world.stub.RelativeNorms(request), "INVALID_ARGUMENT", "a path has no task vectors")

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
-from merge3.rpc import convert
+from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from tests.asking import answers
 
@@ -19,6 +19,7 @@ METHODS = (
     "ListPools",
     "ClosePool",
     "RegisterItems",
+    "RelativeNorms",
     "Evaluate",
     "EvaluateStream",
     "Fit",
@@ -257,6 +258,9 @@ def seeds(world, by_hand):
             pb.RegisterItemsRequest(
                 blob=pb.Blob(digest=convert.digest(bank), data=bank.SerializeToString(), last=True)
             ),
+        ],
+        "RelativeNorms": [
+            pb.RelativeNormsRequest(**at, space=spaces.space_to(world.config.genome.definition())),
         ],
         "Evaluate": [
             world.request(idempotency_key="fuzz"),

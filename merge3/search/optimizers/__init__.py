@@ -45,7 +45,8 @@ class Start:
     """What every optimizer is made from. initial, low, high: float64 [d]; sigma: the first step, a share of each gene's
     range; population: of a generation; assisted: whether estimates are noisy enough for a surrogate to pay; given:
     whether somebody chose `initial`, which is then the first candidate, close to a bound too. bits: which genes are on
-    above one half and else off, bool [d]; None: none. objectives: how many."""
+    above one half and else off, bool [d]; None: none. objectives: how many. steps: how much longer each gene's first
+    ones are, float64 [d]; None: alike."""
 
     initial: np.ndarray
     low: np.ndarray
@@ -57,17 +58,19 @@ class Start:
     given: bool = False
     bits: np.ndarray | None = None
     objectives: int = 1
+    steps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Kind:
     """make: from a start. least, most: objectives that it takes, None for any number. packages: what it needs of the
-    extra `pareto`; their versions are part of what a run is."""
+    extra `pareto`; their versions are part of what a run is. steps: whether it takes some that differ by gene."""
 
     make: Callable[[Start], Optimizer]
     least: int = 1
     most: int | None = 1
     packages: tuple[str, ...] = ()
+    steps: bool = False
 
     def takes(self) -> str:
         """How many objectives, in words."""
@@ -78,7 +81,8 @@ class Kind:
 
 def _cma(start: Start) -> Optimizer:
     kind = AssistedCMA if start.assisted else CMA
-    return kind(start.initial, start.low, start.high, start.sigma, start.population, start.seed, start.given)
+    how = start.sigma, start.population, start.seed, start.given, start.steps
+    return kind(start.initial, start.low, start.high, *how)
 
 
 def _random(start: Start) -> Optimizer:
@@ -90,7 +94,7 @@ def _nsga(name: str) -> Callable[[Start], Optimizer]:
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "cma": Kind(_cma),
+    "cma": Kind(_cma, steps=True),
     "random": Kind(_random, most=None),
     "catcma": Kind(CatCMA, packages=("cmaes",)),
     "nsga2": Kind(_nsga("nsga2"), least=2, most=None, packages=("pymoo",)),
@@ -119,8 +123,10 @@ def make(
     given: bool = False,
     bits: np.ndarray | None = None,
     objectives: int = 1,
+    steps: np.ndarray | None = None,
 ) -> Optimizer:
     """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
     tutorial, equation 48). The others: see Start."""
     count = population or 4 + int(3 * math.log(len(initial)))
-    return OPTIMIZERS[name].make(Start(initial, low, high, sigma, count, seed, assisted, given, bits, objectives))
+    start = Start(initial, low, high, sigma, count, seed, assisted, given, bits, objectives, steps)
+    return OPTIMIZERS[name].make(start)

@@ -16,13 +16,15 @@ POOL = 200  # genomes of an assisted generation, of which few are asked
 class CMA:
     """CMA-ES by pycma (Hansen & Ostermeier 2001). Maximises; a NaN fitness counts as the worst."""
 
-    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False):
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False, steps=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it misses matplotlib, which nobody here asks for
             import cma
         self.population = population
         finite = np.isfinite(high - low)
         scale = np.where(finite, np.where(finite, high - low, 1.0), 1.0)
+        if steps is not None:
+            scale = scale * steps
         options = {
             "popsize": population,
             "bounds": [np.where(finite, low, -np.inf).tolist(), np.where(finite, high, np.inf).tolist()]
@@ -96,10 +98,10 @@ class AssistedCMA(CMA):
     population, which noise calls for (Arnold and Beyer 2002), costs no answers.
     """
 
-    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False):
-        super().__init__(initial, low, high, sigma, max(POOL, population), seed, given)
+    def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False, steps=None):
+        super().__init__(initial, low, high, sigma, max(POOL, population), seed, given, steps)
         self._asked = population
-        self._surrogate = Surrogate(low, high, sigma)
+        self._surrogate = Surrogate(low, high, sigma, steps)
 
     def ask(self) -> list[np.ndarray]:
         """See Optimizer. As many of the strategy's generation as are to be asked."""
