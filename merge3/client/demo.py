@@ -14,7 +14,7 @@ from merge3.checkpoint import check_free
 from merge3.client import run
 from merge3.search.config_files import load_config
 from merge3.world.numbers import ITEMS_PER_TASK, TASKS
-from merge3.world.training import BASE_STEPS, EXPERT_STEPS, make_models
+from merge3.world.training import EXPERT_STEPS, make_models
 
 BUDGET = 600
 
@@ -44,12 +44,12 @@ def demo(
     as_json: bool,
     quiet: bool,
     budget: int = BUDGET,
-    steps: tuple[int, int] = (BASE_STEPS, EXPERT_STEPS),
+    steps: tuple[int | None, int] = (None, EXPERT_STEPS),
     items: int = ITEMS_PER_TASK,
 ) -> dict[str, Any]:
     """Run it all in a new directory; returns result.json's content with the training's seconds.
 
-    steps: of training, of the base and of each expert. items: of every task.
+    steps: of training, of the base (None: until it is half trained) and of each expert. items: of every task.
     """
     check_free(directory)
     began = time.perf_counter()

@@ -2,15 +2,17 @@
 
 What makes it behave like real fine-tunes, and what does not, was found by trying. Experts tuned hard from
 a base that knows little do not merge at all; experts tuned gently and alike from a base that knows most
-merge well at any weights, and a search has nothing to find. Here the base is half-trained on everything,
-three experts are tuned gently on one task each and forget some of the others, and the fourth is tuned five
-times as hard: merges that treat all alike suffer, and which weights help, layer by layer, must be found.
+merge well at any weights, and a search has nothing to find. Here the base is half-trained on everything
+(seeds learn at different speeds, so it stops at a loss, not after a number of steps), three experts are
+tuned gently on one task each and forget some of the others, and the fourth is tuned five times as hard:
+merges that treat all alike suffer, and which weights help, layer by layer, must be found.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import torch
 from merge3.world.numbers import ITEMS_PER_TASK, MAX_LENGTH, TASKS, make_items
 from merge3.world.tokenizer import make_tokenizer
 
-BASE_STEPS, EXPERT_STEPS = 150, 100
+EXPERT_STEPS = 100
+HALF_TRAINED, AT_MOST = 0.6, 400  # the loss at which a base stops, and the steps after which it stops anyway
+SMOOTHED = 20  # steps whose mean loss counts
 # Shares of the base's training mixture: products are learned soonest, sums and sorting last.
 MIXTURE = {"english": 0.32, "italian": 0.12, "translation": 0.26, "sorting": 0.3}
 # Learning rates of the experts: found on a hub, not all are tuned with equal care.
@@ -29,19 +33,22 @@ RATES = {"english": 2e-4, "italian": 3e-4, "translation": 3e-4, "sorting": 1.5e-
 def make_models(
     folder: Path,
     seed: int = 0,
-    base_steps: int = BASE_STEPS,
+    base_steps: int | None = None,
     expert_steps: int = EXPERT_STEPS,
     items: int = ITEMS_PER_TASK,
     progress: Callable[[str, int, int], None] = lambda what, step, steps: None,
 ) -> None:
     """Train a base and one expert per task; save ordinary checkpoints folder/base and folder/<task>, and `items`
-    questions of every task, folder/<task>.jsonl. progress(what, step, steps)."""
+    questions of every task, folder/<task>.jsonl. base_steps: None: until it is half trained. progress(what, step,
+    steps)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     tokenizer = make_tokenizer()
     model = new_model(tokenizer)
     mix = lambda: TASKS[rng.choices(list(MIXTURE), MIXTURE.values())[0]](rng)
-    train(model, tokenizer, mix, base_steps, 2e-3, lambda s: progress("base", s, base_steps))
+    most, until = (AT_MOST, HALF_TRAINED) if base_steps is None else (base_steps, None)
+    done = train(model, tokenizer, mix, most, 2e-3, lambda s: progress("base", s, most), until=until)
+    progress("base", done, done)
     save(model, tokenizer, folder / "base")
     start = {k: v.clone() for k, v in model.state_dict().items()}
     for task in TASKS:
@@ -80,10 +87,13 @@ def train(
     rate: float,
     progress: Callable[[int], None] = lambda step: None,
     length: int = MAX_LENGTH,
-) -> None:
+    until: float | None = None,
+) -> int:
     """AdamW with a linear warm-up; loss on the answer alone, batches of 128 lines. line: the next (prompt, words of the
-    answer); length: tokens of the longest, start and end included."""
+    answer); length: tokens of the longest, start and end included; until: a mean loss of the last steps that ends it.
+    Returns the steps it took."""
     model.train()
+    losses: deque[float] = deque(maxlen=SMOOTHED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -95,7 +105,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         progress(step + 1)
+        losses.append(loss.item())
+        if until is not None and len(losses) == SMOOTHED and sum(losses) / SMOOTHED <= until:
+            steps = step + 1
+            break
     model.eval()
+    return steps
 
 
 def write_items(items: list[dict], file: Path) -> None:
