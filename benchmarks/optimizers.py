@@ -27,7 +27,7 @@ from merge3.search.config_files import load_config
 from merge3.search.prior import steps_of
 from merge3.world.training import make_models
 
-ITEMS, BUDGET = 100, 1000  # search items per task in a table; candidates of a full search
+ITEMS, FULL_ITEMS, BUDGET = 100, 250, 1000  # search items per task in a table, of a full search; its candidates
 
 
 class Way(NamedTuple):
@@ -93,7 +93,7 @@ def tabled(world: int, folder: Path) -> Table:
 
 def judged(world: int, stand: Stand, seeds: int, only: list[str], data: list[dict]) -> list[list]:
     """A row of every way to search."""
-    items = len(stand.table.tasks)
+    items = 4 * FULL_ITEMS
     best = {name: [search(stand, way, seed, BUDGET * items) for seed in range(seeds)] for name, way in FULL.items()}
     full = max(float(np.mean([run[-1][1] for run in runs])) for runs in best.values())
     searches = best | {
@@ -135,7 +135,7 @@ def search(stand: Stand, way: Way, seed: int, budget: int) -> Course:
         errors = np.stack([solved[:, own == task].std(1) / (own == task).sum() ** 0.5 for task in range(tasks)], axis=1)
         mean, error = values.mean(1), np.sqrt((errors**2).sum(1)) / tasks
         optimizer.tell(genomes, *((values, errors) if way.several else (mean.tolist(), error.tolist())))
-        asked += solved.size
+        asked += len(genomes) * (len(items) if way.size else 4 * FULL_ITEMS)
         seen = max(seen, (mean.max(), genomes[int(mean.argmax())]), key=lambda one: one[0])
         course.append((asked, float(stand.accuracy([named(optimizer, genomes, seen[1], way)])[0])))
     return course
