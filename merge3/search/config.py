@@ -101,7 +101,8 @@ class RaceSettings(Section):
 class Optimizer(Section):
     """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
-    auto: where candidates answer a part of the items."""
+    auto: where candidates answer a part of the items. asking: a generation at a time, or (steady) the next candidate
+    when one is answered; auto: steady where there are several workers and the optimizer can."""
 
     name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
@@ -109,6 +110,18 @@ class Optimizer(Section):
     sigma: float = Field(1 / 6, gt=0, le=1)
     seed: int = Field(0, ge=0)
     surrogate: bool | Literal["auto"] = "auto"
+    asking: Literal["auto", "generations", "steady"] = "auto"
+
+    @model_validator(mode="after")
+    def _steady(self):
+        if self.asking == "steady" and not OPTIMIZERS[self.name].steady:
+            able = ", ".join(name for name, row in OPTIMIZERS.items() if row.steady)
+            raise ValueError(f"asking: steady with {self.name}; expected generations, or another optimizer: {able}")
+        return self
+
+    def unused(self) -> set[str]:
+        """Settings that came later and are as they would be without: they name no run anew."""
+        return {key for key in ("asking",) if getattr(self, key) == Optimizer.model_fields[key].default}
 
 
 class Heldout(Section):
@@ -247,6 +260,7 @@ class EvolveConfig(Section):
             if not data["genome"][key]:
                 del data["genome"][key]
         _forget_defaults(data["genome"], Genome, ("repetitions",))
+        data["optimizer"] = self.optimizer.model_dump(mode="json", exclude=self.optimizer.unused())
         if not self.stages:
             del data["stages"]
         del data["task_path"], data["logging"]

@@ -40,7 +40,8 @@ class Progress:
 @dataclass(frozen=True)
 class Search:
     """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).
-    start: the genome that `genome.start` comes to, see start.py; None for the space's own."""
+    start: the genome that `genome.start` comes to, see start.py; None for the space's own. workers: that the run counts
+    on, see steady.py."""
 
     config: EvolveConfig
     questions: Questions
@@ -50,6 +51,7 @@ class Search:
     report: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
     start: np.ndarray | None = None
+    workers: int = 1
 
     @property
     def initial(self) -> np.ndarray:

@@ -59,14 +59,24 @@ class CMA:
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         """See Optimizer. A generation cut short is left out."""
-        if len(genomes) < self.population:
+        self._tell(genomes, fitness, [])
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. One of an earlier distribution counts, but as if it lay no further from the mean than
+        this one's samples do (Hansen 2011, Injecting external solutions into CMA-ES)."""
+        self._tell(genomes, fitness, [i for i, age in enumerate(ages) if age])
+
+    def _tell(self, genomes: list[np.ndarray], fitness: list[float], late: list[int]) -> None:
+        if len(genomes) != self.population:
             return  # the budget's last few: nothing is asked after them
         known = [f for f in fitness if not math.isnan(f)]
         worst = min(known, default=0.0) - 1.0
         losses = [-(worst if math.isnan(f) else f) for f in fitness]
         with self._own_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._strategy.tell(genomes, losses)
+            self._strategy.tell(genomes, losses, check_points=late or None)
 
     def favorite(self) -> np.ndarray:
         """The mean of the distribution: under noise better than its best sample (Hansen, The CMA evolution
@@ -99,7 +109,7 @@ class AssistedCMA(CMA):
     def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False):
         super().__init__(initial, low, high, sigma, max(POOL, population), seed, given)
         self._asked = population
-        self._surrogate = Surrogate(low, high, sigma)
+        self._surrogate, self._told = Surrogate(low, high, sigma), 0
 
     def ask(self) -> list[np.ndarray]:
         """See Optimizer. As many of the strategy's generation as are to be asked."""
@@ -111,6 +121,19 @@ class AssistedCMA(CMA):
         self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs))
         values = self._surrogate.predict(np.array(self._pool))[0]
         values[: len(genomes)][np.isnan(fitness)] = np.nan
+        super().tell(self._pool, values.tolist(), [])
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. Only the surrogate is told them: what the strategy is told is its own generation, in
+        which nobody is late."""
+        asked_in = self._told - np.array(ages)  # those had their items in common
+        self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs), generations=asked_in)
+        self._told += 1
+        values = self._surrogate.predict(np.array(self._pool))[0]
+        failed = {genome.tobytes() for genome, value in zip(genomes, fitness) if math.isnan(value)}
+        values[[genome.tobytes() in failed for genome in self._pool]] = np.nan
         super().tell(self._pool, values.tolist(), [])
 
     def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
