@@ -67,6 +67,7 @@ def search_steadily(asking: Asking, first: int = 0) -> SteadyOptimizer | None:
     """Spend the budget; see search_generations, whose errors it raises."""
     search, course = asking.search, _Course(asking, first)
     many, host = in_flight(search), search.engine.info().host
+    search.report(Progress(stage="steady", budget=course.budget))
     waiting = {asked.at: asked for asked in islice(course.questions(), many)}
     for candidate in search.journal.arrived(first)[: course.budget]:
         asked = waiting.pop((candidate.generation, candidate.position), None)
