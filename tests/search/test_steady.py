@@ -33,6 +33,7 @@ from merge3.search.questions import load_questions
 from merge3.search.steady import begun_with, in_flight
 from merge3.space import Space
 from tests.commands import client
+from tests.search.test_path_search import BOTH, written
 
 BUDGET, POPULATION = 23, 5
 KINDS = {
@@ -187,14 +188,17 @@ def test_a_run_that_was_left_goes_on_to_the_bits_of_the_one_that_was_not(search,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_at_a_time_it_is_the_search_by_generations(search, local, kind, monkeypatch):
-    changes = {"extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1}}
+    calibrated = kind == "assisted"
+    changes = {"extract": {"method": "irt" if calibrated else "random", "size": 8}}
+    changes["estimate"] = {"models": 6, "check_every": 1}
     in_order = lambda genomes: 0
     monkeypatch.setattr(Scripted, "evaluate_each", LocalEngine.evaluate_each)
     by_generations, _, _ = search(in_order, asking="generations", changes=changes, **KINDS[kind])
     for module in (steady, search_run):
         monkeypatch.setattr(module, "in_flight", lambda search: 1)
     one_by_one, outcome, _ = search(in_order, changes=changes, **KINDS[kind])
-    assert rows_of(one_by_one) == rows_of(by_generations) and len(outcome.checks) == (BUDGET - 1) // POPULATION
+    assert rows_of(one_by_one) == rows_of(by_generations)
+    assert len(outcome.checks) == calibrated * (BUDGET - 1) // POPULATION
 
 
 @settings(max_examples=10, deadline=None)
@@ -367,7 +371,7 @@ def real(tiny_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     config = configured(tiny_world, optimizer=KINDS["assisted"], extract={"method": "random", "size": 8})
     (folder / "steady.yaml").write_text(config.to_yaml())
-    client_run.evolve(load_config(folder / "steady.yaml"), folder / "whole", quiet=True)
+    client_run.evolve(load_config(folder / "steady.yaml"), folder / "whole", quiet=True, export=False)
     return folder / "steady.yaml", folder / "whole"
 
 
@@ -375,24 +379,47 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(real, tmp_path):
     config, whole = real
     killed = tmp_path / "run"
     command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--run-dir", str(killed), "--quiet"]
-    extra = []
-    for stop_after in (7,):
-        process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if (killed / "run.db").exists() and len(rows_of(killed)) >= stop_after:
-                    break
-            except sqlite3.OperationalError:
-                pass  # not created yet
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert stop_after <= len(rows_of(killed)) < BUDGET, process.stderr.read().decode()
-        extra = ["--resume"]
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if (killed / "run.db").exists() and len(rows_of(killed)) >= 7:
+                break
+        except sqlite3.OperationalError:
+            pass  # not created yet
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 7 <= len(rows_of(killed)) < BUDGET, process.stderr.read().decode()
+    client_run.evolve(load_config(config), killed, resume=True, quiet=True, export=False)
     assert rows_of(killed) == rows_of(whole)
     assert (killed / "best.yaml").read_bytes() == (whole / "best.yaml").read_bytes()
     first, second = (json.loads((d / "result.json").read_text()) for d in (whole, killed))
     assert first["heldout"] == second["heldout"] and first["ledger"] == second["ledger"]
     assert (killed / "report.html").exists()
+
+
+@pytest.mark.parametrize("second", ["steady", "generations"])
+def test_stages_that_are_left_in_either_go_on(own_world, tmp_path, second):
+    optimizer = {"budget": 12, "population": 5, "seed": 3, "asking": "steady"}
+    stages = ["parameters", {"space": "path", "optimizer": {"name": "catcma", "asking": second}}]
+    config = load_config(written(own_world, "stages", BOTH, stages=stages, optimizer=optimizer))
+
+    def go(directory, stop_after=None):
+        engine = LocalEngine(Pool.open(config.models[0], config.models[1:]))
+        with closing(Journal(directory)) as journal:
+            left = lambda: stop_after is not None and journal.count() >= stop_after
+            outcome = search_run.run(config, load_questions(config), engine, journal, journal.begun, stop=left)
+            known = journal.identity()
+        assert known["in flight"] == ("2, 2" if second == "steady" else "2, a generation")
+        return outcome
+
+    whole = go(tmp_path / "whole")
+    assert go(tmp_path / "left", 7) is None and go(tmp_path / "left", 18) is None
+    again = go(tmp_path / "left")
+    unnamed = lambda rows: [row[:4] + row[5:] for row in rows]  # recipes name the run's folder
+    rows = rows_of(tmp_path / "whole")
+    assert unnamed(rows_of(tmp_path / "left")) == unnamed(rows) and len(rows) == 24
+    assert again.heldout == whole.heldout and again.ledger == whole.ledger
+    first, rest = rows[:12], rows[12:]
+    assert max(row[1] for row in first) < min(row[1] for row in rest) and len(first[0][3]) != len(rest[0][3])
