@@ -23,8 +23,8 @@ from merge3.fitness import Answered, estimates
 from merge3.pool import Pool
 from merge3.protocol import Evaluation
 from merge3.recipe import Recipe
+from merge3.search import optimizers, steady
 from merge3.search import run as search_run
-from merge3.search import steady
 from merge3.search.config import EvolveConfig
 from merge3.search.config_files import load_config
 from merge3.search.context import Search
@@ -286,6 +286,23 @@ def test_the_last_few_may_all_fail(search, local):
     assert outcome.failed == BUDGET - 20
 
 
+@pytest.mark.parametrize("name", ["cma", "catcma"])
+def test_one_from_long_ago_draws_the_search_no_further_than_samples_do(name):
+    """It was best, and lies many times as far away as the samples of now."""
+    low, high = -np.full(6, 9.0), np.full(6, 9.0)
+    climbing = optimizers.make(name, np.full(6, 2.0), low, high, 1 / 6, 6, seed=0)
+    long_ago = climbing.ask()
+    for _ in range(25):
+        genomes = climbing.ask()
+        climbing.tell_arrived(genomes, [-float((g**2).sum()) for g in genomes], [0.0] * 6, [0] * 6)
+    now = climbing.ask()
+    spread = np.mean([np.linalg.norm(genome - climbing.favorite()) for genome in now])
+    before, late = climbing.favorite(), max(long_ago, key=lambda genome: np.linalg.norm(genome - climbing.favorite()))
+    assert np.linalg.norm(late - before) > 5 * spread
+    climbing.tell_arrived([late, *now[:5]], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 6, [25] + [0] * 5)
+    assert 0 < np.linalg.norm(climbing.favorite() - before) < 2 * spread
+
+
 # -- when
 
 
@@ -301,9 +318,11 @@ def test_auto_is_steady_where_there_are_workers_and_an_optimizer_that_can(tiny_w
     assert many(1, asking="steady") == 2 and many(8, asking="generations") is None
 
 
-def test_auto_is_by_generations_where_the_optimizer_cannot(search, local):
+def test_several_objectives_are_searched_steadily_at_random_and_else_by_generations(search, local):
     pytest.importorskip("pymoo")
     changes = {"objectives": ["english", "translation"]}
+    directory, outcome, engine = search(anyhow(2), name="random", asking="auto", changes=changes)
+    assert outcome.front is not None and engine.most == 4 and len(rows_of(directory)) == 2 * BUDGET
     engine = Scripted(local, nobody, workers=4)
     directory, outcome, _ = search(None, engine=engine, name="nsga2", asking="auto", changes=changes)
     assert outcome.front is not None and asked_at(rows_of(directory)[::2]) == sorted(asked_at(rows_of(directory)[::2]))

@@ -59,16 +59,6 @@ class CMA:
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         """See Optimizer. A generation cut short is left out."""
-        self._tell(genomes, fitness, [])
-
-    def tell_arrived(
-        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
-    ) -> None:
-        """See SteadyOptimizer. One of an earlier distribution counts, but as if it lay no further from the mean than
-        this one's samples do (Hansen 2011, Injecting external solutions into CMA-ES)."""
-        self._tell(genomes, fitness, [i for i, age in enumerate(ages) if age])
-
-    def _tell(self, genomes: list[np.ndarray], fitness: list[float], late: list[int]) -> None:
         if len(genomes) != self.population:
             return  # the budget's last few: nothing is asked after them
         known = [f for f in fitness if not math.isnan(f)]
@@ -76,7 +66,14 @@ class CMA:
         losses = [-(worst if math.isnan(f) else f) for f in fitness]
         with self._own_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._strategy.tell(genomes, losses, check_points=late or None)
+            self._strategy.tell(genomes, losses)
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. pycma knows by itself which are of an earlier distribution: they count as if they lay no
+        further from the mean than this one's samples do (Hansen 2011, Injecting external solutions into CMA-ES)."""
+        self.tell(genomes, fitness, stderrs)
 
     def favorite(self) -> np.ndarray:
         """The mean of the distribution: under noise better than its best sample (Hansen, The CMA evolution
