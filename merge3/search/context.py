@@ -37,6 +37,11 @@ class Progress:
     stage: str = "search"
 
 
+def under_way(workers: int) -> int:
+    """How many questions keep as many workers busy: one for each, and some that are there already when one is done."""
+    return workers + max(1, workers // 4)
+
+
 @dataclass(frozen=True)
 class Search:
     """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).

@@ -170,17 +170,10 @@ class Journal:
 
         items: positions asked. Raises ResumeMismatch if the journal's answers are to other items.
         """
-        positions = np.asarray(items, np.int64)
-        row = self._db.execute(
-            "SELECT items, responses FROM answers WHERE stage = ? AND name = ?", (stage, name)
-        ).fetchone()
-        if row is not None:
-            if row[0] != positions.tobytes():
-                raise ResumeMismatch(
-                    self.directory, f"{stage} {name} was asked other items", "the items the run began with"
-                )
-            return np.frombuffer(row[1])
-        responses = np.asarray(ask(), np.float64)
+        known = self.recall(stage, name, items)
+        if known is not None:
+            return known
+        positions, responses = np.asarray(items, np.int64), np.asarray(ask(), np.float64)
         try:
             with self._db:
                 self._db.execute(
@@ -191,6 +184,15 @@ class Journal:
                 self.directory / "run.db", f"cannot be written ({error})", "space for the journal"
             ) from None
         return responses
+
+    def recall(self, stage: str, name: str, items: Sequence[int]) -> np.ndarray | None:
+        """What `remember` has committed; None: nothing so far. Raises as it does."""
+        query = "SELECT items, responses FROM answers WHERE stage = ? AND name = ?"
+        row = self._db.execute(query, (stage, name)).fetchone()
+        if row is not None and row[0] != np.asarray(items, np.int64).tobytes():
+            found = f"{stage} {name} was asked other items"
+            raise ResumeMismatch(self.directory, found, "the items the run began with")
+        return None if row is None else np.frombuffer(row[1])
 
     def answers(self, stage: str) -> int:
         """How many answers a stage has cost."""

@@ -22,7 +22,7 @@ from merge3.engine import Question
 from merge3.errors import ResumeMismatch
 from merge3.registration import Registration
 from merge3.search.asking import Asking, due, renew
-from merge3.search.context import Progress, Search
+from merge3.search.context import Progress, Search, under_way
 from merge3.search.journal import Candidate
 from merge3.search.loop import Told, candidate_of, fitness_of, make_optimizer, not_asked
 from merge3.search.optimizers import OPTIMIZERS, SteadyOptimizer
@@ -31,17 +31,14 @@ WORKERS = "workers"  # what the journal calls them
 
 
 def in_flight(search: Search) -> int | None:
-    """How many candidates are under way at once; None: it goes a generation at a time.
-
-    One for each worker, and some that are there already when a worker is done. The fewer, the more is known when the
-    next is asked.
-    """
+    """How many candidates are under way at once; None: it goes a generation at a time. The fewer, the more is known
+    when the next is asked."""
     settings = search.config.optimizer
     if settings.asking == "generations" or not OPTIMIZERS[settings.name].steady:
         return None
     if settings.asking == "auto" and search.workers < 2:
         return None
-    return search.workers + max(1, search.workers // 4)
+    return under_way(search.workers)
 
 
 def begun_with(search: Search) -> Search:

@@ -91,11 +91,13 @@ def test_a_pool_says_how_many_workers_its_daemon_has(daemon, asked):
     assert RemoteEngine(daemon.address, models).info().workers == local.info().workers == 1
 
 
-def test_kill_9_of_the_daemon_while_candidates_are_under_way(tiny_world, tmp_path, start_process):
+@pytest.mark.parametrize("method", ["random", pytest.param("irt", marks=pytest.mark.heavy)])
+def test_kill_9_of_the_daemon_while_candidates_are_under_way(tiny_world, tmp_path, start_process, method):
     """What was under way is asked again in its order, so with one worker the run is the one in this process."""
     address = f"unix:{tmp_path}/merge3.sock"
     optimizer = {"budget": 18, "population": 6, "seed": 1, "asking": "steady"}
-    config = load_config(variant(tiny_world, "steady", optimizer=optimizer, extract={"method": "random", "size": 8}))
+    few = {"extract": {"method": method, "size": 8}, "estimate": {"models": 8, "check_every": 1}}
+    config = load_config(variant(tiny_world, "steady", optimizer=optimizer, **few))
     run.evolve(config, tmp_path / "local", quiet=True, export=False)
     options = ("--root", tiny_world, "--listen", address)
     daemons, killed = [start_process(*options)], []

@@ -83,7 +83,9 @@ def test_kill_9_of_a_worker_loses_no_candidate(two, asked):
 
 
 def test_a_search_by_generations_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_path):
-    config = load_config(variant(tiny_world, "by-generations", optimizer={"asking": "generations"}))
+    """Whichever of a generation, or of a calibration's models, is answered first."""
+    few = {"extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1}}
+    config = load_config(variant(tiny_world, "by-generations", optimizer={"asking": "generations"}, **few))
     run.evolve(config, tmp_path / "local", quiet=True)
     run.evolve(config, tmp_path / "two", quiet=True, target=Target(two.address))
     assert journal(tmp_path / "local") == journal(tmp_path / "two")
