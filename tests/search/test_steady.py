@@ -239,6 +239,11 @@ def test_those_under_way_keep_their_items_and_the_others_get_new_ones(search, lo
     assert len({subset for (subset,) in items.values()}) == len(items) > 2
     late = [row for before, row in pairwise(rows) if row[1] < before[1]]
     assert late and [check.generation for check in outcome.checks] == list(range(len(items) - 1))
+    # left while some have the items of before, and taken up
+    left = next(number for number, row in enumerate(rows) if row in late)
+    again, _, _ = search(as_recorded(rows), stop_after=left, changes=changes, surrogate=True)
+    _, second, _ = search(as_recorded(rows[left:]), again, changes=changes, surrogate=True)
+    assert rows_of(again) == rows and second.checks == outcome.checks
 
 
 def test_the_start_comes_first_and_the_favourite_last(search, local, tiny_world, tmp_path):
