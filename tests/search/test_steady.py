@@ -68,10 +68,13 @@ class Scripted:
     def evaluate_each(self, questions, in_flight):
         pulled = enumerate(questions)
         flying = list(islice(pulled, in_flight))
+        calibrating = any(isinstance(subject, str) for _, (_, subject) in flying)  # which begins with the endpoints
         while flying:
-            self.most = max(self.most, len(flying))
-            index, question = flying.pop(self.choose([genome for _, (_, genome) in flying]))
-            self.asked.append((tuple(item.id for item in question[0].items), question[1]))
+            subjects = [subject for _, (_, subject) in flying]
+            index, question = flying.pop(0 if calibrating else self.choose(subjects))
+            if not calibrating:
+                self.most = max(self.most, len(subjects))
+                self.asked.append((tuple(item.id for item in question[0].items), question[1]))
             yield self._evaluation(index, *question)
             flying.extend(islice(pulled, 1))
 
