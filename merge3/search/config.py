@@ -19,6 +19,7 @@ from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
+_STEADY = ("asking",)  # the same, of the optimizer
 
 
 class Task(Section):
@@ -119,9 +120,10 @@ class Optimizer(Section):
             raise ValueError(f"asking: steady with {self.name}; expected generations, or another optimizer: {able}")
         return self
 
-    def unused(self) -> set[str]:
-        """Settings that came later and are as they would be without: they name no run anew."""
-        return {key for key in ("asking",) if getattr(self, key) == Optimizer.model_fields[key].default}
+    def identity(self) -> str:
+        """Names the optimizer of a run, as JSON."""
+        fields = Optimizer.model_fields
+        return self.model_dump_json(exclude={key for key in _STEADY if getattr(self, key) == fields[key].default})
 
 
 class Heldout(Section):
@@ -260,7 +262,7 @@ class EvolveConfig(Section):
             if not data["genome"][key]:
                 del data["genome"][key]
         _forget_defaults(data["genome"], Genome, ("repetitions",))
-        data["optimizer"] = self.optimizer.model_dump(mode="json", exclude=self.optimizer.unused())
+        _forget_defaults(data["optimizer"], Optimizer, _STEADY)
         if not self.stages:
             del data["stages"]
         del data["task_path"], data["logging"]
