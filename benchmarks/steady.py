@@ -1,6 +1,6 @@
 """How long do two workers wait for each other? By generations, and with the next candidate asked when one is answered.
 
-python benchmarks/steady.py [--seeds 0 1 2] [--budget 120] [--items 300] [--save]    about six minutes on two cores
+python benchmarks/steady.py [--seeds 0 1 2] [--budget 120] [--items 1000] [--save]    some ten minutes on two cores
 
 A daemon with two Ray workers of one thread each, and searches over two experts of one skill, one of which answers at
 once and the other says the question again (merge3/world/wordy.py). Merges of them write between two words and as many
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=120)
-    parser.add_argument("--items", type=int, default=300)
+    parser.add_argument("--items", type=int, default=1000)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     world = made(WORLDS, make_wordy)
