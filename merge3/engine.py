@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ from merge3.methods import METHODS, VARIANTS
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.program import compile, tied_outputs
-from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Subject, Varied
+from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Subject, Varied
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
@@ -40,7 +43,7 @@ from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
-__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Subject", "Varied"]
+__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Question", "Subject", "Varied"]
 
 
 class LocalEngine:
@@ -111,6 +114,16 @@ class LocalEngine:
                 continue
             prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
             yield self._evaluate(registration, prepared, index, subject, adapters)
+
+    def evaluate_each(self, questions: Iterator[Question], in_flight: int) -> Iterator[Evaluation]:
+        """See Engine. One after the other, in their order."""
+        waiting, index = deque(islice(questions, in_flight)), 0
+        while waiting:
+            registration, subject = waiting.popleft()
+            (evaluation,) = self.evaluate(registration, [subject])
+            yield replace(evaluation, index=index)
+            waiting.extend(islice(questions, 1))
+            index += 1
 
     def _evaluate(
         self, asked: Registration, prepared: Prepared, index: int, subject: Subject, adapters: Mapping[str, Adapter]

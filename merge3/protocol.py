@@ -42,6 +42,7 @@ class Varied:
 # A genome of the registration's space, a recipe, an endpoint's name, or one of these two with adapters or variants. A
 # recipe of a method with a result for each task is as Varied(recipe); an endpoint is what lies in its folder, no more.
 Subject = np.ndarray | Recipe | str | Operated | Varied
+Question = tuple[Registration, Subject]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class PoolInfo:
     endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
     reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
     notes: where language models are merged into one with eyes or ears. own_heads: whether endpoints answer with heads
-    of their own, which no recipe merges. tied: outputs that every endpoint ties to one other tensor.
+    of their own, which no recipe merges. tied: outputs that every endpoint ties to one other tensor. workers: subjects
+    that are answered at once.
     """
 
     endpoints: tuple[str, ...]
@@ -106,6 +108,7 @@ class PoolInfo:
     notes: tuple[str, ...] = ()
     own_heads: bool = False
     tied: tuple[str, ...] = ()
+    workers: int = 1
 
     @property
     def unmerged(self) -> set[str]:
@@ -131,6 +134,13 @@ class Engine(Protocol):
 
         A subject that cannot be merged or asked has its error in the evaluation; what is no subject's fault (memory, a
         caller who left, a daemon that is away) is raised.
+        """
+
+    def evaluate_each(self, questions: Iterator[Question], in_flight: int) -> Iterator[Evaluation]:
+        """The same of questions that are not known beforehand: the answers so far may say which comes next.
+
+        `in_flight` questions are taken at first, then one each time that the next evaluation is asked for; never more,
+        and in the caller's thread. index: of the question, as they were taken.
         """
 
     def fit(

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merge3 import __version__
 from merge3.engine import PoolInfo
@@ -100,7 +100,8 @@ class Pools:
     async def _begin(self, driver: str, entry: Open) -> None:
         try:
             done = await self.scheduler.broadcast(driver, "open", entry.spec)
-            entry.info, entry.resident = done[0].result
+            info, entry.resident = done[0].result
+            entry.info = replace(info, workers=len(self.scheduler.workers))
         finally:
             if entry.info is None and self._open.get(entry.spec.pool_id) is entry:
                 del self._open[entry.spec.pool_id]

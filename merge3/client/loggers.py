@@ -76,9 +76,10 @@ class Loggers:
                 self._open[name] = module.open_logger(self._directory, self._config)
         self._waiting = []
         for one in seen if self._open else ():
-            if one.generation != self._generation:
+            if self._generation is None or one.generation > self._generation:  # else one that was asked before it
                 self._generation_ended()
-            self._generation, value = one.generation, one.values[0]
+                self._generation = one.generation
+            value = one.values[0]
             self._count += 1
             if value is not None:
                 self._values.append(value)

@@ -11,6 +11,7 @@ from merge3.search.context import Progress
 
 STAGES = {
     "statistics": "computing what the search needs to know of the task vectors, once",
+    "steady": "the next candidate is asked when one is answered, so that no worker waits (asking: steady)",
     "calibration": "calibrating: the endpoints and random merges answer the items",
     "race": "the best candidates race on more items",
     "held-out": "measuring the winner and the baselines on held-out items",

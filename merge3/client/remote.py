@@ -27,7 +27,8 @@ from merge3.client.channel import Target, translated
 from merge3.client.received import fetched
 from merge3.client.register import Registrar
 from merge3.client.remote_fit import fit_steps
-from merge3.engine import Evaluation, Operated, PoolInfo, Subject, Varied
+from merge3.client.remote_stream import PASSING, Daemon, answered
+from merge3.engine import Evaluation, Operated, PoolInfo, Question, Subject, Varied
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
 from merge3.fitness import Answered, estimates, judged
 from merge3.learn.fit import Fit, FitStep
@@ -43,7 +44,6 @@ from merge3.tasks.score import Answers
 
 T = TypeVar("T")
 PATIENCE = 600.0  # seconds that a daemon may be away
-_PASSING = (Unavailable, Cancelled, NotFound, Busy)  # what may be gone at the next try
 
 
 class RemoteEngine:
@@ -92,20 +92,15 @@ class RemoteEngine:
 
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine. One stream for all subjects; after a broken one only what is missing is asked again."""
-        waiting = {i: self._request(i, subject) for i, subject in enumerate(subjects)}
-        failures, until = 0, 0.0
-        while waiting:
-            self._persist(lambda: self._address(registration, waiting.values()))
-            try:
-                with self._translated(), contextlib.closing(self._evaluations(list(waiting.values()))) as messages:
-                    for message in messages:
-                        if waiting.pop(message.index, None) is not None:
-                            failures = 0
-                            yield self._whole(convert.evaluation_from(message), registration)
-            except _PASSING as error:
-                until = until if failures else time.monotonic() + self.patience
-                self._recover(error, until, failures)
-                failures += 1
+        return self.evaluate_each(((registration, subject) for subject in subjects), len(subjects))
+
+    def evaluate_each(self, questions: Iterator[Question], in_flight: int) -> Iterator[Evaluation]:
+        """See Engine. One stream for all; after a broken one as above."""
+        locate = lambda registration, request: self._persist(lambda: self._address(registration, [request]))
+        how = self._stub, self._metadata, self._request, locate, self._recover, self.patience
+        with contextlib.closing(answered(Daemon(self.target.address, *how), questions, in_flight)) as evaluations:
+            for registration, message in evaluations:
+                yield self._whole(convert.evaluation_from(message), registration)
 
     def fit(
         self,
@@ -228,16 +223,6 @@ class RemoteEngine:
         values, stderrs = estimates(registration, Answered(responses, evaluation.lengths))
         return replace(evaluation, responses=responses, values=values, stderrs=stderrs, raw={})
 
-    def _evaluations(self, requests: list[pb.EvaluateRequest]) -> Iterator[pb.Evaluation]:
-        if len(requests) == 1:  # a stream takes two milliseconds more than a call, which a generation shares
-            yield self._stub.Evaluate(requests[0], metadata=self._metadata)
-            return
-        stream = self._stub.EvaluateStream(iter(requests), metadata=self._metadata)
-        try:
-            yield from stream
-        finally:
-            stream.cancel()
-
     def _fetch(self, recipe: Recipe, directory: Path, seed: int, task: str) -> dict:
         request = pb.ExportRequest(pool_id=self._pool_id, recipe=convert.recipe_to(recipe), seed=seed, task=task)
 
@@ -267,7 +252,7 @@ class RemoteEngine:
         for attempt in itertools.count():
             try:
                 return act()
-            except _PASSING as error:
+            except PASSING as error:
                 self._recover(error, until, attempt)
 
     def _recover(self, error: Merge3Error, until: float, attempt: int) -> None:

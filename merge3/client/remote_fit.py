@@ -16,7 +16,8 @@ from dataclasses import replace
 import grpc
 
 from merge3.client.channel import translated
-from merge3.errors import BadInput, Busy, Cancelled, Merge3Error, NotFound, Unavailable
+from merge3.client.remote_stream import PASSING
+from merge3.errors import BadInput, Merge3Error, Unavailable
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
 from merge3.registration import Registration
@@ -24,7 +25,6 @@ from merge3.rpc import fits
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks.items import located
 
-_PASSING = (Unavailable, Cancelled, NotFound, Busy)
 _AGAIN = 1.0  # seconds until a daemon may have missed the stream that broke
 Begin = Callable[[pb.FitRequest], grpc.Call]
 Recover = Callable[[Merge3Error, float, int], None]
@@ -63,7 +63,7 @@ def fit_steps(
                     if step.number > seen:
                         seen = step.number
                         yield step
-        except _PASSING as error:
+        except PASSING as error:
             until = until if failures else time.monotonic() + patience
             occupied = broken and isinstance(error, fits.Occupied)  # by our stream before, which it takes for alive
             if occupied and time.monotonic() < until:

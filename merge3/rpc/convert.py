@@ -179,6 +179,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         notes=info.notes,
         own_heads=info.own_heads,
         tied=info.tied,
+        workers=info.workers,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -189,7 +190,7 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
     hashes = {model: m.content_hashes[model] for model in m.models}  # base first: maps have no order on the wire
-    said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied)
+    said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied), max(1, m.workers)
     return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said)
 
 

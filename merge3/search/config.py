@@ -19,7 +19,7 @@ from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
-_LATER_OF_OPTIMIZERS = ("prior",)
+_LATER_OF_OPTIMIZERS = ("prior", "asking")
 
 
 class Task(Section):
@@ -102,7 +102,9 @@ class RaceSettings(Section):
 class Optimizer(Section):
     """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
-    auto: where candidates answer a part of the items. prior: what is taken for granted of genes, see prior.py."""
+    auto: where candidates answer a part of the items. prior: what is taken for granted of genes, see prior.py. asking:
+    a generation at a time, or (steady) the next candidate when one is answered; auto: steady where there are several
+    workers and the optimizer can."""
 
     name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
@@ -111,9 +113,10 @@ class Optimizer(Section):
     seed: int = Field(0, ge=0)
     surrogate: bool | Literal["auto"] = "auto"
     prior: Literal["none", "norms"] = "none"
+    asking: Literal["auto", "generations", "steady"] = "auto"
 
-    def named(self) -> str:
-        """As a run's identity has it: JSON without settings that came later and are not used."""
+    def identity(self) -> str:
+        """Names the optimizer of a run, as JSON: without settings that came later and are not used."""
         unused = {key for key in _LATER_OF_OPTIMIZERS if getattr(self, key) == Optimizer.model_fields[key].default}
         return self.model_dump_json(exclude=unused)
 
@@ -122,6 +125,13 @@ class Optimizer(Section):
         if self.prior != "none" and not OPTIMIZERS[self.name].steps:
             able = ", ".join(name for name, row in OPTIMIZERS.items() if row.steps)
             raise ValueError(f"prior: {self.prior} with {self.name}, which has no steps; expected {able}")
+        return self
+
+    @model_validator(mode="after")
+    def _steady(self):
+        if self.asking == "steady" and not OPTIMIZERS[self.name].steady:
+            able = ", ".join(name for name, row in OPTIMIZERS.items() if row.steady)
+            raise ValueError(f"asking: steady with {self.name}; expected generations, or another optimizer: {able}")
         return self
 
 

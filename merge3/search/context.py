@@ -37,11 +37,16 @@ class Progress:
     stage: str = "search"
 
 
+def under_way(workers: int) -> int:
+    """How many questions keep as many workers busy: one for each, and some that are there already when one is done."""
+    return workers + max(1, workers // 4)
+
+
 @dataclass(frozen=True)
 class Search:
     """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).
     start: the genome that `genome.start` comes to, see start.py; None for the space's own. steps: how much longer every
-    gene's are, float64 [genes], see prior.py; None: alike."""
+    gene's are, float64 [genes], see prior.py; None: alike. workers: that the run counts on, see steady.py."""
 
     config: EvolveConfig
     questions: Questions
@@ -52,6 +57,7 @@ class Search:
     stop: Callable[[], bool] = lambda: False
     start: np.ndarray | None = None
     steps: np.ndarray | None = None
+    workers: int = 1
 
     @property
     def initial(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from merge3.irt import Responses, read_responses
 from merge3.irt.responses import ResponsesError
 from merge3.search.calibration import Calibration, calibrate
 from merge3.search.calibration_files import load
-from merge3.search.context import Progress, Search
+from merge3.search.context import Progress, Search, under_way
 from merge3.space import Space
 from merge3.tasks import item_key, keys_by_task
 
@@ -34,7 +35,8 @@ def calibrated(search: Search) -> Calibration | None:
 
 
 def gather(search: Search, report: Callable[[int, int], None]) -> Responses | None:
-    """Ask the endpoints and random merges their share of the items; what is in the journal is not asked again.
+    """Ask the endpoints and random merges their share of the items, as many at once as keep all workers busy; what is
+    in the journal is not asked again.
 
     A merge that fails is left out. report(models done, models in all). None if `stop` asked to leave early.
     """
@@ -43,27 +45,31 @@ def gather(search: Search, report: Callable[[int, int], None]) -> Responses | No
     seed, sigma = search.seed("calibration merges"), search.config.optimizer.sigma
     genomes = random_genomes(search.space, search.initial, settings.models, seed, sigma)
     subjects = [*((name, name) for name in models), *((f"random-{i}", genome) for i, genome in enumerate(genomes))]
-    names, rows = [], []
     rng = np.random.default_rng(search.seed("calibration items"))
-    for done, (name, subject) in enumerate(subjects):
-        stored = f"model {done}" if done < len(models) else name  # the journal knows no paths
-        positions = np.sort(rng.permutation(len(items))[: max(1, round(settings.share * len(items)))])
-        asked = [items[i] for i in positions]
-        ask = lambda subject=subject, asked=asked: search.answers(subject, asked)
-        try:
-            answers = search.journal.remember("calibration", stored, positions, ask)
-        except BadInput:  # of what is no model's fault the run stops
-            if name in models:
-                raise
-            continue
-        row = np.full(len(items), np.nan)
-        row[positions] = answers
-        names.append(name)
-        rows.append(row)
-        report(done + 1, len(subjects))
-        if search.stop():
-            return None
-    return Responses(tuple(names), tuple(map(item_key, items)), np.array(rows))
+    share = max(1, round(settings.share * len(items)))
+    positions = [np.sort(rng.permutation(len(items))[:share]) for _ in subjects]
+    # The journal knows no paths.
+    names = [f"model {number}" if number < len(models) else name for number, (name, _) in enumerate(subjects)]
+    known = [search.journal.recall("calibration", *one) for one in zip(names, positions)]
+    new = [number for number, answers in enumerate(known) if answers is None]
+    questions = ((search.asks([items[i] for i in positions[number]]), subjects[number][1]) for number in new)
+    with closing(search.engine.evaluate_each(questions, under_way(search.engine.info().workers))) as evaluations:
+        for done, evaluation in enumerate(evaluations, len(subjects) - len(new) + 1):
+            number = new[evaluation.index]
+            one = names[number], positions[number]
+            try:
+                known[number] = search.journal.remember("calibration", *one, evaluation.answers)
+            except BadInput:  # of what is no model's fault the run stops
+                if number < len(models):
+                    raise
+            report(done, len(subjects))
+            if search.stop():
+                return None
+    left = [number for number, answers in enumerate(known) if answers is not None]
+    rows = np.full((len(left), len(items)), np.nan)
+    for row, number in zip(rows, left):
+        row[positions[number]] = known[number]
+    return Responses(tuple(subjects[number][0] for number in left), tuple(map(item_key, items)), rows)
 
 
 def random_genomes(space: Space, start: np.ndarray, count: int, seed: int, sigma: float) -> list[np.ndarray]:

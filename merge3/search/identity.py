@@ -11,6 +11,7 @@ import numpy as np
 from merge3 import __version__
 from merge3.search.context import Search
 from merge3.search.optimizers import OPTIMIZERS
+from merge3.search.steady import steady_identity
 from merge3.space import SpaceDefinition
 from merge3.tasks import items_hash
 
@@ -24,7 +25,7 @@ def identity(search: Search) -> dict[str, str]:
         "numpy": np.__version__,
         "scipy": metadata.version("scipy"),
         "genome": _placeless(search).hash(),
-        "optimizer": config.optimizer.named(),
+        "optimizer": config.optimizer.identity(),
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
@@ -35,6 +36,7 @@ def identity(search: Search) -> dict[str, str]:
         found["start"] = json.dumps(search.start.tolist())
     if search.steps is not None:
         found["steps"] = json.dumps(search.steps.tolist())
+    found |= steady_identity(search)  # a resumed run reads it too
     if questions.judges:  # what answers are worth is lm-eval's to say
         found["lm-eval"] = metadata.version("lm_eval")
     for place, name in enumerate(info.endpoints):

@@ -12,15 +12,20 @@ import numpy as np
 
 from merge3.errors import ResourceError, ResumeMismatch
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+_COLUMNS = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
+_CANDIDATES = """
 CREATE TABLE IF NOT EXISTS candidates (
+    arrived INTEGER PRIMARY KEY,
     generation INTEGER NOT NULL, position INTEGER NOT NULL,
     genome BLOB NOT NULL, recipe_hash TEXT NOT NULL, responses BLOB,
     seconds REAL NOT NULL, swap_seconds REAL NOT NULL,
     engine TEXT NOT NULL, error TEXT,
-    PRIMARY KEY (generation, position)
+    UNIQUE (generation, position)
 );
+"""
+_SCHEMA = f"""
+{_CANDIDATES}
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS estimates (
     generation INTEGER NOT NULL, position INTEGER NOT NULL, place INTEGER NOT NULL,
     objective TEXT NOT NULL, value REAL, stderr REAL,
@@ -36,7 +41,13 @@ INSERT OR IGNORE INTO estimates SELECT generation, position, 0, 'accuracy', valu
 ALTER TABLE candidates DROP COLUMN value;
 ALTER TABLE candidates DROP COLUMN stderr;
 """
-_COLUMNS = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
+# From before an order was kept in which candidates came: rows stand in it.
+_IN_ORDER = f"""
+ALTER TABLE candidates RENAME TO unnumbered;
+{_CANDIDATES}
+INSERT INTO candidates ({_COLUMNS}) SELECT {_COLUMNS} FROM unnumbered ORDER BY rowid;
+DROP TABLE unnumbered;
+"""
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,11 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-            if any(column[1] == "value" for column in self._db.execute("PRAGMA table_info(candidates)")):
+            columns = {column[1] for column in self._db.execute("PRAGMA table_info(candidates)")}
+            if "value" in columns:
                 self._db.executescript(f"BEGIN; {_ONE_VALUE} COMMIT;")
+            if "arrived" not in columns:
+                self._db.executescript(f"BEGIN; {_IN_ORDER} COMMIT;")
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(self.directory, f"cannot be written ({error})", "a writable directory") from None
 
@@ -144,7 +158,7 @@ class Journal:
         ]
         try:
             with self._db:
-                self._db.execute("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                self._db.execute(f"INSERT INTO candidates ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 self._db.executemany("INSERT INTO estimates VALUES (?, ?, ?, ?, ?, ?)", estimates)
         except sqlite3.Error as error:
             raise ResourceError(
@@ -156,17 +170,10 @@ class Journal:
 
         items: positions asked. Raises ResumeMismatch if the journal's answers are to other items.
         """
-        positions = np.asarray(items, np.int64)
-        row = self._db.execute(
-            "SELECT items, responses FROM answers WHERE stage = ? AND name = ?", (stage, name)
-        ).fetchone()
-        if row is not None:
-            if row[0] != positions.tobytes():
-                raise ResumeMismatch(
-                    self.directory, f"{stage} {name} was asked other items", "the items the run began with"
-                )
-            return np.frombuffer(row[1])
-        responses = np.asarray(ask(), np.float64)
+        known = self.recall(stage, name, items)
+        if known is not None:
+            return known
+        positions, responses = np.asarray(items, np.int64), np.asarray(ask(), np.float64)
         try:
             with self._db:
                 self._db.execute(
@@ -177,6 +184,15 @@ class Journal:
                 self.directory / "run.db", f"cannot be written ({error})", "space for the journal"
             ) from None
         return responses
+
+    def recall(self, stage: str, name: str, items: Sequence[int]) -> np.ndarray | None:
+        """What `remember` has committed; None: nothing so far. Raises as it does."""
+        query = "SELECT items, responses FROM answers WHERE stage = ? AND name = ?"
+        row = self._db.execute(query, (stage, name)).fetchone()
+        if row is not None and row[0] != np.asarray(items, np.int64).tobytes():
+            found = f"{stage} {name} was asked other items"
+            raise ResumeMismatch(self.directory, found, "the items the run began with")
+        return None if row is None else np.frombuffer(row[1])
 
     def answers(self, stage: str) -> int:
         """How many answers a stage has cost."""
@@ -189,6 +205,12 @@ class Journal:
     def candidates(self) -> list[Candidate]:
         """Every candidate, in the order of the search."""
         return list(self._read())
+
+    def arrived(self, first: int = 0) -> list[Candidate]:
+        """Those of generation `first` and after it, in the order in which they came."""
+        found = {(c.generation, c.position): c for c in self._read("WHERE generation >= ?", (first,))}
+        order = "SELECT generation, position FROM candidates WHERE generation >= ? ORDER BY arrived"
+        return [found[at] for at in self._db.execute(order, (first,))]
 
     def count(self) -> int:
         """How many candidates there are."""

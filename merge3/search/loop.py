@@ -30,7 +30,7 @@ def search_generations(asking: Asking, first: int = 0) -> optimizers.Optimizer |
     search = asking.search
     budget, full = search.config.optimizer.budget, search.config.optimizer.budget * len(search.questions.search)
     optimizer, registration, host = make_optimizer(search), asking.registration(), search.engine.info().host
-    told = _Told(search, Progress(budget=budget, item_answers=asking.answers, full_answers=full))
+    told = Told(search, Progress(budget=budget, item_answers=asking.answers, full_answers=full))
     generation = first
     while told.progress.done < budget:
         genomes = asked = _asked(optimizer, budget - told.progress.done)
@@ -44,13 +44,13 @@ def search_generations(asking: Asking, first: int = 0) -> optimizers.Optimizer |
         if pending:  # a replayed generation asks nothing
             for evaluation in search.engine.evaluate(registration, [genomes[p] for p in pending]):
                 position = pending[evaluation.index]
-                candidate = _candidate(generation, position, genomes[position], evaluation, host)
+                candidate = candidate_of(generation, position, genomes[position], evaluation, host)
                 search.journal.append(candidate)
                 answered[position] = candidate
                 told.of(candidate)
                 if search.stop():
                     return None
-        fitness, stderrs = _fitness(generation, answered, len(genomes), search.signs)
+        fitness, stderrs = fitness_of(generation, answered, len(genomes), search.signs)
         told.progress.mean = float(np.nanmean([answered[p].value for p in range(len(genomes))]))
         optimizer.tell(asked, fitness, stderrs)
         generation += 1
@@ -82,7 +82,8 @@ def _asked(optimizer: optimizers.Optimizer, left: int) -> list[np.ndarray]:
     return genomes
 
 
-def _candidate(generation: int, position: int, genome: np.ndarray, found: Evaluation, host: str) -> Candidate:
+def candidate_of(generation: int, position: int, genome: np.ndarray, found: Evaluation, host: str) -> Candidate:
+    """What the journal holds of an evaluation."""
     return Candidate(
         generation,
         position,
@@ -99,7 +100,7 @@ def _candidate(generation: int, position: int, genome: np.ndarray, found: Evalua
     )
 
 
-def _fitness(generation: int, answered: dict[int, Candidate], count: int, signs: np.ndarray):
+def fitness_of(generation: int, answered: dict[int, Candidate], count: int, signs: np.ndarray):
     """What the optimizer is told: (fitness, NaN for a candidate that failed; standard errors), lists of numbers, or of
     several objectives float64 [count, objectives]."""
     values = np.array([answered[p].values for p in range(count)]) * signs
@@ -115,14 +116,16 @@ def _check_replay(
 ) -> None:
     for position, candidate in answered.items():
         if position >= len(genomes) or not np.array_equal(candidate.genome, genomes[position]):
-            raise ResumeMismatch(
-                journal.directory,
-                f"candidate {position} of generation {generation} is not what the optimizer asks now",
-                "the libraries (cma, numpy) the run began with",
-            )
+            raise not_asked(journal, candidate)
 
 
-class _Told:
+def not_asked(journal: Journal, candidate: Candidate) -> ResumeMismatch:
+    """Of one in the journal that the optimizer, rebuilt, does not ask."""
+    found = f"candidate {candidate.position} of generation {candidate.generation} is not what the optimizer asks now"
+    return ResumeMismatch(journal.directory, found, "the libraries (cma, numpy) the run began with")
+
+
+class Told:
     """Progress as it grows, told after every candidate that was not in the journal."""
 
     def __init__(self, search: Search, progress: Progress):
@@ -130,6 +133,7 @@ class _Told:
         self.best: Candidate | None = None
 
     def of(self, candidate: Candidate, replayed: bool = False) -> None:
+        """Another candidate."""
         progress = self.progress
         progress.done += 1
         progress.replayed += replayed
@@ -141,5 +145,6 @@ class _Told:
             self.best = candidate
             progress.best, progress.best_stderr = candidate.value, candidate.stderr
         if not replayed:
-            progress.generation, progress.seconds = candidate.generation, time.perf_counter() - self.began
+            progress.generation = max(progress.generation, candidate.generation)
+            progress.seconds = time.perf_counter() - self.began
             self.search.report(progress)

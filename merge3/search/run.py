@@ -29,6 +29,7 @@ from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
 from merge3.search.start import check_start, near_start
+from merge3.search.steady import begun_with, in_flight, search_steadily
 from merge3.space import Space
 
 
@@ -90,7 +91,8 @@ def run(
     check_installed(config.optimizer.name)
     space = Space(config.genome.definition(), engine.info().layout)
     # A start that no genome is near to is refused before anything is read for the search.
-    search, start = near_start(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
+    search = begun_with(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
+    search, start = near_start(search)
     check_stages(config, engine)
     check_pick(pick, search.objectives, search.fronts)
     _stage(search, "statistics")
@@ -161,7 +163,7 @@ class _Found(NamedTuple):
 def _searched(asking: Asking, first: int = 0, ending: Callable[..., _Found | None] | None = None) -> _Found | None:
     """Search, then let the best race. None if stopped. first: see search_generations. ending: default: _winner."""
     search, journal = asking.search, asking.search.journal
-    optimizer = search_generations(asking, first)
+    optimizer = (search_steadily if in_flight(search) else search_generations)(asking, first)
     if optimizer is None:
         return None
     candidates = [c for c in journal.candidates() if c.generation >= first][: search.config.optimizer.budget]

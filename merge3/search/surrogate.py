@@ -36,13 +36,22 @@ class Surrogate:
         self._at = self._prior.copy()  # log of l, s_f², s_g², κ; where the next fit starts
         self._seen = (np.empty((0, len(low))), *(np.empty(0) for _ in range(3)))
 
-    def add(self, genomes: np.ndarray, values: np.ndarray, stderrs: np.ndarray, steps: int = 4) -> None:
-        """Another generation's estimates (NaN: failed, left out), and a few steps of the fit."""
+    def add(
+        self,
+        genomes: np.ndarray,
+        values: np.ndarray,
+        stderrs: np.ndarray,
+        steps: int = 4,
+        generations: np.ndarray | None = None,
+    ) -> None:
+        """Another generation's estimates (NaN: failed, left out), and a few steps of the fit. generations: numbers of
+        those whose items each was asked, [C]; None: a new one."""
         known = ~np.isnan(values)
-        generation = self._seen[3].max(initial=-1.0) + 1
+        if generations is None:
+            generations = np.full(len(values), self._seen[3].max(initial=-1.0) + 1)
         # A few answers that happen to be all alike have no spread; they are no surer than others for it.
         errors = np.maximum(stderrs[known], 0.5 * np.median(stderrs[known])) if known.any() else stderrs[known]
-        new = (genomes[known] / self._span, values[known], errors, np.full(known.sum(), generation))
+        new = (genomes[known] / self._span, values[known], errors, generations[known])
         self._seen = tuple(np.concatenate([a, b])[-WINDOW:] for a, b in zip(self._seen, new))
         if len(self._seen[1]):
             for start in (self._at, self._prior):

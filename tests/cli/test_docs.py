@@ -205,11 +205,13 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, the part with a start, that of a path, that with stages, and calibration's part in it."""
+    """The page's whole one, the part with a start, that of a path, those with stages, several objectives and several
+    workers, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
-    whole, started, path, stages, several, part = shown
+    whole, started, path, stages, several, workers, part = shown
     assert EvolveConfig.model_validate(whole | several).names == ("math", "length")
+    assert EvolveConfig.model_validate(whole | workers).optimizer.asking == "steady"
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
     assert started["genome"].items() > whole["genome"].items()

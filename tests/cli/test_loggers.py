@@ -78,6 +78,18 @@ def test_a_logger_is_told_candidates_generations_and_the_end(recorded, came, tmp
     assert len(recorded.calls) == 10, "an ended logger is told nothing"
 
 
+def test_who_comes_late_ends_no_generation(recorded, tmp_path, config):
+    """Asked before the last one was told, and counted with those among which it came."""
+    numbered = [candidate(number, [0.25 * number]) for number in (0, 3, 1, 2)]
+    loggers = Loggers(["recording"], tmp_path, config)
+    reader = JournalReader(journaled(tmp_path, *numbered))
+    loggers(reader.new())
+    reader.close()
+    loggers.end(RESULT)
+    ended = [call for call in recorded.calls if call[0] == "generation"]
+    assert ended == [("generation", 0, 1, 0.0), ("generation", 1, 4, 0.5)]
+
+
 @pytest.mark.parametrize("fails, calls", [("open", 1), ("candidate", 2), ("generation", 4), ("end", 10)])
 def test_one_that_fails_is_said_once_and_left_alone(recorded, came, tmp_path, config, capsys, fails, calls):
     recorded.fails = fails

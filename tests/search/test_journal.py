@@ -2,6 +2,7 @@
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,35 @@ def test_a_run_has_begun_when_something_was_asked(tmp_path):
             assert journal.begun
         with closing(Journal(tmp_path / stage)) as journal:
             assert journal.begun and journal.identity() == {"config": "x"}
+
+
+def test_candidates_are_told_in_their_order_and_in_that_in_which_they_came(tmp_path):
+    with closing(Journal(tmp_path)) as journal:
+        for position in (2, 0, 1):
+            journal.append(candidate(position, [0.5, 0.5], [0.1, 0.1]))
+    with closing(Journal(tmp_path)) as journal:
+        journal.append(replace(candidate(0, [0.5, 0.5], [0.1, 0.1]), generation=1))
+        assert [c.position for c in journal.candidates()] == [0, 1, 2, 0]
+        assert [(c.generation, c.position) for c in journal.arrived()] == [(0, 2), (0, 0), (0, 1), (1, 0)]
+        assert [c.generation for c in journal.arrived(first=1)] == [1]
+
+
+def test_a_journal_without_an_order_has_that_of_its_rows(tmp_path):
+    """Of the version before: values apart, and no column that says when a candidate came."""
+    with closing(Journal(tmp_path)) as journal:
+        for position in (1, 0):
+            journal.append(candidate(position, [0.5, 0.25], [0.1, 0.1]))
+    columns = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
+    table = BEFORE.split(";")[1].replace("value REAL, stderr REAL, ", "")
+    with closing(sqlite3.connect(tmp_path / "run.db")) as db:
+        db.executescript(f"ALTER TABLE candidates RENAME TO numbered; {table};")
+        db.executescript(f"INSERT INTO candidates SELECT {columns} FROM numbered ORDER BY arrived; DROP TABLE numbered")
+    for _ in range(2):
+        with closing(Journal(tmp_path)) as journal:
+            assert [c.position for c in journal.arrived()] == [1, 0] and journal.candidates()[0].values[1] == 0.25
+    with closing(Journal(tmp_path)) as journal:
+        journal.append(candidate(2, [0.5, 0.5], [0.1, 0.1]))
+        assert [c.position for c in journal.arrived()] == [1, 0, 2]
 
 
 def test_a_journal_from_before_is_read_and_goes_on(tmp_path):

@@ -142,10 +142,10 @@ def test_a_run_keeps_its_steps(own_world, tmp_path):
 
 def test_runs_without_one_have_the_names_they_had(own_world):
     config = configuration(own_world, optimizer={"budget": 6})
-    assert "prior" not in config.optimizer.named()
+    assert "prior" not in config.optimizer.identity()
     assert config.hash() == configuration(own_world, optimizer={"budget": 6, "prior": "none"}).hash()
     assert config.hash() != configuration(own_world, optimizer={"budget": 6, "prior": "norms"}).hash()
-    assert json.loads(Optimizer().named()).keys() | {"prior"} == Optimizer.model_fields.keys()
+    assert json.loads(Optimizer().identity()).keys() | {"prior"} == Optimizer.model_fields.keys()
 
 
 # -- what is refused

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +20,12 @@ from merge3.pool import Pool
 from merge3.registration import Registration
 from merge3.rpc import merge3_pb2 as pb
 from merge3.search.config_files import load_config
+from merge3.search.journal import Journal
 from merge3.search.questions import load_questions
 from merge3.space import Space
+from tests.commands import client
 from tests.server.daemons import Process
+from tests.server.test_remote import journal, variant
 
 pytest.importorskip("ray")
 
@@ -29,6 +36,15 @@ def two(tiny_world):
     daemon = Process("--root", tiny_world, "--listen", "127.0.0.1:0", "--workers", "ray:2")
     yield daemon
     assert daemon.stop(60) == 0
+
+
+def in_order(directory):
+    """A journal's candidates as they came."""
+    with closing(sqlite3.connect(directory / "run.db")) as db:
+        return db.execute(
+            "SELECT generation, position, genome, responses, value, stderr "
+            "FROM candidates JOIN estimates USING (generation, position) ORDER BY arrived"
+        ).fetchall()
 
 
 @pytest.fixture
@@ -66,13 +82,42 @@ def test_kill_9_of_a_worker_loses_no_candidate(two, asked):
     assert set(again).isdisjoint(pids)
 
 
-def test_a_search_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_path):
-    config = load_config(tiny_world / "evolve.yaml")
+def test_a_search_by_generations_on_two_workers_has_the_embedded_journal(two, tiny_world, tmp_path):
+    """Whichever of a generation, or of a calibration's models, is answered first."""
+    few = {"extract": {"method": "irt", "size": 8}, "estimate": {"models": 8, "check_every": 1}}
+    config = load_config(variant(tiny_world, "by-generations", optimizer={"asking": "generations"}, **few))
     run.evolve(config, tmp_path / "local", quiet=True)
     run.evolve(config, tmp_path / "two", quiet=True, target=Target(two.address))
-    from tests.server.test_remote import journal
-
     assert journal(tmp_path / "local") == journal(tmp_path / "two")
+
+
+def test_a_steady_search_on_two_workers_is_what_it_was_when_it_is_killed(two, tiny_world, tmp_path):
+    """`auto` is steady there. What had come stands, in its order; and whoever takes it up asks what it would have."""
+    config = variant(tiny_world, "on-two", extract={"method": "random", "size": 8}, optimizer={"budget": 40})
+    directory = tmp_path / "run"
+    arguments = ["evolve", str(config), "--run-dir", str(directory), "--no-export"]
+    command = [sys.executable, "-m", "merge3.client", *arguments, "--server", two.address]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:  # one for each generation
+            if line.startswith("generation 1"):
+                process.send_signal(signal.SIGKILL)
+    before = in_order(directory)
+    assert 6 <= len(before) < 40
+    done = client(*arguments, "--resume", "--server", two.address)
+    assert done.returncode == 0 and "so that no worker waits" in done.stderr, done.stderr
+    after = in_order(directory)
+    assert len(after) == 40 and after[: len(before)] == before
+    with closing(Journal(directory)) as store:
+        known = store.identity()
+        assert (known["workers"], known["in flight"]) == ("2", "3")
+    # This process has one worker. It goes on from what two had come to, and keeps as many under way.
+    kept = "SELECT generation, position FROM candidates"
+    with closing(sqlite3.connect(directory / "run.db")) as db, db:
+        db.execute("DELETE FROM candidates WHERE arrived > 20")
+        db.execute(f"DELETE FROM estimates WHERE (generation, position) NOT IN ({kept})")
+        db.execute("DELETE FROM answers")
+    embedded = run.evolve(load_config(config), directory, resume=True, quiet=True, export=False)
+    assert embedded["candidates"] == 40 and in_order(directory)[:20] == after[:20]
 
 
 def test_turns_of_a_fit_run_anywhere_and_make_the_same_steps(two, tiny_world):

@@ -40,6 +40,16 @@ class Optimizer(Protocol):
         """(value, stderr) of any genomes, each [C], or [C, objectives]; None where it only ranks."""
 
 
+class SteadyOptimizer(Optimizer, Protocol):
+    """One that may be asked for more before it is told, and is then told whatever has come."""
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """As many as a generation has, in the order in which they came. ages: how often it was told anything since each
+        was asked, 0 for those of the last `ask`. Another number of them: the last ones, nothing is asked after them."""
+
+
 @dataclass(frozen=True)
 class Start:
     """What every optimizer is made from. initial, low, high: float64 [d]; sigma: the first step, a share of each gene's
@@ -64,13 +74,15 @@ class Start:
 @dataclass(frozen=True)
 class Kind:
     """make: from a start. least, most: objectives that it takes, None for any number. packages: what it needs of the
-    extra `pareto`; their versions are part of what a run is. steps: whether it takes some that differ by gene."""
+    extra `pareto`; their versions are part of what a run is. steps: whether it takes some that differ by gene; steady:
+    whether it makes a SteadyOptimizer."""
 
     make: Callable[[Start], Optimizer]
     least: int = 1
     most: int | None = 1
     packages: tuple[str, ...] = ()
     steps: bool = False
+    steady: bool = False
 
     def takes(self) -> str:
         """How many objectives, in words."""
@@ -94,9 +106,9 @@ def _nsga(name: str) -> Callable[[Start], Optimizer]:
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    "cma": Kind(_cma, steps=True),
-    "random": Kind(_random, most=None),
-    "catcma": Kind(CatCMA, packages=("cmaes",)),
+    "cma": Kind(_cma, steps=True, steady=True),
+    "random": Kind(_random, most=None, steady=True),
+    "catcma": Kind(CatCMA, packages=("cmaes",), steady=True),
     "nsga2": Kind(_nsga("nsga2"), least=2, most=None, packages=("pymoo",)),
     "nsga3": Kind(_nsga("nsga3"), least=2, most=None, packages=("pymoo",)),
     "como": Kind(Como, least=2, most=2, packages=("cmaes",)),

@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class CatCMA:
             }
         self._start, self._strategy = start, CatCMAwM(**settings)
         self._asked: list = []
+        self._sent: dict[bytes, Any] = {}  # genome -> the sample it is
 
     def ask(self) -> list[np.ndarray]:
         """See Optimizer. The start is a candidate like any other, so a run never ends below it."""
@@ -55,19 +56,45 @@ class CatCMA:
             numbers = self._start.initial[~self._bits] if not self._bits.all() else None
             bits = np.stack([~on, on], axis=1) if self._bits.any() else None
             self._asked[0] = replace(self._asked[0], x=numbers, c=bits, _v_raw=numbers)
-        return [self._genome(s.x, None if s.c is None else s.c[:, 1]) for s in self._asked]
+        genomes = [self._genome(s.x, None if s.c is None else s.c[:, 1]) for s in self._asked]
+        self._sent |= {genome.tobytes(): sample for genome, sample in zip(genomes, self._asked)}
+        return genomes
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         """See Optimizer. A generation cut short is left out. Only the order of candidates counts, of equals that of the
         generation."""
-        if len(genomes) < self.population:
+        self._tell(self._asked, fitness)
+        self._sent.clear()
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. A late one's numbers count as if they lay no further from the mean than samples do; see
+        CMA.tell_arrived."""
+        samples = [self._sent.get(genome.tobytes()) for genome in genomes]
+        if None in samples:
+            return  # the search's last word is no sample, and nothing is asked after it
+        self._tell([self._near(one) if age else one for one, age in zip(samples, ages)], fitness)
+
+    def _tell(self, samples: list, fitness: list[float]) -> None:
+        if len(fitness) != self.population:
             return
         losses = [math.inf if math.isnan(f) else -f for f in fitness]
         ranks = np.empty(len(losses))
         ranks[np.argsort(losses, kind="stable")] = np.arange(len(losses))
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            self._strategy.tell(list(zip(self._asked, ranks.tolist())))
+            self._strategy.tell(list(zip(samples, ranks.tolist())))
+
+    def _near(self, sample: Any) -> Any:
+        """The sample, its numbers drawn towards the mean where they lie far from it, as pycma has it."""
+        if sample._v_raw is None:
+            return sample
+        B, D = self._strategy._eigen_decomposition()
+        step = sample._v_raw - self._strategy._mean
+        length = float(np.linalg.norm(B.T @ step / D)) / self._strategy._sigma
+        most = math.sqrt(len(step)) + 2 * len(step) / (len(step) + 2)
+        return sample if length <= most else replace(sample, _v_raw=self._strategy._mean + step * most / length)
 
     def favorite(self) -> np.ndarray:
         """The mean of its numbers, and every bit as it mostly is."""

@@ -61,7 +61,7 @@ class CMA:
 
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         """See Optimizer. A generation cut short is left out."""
-        if len(genomes) < self.population:
+        if len(genomes) != self.population:
             return  # the budget's last few: nothing is asked after them
         known = [f for f in fitness if not math.isnan(f)]
         worst = min(known, default=0.0) - 1.0
@@ -69,6 +69,13 @@ class CMA:
         with self._own_random(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._strategy.tell(genomes, losses)
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. pycma knows by itself which are of an earlier distribution: they count as if they lay no
+        further from the mean than this one's samples do (Hansen 2011, Injecting external solutions into CMA-ES)."""
+        self.tell(genomes, fitness, stderrs)
 
     def favorite(self) -> np.ndarray:
         """The mean of the distribution: under noise better than its best sample (Hansen, The CMA evolution
@@ -101,7 +108,7 @@ class AssistedCMA(CMA):
     def __init__(self, initial, low, high, sigma: float, population: int, seed: int, given: bool = False, steps=None):
         super().__init__(initial, low, high, sigma, max(POOL, population), seed, given, steps)
         self._asked = population
-        self._surrogate = Surrogate(low, high, sigma, steps)
+        self._surrogate, self._told = Surrogate(low, high, sigma, steps), 0
 
     def ask(self) -> list[np.ndarray]:
         """See Optimizer. As many of the strategy's generation as are to be asked."""
@@ -113,6 +120,19 @@ class AssistedCMA(CMA):
         self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs))
         values = self._surrogate.predict(np.array(self._pool))[0]
         values[: len(genomes)][np.isnan(fitness)] = np.nan
+        super().tell(self._pool, values.tolist(), [])
+
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. Only the surrogate is told them: what the strategy is told is its own generation, in
+        which nobody is late."""
+        asked_in = self._told - np.array(ages)  # those had their items in common
+        self._surrogate.add(np.array(genomes), np.array(fitness), np.array(stderrs), generations=asked_in)
+        self._told += 1
+        values = self._surrogate.predict(np.array(self._pool))[0]
+        failed = {genome.tobytes() for genome, value in zip(genomes, fitness) if math.isnan(value)}
+        values[[genome.tobytes() in failed for genome in self._pool]] = np.nan
         super().tell(self._pool, values.tolist(), [])
 
     def beliefs(self, genomes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,11 @@ class RandomSearch:
     def tell(self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float]) -> None:
         """See Optimizer. Nothing is learnt."""
 
+    def tell_arrived(
+        self, genomes: list[np.ndarray], fitness: list[float], stderrs: list[float], ages: list[int]
+    ) -> None:
+        """See SteadyOptimizer. As little."""
+
     def favorite(self) -> None:
         """Random search has none."""
         return None
