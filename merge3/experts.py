@@ -82,6 +82,9 @@ class ExpertLoss(NamedTuple):
         )
 
 
+FULL = Experts()
+
+
 class Source(Protocol):
     """Whose experts they are; see Pool."""
 

@@ -24,7 +24,7 @@ from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
 from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError
-from merge3.experts import Compacted, Experts
+from merge3.experts import FULL, Compacted, Experts
 from merge3.lineage import differences
 from merge3.memory import MemoryPlan, parse_size, pinnable, usable
 from merge3.planning import hash_endpoints, plan_pool
@@ -78,7 +78,7 @@ class Pool:
         self._ties, self._residence = Ties(self.endpoints), Residence(self)
         self.statistics = Statistics(self.get, self._residence.in_groups)
         self.derived = Derived(self, self.derived_folder)
-        self.compacted = Compacted(self, Experts(), self._ties.stored)
+        self.compacted = Compacted(self, FULL, self._ties.stored)
 
     @staticmethod
     def open(

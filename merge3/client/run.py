@@ -95,13 +95,15 @@ def open_pool(
     derived: Path | None = None,
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
+    experts: str = "full",
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 
     derived: where experts that a method derives of all others are kept for the next run (default: they are not).
-    tokenizer: of every recipe to come; tower: see Pool.open.
+    tokenizer: of every recipe to come; tower, experts: see Pool.open.
     """
     settings = {"memory_budget": memory_budget, "derived_folder": derived, "tokenizer": tokenizer, "tower": tower}
+    settings["experts_as"] = experts
     pool = Pool.open(models[0], models[1:], device, **settings)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
@@ -123,7 +125,7 @@ def open_engine(
 ) -> Engine:
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
     genome = config.genome
-    words = genome.recipe_tokenizer(), genome.tower
+    words = genome.recipe_tokenizer(), genome.tower, config.experts
     return open_models(config.models, genome.dtype, device, quiet, target, memory_budget, derived, *words)
 
 
@@ -137,11 +139,12 @@ def open_models(
     derived: Path | None = None,
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
+    experts: str | None = None,
 ) -> Engine:
     """An engine over these models, base first, in this process or on a daemon. dtype: of the live model. The others:
     see open_pool."""
     if target is None:
-        pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower)
+        pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower, experts or "full")
         return LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     if memory_budget is not None:
         raise BadInput(
@@ -151,7 +154,7 @@ def open_models(
         )
     from merge3.client.remote import RemoteEngine
 
-    engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower)
+    engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower, experts=experts or "")
     _warn(engine.info().warnings)
     _say_kept(engine.info().notes, engine.info().kept, quiet)
     return engine

@@ -118,6 +118,7 @@ class _Buffers:
         if not self.cuda:
             return [self.pool.part(*part) for part in wanted]
         memory, at, views = self.memory[self.turn], 0, []
+        reading = torch.cuda.current_stream(self.pool.device)
         self.copying.wait_event(self.consumed[self.turn])
         with torch.cuda.stream(self.copying):
             for part in wanted:
@@ -127,6 +128,8 @@ class _Buffers:
                     view.copy_(here, non_blocking=True)
                     at += -(-here.numel() * here.itemsize // PADDING) * PADDING
                     here = view
+                elif not self.pool.resident(part[:1]):  # expanded here, and read on the stream that merges
+                    here.record_stream(reading)
                 views.append(here)
         self.filled[self.turn].record(self.copying)
         torch.cuda.current_stream(self.pool.device).wait_event(self.filled[self.turn])

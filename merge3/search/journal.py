@@ -36,6 +36,7 @@ INSERT OR IGNORE INTO estimates SELECT generation, position, 0, 'accuracy', valu
 ALTER TABLE candidates DROP COLUMN value;
 ALTER TABLE candidates DROP COLUMN stderr;
 """
+_BEFORE = {"experts": "full"}  # what runs had that began before there was a choice
 _COLUMNS = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
 
 
@@ -105,6 +106,7 @@ class Journal:
                 self._db.execute("DELETE FROM run")
                 self._db.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
             return False
+        stored = _BEFORE | stored
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise ResumeMismatch(
