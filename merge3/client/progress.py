@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from merge3.search.context import Progress
 
 STAGES = {
+    "experts": "asking experts as they are held, and as their files have them",
     "statistics": "computing what the search needs to know of the task vectors, once",
     "calibration": "calibrating: the endpoints and random merges answer the items",
     "race": "the best candidates race on more items",

@@ -26,6 +26,7 @@ from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Tokenizer
+from merge3.search.compaction import told_of_experts
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
 from merge3.search.measure import items_name
@@ -214,6 +215,8 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: 
         "skipped": questions.skipped,  # task -> items that were too long
         "truncated": questions.truncated,
     }
+    if outcome.compaction is not None:
+        found["experts"] = outcome.compaction.told()
     return found if outcome.front is None else found | {"front": front_summary(outcome.front, outcome, pick)}
 
 
@@ -241,6 +244,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
         f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
         f"{ledger['full'] / max(1, ledger['total']):.1f} times as many"
     )
+    for line in told_of_experts(result):
+        console.print(line)
     if result["race"]:
         end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
         console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")
