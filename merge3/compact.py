@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from merge3 import kernels
 from merge3.kernels import CHUNK, Modes, call, numbers
 from merge3.packed import bits_of
 
-_BLOCK = 64 * CHUNK  # elements looked at at once, so that packing takes little memory beside the result
+_BLOCK = 4 * CHUNK  # elements looked at at once, so that packing takes little memory beside the result
 _NONE = torch.empty(0, dtype=torch.int32)
 
 
@@ -123,30 +124,31 @@ def pack_kept(base: torch.Tensor, expert: torch.Tensor, density: float) -> tuple
 
     base, expert: of one dtype, on the CPU. The loss is not finite where τ is not.
     """
-    cap = kept_of(expert.numel(), density)
+    numel, cap = expert.numel(), kept_of(expert.numel(), density)
     found = kernels.order_statistics([base], [expert], torch.tensor([[cap]]))
-    few = int(found.nonzero) <= cap and sum(int(_differ(b, e).sum()) for b, e in _blocks(base, expert)) <= cap
-    # None of the equal ones where they are 0: they are the base's but for the sign of a zero.
-    left = 0 if few or float(found.value) == 0 else cap - int(found.greater)
-    masks, values, counts, loss = [], [], [], Loss()
-    for b, e in _blocks(base, expert):
+    least, left, few = float(found.value), 0, False
+    if int(found.nonzero) <= cap:
+        differing = sum(int(_differ(b, e).sum()) for b, e in _blocks(base, expert))
+        few = differing <= cap  # else zeros of another sign are too many, and the base's stand for them
+        count, least = (differing if few else int(found.nonzero)), 0.0
+    else:
+        count, left = cap, cap - int(found.greater)
+    mask, values = torch.zeros(4 * -(-numel // 32), dtype=torch.uint8), torch.empty(count, dtype=expert.dtype)
+    starts, at, loss = [0], 0, Loss()
+    for place, (b, e) in enumerate(_blocks(base, expert)):
         tau = (e.float() - b.float()).abs_()
-        if few:
-            keep = _differ(b, e)
-        else:
-            keep = tau > float(found.value)
-            if left:
-                equal = (tau == float(found.value)).nonzero()[:left, 0]
-                keep[equal] = True
-                left -= len(equal)
-        masks.append(np.packbits(keep.numpy(), bitorder="little"))
-        counts += [int(part.sum()) for part in keep.split(CHUNK)]
-        values.append(e[keep])
+        keep = _differ(b, e) if few else tau > least
+        if left:
+            equal = (tau == least).nonzero()[:left, 0]
+            keep[equal] = True
+            left -= len(equal)
+        bits = torch.from_numpy(np.packbits(keep.numpy(), bitorder="little"))
+        mask[place * _BLOCK // 8 :][: len(bits)] = bits
+        starts += [starts[-1] + n for n in accumulate(int(part.sum()) for part in keep.split(CHUNK))]
+        values[at : starts[-1]], at = e[keep], starts[-1]
         squares = tau.double().square_()
         loss = loss.plus(Loss(len(tau), int(keep.sum()), float(squares.sum()), float(squares[~keep].sum())))
-    words = np.concatenate([*masks, np.zeros(-sum(map(len, masks)) % 4, np.uint8)]).view(np.int32)
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-    return Kept(torch.from_numpy(words), torch.cat(values) if values else expert.reshape(-1), starts), loss
+    return Kept(mask.view(torch.int32), values, torch.tensor(starts)), loss
 
 
 def pack_bytes(base: torch.Tensor, expert: torch.Tensor) -> tuple[Bytes, Loss]:

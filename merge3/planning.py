@@ -44,6 +44,8 @@ def hash_endpoints(
         for model, checkpoint in pool.endpoints.items():
             if name in checkpoint.tensors:
                 hashes[model][name] = hash_of(Ref(model, name))
+                if Ref(model, name) in pool.compacted:  # its file is not what is worked with
+                    pool.give_back((Ref(model, name),))
                 done += checkpoint.tensors[name].nbytes
         check(name)
         progress(done, total)
