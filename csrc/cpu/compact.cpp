@@ -1,18 +1,29 @@
 // The fused merge over compacted experts: each part of a chunk is expanded into scratch that stays in cache, and the
 // ordinary loop of this processor merges it there. So all modes are there at once, and their bits are the same.
+// Where a processor expands registers by a mask (AVX-512 VBMI2), words are; tried: bit by bit, 0.35 ns an element more.
 // Moves the base, the out, and of each expert a bit and the values kept (or a byte) per element.
 #include <exception>
 #include <vector>
 
 #include "../checks.h"
-#include "../include/merge3/compact.h"
+#include "compact_bytes.h"
 #include "loops.h"
-#include "storage.h"
 #include "threads.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace merge3 {
+#if defined(__x86_64__)
+void add_bytes_avx2(const merge3_compact& compact, int32_t dtype, const void* base, int64_t begin, int64_t n, char* to);
+#endif
 namespace {
 
+#if defined(__x86_64__)
+constexpr auto add_bytes_best = add_bytes_avx2;
+#else
+constexpr auto add_bytes_best = add_bytes_generic;
+#endif
 constexpr int64_t kPart = std::min<int64_t>(16384, kChunk);  // elements; of three bfloat16 experts 96 KB
 constexpr int64_t kCached = int64_t(16) << 20;               // as in api.cpp
 static_assert(kChunk % kPart == 0 && kPart % 512 == 0);
@@ -21,43 +32,65 @@ const char* at(const void* data, int64_t element, int32_t dtype) {
   return static_cast<const char*>(data) + element * element_size(dtype);
 }
 
-// Puts the values from `next` on where bits are set. Returns the first that is left.
+// The n elements of `from`, with the values from `next` on where bits are set. Returns the first value that is left.
 template <class T>
-const void* scatter(const uint32_t* mask, int64_t n, const void* next, char* to) {
-  const T* value = static_cast<const T*>(next);
-  for (int64_t word = 0; word * 32 < n; ++word) {
-    T* block = reinterpret_cast<T*>(to) + word * 32;
-    for (uint32_t bits = mask[word]; bits; bits &= bits - 1) block[__builtin_ctz(bits)] = *value++;
-  }
-  return value;
+const T* expand_any(const uint32_t* mask, int64_t n, const T* from, const T* next, const T*, T* to) {
+  memcpy(to, from, size_t(n) * sizeof(T));
+  for (int64_t word = 0; word * 32 < n; ++word)
+    for (uint32_t bits = mask[word]; bits; bits &= bits - 1) to[word * 32 + __builtin_ctz(bits)] = *next++;
+  return next;
 }
 
-// Elements [begin, begin + n) of base + scale * byte.
-void add_bytes(const merge3_compact& compact, int32_t dtype, const void* base, int64_t begin, int64_t n, char* to) {
-  constexpr int kBlock = 512;
-  alignas(64) float theta[kBlock];
-  const int8_t* bytes = static_cast<const int8_t*>(compact.values);
-  for (int64_t from = 0; from < n; from += kBlock) {
-    const int m = int(std::min<int64_t>(n - from, kBlock));
-    load_block(dtype, base, begin + from, m, theta);
-    for (int j = 0; j < m;) {  // row by row
-      const int64_t element = begin + from + j, row = element / compact.columns;
-      const int until = int(std::min<int64_t>(m, (row + 1) * compact.columns - (begin + from)));
-      const float scale = compact.scales[row];
-      const int8_t* own = bytes + begin + from;
-      for (; j < until; ++j) theta[j] += scale * float(own[j]);
-    }
-    store_block(dtype, to, from, m, theta, false);
+#if defined(__x86_64__)
+// A whole word at a time. `end`: behind the tensor's last value, beyond which nothing is read.
+#define MERGE3_EXPAND(T, STEP, TARGET, BLEND)                                                                            \
+  __attribute__((target(TARGET))) const T* expand_words(const uint32_t* mask, int64_t n, const T* from, const T* next,   \
+                                                        const T* end, T* to) {                                           \
+    int64_t word = 0;                                                                                                    \
+    for (; (word + 1) * 32 <= n && end - next >= 32; ++word)                                                             \
+      for (int half = 0; half < 32; half += STEP) {                                                                      \
+        const uint32_t bits = uint32_t(uint64_t(mask[word]) >> half) & uint32_t((uint64_t(1) << STEP) - 1);              \
+        const int64_t at = word * 32 + half;                                                                             \
+        _mm512_storeu_si512(to + at, BLEND(_mm512_loadu_si512(from + at), bits, _mm512_loadu_si512(next)));              \
+        next += __builtin_popcount(bits);                                                                                \
+      }                                                                                                                  \
+    const int64_t done = word * 32;                                                                                      \
+    return done < n ? expand_any(mask + word, n - done, from + done, next, end, to + done) : next;                       \
   }
+MERGE3_EXPAND(uint16_t, 32, "avx512f,avx512bw,avx512vbmi2,popcnt", _mm512_mask_expand_epi16)
+MERGE3_EXPAND(uint32_t, 16, "avx512f,popcnt", _mm512_mask_expand_epi32)
+#undef MERGE3_EXPAND
+
+bool by_words() {
+  static const bool can = !strcmp(loops().name, "avx512") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+  return can;
+}
+#else
+template <class T>
+const T* expand_words(const uint32_t* mask, int64_t n, const T* from, const T* next, const T* end, T* to) {
+  return expand_any(mask, n, from, next, end, to);
+}
+bool by_words() { return false; }
+#endif
+
+template <class T>
+const void* expand(const uint32_t* mask, int64_t n, const void* from, const void* next, const void* end, char* to) {
+  const auto* source = static_cast<const T*>(from);
+  const auto *value = static_cast<const T*>(next), *last = static_cast<const T*>(end);
+  auto* target = reinterpret_cast<T*>(to);
+  return by_words() ? expand_words(mask, n, source, value, last, target) : expand_any(mask, n, source, value, last, target);
 }
 
-// Where the next part's values are, of each expert of a chunk.
+// Where the next part's values are, and where they end, of each expert of a chunk.
 struct Reader {
-  const void* next[MERGE3_MAX_EXPERTS];
+  const void *next[MERGE3_MAX_EXPERTS], *last[MERGE3_MAX_EXPERTS];
 
   Reader(const merge3_compact* compact, const merge3_tensor& tensor, int experts, int64_t begin) {
-    for (int k = 0; k < experts; ++k)
-      next[k] = compact[k].starts ? at(compact[k].values, compact[k].starts[begin / kChunk], tensor.dtype) : nullptr;
+    for (int k = 0; k < experts; ++k) {
+      if (!compact[k].starts) continue;
+      next[k] = at(compact[k].values, compact[k].starts[begin / kChunk], tensor.dtype);
+      last[k] = at(compact[k].values, compact[k].starts[(tensor.numel + kChunk - 1) / kChunk], tensor.dtype);
+    }
   }
 
   // Elements [begin, begin + n) of expert k, where they lie or in `scratch`.
@@ -65,13 +98,12 @@ struct Reader {
     const char* from = at(tensor.experts[k], begin, tensor.dtype);
     if (!compact.values) return from;
     if (compact.scales) {
-      add_bytes(compact, tensor.dtype, tensor.experts[k], begin, n, scratch);
+      const auto add = strcmp(loops().name, "generic") ? add_bytes_best : add_bytes_generic;
+      add(compact, tensor.dtype, tensor.experts[k], begin, n, scratch);
       return scratch;
     }
-    const int64_t size = element_size(tensor.dtype);
-    memcpy(scratch, from, size_t(n * size));
-    const uint32_t* mask = compact.mask + begin / 32;
-    next[k] = size == 4 ? scatter<uint32_t>(mask, n, next[k], scratch) : scatter<uint16_t>(mask, n, next[k], scratch);
+    const auto expanded = element_size(tensor.dtype) == 4 ? &expand<uint32_t> : &expand<uint16_t>;
+    next[k] = expanded(compact.mask + begin / 32, n, from, next[k], last[k], scratch);
     return scratch;
   }
 };

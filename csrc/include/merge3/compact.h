@@ -18,7 +18,7 @@ extern "C" {
 typedef struct {
   const void *values;    /* kept: of the tensor's dtype, in order; int8: int8_t [numel] */
   const uint32_t *mask;  /* kept: [ceil(numel / 32)], the lowest bit of a word first, none set beyond numel */
-  const int64_t *starts; /* kept: the first value of each MERGE3_CHUNK elements */
+  const int64_t *starts; /* kept: the first value of each MERGE3_CHUNK elements, and behind them how many there are */
   const float *scales;   /* int8: one per row of `columns` elements */
   int64_t columns;
 } merge3_compact;
