@@ -1,4 +1,4 @@
-"""What compacted experts take: by plan at the shapes of a model of 7 billion parameters, and in a process of its own."""
+"""What compacted experts take: by plan at the shapes of a 7B model, and in a process of its own."""
 
 import json
 import os

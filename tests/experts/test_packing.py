@@ -93,8 +93,8 @@ def test_the_kernel_merges_what_they_expand_to(dtype, option):
     for shape in SHAPES:
         base = pair(shape, dtype, 0.0, 1)[0]
         experts = [(base.float() + 0.01 * torch.randn(shape)).to(dtype) for _ in range(3)]
-        pack = lambda e: pack_bytes(base, e)[0] if option == "int8" else pack_kept(base, e, option)[0]
-        held = [pack(experts[0]), None, pack(experts[2])]
+        packed = [pack_bytes(base, e) if option == "int8" else pack_kept(base, e, option) for e in experts]
+        held = [packed[0][0], None, packed[2][0]]
         expanded = [e if h is None else h.expand(base.flatten(), 0).reshape(shape) for e, h in zip(experts, held)]
         for modes in MODES:
             coefficients = kernels.coefficients(1, 3)
