@@ -145,9 +145,12 @@ def pack_kept(base: torch.Tensor, expert: torch.Tensor, density: float) -> tuple
         bits = torch.from_numpy(np.packbits(keep.numpy(), bitorder="little"))
         mask[place * _BLOCK // 8 :][: len(bits)] = bits
         starts += [starts[-1] + n for n in accumulate(int(part.sum()) for part in keep.split(CHUNK))]
-        values[at : starts[-1]], at = e[keep], starts[-1]
-        squares = tau.double().square_()
-        loss = loss.plus(Loss(len(tau), int(keep.sum()), float(squares.sum()), float(squares[~keep].sum())))
+        values[at : starts[-1]] = e[keep]
+        wide = tau.double()
+        squared = float(wide @ wide)
+        wide.masked_fill_(keep, 0.0)
+        loss = loss.plus(Loss(len(tau), starts[-1] - at, squared, float(wide @ wide)))
+        at = starts[-1]
     return Kept(mask.view(torch.int32), values, torch.tensor(starts)), loss
 
 
