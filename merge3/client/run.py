@@ -23,6 +23,7 @@ from merge3.client.terminal import bar, in_few_lines
 from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
+from merge3.experts import Experts
 from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Tokenizer
@@ -96,7 +97,7 @@ def open_pool(
     derived: Path | None = None,
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
-    experts: str = "full",
+    experts: str | Experts = "full",
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 

@@ -168,3 +168,9 @@ def test_a_recipe_is_evaluated_as_it_is_held(world, tmp_path):
     done = client("evaluate", recipe, world / "english.jsonl", "--limit", 10, "--experts", "residual", "--json")
     assert done.returncode == 0 and "english as residual:0.1: 10 % of parameters kept" in done.stderr
     assert json.loads(done.stdout)["experts"]["option"] == "residual:0.1"
+    alone = client("evaluate", recipe, world / "english.jsonl", "--limit", 10, "--experts", "int8", "--json")
+    how = "--items", world / "english.jsonl", "--limit", 10, "--experts", "int8", "--json"
+    done = client("compare", recipe, *how)
+    assert done.returncode == 0, done.stderr
+    compared, (row,) = json.loads(done.stdout), [r for r in json.loads(done.stdout)["rows"] if r["kind"] == "merge"]
+    assert compared["experts"]["option"] == "int8" and row["accuracy"] == json.loads(alone.stdout)["accuracy"]
