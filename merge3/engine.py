@@ -101,6 +101,8 @@ class LocalEngine:
             stored = isinstance(subject, str)
             if isinstance(subject, Taken):
                 subject, stored = subject.subject, subject.stored
+                if isinstance(subject, Recipe) and subject.method in VARIANTS:
+                    raise BadInput("subject", f"a recipe of {subject.method}, taken of other weights", "one model")
             if isinstance(subject, Operated):
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:

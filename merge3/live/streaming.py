@@ -118,18 +118,16 @@ class _Buffers:
         if not self.cuda:
             return [self.pool.part(*part) for part in wanted]
         memory, at, views = self.memory[self.turn], 0, []
-        reading = torch.cuda.current_stream(self.pool.device)
         self.copying.wait_event(self.consumed[self.turn])
         with torch.cuda.stream(self.copying):
             for part in wanted:
                 here = self.pool.part(*part)
-                if here.device != self.pool.device:
+                # What was expanded is copied too: it goes with this stream, and the kernel runs on another.
+                if here.device != self.pool.device or not self.pool.resident(part[:1]):
                     view = memory[at : at + here.numel() * here.itemsize].view(here.dtype)
                     view.copy_(here, non_blocking=True)
                     at += -(-here.numel() * here.itemsize // PADDING) * PADDING
                     here = view
-                elif not self.pool.resident(part[:1]):  # expanded here, and read on the stream that merges
-                    here.record_stream(reading)
                 views.append(here)
         self.filled[self.turn].record(self.copying)
         torch.cuda.current_stream(self.pool.device).wait_event(self.filled[self.turn])

@@ -177,8 +177,9 @@ def test_endpoints_and_exports_are_of_the_files(both, tmp_path):
     assert not same(swapped(compact, recipe), swapped(full, recipe))
     LocalEngine(compact).export(recipe, tmp_path / "merged", 3)
     merge_to_disk(recipe, tmp_path / "expected", full, 3)
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "expected")]
-    assert files[0] == files[1]
+    merge_to_disk(recipe, tmp_path / "by-hand", compact, 3)
+    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("merged", "expected", "by-hand")]
+    assert files[0] == files[1] == files[2]
     assert compact.content_hashes() == full.content_hashes()
 
 

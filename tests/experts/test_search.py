@@ -157,6 +157,9 @@ def test_bad_input_is_one_line(world, tmp_path):
     for words, said in cases.items():
         done = client(*words)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done
+    stages = load_config(variant(world, "stages", experts="int8", stages=["parameters", "path"]))
+    with pytest.raises(ConfigError, match="stages: stages with experts held as int8; expected full"):
+        run.evolve(stages, tmp_path / "stages", quiet=True)
     with pytest.raises(ConfigError, match=r"experts.*residual:7.*expected full, int8"):
         load_config(variant(world, "bad", experts="residual:7"))
 
