@@ -23,15 +23,13 @@ void MERGE3_BYTES_ENTRY(const merge3_compact& compact, int32_t dtype, const void
       const int64_t element = begin + from + j, row = element / compact.columns;
       const int until = j + int(std::min<int64_t>(m - j, (row + 1) * compact.columns - element));
       const float scale = compact.scales[row];
+#if defined(__AVX2__)
       for (; j + 8 <= until; j += 8) {
-        typedef int8_t i8x8 __attribute__((vector_size(8)));
-        i8x8 own;
-        f32x8 x;
-        memcpy(&own, bytes + from + j, sizeof own);
-        memcpy(&x, theta + j, sizeof x);
-        x += scale * __builtin_convertvector(own, f32x8);
-        memcpy(theta + j, &x, sizeof x);
+        const __m128i own = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + from + j));
+        const __m256 step = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(own)));
+        _mm256_storeu_ps(theta + j, _mm256_add_ps(_mm256_loadu_ps(theta + j), step));
       }
+#endif
       for (; j < until; ++j) theta[j] += scale * float(bytes[from + j]);
     }
     store_block(dtype, to, from, m, theta, false);

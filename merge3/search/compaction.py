@@ -52,11 +52,13 @@ class Held:
 
 
 class Compaction(NamedTuple):
-    """What a run's result says of it. info: of the pool; checks: of experts that lose anything; searched: held-out
-    accuracy of the winner as it was searched, where that is another merge than the exported."""
+    """What a run's result says of it. info: of the pool; checks: of experts that lose anything, and how many answers
+    they took; searched: held-out accuracy of the winner as it was searched, where that is another merge than the
+    exported."""
 
     info: PoolInfo
     checks: Sequence[Held]
+    answers: int
     searched: Measured | None = None
 
     def told(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class Compaction(NamedTuple):
             "option": self.info.experts,
             "loss": [loss._asdict() for loss in self.info.losses],
             "endpoints": [asdict(check) for check in self.checks],
+            "answers": self.answers,
             "searched_heldout": self.searched,
         }
 
@@ -112,7 +115,7 @@ def compaction(search: Search, checks: Sequence[Held], recipe: Recipe, items: Se
     searched = None
     if any(loss.error > 0 for loss in info.losses):
         searched = measured(search.answers(recipe, items), items, search.weights)
-    return Compaction(info, checks, searched)
+    return Compaction(info, checks, search.journal.answers(STAGE), searched)
 
 
 def told_of_experts(result: Mapping[str, Any]) -> list[str]:

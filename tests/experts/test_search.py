@@ -55,6 +55,7 @@ def test_the_result_says_what_was_held_and_what_was_lost(finished, world):
     assert all(loss["error"] == pytest.approx((1 - loss["energy"]) ** 0.5) for loss in said["loss"])
     tasks = {"english", "translation"}
     assert all(check["task"] in tasks and check["items"] == 28 for check in said["endpoints"])
+    assert said["answers"] == (1 + 2 * 3) * 56  # the base, and every expert both ways; beside the ledger
     assert json.loads((directory / "result.json").read_text())["experts"] == said
     page = (directory / "report.html").read_text()
     assert "searched with experts as residual:0.1" in page and "relative error" in page
