@@ -47,7 +47,10 @@ class Experts:
         raise BadInput(where, f"found {str(text)[:60]!r}", expected)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.density:g}" if self.kind == "residual" else self.kind
+        if self.kind != "residual":
+            return self.kind
+        short = f"{self.density:g}"
+        return f"{self.kind}:{short if float(short) == self.density else repr(self.density)}"
 
     def __bool__(self) -> bool:
         """Whether anything is compacted."""

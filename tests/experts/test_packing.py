@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_show_in_the_loss():
             assert not torch.tensor(loss.squared).isfinite()
 
 
-@pytest.mark.parametrize("text", ["full", "int8", "residual:0.25", "residual:1"])
+@pytest.mark.parametrize("text", ["full", "int8", "residual:0.25", "residual:1", "residual:0.123456789"])
 def test_an_option_is_what_it_is_written_as(text):
     assert str(Experts.parse(text)) == text and bool(Experts.parse(text)) == (text != "full")
 
