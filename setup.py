@@ -119,7 +119,7 @@ def extensions(cuda: bool) -> list[Extension]:
     return [
         CppExtension(
             "merge3._C",
-            ["csrc/torch/library.cpp"],
+            ["csrc/torch/library.cpp", "csrc/torch/compact.cpp"],
             define_macros=macros,
             extra_compile_args=FLAGS,
             libraries=libraries,

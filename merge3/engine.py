@@ -34,7 +34,7 @@ from merge3.methods import METHODS, VARIANTS
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.program import compile, tied_outputs
-from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Subject, Varied
+from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Subject, Taken, Varied
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
@@ -43,7 +43,7 @@ from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
-__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Question", "Subject", "Varied"]
+__all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Question", "Subject", "Taken", "Varied"]
 
 
 class LocalEngine:
@@ -76,6 +76,8 @@ class LocalEngine:
             notes=tuple(self.pool.notes),
             own_heads=own_heads(self.pool),
             tied=tied_outputs(self.pool, self.pool.searched),
+            experts=str(self.pool.compacted.experts),
+            losses=tuple(self.pool.compacted.losses),
         )
 
     def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:
@@ -100,6 +102,11 @@ class LocalEngine:
         """See Engine."""
         for index, subject in enumerate(subjects):
             adapters: Mapping[str, Adapter] = {}
+            stored = isinstance(subject, str)
+            if isinstance(subject, Taken):
+                subject, stored = subject.subject, subject.stored
+                if isinstance(subject, Recipe) and subject.method in VARIANTS:
+                    raise BadInput("subject", f"a recipe of {subject.method}, taken of other weights", "one model")
             if isinstance(subject, Operated):
                 subject, adapters = subject.subject, subject.adapters
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
@@ -113,7 +120,7 @@ class LocalEngine:
                 yield Evaluation(index, hash_, None, registration.objectives, none, none, 0.0, error=error)
                 continue
             prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
-            yield self._evaluate(registration, prepared, index, subject, adapters)
+            yield self._evaluate(registration, prepared, index, subject, adapters, stored)
 
     def evaluate_each(self, questions: Iterator[Question], in_flight: int) -> Iterator[Evaluation]:
         """See Engine. One after the other, in their order."""
@@ -126,7 +133,13 @@ class LocalEngine:
             index += 1
 
     def _evaluate(
-        self, asked: Registration, prepared: Prepared, index: int, subject: Subject, adapters: Mapping[str, Adapter]
+        self,
+        asked: Registration,
+        prepared: Prepared,
+        index: int,
+        subject: Subject,
+        adapters: Mapping[str, Adapter],
+        stored: bool,
     ) -> Evaluation:
         start = time.perf_counter()
         recipe_hash, swap = "", 0.0
@@ -136,9 +149,9 @@ class LocalEngine:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
             if recipe is not None:
-                joined(self.pool, recipe)
+                joined(self.pool.whole if stored else self.pool, recipe)
             with enough_memory(self.pool.device):
-                show = self._showing(recipe, subject, asked.seed)
+                show = self._showing(recipe, subject, asked.seed, stored)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
             responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
             if responses is None:
@@ -195,6 +208,9 @@ class LocalEngine:
         self, asked: Registration, recipe: Recipe, experts: Mapping[str, str]
     ) -> tuple[list[TaskToLearn], Path]:
         """(every task of a registration, the folder of the tokenizer that reads its items)"""
+        if self.pool.compacted.experts:
+            found = f"experts held as {self.pool.compacted.experts}"
+            raise BadInput("experts", found, "full: what is learned, is learned of whole experts")
         self._rounds.check_heads(asked)
         template = chat_template(recipe, self.pool) if asked.chat else None
         tasks = []
@@ -223,11 +239,16 @@ class LocalEngine:
         have in common. Raises BadInput or CheckpointError."""
         self.slot.show(self._rounds.packed(endpoint), endpoint, task)
 
-    def _showing(self, recipe: Recipe | None, subject: Subject, seed: int) -> Callable[[str | None], None]:
-        """What brings the subject into the live model; of one with variants, that of the task it is given."""
+    def _showing(
+        self, recipe: Recipe | None, subject: Subject, seed: int, stored: bool
+    ) -> Callable[[str | None], None]:
+        """What brings the subject into the live model; of one with variants, that of the task it is given. stored: see
+        Taken."""
+        if recipe is None and not isinstance(subject, Varied):
+            return lambda _: self.slot.load(subject, stored)
         if not isinstance(subject, Varied):
             where = "candidate" if isinstance(subject, np.ndarray) else "recipe"
-            return lambda _: self.slot.load(subject) if recipe is None else self.slot.swap(recipe, seed, where)
+            return lambda _: self.slot.swap(recipe, seed, where, stored=stored)
         if recipe is not None:
             return lambda task: self.slot.swap(recipe, seed, "recipe", task)
         return lambda task: self.show(subject.subject, task)
@@ -248,11 +269,12 @@ class LocalEngine:
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """See Engine."""
-        recipe = joined(self.pool, recipe)
+        pool = self.pool.whole
+        recipe = joined(pool, recipe)
         if task is not None:
-            return merge_task(recipe, task, directory, self.pool, seed)
+            return merge_task(recipe, task, directory, pool, seed)
         check_router(recipe)
-        return merge_to_disk(recipe, directory, self.pool, seed)
+        return merge_to_disk(recipe, directory, pool, seed)
 
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""

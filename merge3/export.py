@@ -103,6 +103,7 @@ def merge_to_disk(
             raise RecipeError(f"{where}: {error.where}", error.found, error.expected, error.hint) from None
         for line in pool.warnings:
             warnings.warn(line, Merge3Warning, stacklevel=2)
+    pool = pool.whole  # however a pool holds its experts, what is written is of their files
     _check_words(recipe, pool, where)
     ready = prepare(recipe, pool, where)
 

@@ -1,8 +1,9 @@
 """Where a pool's weights lie within a budget of bytes: what stays on the device and what is streamed to it.
 
-Three tiers. `device`: resident, read by every swap where it lies. `host`: pinned memory, copied through a
+Tiers. `device`: resident, read by every swap where it lies. `host`: pinned memory, copied through a
 window on the device. `file`: the memory-mapped checkpoint, through the same window; on the CPU its pages are
-given back after use. The tier never changes a result.
+given back after use. `compact`: an expert held as what it differs from the base by (experts.py), which is always
+resident; what it expands to passes through the window too. Of the first three the tier never changes a result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from merge3.errors import BadInput, ResourceError, Unavailable
 from merge3.kernels import CHUNK, MAX_EXPERTS
 
-DEVICE, HOST, FILE = "device", "host", "file"
+DEVICE, HOST, FILE, COMPACT = "device", "host", "file", "compact"
 WINDOW = 512 << 20  # bytes; larger ones stream no faster
 PADDING = 256  # bytes, between what lies in a window
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -28,7 +29,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of each part. slot: the live model; resident, host, file: weights per tier; window: the part of the
-    device that streamed weights pass through. A model's activations come on top."""
+    device that streamed and compacted weights pass through. compact: experts as they are held. A model's activations
+    come on top."""
 
     device: str
     budget: int | None
@@ -37,15 +39,16 @@ class MemoryPlan:
     host: int = 0
     file: int = 0
     window: int = 0
-    away: Mapping[Hashable, tuple[str, int]] = field(default_factory=dict, repr=False)  # streamed: tier, bytes
+    away: Mapping[Hashable, tuple[str, int]] = field(default_factory=dict, repr=False)  # not as they are: tier, bytes
+    compact: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return self.slot + self.resident + self.window
+        return self.slot + self.resident + self.compact + self.window
 
     def tier(self, key: Hashable) -> str:
-        """Where a tensor lies: DEVICE, HOST or FILE."""
+        """Where a tensor lies: DEVICE, HOST, FILE or COMPACT."""
         return self.away[key][0] if key in self.away else DEVICE
 
     def streamed(self, keys: Iterable[Hashable]) -> int:
@@ -56,6 +59,7 @@ class MemoryPlan:
         """One line: what lies where."""
         here = f"live model {shown_size(self.slot)}, resident weights {shown_size(self.resident)}"
         parts = [f"{shown_size(self.total)} on {self.device}: {here}"]
+        parts[0] += f", compacted experts {shown_size(self.compact)}" if self.compact else ""
         if self.away:
             parts[0] += f", window {shown_size(self.window)}"
         parts += [f"streamed from pinned memory {shown_size(self.host)}"] if self.host else []
@@ -65,35 +69,49 @@ class MemoryPlan:
 
 
 def plan_memory(
-    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
+    groups: Iterable[Mapping[Hashable, int]],
+    slot: int,
+    device: str,
+    budget: int | None = None,
+    host: int = 0,
+    compact: Mapping[Hashable, int] | None = None,
+    streamed: bool = False,
 ) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so
     they stay or leave together). slot: bytes of the live model. host: bytes of pinned memory to use at most.
-    Raises BadInput where not even the live model and one group at a time fit.
+    compact: of those that are held compacted, the bytes that this takes; they stay. streamed: all others leave.
+    Raises BadInput where not even the live model, what is compacted and one group at a time fit.
     """
-    groups = [dict(group) for group in groups]
+    groups, compact = [dict(group) for group in groups], compact or {}
+    whole, held = [sum(group.values()) for group in groups], sum(compact.values())
+    away: dict[Hashable, tuple[str, int]] = {}
+    for group in groups:
+        away |= {key: (COMPACT, group.pop(key)) for key in list(group) if key in compact}
     sizes = [sum(group.values()) for group in groups]
-    if budget is None or slot + sum(sizes) <= budget:
-        return MemoryPlan(device, budget, slot, sum(sizes))
     # Statistics read whole tensors; a swap, which reads slices, makes two buffers of the same bytes.
-    window = max([min(WINDOW, budget // 8), 2 * (4 * CHUNK + PADDING) * (MAX_EXPERTS + 1), *sizes])
-    free = budget - slot - window
+    window = max([2 * (4 * CHUNK + PADDING) * (MAX_EXPERTS + 1), *whole])
+    least = window if away else 0
+    if not streamed and (budget is None or slot + held + sum(sizes) + least <= budget):
+        return MemoryPlan(device, budget, slot, sum(sizes), window=least, away=away, compact=held)
+    window = max(window, min(WINDOW, (budget or 0) // 8))
+    free = 0 if streamed else budget - slot - held - window
     if free < 0:
+        beside = f", compacted experts {shown_size(held)}" if held else ""
         raise BadInput(
             "memory_budget",
             f"found {shown_size(budget)}",
-            f"at least {shown_size(slot + window)}: the live model takes {shown_size(slot)}, "
+            f"at least {shown_size(slot + held + window)}: the live model takes {shown_size(slot)}{beside}, "
             f"the largest tensor of all models {shown_size(window)}",
         )
-    away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
+    used = {DEVICE: 0, HOST: 0, FILE: 0}
     for group, size in zip(groups, sizes):
         tier = DEVICE if size <= free - used[DEVICE] else HOST if size <= host - used[HOST] else FILE
         used[tier] += size
         if tier != DEVICE:
             away.update({key: (tier, nbytes) for key, nbytes in group.items()})
-    return MemoryPlan(device, budget, slot, used[DEVICE], used[HOST], used[FILE], window, away)
+    return MemoryPlan(device, budget, slot, used[DEVICE], used[HOST], used[FILE], window, away, held)
 
 
 def parse_size(text: int | str) -> int:

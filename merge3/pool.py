@@ -1,4 +1,4 @@
-"""The pool: a base and its experts, aligned tensor by tensor, resident or streamed within a memory budget.
+"""The pool: a base and its experts, aligned tensor by tensor, resident, compacted or streamed within a memory budget.
 
 On the CPU the memory-mapped files are the pool, so no expert is ever copied; on another device, or where an endpoint's
 dtype differs, each tensor is copied there once, or whenever it is used if the budget has no room for it.
@@ -6,10 +6,9 @@ dtype differs, each tensor is copied there once, or whenever it is used if the b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,8 +24,10 @@ from merge3.checkpoint.vocabulary import Vocabulary, open_vocabulary
 from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError
+from merge3.experts import FULL, Compacted, Experts
 from merge3.lineage import differences
-from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory, usable
+from merge3.memory import MemoryPlan, parse_size, pinnable, usable
+from merge3.planning import hash_endpoints, plan_pool
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
@@ -43,7 +44,7 @@ class Pool:
     towers: endpoint -> its place in the base's language tower; tower: the prefixes that were given; notes: of both.
     vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
-    joined: endpoints that are merges of others -> the recipe.
+    joined: endpoints that are merges of others -> the recipe. compacted: experts that are not held as they are.
 
         pool = Pool.open("base", ["math", "italian"])
         pool.get(Ref("math", "lm_head.weight"))
@@ -63,18 +64,21 @@ class Pool:
     tower: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     joined: dict[str, str] = field(default_factory=dict)
+    compacted: Compacted = field(init=False, repr=False)
     statistics: Statistics = field(init=False)
     derived: Derived = field(init=False)
     _ties: Ties = field(init=False, repr=False)
     _residence: Residence = field(init=False, repr=False)
     _limits: tuple[int | None, int] = field(default=(None, 0), repr=False)  # the budget; bytes of host memory to pin
     _reserved: int = field(default=0, repr=False)
+    _streams: bool = field(default=False, repr=False)
     _hashes: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self._ties, self._residence = Ties(self.endpoints), Residence(self)
         self.statistics = Statistics(self.get, self._residence.in_groups)
         self.derived = Derived(self, self.derived_folder)
+        self.compacted = Compacted(self, FULL, self._ties.stored)
 
     @staticmethod
     def open(
@@ -88,6 +92,7 @@ class Pool:
         derived_folder: str | Path | None = None,
         tower: Mapping[str, str] | None = None,
         tokenizer: Tokenizer | None = None,
+        experts_as: str | Experts = "full",
     ) -> Pool:
         """Open checkpoints and check that they fit together.
 
@@ -99,10 +104,13 @@ class Pool:
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
         tower: prefixes of a language model's names -> of the base's, where they cannot be found; see docs/towers.md.
         tokenizer: of every recipe to come (`recipe.tokenizer`): embeddings and heads get its rows, once.
+        experts_as: how experts are held: `full`, `residual:0.1` or `int8`; see experts.py and docs/machines.md.
         Raises CheckpointError naming endpoint and tensor where shapes differ in a layer, or an expert lacks a tensor.
         """
-        budget = None if memory_budget is None else parse_size(memory_budget)
+        budget, held = None if memory_budget is None else parse_size(memory_budget), Experts.parse(experts_as)
         device = usable(device)
+        if held and derived_folder is not None:  # what is derived of compacted experts is something else
+            derived_folder = Path(derived_folder) / str(held).replace(":", "-")
         endpoints, towers = open_endpoints((base, *experts), locate, tower)
         vocabulary = None
         if tokenizer is not None:
@@ -117,7 +125,9 @@ class Pool:
             told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
             pool.warnings += differences(*told, vocabulary is None, name in towers)
         pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
+        pool.compacted = Compacted(pool, held, pool._ties.stored)
         pool._plan()
+        pool.notes += pool.compacted.pack()
         return pool
 
     @property
@@ -129,6 +139,18 @@ class Pool:
     def base_checkpoint(self) -> Checkpoint:
         """The first endpoint's checkpoint."""
         return self.endpoints[self.base]
+
+    @cached_property
+    def whole(self) -> Pool:
+        """The same endpoints with every expert as its file has it, streamed: what an export reads. Itself where nothing
+        is compacted."""
+        if not self.compacted.experts:
+            return self
+        folder = None if self.derived_folder is None else Path(self.derived_folder).parent
+        endpoints = {model: found for model, found in self.endpoints.items() if model not in self.joined}
+        pool = replace(self, endpoints=endpoints, derived_folder=folder, joined={}, _limits=(None, 0), _streams=True)
+        pool._plan()
+        return pool
 
     @cached_property
     def words(self) -> Words:
@@ -204,7 +226,9 @@ class Pool:
         return self._residence.part(ref, begin, end)
 
     def stored(self, ref: Ref) -> torch.Tensor:
-        """A tensor as it is stored, a view of the mapped file."""
+        """A tensor as it is stored, a view of the mapped file; of a compacted one what stands for it."""
+        if ref in self.compacted:
+            return self.compacted.get(ref)
         if ref.model in self.derived:
             tensor = self.derived.get(ref)
         else:
@@ -253,17 +277,7 @@ class Pool:
         Raises CheckpointError naming tensor and endpoint of the first task vector that is not finite.
         progress(bytes read, bytes in all) is called after each tensor.
         """
-        total = sum(info.nbytes for c in self.endpoints.values() for info in c.tensors.values())
-        hashes: dict[str, dict[str, str]] = {model: {} for model in self.endpoints}
-        done = 0
-        for name in sorted({n for c in self.endpoints.values() for n in c.tensors}):
-            for model, checkpoint in self.endpoints.items():
-                if name in checkpoint.tensors:
-                    hashes[model][name] = self._hash(Ref(model, name))
-                    done += checkpoint.tensors[name].nbytes
-            check_task_vectors(self, name)
-            progress(done, total)
-        self._hashes = {model: combine_hashes(h) for model, h in hashes.items()}
+        self._hashes |= hash_endpoints(self, self._hash, partial(check_task_vectors, self), progress)
 
     def content_hashes(self) -> dict[str, str]:
         """SHA-256 of each endpoint's tensors, but for those that joined."""
@@ -302,18 +316,5 @@ class Pool:
                 raise
 
     def _plan(self) -> None:
-        """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
-
-        The live model may not be built yet: its dtype is the pool's, unless somebody asks for another.
-        """
-        groups = [{ref: self._size(ref)} for ref in self.derived.refs()]
-        for name in dict.fromkeys(n for c in self.endpoints.values() for n in c.tensors):
-            refs = [Ref(model, name) for model, checkpoint in self.endpoints.items() if name in checkpoint.tensors]
-            groups.append({ref: self._size(ref) for ref in refs})
-        slot = sum(self._size(Ref(self.base, name)) for name in self.base_checkpoint.tensors)
-        budget, host = self._limits
-        budget = budget and budget - self._reserved
-        self._residence.follow(plan_memory(groups, slot, str(self.device), budget, host))
-
-    def _size(self, ref: Ref) -> int:
-        return math.prod(self.shape(ref)) * self.common_dtype(ref).itemsize
+        budget, host = self._limits[0] and self._limits[0] - self._reserved, self._limits[1]
+        self._residence.follow(plan_pool(self, budget, host, self._streams))

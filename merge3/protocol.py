@@ -11,6 +11,7 @@ import numpy as np
 
 from merge3.checkpoint.layout import Layout
 from merge3.errors import BadInput, Merge3Error
+from merge3.experts import ExpertLoss
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
 from merge3.learn.surgery import Operation, Surgery
@@ -39,9 +40,19 @@ class Varied:
     tasks: tuple[str, ...] | None = None
 
 
-# A genome of the registration's space, a recipe, an endpoint's name, or one of these two with adapters or variants. A
-# recipe of a method with a result for each task is as Varied(recipe); an endpoint is what lies in its folder, no more.
-Subject = np.ndarray | Recipe | str | Operated | Varied
+@dataclass(frozen=True)
+class Taken:
+    """A recipe or an endpoint in a pool that compacts its experts. stored: of experts as their files have them, as an
+    export reads them; else as the pool holds them. A recipe alone is of the latter, an endpoint alone of the former."""
+
+    subject: Recipe | str
+    stored: bool
+
+
+# A genome of the registration's space, a recipe, an endpoint's name, or one of these two with adapters or variants, or
+# taken of other weights. A recipe of a method with a result for each task is as Varied(recipe); an endpoint is what
+# lies in its folder, no more.
+Subject = np.ndarray | Recipe | str | Operated | Varied | Taken
 Question = tuple[Registration, Subject]
 
 
@@ -92,9 +103,10 @@ class PoolInfo:
 
     endpoints: base first; layout: the base's, what a Space is met with; kept: tensors that are not merged, with the
     reason; host: `local`, or the address of the daemon asked; warnings: what makes models seem not to belong together;
-    notes: where language models are merged into one with eyes or ears. own_heads: whether endpoints answer with heads
-    of their own, which no recipe merges. tied: outputs that every endpoint ties to one other tensor. workers: subjects
-    that are answered at once.
+    notes: where language models are merged into one with eyes or ears, and what is lost of compacted experts.
+    own_heads: whether endpoints answer with heads of their own, which no recipe merges. tied: outputs that every
+    endpoint ties to one other tensor. workers: subjects that are answered at once. experts: how they are held; losses:
+    of every one that is compacted.
     """
 
     endpoints: tuple[str, ...]
@@ -109,6 +121,8 @@ class PoolInfo:
     own_heads: bool = False
     tied: tuple[str, ...] = ()
     workers: int = 1
+    experts: str = "full"
+    losses: tuple[ExpertLoss, ...] = ()
 
     @property
     def unmerged(self) -> set[str]:

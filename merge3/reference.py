@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from merge3 import differentiable, kernels, linear
+from merge3 import compact, differentiable, kernels, linear
 from merge3.kernels import DENSITY, EPSILON, HI, HI_SHARE, LO, LO_SHARE, RANK_BINS, RESCALE, WEIGHT, Modes
 
 _WORD = 0xFFFFFFFF
@@ -278,5 +278,6 @@ OPS = {
     "order_statistics_": Op(kernels.order_statistics, order_statistics_ref),
     "merged_linear_": Op(linear.merged_linear, merged_linear_ref),
     "pack_": Op(kernels.pack, pack_ref),
+    "merge_compact_": Op(compact.merge_compact_, merge_ref),
     "rank_tables_": Op(kernels.rank_tables, rank_tables_ref),
 }

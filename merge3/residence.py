@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from merge3.checkpoint.layout import Ref
-from merge3.memory import DEVICE, FILE, HOST, MemoryPlan
+from merge3.experts import Compacted
+from merge3.memory import COMPACT, DEVICE, FILE, HOST, MemoryPlan
 
 T = TypeVar("T")
 
@@ -18,6 +19,7 @@ class Source(Protocol):
     """Where tensors come from; see Pool."""
 
     device: torch.device
+    compacted: Compacted
 
     def stored(self, ref: Ref) -> torch.Tensor:
         """See Pool."""
@@ -46,7 +48,7 @@ class Residence:
             self.forget(ref)
         for ref in [ref for ref in self._pinned if plan.tier(ref) != HOST]:
             del self._pinned[ref]
-        for ref in [ref for ref in self._mapped if plan.tier(ref) != FILE]:
+        for ref in [ref for ref in self._mapped if plan.tier(ref) in (DEVICE, HOST)]:
             del self._mapped[ref]
 
     def staged(self, ref: Ref) -> torch.Tensor:
@@ -57,6 +59,8 @@ class Residence:
             return self._resident[ref]
         if ref in self._pinned:
             return self._pinned[ref]
+        if self.plan.tier(ref) == COMPACT:  # made anew whenever it is used
+            return self.source.stored(ref)
         tensor = self._converted(ref, self.source.stored(ref))
         tier = self.plan.tier(ref)
         if tier == DEVICE:
@@ -70,6 +74,8 @@ class Residence:
 
     def part(self, ref: Ref, begin: int, end: int) -> torch.Tensor:
         """Elements [begin, end) of a tensor, flat, where it lies."""
+        if self.plan.tier(ref.whole) == COMPACT:
+            return self.source.compacted.part(ref, begin, end)
         if self.plan.tier(ref.whole) != FILE:
             return self.staged(ref).reshape(-1)[begin:end]
         self.use(ref.whole)

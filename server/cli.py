@@ -45,6 +45,14 @@ def serve(
     memory_budget: Annotated[
         str | None, typer.Option(help="Of each pool on its device, e.g. 20GiB; the rest is streamed.")
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            metavar="full|residual[:DENSITY]|int8",
+            help="How pools hold experts whose drivers do not say: as they are, the largest DENSITY (0.1) of what they "
+            "change, or int8 per row.",
+        ),
+    ] = "full",
     workers: Annotated[
         str, typer.Option(help="local, ray (one engine per GPU) or ray:N. RAY_ADDRESS names a cluster.")
     ] = "local",
@@ -72,6 +80,7 @@ def serve(
     """Serve until SIGTERM; a second one stops at once."""
     import asyncio
 
+    from merge3.experts import Experts
     from merge3.memory import parse_size
     from merge3_server.logs import set_up
     from merge3_server.settings import Limits, Settings
@@ -95,6 +104,7 @@ def serve(
             queue=max_queue, pools=max_pools, items=max_items, retention=retention, driver_queue=min(256, max_queue)
         ),
         parse_size(memory_budget) if memory_budget else None,
+        Experts.parse(experts, "--experts"),
     )
     set_up(log_json, verbose)
     from merge3_server.daemon import serve as until_stopped

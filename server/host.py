@@ -19,6 +19,7 @@ import torch
 
 from merge3.engine import Evaluation, LocalEngine, PoolInfo, Subject
 from merge3.errors import BadInput, Cancelled, NotFound
+from merge3.experts import FULL, Experts
 from merge3.export import merge_to_disk
 from merge3.export_task import check_router, check_task, merge_task
 from merge3.joined import joined
@@ -37,7 +38,7 @@ REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared 
 @dataclass(frozen=True)
 class PoolSpec:
     """models: as drivers name them, base first. places: path as named -> where it lies. tokenizer: of every recipe.
-    tower: see Pool.open."""
+    tower, experts: see Pool.open."""
 
     pool_id: str
     models: tuple[str, ...]
@@ -47,6 +48,7 @@ class PoolSpec:
     memory_budget: int | None = None
     tokenizer: Tokenizer | None = None
     tower: dict[str, str] = field(default_factory=dict)
+    experts: Experts = FULL
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,8 @@ class Host:
         self._closed.discard(spec.pool_id)
         engine = self._engine(spec, emit)
         weights = sum(t.nbytes for c in engine.pool.endpoints.values() for t in c.tensors.values())
+        if spec.experts:
+            weights = engine.pool.memory.resident + engine.pool.memory.compact
         return engine.info(), weights + sum(p.numel() * p.element_size() for p in engine.slot.model.parameters())
 
     def close(self, pool_id: str, stop=None, emit=None) -> None:
@@ -142,7 +146,7 @@ class Host:
             if emit:
                 emit((done, total))
 
-        where = Path(directory), self._engine(spec).pool, seed
+        where = Path(directory), self._engine(spec).pool.whole, seed
         recipe = joined(where[1], recipe)
         if task:
             return merge_task(recipe, task, *where, progress=progress)
@@ -201,6 +205,7 @@ class Host:
         if spec.pool_id not in self._opened:
             where = lambda path: spec.places.get(path, path)
             settings = {"memory_budget": spec.memory_budget, "tokenizer": spec.tokenizer, "tower": spec.tower}
+            settings["experts_as"] = spec.experts
             pool = Pool.open(spec.models[0], spec.models[1:], spec.device, locate=where, **settings)
             log.info("pool %s: %s", spec.pool_id[:8], pool.memory.describe())
             pool.read_all(lambda done, total: emit and emit((done, total)))

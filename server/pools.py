@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from merge3 import __version__
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
+from merge3.experts import Experts
 from merge3.recipe import DTYPES, ModelRef, Tokenizer
 from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
@@ -63,9 +64,12 @@ class Pools:
         dtype: str,
         tokenizer: Tokenizer | None = None,
         tower: Mapping[str, str] | None = None,
+        experts: str = "",
     ) -> Open:
-        """Open a pool for a driver, or share the one that is open or opening. Raises Busy where there is no room."""
-        spec = self._spec(models, dtype, tokenizer, dict(tower or {}))
+        """Open a pool for a driver, or share the one that is open or opening. experts: how they are held; empty: as the
+        settings say. Raises Busy where there is no room."""
+        held = Experts.parse(experts) if experts else self.settings.experts
+        spec = self._spec(models, dtype, tokenizer, dict(tower or {}), held)
         if spec.pool_id not in self._open:
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
@@ -126,7 +130,12 @@ class Pools:
             await self._free(min(idle, key=lambda e: e.used))
 
     def _spec(
-        self, models: tuple[str, ...], dtype: str, tokenizer: Tokenizer | None, tower: dict[str, str]
+        self,
+        models: tuple[str, ...],
+        dtype: str,
+        tokenizer: Tokenizer | None,
+        tower: dict[str, str],
+        experts: Experts,
     ) -> PoolSpec:
         if not 1 <= len(models) <= MAX_MODELS:
             raise BadInput("models", f"{len(models)} models", f"1 to {MAX_MODELS}, base first")
@@ -147,6 +156,8 @@ class Pools:
             told += (tokenizer,)
         if tower:
             told += (sorted(tower.items()),)
+        if experts:
+            told += (str(experts),)
         pool_id = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
         device, budget = self.settings.device, self.settings.memory_budget
-        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer, tower)
+        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer, tower, experts)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from merge3 import __version__
-from merge3.engine import Subject, Varied
+from merge3.engine import Subject, Taken, Varied
 from merge3.errors import BadInput, Busy, RecipeError
 from merge3.export_task import check_task
 from merge3.files import resource_error
@@ -55,7 +55,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
     async def OpenPool(self, request, context):
         """See the proto."""
         tokenizer = spaces.tokenizer_from(request.tokenizer) if request.HasField("tokenizer") else None
-        asked = tuple(request.models), request.dtype, tokenizer, dict(request.tower)
+        asked = tuple(request.models), request.dtype, tokenizer, dict(request.tower), request.experts
         return (await self.pools.open(_driver(context), *asked)).message()
 
     async def ListPools(self, request, context):
@@ -111,6 +111,12 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         subject = await self._subject(request, accepted, entry.spec.models)
         if request.task:
             subject = _of_task(subject, request.task, accepted)
+        if request.HasField("stored"):
+            if not isinstance(subject, Recipe | str):
+                raise BadInput(
+                    "stored", f"given with a {request.WhichOneof('subject')}", "a recipe or an endpoint, of no task"
+                )
+            subject = Taken(subject, request.stored)
         if len(request.idempotency_key) > 200:
             raise BadInput("idempotency_key", f"{len(request.idempotency_key)} characters", "at most 200")
         run = lambda: self.scheduler.run(driver, "evaluate", entry.spec, accepted.registered, subject)

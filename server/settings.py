@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from merge3.errors import ConfigError
+from merge3.experts import FULL, Experts
 from merge3.recipe import DTYPES, Tokenizer, read_tokenizer
 
 _POOL_KEYS = ("models", "dtype", "tokenizer_source", "tokenizer")
@@ -42,7 +43,8 @@ class Limits:
 class Settings:
     """listen: `host:port` (port 0: a free one) or `unix:/path`. roots: where checkpoints may be read. workers:
     `local`, or `ray[:N]`; threads: of each on the CPU (default: its share of the cores).
-    grace: seconds that calls under way have when the daemon is asked to stop. memory_budget: bytes, of each pool."""
+    grace: seconds that calls under way have when the daemon is asked to stop. memory_budget: bytes, of each pool.
+    experts: how pools hold them whose drivers do not say."""
 
     listen: tuple[str, ...]
     roots: tuple[Path, ...]
@@ -60,6 +62,7 @@ class Settings:
     grace: float = 30.0
     limits: Limits = Limits()
     memory_budget: int | None = None
+    experts: Experts = FULL
 
     def __post_init__(self):
         if not self.roots:

@@ -25,6 +25,7 @@ from merge3.client.options import (
     Ca,
     Certificate,
     Device,
+    ExpertsAs,
     Json,
     Key,
     MemoryBudget,
@@ -119,6 +120,7 @@ def evolve(
     seed: Annotated[int | None, typer.Option(help="Overrides the file.")] = None,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
+    experts: ExpertsAs = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
     pick: Annotated[
         str | None,
@@ -141,10 +143,13 @@ def evolve(
 ):
     """Search for the best merge, in this process or on a daemon."""
     from merge3.client import run
+    from merge3.experts import Experts
     from merge3.search.config_files import load_config
 
     target = target_of(server, tls_ca, tls_cert, tls_key, token_file) if server else None
     asked = load_config(config, skip_too_long, task_path or (), budget=budget, seed=seed)
+    if experts is not None:
+        asked = asked.model_copy(update={"experts": str(Experts.parse(experts, "--experts"))})
     if log:
         asked = asked.model_copy(update={"logging": (*asked.logging, *log)})
     result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget, pick)

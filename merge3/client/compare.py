@@ -19,6 +19,7 @@ from merge3.client.evaluate import Asked, check_unique, items_of_files, response
 from merge3.client.run import open_pool
 from merge3.engine import LocalEngine, Subject, Varied
 from merge3.errors import BadInput, Merge3Error, Merge3Warning, RecipeError
+from merge3.experts import Experts
 from merge3.export import check_recipe
 from merge3.files import write_atomically
 from merge3.live.heads import own_heads
@@ -107,13 +108,16 @@ def compare(
     responses_file: Path | None = None,
     skip_too_long: bool = False,
     quiet: bool = False,
+    experts: str = "full",
 ) -> dict[str, Any]:
     """{"rows", "best_baseline", "items", "skipped", "seconds"}; a row has "name", "kind" (merge or model),
     "accuracy", "stderr", "tasks", "difference" and "difference_stderr" (paired, to the best model), "level" (with the
     first row) and, of a merge, "seconds" (of merging) and "recipe". Rows without answers come last, with "error".
 
-    Recipes of files are all refused or all measured; of methods that do not fit, `skipped` says why.
+    Recipes of files are all refused or all measured; of methods that do not fit, `skipped` says why. experts: how those
+    that are merged are held, see Pool.open; rows of models are of their files. Then there is "experts" too.
     """
+    held = Experts.parse(experts, "--experts")
     if not asked.files and not asked.tasks:
         raise BadInput("compare", "neither --items nor --task", "one of them, or both")
     items, began = items_of_files(asked), time.perf_counter()  # bad items before any model is opened
@@ -126,7 +130,7 @@ def compare(
     looked = Pool.open(what.models[0], what.models[1:], device, memory_budget=memory_budget, **words)
     what = _possible(what, lambda recipe, where: check_recipe(recipe, looked, where))  # before weights are read
     _heads(looked, items)
-    pool = open_pool(what.models, device, quiet, memory_budget, **words)
+    pool = open_pool(what.models, device, quiet, memory_budget, **words, experts=held)
     dtype = first.out_dtype or first.dtype
     engine = LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     what = _possible(what, engine.slot.compile)
@@ -153,6 +157,8 @@ def compare(
             lines += [json.dumps(response_row(name, item, float(v))) + "\n" for item, v in zip(items, values)]
         write_atomically(responses_file, "".join(lines))
     beside = {"items": len(items), "skipped": what.skipped, "seconds": time.perf_counter() - began}
+    if held:
+        beside["experts"] = {"option": str(held), "loss": [loss._asdict() for loss in pool.compacted.losses]}
     return standings(rows, answers, items) | beside
 
 

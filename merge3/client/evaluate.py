@@ -19,6 +19,7 @@ from merge3.adapters.lm_eval import Settings, load_benchmark
 from merge3.client.routing import check_variants, routed, told_of_routes
 from merge3.engine import Evaluation, LocalEngine, Operated, Varied
 from merge3.errors import BadInput, CheckpointError, ItemsError, Merge3Warning
+from merge3.experts import Experts
 from merge3.files import write_atomically
 from merge3.fitness import mean_over_tasks
 from merge3.learn.surgery import load
@@ -67,6 +68,7 @@ def evaluate_files(
     surgery: bool = True,
     variants: bool = True,
     route: bool = False,
+    experts: str = "full",
 ) -> dict[str, Any]:
     """{"accuracy", "stderr", "tasks": {task: {accuracy, stderr, items}}, "skipped": {task: items}, "seconds"}; of
     lm-eval's tasks "metrics" too: {task: {leaf: {"metric,filter": value}}}, by their own aggregation.
@@ -74,7 +76,8 @@ def evaluate_files(
     A task without a value per document has metrics and no accuracy. skip_too_long: leave out what the model has no
     positions for, say so, and count it in `skipped`. surgery: answer a task's items with its adapter where the folder
     has one. variants: with its own model where the folder has one for each task, as a recipe of such a method does.
-    route: by the variant that the router finds for its prompt, whatever the item's task.
+    route: by the variant that the router finds for its prompt, whatever the item's task. experts: of a recipe, how they
+    are held; see Pool.open.
     """
     if not asked.files and not asked.tasks:
         raise BadInput("evaluate", "neither a file of items nor --task", "one of them, or both")
@@ -83,7 +86,10 @@ def evaluate_files(
     chat = asked.chat(items)
     subject = None if what.is_dir() or what.suffix not in (".yaml", ".yml") else Recipe.from_yaml(what)
     check_variants(route, variants, what, subject)
-    pool, subject, dtype = _opened(what, subject, device, memory_budget)
+    held = Experts.parse(experts, "--experts")
+    if held and subject is None:
+        raise BadInput("--experts", f"{held} for {what}, which is one model", "a recipe, whose models are held so")
+    pool, subject, dtype = _opened(what, subject, device, memory_budget, held)
     folder = pool.words.folder(chat_template(subject, pool) if isinstance(subject, Recipe) else None)
     benchmarks = _benchmarks(asked, folder)
     for benchmark in benchmarks.values():
@@ -113,6 +119,8 @@ def evaluate_files(
         rows = [response_row(str(what), items[i], float(responses[i])) for i in counted]
         write_atomically(responses_file, "".join(json.dumps(row) + "\n" for row in rows))
     result |= {"skipped": fitted.skipped, "seconds": seconds}
+    if held:
+        result["experts"] = {"option": str(held), "loss": [loss._asdict() for loss in pool.compacted.losses]}
     if routes is not None:
         result["routes"] = told_of_routes(routes, items)
     return result | {"metrics": metrics} if metrics else result
@@ -156,7 +164,7 @@ def items_of_files(asked: Asked) -> list[Item]:
 
 
 def _opened(
-    what: Path, recipe: Recipe | None, device: str, memory_budget: str | None
+    what: Path, recipe: Recipe | None, device: str, memory_budget: str | None, experts: Experts
 ) -> tuple[Pool, Recipe | str, str | None]:
     """(the pool, what is asked, the live model's dtype)"""
     if recipe is None:
@@ -164,7 +172,8 @@ def _opened(
         subject = pool.base
     else:
         subject, models = recipe, recipe.models()
-        settings = {"memory_budget": memory_budget, "tokenizer": subject.tokenizer, "tower": subject.tower}
+        settings = {"memory_budget": memory_budget, "experts_as": experts}
+        settings |= {"tokenizer": subject.tokenizer, "tower": subject.tower}
         pool = Pool.open(models[0], models[1:], device, **settings)
         dtype = subject.out_dtype or subject.dtype
     for line in pool.warnings:

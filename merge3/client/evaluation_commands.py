@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client.options import Device, Json, MemoryBudget, SkipTooLong, Strict, TaskPath, Threads
+from merge3.client.options import Device, ExpertsAs, Json, MemoryBudget, SkipTooLong, Strict, TaskPath, Threads
 
 
 def evaluate(
@@ -32,6 +32,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
+    experts: ExpertsAs = None,
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
     skip_too_long: SkipTooLong = False,
     surgery: Annotated[bool, typer.Option(help="By task, with the adapters that lie in the folder.")] = True,
@@ -51,7 +52,7 @@ def evaluate(
         metric, num_fewshot, apply_chat_template, system_instruction, fewshot_as_multiturn, _mapping(gen_kwargs)
     )
     asked = Asked(items or (), task or (), task_path or (), settings, limit)
-    beside = {"surgery": surgery, "variants": variants, "route": route}
+    beside = {"surgery": surgery, "variants": variants, "route": route, "experts": experts or "full"}
     result = evaluate_files(what, asked, seed, device, responses, memory_budget, skip_too_long, **beside)
     print(json.dumps(result)) if as_json else show(result)
 

@@ -80,6 +80,15 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed."),
 ]
+ExpertsAs = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        metavar="full|residual[:DENSITY]|int8",
+        help="How experts are held in memory: as they are, the largest DENSITY (0.1) of what they change, or int8 per "
+        "row. What is lost is said; exports read the full checkpoints.",
+    ),
+]
 SkipTooLong = Annotated[
     bool, typer.Option("--skip-too-long", help="Leave out items longer than the model's positions, and say so.")
 ]

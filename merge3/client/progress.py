@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from merge3.search.context import Progress
 
 STAGES = {
+    "experts": "asking experts as they are held, and as their files have them",
     "statistics": "computing what the search needs to know of the task vectors, once",
     "steady": "the next candidate is asked when one is answered, so that no worker waits (asking: steady)",
     "calibration": "calibrating: the endpoints and random merges answer the items",

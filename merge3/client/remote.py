@@ -28,7 +28,7 @@ from merge3.client.received import fetched
 from merge3.client.register import Registrar
 from merge3.client.remote_fit import fit_steps
 from merge3.client.remote_stream import PASSING, Daemon, answered
-from merge3.engine import Evaluation, Operated, PoolInfo, Question, Subject, Varied
+from merge3.engine import Evaluation, Operated, PoolInfo, Question, Subject, Taken, Varied
 from merge3.errors import Busy, Cancelled, ItemsError, Merge3Error, NotFound, ResumeMismatch, Unavailable
 from merge3.fitness import Answered, estimates, judged
 from merge3.learn.fit import Fit, FitStep
@@ -50,7 +50,8 @@ class RemoteEngine:
     """A pool on a daemon. models: base first, as the daemon's roots have them.
 
     patience: seconds to wait for a daemon that is away, or whose queue is full, before giving up.
-    note: told once when waiting begins and when it ends. tokenizer, tower: see Pool.open.
+    note: told once when waiting begins and when it ends. tokenizer, tower, experts: see Pool.open; where it says
+    nothing of experts, the daemon's settings do.
 
         with contextlib.closing(RemoteEngine("127.0.0.1:50051", ["base", "math", "code"])) as engine:
             (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
@@ -65,10 +66,11 @@ class RemoteEngine:
         note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
         tokenizer: Tokenizer | None = None,
         tower: Mapping[str, str] | None = None,
+        experts: str = "",
     ):
         self.target = Target(target) if isinstance(target, str) else target
         self.models, self.dtype = tuple(models), dtype
-        self.tokenizer, self.tower = tokenizer, dict(tower or {})
+        self.tokenizer, self.tower, self.experts = tokenizer, dict(tower or {}), experts
         self.patience, self.note = patience, note
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._keys = itertools.count()
@@ -150,6 +152,7 @@ class RemoteEngine:
                 dtype=self.dtype or "",
                 tokenizer=spaces.tokenizer_to(self.tokenizer),
                 tower=self.tower,
+                experts=self.experts,
             )
             pool = self._stub.OpenPool(request, metadata=self._metadata)
         info = convert.pool_from(pool, self.target.address)
@@ -187,6 +190,9 @@ class RemoteEngine:
             raise _not_there(self.target.address)
         elif isinstance(subject, Varied):
             return self._of_task(index, subject)
+        elif isinstance(subject, Taken):
+            request = self._request(index, subject.subject)
+            request.stored = subject.stored
         else:
             request.genome.values.extend(subject)
         return request

@@ -19,6 +19,7 @@ from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.hops import read_hops
 from merge3.recipe import Recipe
+from merge3.search.compaction import told_of_experts
 from merge3.search.journal import Candidate, Journal, read_result
 from merge3.search.watching import JournalReader
 
@@ -47,6 +48,7 @@ def write_report(directory: str | Path) -> Path:
         maps=heat_maps(recipe),
         bars=bars(rows),
         checks=[(name, spot_checks(made)) for name, made in checks_by_objective(result["checks"]["made"]).items()],
+        experts=told_of_experts(result),
         front=result.get("front"),
         fronts=front_pictures(result["front"], result["baselines_detail"]) if "front" in result else [],
         cell=cell,

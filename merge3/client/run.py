@@ -23,9 +23,11 @@ from merge3.client.terminal import bar, in_few_lines
 from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
+from merge3.experts import Experts
 from merge3.files import write_atomically
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Tokenizer
+from merge3.search.compaction import told_of_experts
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
 from merge3.search.measure import items_name
@@ -95,13 +97,15 @@ def open_pool(
     derived: Path | None = None,
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
+    experts: str | Experts = "full",
 ) -> Pool:
     """Open every model, base first, read it once (hashes, statistics, NaN check) and say what is there.
 
     derived: where experts that a method derives of all others are kept for the next run (default: they are not).
-    tokenizer: of every recipe to come; tower: see Pool.open.
+    tokenizer: of every recipe to come; tower, experts: see Pool.open.
     """
     settings = {"memory_budget": memory_budget, "derived_folder": derived, "tokenizer": tokenizer, "tower": tower}
+    settings["experts_as"] = experts
     pool = Pool.open(models[0], models[1:], device, **settings)
     if not quiet:
         print(pool.memory.describe(), file=sys.stderr)
@@ -123,7 +127,7 @@ def open_engine(
 ) -> Engine:
     """A run's engine, in this process or on a daemon. derived: see open_pool."""
     genome = config.genome
-    words = genome.recipe_tokenizer(), genome.tower
+    words = genome.recipe_tokenizer(), genome.tower, config.experts
     return open_models(config.models, genome.dtype, device, quiet, target, memory_budget, derived, *words)
 
 
@@ -137,11 +141,12 @@ def open_models(
     derived: Path | None = None,
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
+    experts: str | None = None,
 ) -> Engine:
     """An engine over these models, base first, in this process or on a daemon. dtype: of the live model. The others:
     see open_pool."""
     if target is None:
-        pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower)
+        pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower, experts or "full")
         return LocalEngine(pool, getattr(torch, dtype) if dtype else None)
     if memory_budget is not None:
         raise BadInput(
@@ -151,7 +156,7 @@ def open_models(
         )
     from merge3.client.remote import RemoteEngine
 
-    engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower)
+    engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower, experts=experts or "")
     _warn(engine.info().warnings)
     _say_kept(engine.info().notes, engine.info().kept, quiet)
     return engine
@@ -211,6 +216,8 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: 
         "skipped": questions.skipped,  # task -> items that were too long
         "truncated": questions.truncated,
     }
+    if outcome.compaction is not None:
+        found["experts"] = outcome.compaction.told()
     return found if outcome.front is None else found | {"front": front_summary(outcome.front, outcome, pick)}
 
 
@@ -238,6 +245,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
         f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
         f"{ledger['full'] / max(1, ledger['total']):.1f} times as many"
     )
+    for line in told_of_experts(result):
+        console.print(line)
     if result["race"]:
         end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
         console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from merge3.client.options import Device, Json, MemoryBudget, Quiet, SkipTooLong, Strict, TaskPath, Threads
+from merge3.client.options import Device, ExpertsAs, Json, MemoryBudget, Quiet, SkipTooLong, Strict, TaskPath, Threads
 
 
 def compare(
@@ -30,6 +30,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of random keeps (DARE, DELLA).")] = 0,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
+    experts: ExpertsAs = None,
     responses: Annotated[Path | None, typer.Option(help="Also write every response, as JSONL.")] = None,
     skip_too_long: SkipTooLong = False,
     strict: Strict = False,
@@ -50,7 +51,8 @@ def compare(
         raise BadInput("--base", "given with recipes", "recipes that name their base, or --models")
     what = command.from_files(recipes) if recipes else command.from_models(base, models)
     asked = Asked(items or (), task or (), task_path or (), Settings(apply_chat_template=apply_chat_template), limit)
-    result = command.compare(what, asked, seed, device, memory_budget, responses, skip_too_long, quiet or as_json)
+    how = seed, device, memory_budget, responses, skip_too_long, quiet or as_json, experts or "full"
+    result = command.compare(what, asked, *how)
     print(json.dumps(result)) if as_json else show(result)
 
 

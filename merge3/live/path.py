@@ -45,6 +45,9 @@ class Path:
         left = [model for model in models if model not in self._checked]
         if not left:
             return
+        if self.pool.compacted.experts:
+            found = f"a path, with experts held as {self.pool.compacted.experts}"
+            raise ConfigError("genome: space", found, "full: it takes layers as they lie in the pool")
         own, kind = self._said(self.pool.base), self.pool.base_checkpoint.config.get("model_type")
         if kind not in TYPES or not self.model.can_generate():
             found = f"{self.pool.base} is a {type(self.model).__name__}"

@@ -72,11 +72,19 @@ class Slot:
         self._kept = Kept(pool, pool.derived_folder, held)
         self._shown: Shown | None = None  # whose the weights are, and which task's
 
-    def swap(self, recipe: Recipe, seed: int = 0, where: str = "recipe", task: str | None = None) -> dict[str, str]:
+    def swap(
+        self,
+        recipe: Recipe,
+        seed: int = 0,
+        where: str = "recipe",
+        task: str | None = None,
+        stored: bool = False,
+    ) -> dict[str, str]:
         """Overwrite the model with the recipe's merge. Returns tensors that are kept, with the reason.
 
         seed: of random keeps; the same seed drops the same elements for every candidate. task: of a method with a
         result per task, whose; None: what all have in common. Where only the task changes only what differs is written.
+        stored: of experts as their files have them, however the pool holds them: what an export writes.
         A path is followed through layers as they lie in the pool: of its weights only those outside the stack are
         written. Raises RecipeError if another recipe makes another number of layers than the base has, BadInput for
         another task.
@@ -88,6 +96,9 @@ class Slot:
             self._heads.show_merged()
             return shown.kept
         program = self.compile(recipe, where)
+        if stored and self.pool.whole is not self.pool:
+            self.run(compile(recipe, self.pool.whole, where), seed, self.pool.whole)
+            return program.kept
         if (hops := self._hops(recipe)) is not None:
             self._outside(program, outside_of(recipe), seed)
             self.path.follow(hops)
@@ -161,11 +172,15 @@ class Slot:
         self._share(variants.about["tied"])
         self._shown = shown._replace(task=task)
 
-    def run(self, program: Program, seed: int = 0) -> None:
-        """Overwrite the model with what a program of this pool makes; see `swap`."""
+    def run(self, program: Program, seed: int = 0, pool: Pool | None = None) -> None:
+        """Overwrite the model with what a program of this pool makes; see `swap`. pool: another one of the same models,
+        whose program it is."""
         self._shown = None
-        outputs = program.outputs(self.written(), self.pool.statistics)
-        if self._overlap:
+        outputs = program.outputs(self.written(), (pool or self.pool).statistics)
+        if pool is not None:
+            self._settle()
+            Writer(pool).run(outputs, seed, self._rounded)
+        elif self._overlap:
             self._run_by_layer(outputs, seed)
         else:
             self._run(outputs, seed)
@@ -227,25 +242,27 @@ class Slot:
                 raise RecipeError(where, f"tensor {name!r} is in none of its models", "a base_model that has it")
         return program
 
-    def load(self, model: str) -> None:
-        """Overwrite the model with an endpoint as it is, head included; a language model in the base's tower."""
+    def load(self, model: str, stored: bool = True) -> None:
+        """Overwrite the model with an endpoint, head included; a language model in the base's tower. stored: as its
+        files have it; else as the pool holds it."""
         self._shown = None
         self._settle()
         self._leave()
         self.use_head(model)
-        self._copy(model, self._weights)
+        self._copy(model, self._weights, stored)
 
-    def _copy(self, model: str, names: Iterable[str]) -> None:
+    def _copy(self, model: str, names: Iterable[str], stored: bool = True) -> None:
+        pool = self.pool.whole if stored and model not in self.pool.joined else self.pool
         with torch.no_grad():
             for name in names:
                 ref, weight = Ref(model, name), self._weights[name]
                 if name in self.pool.heads.get(model, ()):
                     continue
                 if model in self.pool.towers:  # what a language model lacks is the base's, whatever was here before
-                    weight.copy_(self.pool.get(Ref(self.pool.base, name)))
-                if not self.pool.has(ref):
+                    weight.copy_(pool.get(Ref(self.pool.base, name)))
+                if not pool.has(ref):
                     continue
-                tensor = self.pool.get(ref)
+                tensor = pool.get(ref)
                 if tensor.shape != weight.shape:  # more, or fewer, tokens: the rows that both have
                     if tensor.shape[1:] != weight.shape[1:]:
                         continue

@@ -122,7 +122,8 @@ class _Buffers:
         with torch.cuda.stream(self.copying):
             for part in wanted:
                 here = self.pool.part(*part)
-                if here.device != self.pool.device:
+                # What was expanded is copied too: it goes with this stream, and the kernel runs on another.
+                if here.device != self.pool.device or not self.pool.resident(part[:1]):
                     view = memory[at : at + here.numel() * here.itemsize].view(here.dtype)
                     view.copy_(here, non_blocking=True)
                     at += -(-here.numel() * here.itemsize // PADDING) * PADDING

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from merge3.live.held import execute_held, readable
 from merge3.live.streaming import execute_streamed
 from merge3.methods import execute
 from merge3.methods.execute import Output
@@ -44,10 +45,14 @@ class Writer:
                     out.copy_(block)
 
     def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
-        here, away = [], []
+        here, held, away = [], [], []
         for output in outputs:
-            (here if self.pool.resident(output[1].refs) else away).append(output)
+            if self.pool.resident(output[1].refs):
+                here.append(output)
+            else:
+                (held if readable(output[1], self.pool) else away).append(output)
         execute(here, self.pool.get, seed, prepared)
+        execute_held(held, self.pool, seed)
         execute_streamed(away, self.pool, seed)
 
 

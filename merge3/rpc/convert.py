@@ -15,6 +15,7 @@ import yaml
 from merge3 import errors
 from merge3.checkpoint.layout import Layout
 from merge3.engine import Evaluation, PoolInfo
+from merge3.experts import ExpertLoss
 from merge3.irt import ItemBank
 from merge3.irt.estimation import METHODS as ESTIMATORS
 from merge3.irt.estimation import Estimator
@@ -180,6 +181,8 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         own_heads=info.own_heads,
         tied=info.tied,
         workers=info.workers,
+        experts=info.experts,
+        losses=[pb.ExpertLoss(**loss._asdict()) for loss in info.losses],
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -190,7 +193,8 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     at = m.layout
     layout = Layout(at.prefix, at.layers, tuple(at.layer_names), tuple(at.pre), tuple(at.post))
     hashes = {model: m.content_hashes[model] for model in m.models}  # base first: maps have no order on the wire
-    said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied), max(1, m.workers)
+    losses = tuple(ExpertLoss(loss.model, loss.kept, loss.energy, loss.error) for loss in m.losses)
+    said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied), max(1, m.workers), m.experts or "full", losses
     return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from merge3.errors import BadInput
+from merge3.experts import Experts
 from merge3.fitness import OBJECTIVES
 from merge3.registration import ACCURACY
 from merge3.search.genome import Genome, Section
@@ -155,7 +157,8 @@ class Stage(Section):
 
 class EvolveConfig(Section):
     """A whole run. Paths are resolved against the file's folder. stages: one search after another, each from the
-    winner of the one before; none: one search of `genome.space`."""
+    winner of the one before; none: one search of `genome.space`. experts: how they are held in memory; None: as they
+    are, or as the daemon that holds them was told. What a run is known by says it, whoever decided it."""
 
     genome: Genome
     stages: tuple[Stage, ...] = ()
@@ -177,6 +180,7 @@ class EvolveConfig(Section):
     num_fewshot: int | None = Field(None, ge=0)
     fewshot_as_multiturn: bool = False
     task_path: tuple[str, ...] = ()
+    experts: str | None = None  # full, residual[:density] or int8
     logging: tuple[str, ...] = ()  # names of client/loggers.py
 
     @model_validator(mode="before")
@@ -185,6 +189,14 @@ class EvolveConfig(Section):
         if not isinstance(data, dict):
             return data
         return data | {key: [data[key]] for key in ("task_path", "logging") if isinstance(data.get(key), str)}
+
+    @field_validator("experts")
+    @classmethod
+    def _held(cls, text: str | None) -> str | None:
+        try:
+            return None if text is None else str(Experts.parse(text))
+        except BadInput as error:
+            raise ValueError(f"{error.found}; expected {error.expected}") from None
 
     @model_validator(mode="after")
     def _one_start(self):
@@ -284,7 +296,7 @@ class EvolveConfig(Section):
         _forget_defaults(data["genome"], Genome, ("repetitions",))
         if not self.stages:
             del data["stages"]
-        del data["task_path"], data["logging"]
+        del data["task_path"], data["logging"], data["experts"]
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}
         _forget_defaults(data, EvolveConfig, ("system_instruction",))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merge3.engine import Engine, Subject
+from merge3.engine import Engine, Subject, Taken
 from merge3.fitness import Answered, lengths_needed, signs
 from merge3.irt.estimation import Estimator
+from merge3.recipe import Recipe
 from merge3.registration import ACCURACY, Registration
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
@@ -102,6 +103,12 @@ class Search:
             asked.chat,
             asked.judges,
         )
+
+    def exported(self, subject: Subject) -> Subject:
+        """A subject as it is measured at the end of a run: a recipe of experts as their files have them, however the
+        pool holds them, since that is what its export reads."""
+        compacted = self.engine.info().experts != "full"
+        return Taken(subject, True) if compacted and isinstance(subject, Recipe) else subject
 
     def answers(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
         """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""

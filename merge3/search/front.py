@@ -99,7 +99,7 @@ def measure_front(
     """Ask every member the held-out items. baselines: of the same items, measured."""
     members = sorted(members, key=lambda one: (-one.values[0], one.candidate.generation, one.candidate.position))
     recipes = [search.space.recipe(one.candidate.genome) for one in members]
-    answers = [search.answered(recipe, items) for recipe in recipes]
+    answers = [search.answered(search.exported(recipe), items) for recipe in recipes]
     beaten, found = dominated(search, answers, items), []
     for one, recipe, own, loses in zip(members, recipes, answers, beaten):
         detail = measured(search.read(own, len(items)).responses, items, search.weights)

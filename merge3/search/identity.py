@@ -29,6 +29,7 @@ def identity(search: Search) -> dict[str, str]:
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),
+        "experts": info.experts,
     }
     for package in OPTIMIZERS[config.optimizer.name].packages:
         found[package] = metadata.version(package)

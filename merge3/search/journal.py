@@ -48,6 +48,7 @@ ALTER TABLE candidates RENAME TO unnumbered;
 INSERT INTO candidates ({_COLUMNS}) SELECT {_COLUMNS} FROM unnumbered ORDER BY rowid;
 DROP TABLE unnumbered;
 """
+_BEFORE = {"experts": "full"}  # what runs had that began before there was a choice
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Journal:
                 self._db.execute("DELETE FROM run")
                 self._db.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
             return False
+        stored = _BEFORE | stored
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise ResumeMismatch(

@@ -24,7 +24,8 @@ Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
 
 
 def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured:
-    """Accuracy of one subject. Raises LogitsError where it has no answers."""
+    """Accuracy of one subject, as it is exported. Raises LogitsError where it has no answers."""
+    subject = search.exported(subject)
     if not search.fronts:
         return measured(search.answers(subject, items), items, search.weights)
     answers = search.answered(subject, items)

@@ -14,6 +14,7 @@ from merge3.files import write_atomically
 from merge3.methods import METHODS
 from merge3.recipe import Recipe
 from merge3.search.asking import Asking, SpotCheck, prepare
+from merge3.search.compaction import Compaction, check_held, compaction
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
 from merge3.search.front import Front, believed, check_pick, measure_front
@@ -53,7 +54,8 @@ class Ledger:
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
     swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
-    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked."""
+    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked.
+    compaction: of experts that are not held as they are."""
 
     best: Candidate
     recipe: Recipe
@@ -70,6 +72,7 @@ class Outcome:
     baselines: dict[str, Measured]
     below: Winner | None = None
     front: Front | None = None
+    compaction: Compaction | None = None
 
 
 def run(
@@ -105,7 +108,10 @@ def run(
     if journal.begin(identity(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(journal.directory / "config.yaml", config.to_yaml())
-    asking = prepare(search)
+    if engine.info().experts != "full":
+        _stage(search, "experts")
+    checks = check_held(search)
+    asking = None if search.stop() else prepare(search)
     if asking is None:
         return None
     found, below, answers = _searched(asking, ending=_front if search.fronts else _winner), None, 0
@@ -128,7 +134,8 @@ def run(
     else:
         heldout = measure(asking.search, found.recipe, measured)
     written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
-    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
+    held = engine.info().experts
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below, held))
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
         best,
@@ -146,6 +153,7 @@ def run(
         others,
         below,
         front,
+        compaction(asking.search, checks, found.recipe, measured),
     )
 
 
@@ -203,12 +211,15 @@ def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
     return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
 
 
-def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None) -> str:
-    """The winner as a mergekit recipe. below: a first stage's, which is one of its models."""
+def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None, experts: str = "full") -> str:
+    """The winner as a mergekit recipe. below: a first stage's, which is one of its models. experts: how they were
+    held."""
     seed = config.optimizer.seed
     head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
     if METHODS[recipe.method].stochastic:
         head += f"# random keeps: the searched model is `merge3-client merge best.yaml OUT --seed {seed}`\n"
+    if experts != "full":
+        head += f"# searched with experts held as {experts}; a merge of this recipe reads the full checkpoints\n"
     if recipe.tower:
         head += "# `tower` says where a language model lies in the base: merge3 reads it, mergekit does not\n"
     if below is not None:

@@ -19,6 +19,7 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "race": lambda seed: seed,  # in which order contenders are asked items
     "study subset": lambda seed, count: [seed, 5, count],  # which experts a study merges
     "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
+    "experts": lambda seed: [seed, 6],  # which items compacted experts are asked
     # calibration
     "calibration merges": lambda seed: seed + 1,
     "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers

@@ -37,6 +37,9 @@ def check_stages(config: EvolveConfig, engine: Engine) -> None:
     if len(config.names) > 1:
         found = f"stages beside {len(config.names)} objectives"
         raise ConfigError("stages", found, "one of both: a stage goes on from one winner")
+    if engine.info().experts != "full":
+        found = f"stages with experts held as {engine.info().experts}"
+        raise ConfigError("stages", found, "full: the second stage's path takes layers as they lie")
     layout = engine.info().layout
     Space(_definition(config, config.genome.models), layout)
     through_all = Space(replace(_definition(config, config.genome.models), max_hops=None), layout)

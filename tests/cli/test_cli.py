@@ -273,6 +273,7 @@ def test_a_memory_budget_is_the_daemons_own():
 
     from merge3.client.run import open_engine
 
-    config = SimpleNamespace(models=(), genome=SimpleNamespace(recipe_tokenizer=lambda: None, tower={}, dtype=None))
+    genome = SimpleNamespace(recipe_tokenizer=lambda: None, tower={}, dtype=None)
+    config = SimpleNamespace(models=(), genome=genome, experts=None)
     with pytest.raises(BadInput, match="--memory-budget: given with --server"):
         open_engine(config, target=object(), memory_budget="1GiB")

@@ -48,8 +48,8 @@ def test_the_c_api_refuses_with_code_and_message(tmp_path):
     )
     done = subprocess.run([program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
-    # The header is C.
-    (tmp_path / "header.c").write_text("#include <merge3/merge.h>\n")
+    # The headers are C.
+    (tmp_path / "header.c").write_text("#include <merge3/merge.h>\n#include <merge3/compact.h>\n")
     command = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{ROOT / 'csrc' / 'include'}", "-c"]
     subprocess.run([*command, tmp_path / "header.c", "-o", tmp_path / "header.o"], check=True)
 

@@ -145,7 +145,7 @@ def test_runs_without_one_have_the_names_they_had(own_world):
     assert "prior" not in config.optimizer.identity()
     assert config.hash() == configuration(own_world, optimizer={"budget": 6, "prior": "none"}).hash()
     assert config.hash() != configuration(own_world, optimizer={"budget": 6, "prior": "norms"}).hash()
-    assert json.loads(Optimizer().identity()).keys() | {"prior"} == Optimizer.model_fields.keys()
+    assert json.loads(Optimizer().identity()).keys() | {"prior", "asking"} == Optimizer.model_fields.keys()
 
 
 # -- what is refused

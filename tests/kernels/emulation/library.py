@@ -19,7 +19,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 def sources() -> list[Path]:
     csrc = ROOT / "csrc"
     return [
-        csrc / "torch" / "library.cpp",
+        *sorted(csrc.glob("torch/*.cpp")),
         csrc / "api.cpp",
         *sorted(csrc.glob("cpu/*.cpp")),
         *sorted(csrc.glob("cuda/*.cu")),

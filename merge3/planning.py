@@ -1,0 +1,52 @@
+"""What a pool plans with and knows its endpoints by: bytes per tensor, and content hashes, read tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from merge3.checkpoint.layout import Ref
+from merge3.checkpoint.read import combine_hashes
+from merge3.memory import MemoryPlan, plan_memory
+
+
+def plan_pool(pool: Any, budget: int | None, host: int, streamed: bool = False) -> MemoryPlan:
+    """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
+
+    pool: a Pool, of which headers alone are read. host, streamed: see plan_memory. The live model may not be built yet:
+    its dtype is the pool's, unless somebody asks for another.
+    """
+    size = lambda ref: math.prod(pool.shape(ref)) * pool.common_dtype(ref).itemsize
+    groups = [{ref: size(ref)} for ref in pool.derived.refs()]
+    for name in dict.fromkeys(n for c in pool.endpoints.values() for n in c.tensors):
+        refs = [Ref(model, name) for model, checkpoint in pool.endpoints.items() if name in checkpoint.tensors]
+        groups.append({ref: size(ref) for ref in refs})
+    slot = sum(size(Ref(pool.base, name)) for name in pool.base_checkpoint.tensors)
+    compacted = pool.compacted
+    plan = plan_memory(groups, slot, str(pool.device), budget, host, compacted.sizes, streamed)
+    shared = {alias: plan.away[ref] for alias, ref in compacted.aliases.items()}
+    return replace(plan, away={**plan.away, **shared}) if shared else plan
+
+
+def hash_endpoints(
+    pool: Any,
+    hash_of: Callable[[Ref], str],
+    check: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> dict[str, str]:
+    """Content hashes of a pool's endpoints, name by name. check: called with each name, once its tensors have been
+    read; progress: then told (bytes read, bytes in all)."""
+    hashes: dict[str, dict[str, str]] = {model: {} for model in pool.endpoints}
+    total, done = sum(info.nbytes for c in pool.endpoints.values() for info in c.tensors.values()), 0
+    for name in sorted({n for c in pool.endpoints.values() for n in c.tensors}):
+        for model, checkpoint in pool.endpoints.items():
+            if name in checkpoint.tensors:
+                hashes[model][name] = hash_of(Ref(model, name))
+                if Ref(model, name) in pool.compacted:  # its file is not what is worked with
+                    pool.give_back((Ref(model, name),))
+                done += checkpoint.tensors[name].nbytes
+        check(name)
+        progress(done, total)
+    return {model: combine_hashes(found) for model, found in hashes.items()}
