@@ -65,26 +65,33 @@ class MemoryPlan:
 
 
 def plan_memory(
-    groups: Iterable[Mapping[Hashable, int]], slot: int, device: str, budget: int | None = None, host: int = 0
+    groups: Iterable[Mapping[Hashable, int]],
+    slot: int,
+    device: str,
+    budget: int | None = None,
+    host: int = 0,
+    held: int = 0,
 ) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so
     they stay or leave together). slot: bytes of the live model. host: bytes of pinned memory to use at most.
+    held: bytes of other weights, which lie there whatever the plan.
     Raises BadInput where not even the live model and one group at a time fit.
     """
     groups = [dict(group) for group in groups]
     sizes = [sum(group.values()) for group in groups]
-    if budget is None or slot + sum(sizes) <= budget:
-        return MemoryPlan(device, budget, slot, sum(sizes))
+    if budget is None or slot + held + sum(sizes) <= budget:
+        return MemoryPlan(device, budget, slot, held + sum(sizes))
     # Statistics read whole tensors; a swap, which reads slices, makes two buffers of the same bytes.
     window = max([min(WINDOW, budget // 8), 2 * (4 * CHUNK + PADDING) * (MAX_EXPERTS + 1), *sizes])
-    free = budget - slot - window
+    free = budget - slot - held - window
     if free < 0:
+        merges = f"merges that join the models {shown_size(held)}, " if held else ""
         raise BadInput(
             "memory_budget",
             f"found {shown_size(budget)}",
-            f"at least {shown_size(slot + window)}: the live model takes {shown_size(slot)}, "
+            f"at least {shown_size(slot + held + window)}: the live model takes {shown_size(slot)}, {merges}"
             f"the largest tensor of all models {shown_size(window)}",
         )
     away, used = {}, {DEVICE: 0, HOST: 0, FILE: 0}
@@ -93,7 +100,7 @@ def plan_memory(
         used[tier] += size
         if tier != DEVICE:
             away.update({key: (tier, nbytes) for key, nbytes in group.items()})
-    return MemoryPlan(device, budget, slot, used[DEVICE], used[HOST], used[FILE], window, away)
+    return MemoryPlan(device, budget, slot, held + used[DEVICE], used[HOST], used[FILE], window, away)
 
 
 def parse_size(text: int | str) -> int:

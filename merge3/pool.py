@@ -6,7 +6,6 @@ dtype differs, each tensor is copied there once, or whenever it is used if the b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,9 +25,9 @@ from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError
 from merge3.lineage import differences
-from merge3.memory import MemoryPlan, parse_size, pinnable, plan_memory, usable
+from merge3.memory import MemoryPlan, parse_size, pinnable, usable
 from merge3.recipe import ModelRef, Tokenizer
-from merge3.residence import Residence
+from merge3.residence import Residence, planned
 from merge3.statistics import Statistics
 
 
@@ -43,7 +42,7 @@ class Pool:
     towers: endpoint -> its place in the base's language tower; tower: the prefixes that were given; notes: of both.
     vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
-    joined: endpoints that are merges of others -> the recipe.
+    joined: endpoints that are merges of others -> what tells each from others of its name.
 
         pool = Pool.open("base", ["math", "italian"])
         pool.get(Ref("math", "lm_head.weight"))
@@ -241,8 +240,22 @@ class Pool:
         return model
 
     def add(self, name: str, what: str, checkpoint: Checkpoint) -> None:
-        """One more endpoint, or another one in the place of one that joined; see joined.py, which also says `what`."""
+        """One more endpoint; see joined.py, which also says `what`. Raises BadInput where the budget has no room."""
         self.endpoints[name], self.joined[name] = checkpoint, what
+        try:
+            self._met()
+        except BadInput:
+            self.drop((name,))
+            raise
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Let endpoints that joined go."""
+        for name in names:
+            self.release(Ref(name, tensor) for tensor in self.endpoints[name].tensors)
+            del self.endpoints[name], self.joined[name]
+        self._met()
+
+    def _met(self) -> None:
         self._ties = Ties(self.endpoints)
         self.__dict__.pop("layouts", None)
         self._plan()
@@ -302,18 +315,6 @@ class Pool:
                 raise
 
     def _plan(self) -> None:
-        """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
-
-        The live model may not be built yet: its dtype is the pool's, unless somebody asks for another.
-        """
-        groups = [{ref: self._size(ref)} for ref in self.derived.refs()]
-        for name in dict.fromkeys(n for c in self.endpoints.values() for n in c.tensors):
-            refs = [Ref(model, name) for model, checkpoint in self.endpoints.items() if name in checkpoint.tensors]
-            groups.append({ref: self._size(ref) for ref in refs})
-        slot = sum(self._size(Ref(self.base, name)) for name in self.base_checkpoint.tensors)
         budget, host = self._limits
-        budget = budget and budget - self._reserved
-        self._residence.follow(plan_memory(groups, slot, str(self.device), budget, host))
-
-    def _size(self, ref: Ref) -> int:
-        return math.prod(self.shape(ref)) * self.common_dtype(ref).itemsize
+        told = self.endpoints, self.joined, self.derived.refs(), budget and budget - self._reserved, host
+        self._residence.follow(planned(self, *told))

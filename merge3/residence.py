@@ -3,13 +3,15 @@ file whose pages are in memory only as far as a window has room for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
 
+from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.layout import Ref
-from merge3.memory import DEVICE, FILE, HOST, MemoryPlan
+from merge3.memory import DEVICE, FILE, HOST, MemoryPlan, plan_memory
 
 T = TypeVar("T")
 
@@ -22,11 +24,44 @@ class Source(Protocol):
     def stored(self, ref: Ref) -> torch.Tensor:
         """See Pool."""
 
+    def shape(self, ref: Ref) -> tuple[int, ...]:
+        """See Pool."""
+
     def common_dtype(self, ref: Ref) -> torch.dtype:
         """See Pool."""
 
     def unmap(self, ref: Ref) -> None:
         """See Pool."""
+
+
+def planned(
+    source: Source,
+    endpoints: Mapping[str, Checkpoint],
+    joined: Iterable[str],
+    derived: Iterable[Ref],
+    budget: int | None,
+    host: int,
+) -> MemoryPlan:
+    """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
+
+    The live model may not be built yet: its dtype is the pool's, unless somebody asks for another. Merges that joined
+    lie in memory whatever happens: of a budget on the CPU they are paid first. Raises BadInput where a budget is not
+    enough.
+    """
+    size = lambda ref: math.prod(source.shape(ref)) * source.common_dtype(ref).itemsize
+    held, paid = 0, set(joined) if budget is not None and source.device.type == "cpu" else set()
+    for model in paid:
+        for info in endpoints[model].tensors.values():
+            converted = size(Ref(model, info.name))
+            held += info.nbytes + (converted if converted != info.nbytes else 0)
+    groups = [{ref: size(ref)} for ref in derived]
+    filed = {model: checkpoint for model, checkpoint in endpoints.items() if model not in paid}
+    for name in dict.fromkeys(n for c in filed.values() for n in c.tensors):
+        refs = [Ref(model, name) for model, checkpoint in filed.items() if name in checkpoint.tensors]
+        groups.append({ref: size(ref) for ref in refs})
+    base = next(iter(endpoints))
+    slot = sum(size(Ref(base, name)) for name in endpoints[base].tensors)
+    return plan_memory(groups, slot, str(source.device), budget, host, held)
 
 
 class Residence:

@@ -52,7 +52,8 @@ def second(asking: Asking, config: EvolveConfig, winner: Winner) -> Asking:
     """What the second stage asks: the same items, estimated as they were, of paths through winner and models."""
     search = asking.search
     definition = _definition(config, (winner.name, *config.genome.models))
-    definition = replace(definition, merged=json.dumps(winner.recipe.to_dict() | {"seed": config.optimizer.seed}))
+    merged = {winner.name: winner.recipe.to_dict() | {"seed": config.optimizer.seed}}
+    definition = replace(definition, merged=json.dumps(merged))
     space = Space(definition, search.engine.info().layout)
     searched = replace(search, config=config.of_stage(1), space=space, start=None)
     searched.engine.prepare(searched.asks([*search.questions.search, *search.questions.heldout]))
