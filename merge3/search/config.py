@@ -15,10 +15,13 @@ from merge3.fitness import OBJECTIVES
 from merge3.registration import ACCURACY
 from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
+from merge3.search.succession import check_settings
 from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
+
+_ROUNDS = ("rounds", "elites", "originals")  # the same, of the optimizer
 
 
 class Task(Section):
@@ -101,7 +104,8 @@ class RaceSettings(Section):
 class Optimizer(Section):
     """budget: candidates. population: per generation (default 4 + 3 ln d). sigma: share of a gene's range.
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
-    auto: where candidates answer a part of the items."""
+    auto: where candidates answer a part of the items. rounds: searches that share the budget, each of merges of the
+    `elites` of the one before, and of the models themselves too where `originals`."""
 
     name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
@@ -109,6 +113,14 @@ class Optimizer(Section):
     sigma: float = Field(1 / 6, gt=0, le=1)
     seed: int = Field(0, ge=0)
     surrogate: bool | Literal["auto"] = "auto"
+    rounds: int = Field(1, ge=1)
+    elites: int = Field(3, ge=1)
+    originals: bool = False
+
+    def identity(self) -> str:
+        """Names the optimizer of a run, as JSON."""
+        fields = Optimizer.model_fields
+        return self.model_dump_json(exclude={key for key in _ROUNDS if getattr(self, key) == fields[key].default})
 
 
 class Heldout(Section):
@@ -217,6 +229,11 @@ class EvolveConfig(Section):
             raise ValueError(f"optimizer.name: {self.optimizer.name} with {given}; {expected}")
         return self
 
+    @model_validator(mode="after")
+    def _rounds(self):
+        check_settings(self)
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the objectives, the first one first."""
@@ -247,6 +264,7 @@ class EvolveConfig(Section):
             if not data["genome"][key]:
                 del data["genome"][key]
         _forget_defaults(data["genome"], Genome, ("repetitions",))
+        _forget_defaults(data["optimizer"], Optimizer, _ROUNDS)
         if not self.stages:
             del data["stages"]
         del data["task_path"], data["logging"]

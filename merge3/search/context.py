@@ -21,7 +21,8 @@ from merge3.tasks import Item
 
 @dataclass
 class Progress:
-    """Told to `report` after every candidate. best, best_stderr, mean: of the first objective."""
+    """Told to `report` after every candidate. best, best_stderr, mean: of the first objective. round, rounds: of a
+    search in rounds, which one this is of; later: candidates of those to come."""
 
     generation: int = 0
     done: int = 0
@@ -35,12 +36,15 @@ class Progress:
     seconds: float = 0.0
     replayed: int = 0
     stage: str = "search"
+    round: int = 1
+    rounds: int = 1
+    later: int = 0
 
 
 @dataclass(frozen=True)
 class Search:
     """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).
-    start: the genome that `genome.start` comes to, see start.py; None for the space's own."""
+    start: the genome that `genome.start` comes to, see start.py; None for the space's own. round: from 0."""
 
     config: EvolveConfig
     questions: Questions
@@ -50,6 +54,7 @@ class Search:
     report: Callable[[Progress], None] = lambda progress: None
     stop: Callable[[], bool] = lambda: False
     start: np.ndarray | None = None
+    round: int = 0
 
     @property
     def initial(self) -> np.ndarray:

@@ -24,7 +24,7 @@ def identity(search: Search) -> dict[str, str]:
         "numpy": np.__version__,
         "scipy": metadata.version("scipy"),
         "genome": _placeless(search).hash(),
-        "optimizer": config.optimizer.model_dump_json(),
+        "optimizer": config.optimizer.identity(),
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
         "config": config.hash(),

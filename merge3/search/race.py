@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from merge3.fitness import Estimate, mean_over_tasks
+from merge3.recipe import Recipe
 from merge3.search.asking import Asking
 from merge3.search.journal import Candidate
 from merge3.tasks import Item, LogitsError, by_task
@@ -51,17 +52,28 @@ class Ranked(NamedTuple):
     stderr: float
 
 
-def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: bool) -> tuple[Candidate, Race] | None:
+def settle(
+    asking: Asking,
+    ranked: Sequence[Ranked],
+    answers: int,
+    favorite: bool,
+    before: Sequence[tuple[Ranked, Recipe]] = (),
+) -> tuple[Candidate, Race] | None:
     """The best candidates race on items that the last subset leaves out. None where there is nothing to settle.
 
     ranked: best first; answers: of the search, of which the race may cost a share; favorite: whether the search's last
-    candidate is its optimizer's favorite.
+    candidate is its optimizer's favorite. before: the best of earlier rounds, among `ranked`, who race in any case.
     """
     search, settings = asking.search, asking.search.config.race
     top = list(ranked[: settings.candidates])
     last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
     if favorite and last not in top:  # it races whatever its value
         top = [*top[:-1], last]
+    if settings.candidates and before:
+        sure = [one for one, _ in before]
+        own = [one for one in top if one not in sure]
+        top = [*own[: max(1, settings.candidates - len(sure))], *sure]
+    recipes = {id(one.candidate): recipe for one, recipe in before}
     unseen = asking.unseen()
     if len(top) < 2 or not unseen:
         return None
@@ -74,7 +86,8 @@ def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: boo
         return search.journal.remember("race", name, places, lambda: answers_of(contender, places))
 
     def answers_of(contender: int, places: list[int]) -> np.ndarray:
-        recipe = search.space.recipe(top[contender].candidate.genome)
+        candidate = top[contender].candidate
+        recipe = recipes.get(id(candidate)) or search.space.recipe(candidate.genome)
         try:
             return search.answers(recipe, [every[i] for i in places])
         except LogitsError:  # it answered all it was asked before; what it cannot answer now it has not solved
@@ -108,7 +121,7 @@ def race(
 
     found = in_rounds(len(contenders), items, ask, size, budget, left, seed, halt)
     running = found.running
-    final = {c: _together(contenders[c], found.answers[c], found.items, weights) for c in running}
+    final = {c: together(contenders[c], found.answers[c], found.items, weights) for c in running}
     winner = max(running, key=lambda c: (final[c].value, -c))
     return Race(winner, found.spent, found.rounds, len(running) == 1, *final[winner])
 
@@ -165,12 +178,12 @@ def _still_running(
     contenders, running: list[int], answers: dict[int, np.ndarray], items: list[Item], weights
 ) -> list[int]:
     """Those that are not two standard errors of the paired difference behind the leader."""
-    score = {c: _together(contenders[c], answers[c], items, weights).value for c in running}
+    score = {c: together(contenders[c], answers[c], items, weights).value for c in running}
     leader = max(running, key=lambda c: (score[c], -c))
     kept = []
     for c in running:
         gap = _gap(contenders[leader], contenders[c])
-        behind = _together(gap, answers[leader] - answers[c], items, weights)
+        behind = together(gap, answers[leader] - answers[c], items, weights)
         if c == leader or behind.value <= 2 * behind.stderr:
             kept.append(c)
     return kept
@@ -180,7 +193,9 @@ def _gap(a: Contender, b: Contender) -> Contender:
     return Contender("", a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
 
 
-def _together(contender: Contender, answers: np.ndarray, items: list[Item], weights) -> Estimate:
+def together(
+    contender: Contender, answers: np.ndarray, items: list[Item], weights: Mapping[str, float] | None
+) -> Estimate:
     """The search's estimate and the race's mean, weighted by their precision."""
     if not len(answers):
         return Estimate(contender.value, contender.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from merge3 import __version__
@@ -16,6 +18,8 @@ from merge3.recipe import Recipe
 from merge3.search.asking import Asking, SpotCheck, prepare
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
+from merge3.search.elites import FOLDER as ELITES
+from merge3.search.elites import Over, close
 from merge3.search.front import Front, believed, check_pick, measure_front
 from merge3.search.front_race import Believed, FrontRace, settle_front
 from merge3.search.identity import identity
@@ -28,6 +32,7 @@ from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
 from merge3.search.start import check_start, near_start
+from merge3.search.successive import check_rounds, of_round
 from merge3.space import Space
 
 
@@ -40,18 +45,20 @@ class Ledger:
     checks: int
     race: int
     full: int
+    elites: int = 0
 
     @property
     def total(self) -> int:
         """All that was spent."""
-        return self.calibration + self.search + self.checks + self.race
+        return self.calibration + self.search + self.checks + self.race + self.elites
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
     swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
-    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked."""
+    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked. rounds:
+    of a run in rounds, all but the last."""
 
     best: Candidate
     recipe: Recipe
@@ -68,6 +75,7 @@ class Outcome:
     baselines: dict[str, Measured]
     below: Winner | None = None
     front: Front | None = None
+    rounds: Sequence[Over] = ()
 
 
 def run(
@@ -91,6 +99,7 @@ def run(
     # A start that no genome is near to is refused before anything is read for the search.
     search, start = near_start(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
     check_stages(config, engine)
+    check_rounds(config, search)
     check_pick(pick, search.objectives, search.fronts)
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
@@ -104,7 +113,12 @@ def run(
     asking = prepare(search)
     if asking is None:
         return None
-    found, below, answers = _searched(asking, ending=_front if search.fronts else _winner), None, 0
+    below, over = None, ()
+    if config.optimizer.rounds > 1:
+        found, asking, over = _in_rounds(asking, config)
+    else:
+        found = _searched(asking, ending=_front if search.fronts else _winner)
+    answers = sum(one.answers for one in over)
     if found is not None and config.stages:
         below, answers = winner_of(journal, found.recipe), found.answers
         write_atomically(journal.directory / f"{FOLDER}.yaml", best_yaml(found.recipe, config))
@@ -113,6 +127,7 @@ def run(
         found = _searched(asking, first)
     if found is None:
         return None
+    baselines += [(f"round {one.number}", one.recipe) for one in over if one.best.candidate is not found.best]
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out", len(candidates), found.best)
     others, front, best = measure_all(asking.search, baselines, measured), None, found.best
@@ -124,7 +139,7 @@ def run(
     else:
         heldout = measure(asking.search, found.recipe, measured)
     written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
-    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below))
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below, over))
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
         best,
@@ -142,6 +157,7 @@ def run(
         others,
         below,
         front,
+        over,
     )
 
 
@@ -167,16 +183,45 @@ def _searched(asking: Asking, first: int = 0, ending: Callable[..., _Found | Non
     return (ending or _winner)(asking, optimizer, candidates, answers)
 
 
-def _winner(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
-    search = asking.search
-    ranked = rank(candidates, optimizer)
+def _winner(
+    asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int, over: Sequence[Over] = ()
+) -> _Found | None:
+    """over: earlier rounds, whose best race too."""
+    search, before = asking.search, [(one.best, one.recipe) for one in over]
+    ranked = sorted([*rank(candidates, optimizer), *(one for one, _ in before)], key=_order)
     best = ranked[0].candidate
     _stage(search, "race", len(candidates), best)
-    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
+    spent = answers + sum(one.answers for one in over)
+    settled = settle(asking, ranked, spent, optimizer.favorite() is not None, before)
     if search.stop():
         return None
     best, race = settled if settled is not None else (best, None)
-    return _Found(best, search.space.recipe(best.genome), race, answers)
+    recipe = next((recipe for one, recipe in before if one.candidate is best), None)
+    return _Found(best, recipe or search.space.recipe(best.genome), race, answers)
+
+
+def _in_rounds(asking: Asking, config: EvolveConfig) -> tuple[_Found | None, Asking, list[Over]]:
+    """(what the last round came to, its asking, the rounds before). None if stopped."""
+    search, over = asking.search, []
+    for number in range(config.optimizer.rounds):
+        elites = over[-1].elites if over else ()
+        asking = replace(asking, search=of_round(search, config, number, elites))
+        ending = partial(_winner, over=over) if number + 1 == config.optimizer.rounds else _elites
+        found = _searched(asking, over[-1].last + 1 if over else 0, ending)
+        if found is None or isinstance(found, _Found):
+            return found, asking, over
+        for elite in found.elites:
+            (search.journal.directory / ELITES).mkdir(exist_ok=True)
+            told = best_yaml(replace(elite.recipe, merged={}), config, over=over)
+            write_atomically(search.journal.directory / ELITES / f"{Path(elite.name).name}.yaml", told)
+        over.append(found)
+    raise AssertionError("the last round ends with a winner")
+
+
+def _elites(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> Over | None:
+    ranked = rank(candidates, optimizer)
+    _stage(asking.search, ELITES, len(candidates), ranked[0].candidate)
+    return close(asking, ranked, candidates)
 
 
 def _front(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
@@ -196,11 +241,16 @@ def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
     believed = optimizer.beliefs([c.genome for c in known])
     values, stderrs = believed if believed else ([c.value for c in known], [c.stderr for c in known])
     ranked = [Ranked(c, float(value), float(stderr)) for c, value, stderr in zip(known, values, stderrs)]
-    return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
+    return sorted(ranked, key=_order)
 
 
-def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None) -> str:
-    """The winner as a mergekit recipe. below: a first stage's, which is one of its models."""
+def _order(ranked: Ranked) -> tuple[float, int, int]:
+    return -ranked.value, ranked.candidate.generation, ranked.candidate.position
+
+
+def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None, over: Sequence[Over] = ()) -> str:
+    """The winner as a mergekit recipe. below: a first stage's, which is one of its models; over: rounds, whose elites
+    may be."""
     seed = config.optimizer.seed
     head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
     if METHODS[recipe.method].stochastic:
@@ -209,6 +259,9 @@ def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None)
         head += "# `tower` says where a language model lies in the base: merge3 reads it, mergekit does not\n"
     if below is not None:
         head += f"# {below.name} is the merge of {FOLDER}.yaml\n"
+    models = set(map(str, recipe.models()))
+    for elite in (elite for one in over for elite in one.elites if elite.name in models):
+        head += f"# {elite.name} is the merge of {ELITES}/{Path(elite.name).name}.yaml\n"
     return head + recipe.to_yaml()
 
 
@@ -222,4 +275,5 @@ def _stage(search: Search, stage: str, done: int = 0, best: Candidate | None = N
 def _ledger(asking: Asking, answers: int, candidates: int) -> Ledger:
     search, journal = asking.search, asking.search.journal
     full = candidates * len(search.questions.search)
-    return Ledger(asking.answers, answers, journal.answers("check"), journal.answers("race"), full)
+    beside = journal.answers("check"), journal.answers("race"), full, journal.answers(ELITES)
+    return Ledger(asking.answers, answers, *beside)

@@ -1,0 +1,84 @@
+"""Searches in rounds: each of merges of the elites of the one before (rounds of EvoGM, 2605.29295, whose elites become
+the experts), who join the pool unwritten, as the first stage's winner does in stages.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from merge3.errors import ConfigError
+from merge3.recipe import Recipe
+from merge3.search.config import EvolveConfig
+from merge3.search.context import Progress, Search
+from merge3.search.elites import Elite, name_of
+from merge3.search.journal import Candidate
+from merge3.search.optimizers import usual_population
+from merge3.search.succession import budget_of, next_models
+from merge3.space import Space, SpaceDefinition
+
+_REHEARSED = 3  # rounds; later ones are as the third, whose elites are merges of elites
+
+
+def of_round(search: Search, config: EvolveConfig, number: int, elites: Sequence[Elite] = ()) -> Search:
+    """The search of one round, from 0. search, config: the run's; elites: of the round before, none of the first.
+
+    A later round begins as any search does, at the uniform merge of its models, which is its first candidate. Where the
+    first one began (`genome.start`, `random_init`) says nothing of it.
+    """
+    rounds, report = config.optimizer.rounds, search.report
+    later = sum(budget_of(config, at) for at in range(number + 1, rounds))
+
+    def told(progress: Progress) -> None:
+        progress.round, progress.rounds, progress.later = number + 1, rounds, later
+        report(progress)
+
+    optimizer = config.optimizer.model_copy(update={"budget": budget_of(config, number)})
+    own = config.model_copy(update={"optimizer": optimizer})
+    if not number:
+        return replace(search, config=own, report=told)
+    space = Space(_definition(config, elites), search.engine.info().layout)
+    own = own.model_copy(update={"random_init": False})
+    found = replace(search, config=own, report=told, round=number, space=space, start=space.initial())
+    found.engine.prepare(found.asks([*search.questions.search, *search.questions.heldout]))
+    return found
+
+
+def check_rounds(config: EvolveConfig, search: Search) -> None:
+    """Raises BadInput or ResourceError for rounds that would be refused when the first is over: a generation that a
+    round has no candidates for, elites that cannot be merged, or that a budget or the memory has no room for."""
+    rounds = config.optimizer.rounds
+    if rounds == 1:
+        return
+    space, elites = search.space, []
+    for number in range(1, min(rounds, _REHEARSED) + 1):
+        if elites:
+            space = Space(_definition(config, elites), search.engine.info().layout)
+        population = config.optimizer.population or usual_population(space.size)
+        if budget_of(config, rounds - 1) < population:
+            found = f"{config.optimizer.budget} candidates for {rounds} rounds"
+            expected = f"{rounds * population} or more: a generation of round {number} has {population}"
+            raise ConfigError("optimizer.budget", found, expected)
+        recipe = space.uniform_recipe()
+        places = range(1, config.optimizer.elites + 1)
+        elites = [_stand_in(name_of(search.journal, number, place), recipe) for place in places]
+    search.engine.check(recipe)
+
+
+def _definition(config: EvolveConfig, elites: Sequence[Elite]) -> SpaceDefinition:
+    """Of the round whose models these elites are. Each merge is said once, whoever is made of it."""
+    merged: dict[str, Any] = {}
+    for elite in elites:
+        merged |= elite.recipe.merged
+    for elite in elites:
+        merged[elite.name] = replace(elite.recipe, merged={}).to_dict() | {"seed": config.optimizer.seed}
+    models = tuple(next_models(config, [elite.name for elite in elites]))
+    return replace(config.genome.definition(), models=models, merged=json.dumps(merged))
+
+
+def _stand_in(name: str, recipe: Recipe) -> Elite:
+    nobody = Candidate(0, 0, np.empty(0), "", None, (), np.empty(0), np.empty(0), 0.0, 0.0, "")
+    return Elite(name, recipe, nobody, 0.0, 0.0, 0.0, 0.0, {})
