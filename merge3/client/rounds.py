@@ -39,7 +39,7 @@ def rounds_summary(config: EvolveConfig, outcome: Outcome) -> list[dict[str, Any
         for elite in one.elites:
             at = elite.candidate.generation, elite.candidate.position
             believed = {"value": elite.value, "stderr": elite.stderr if elite.stderr == elite.stderr else None}
-            chosen = {"gain": elite.gain, "shared": elite.shared, "tasks": elite.tasks}
+            chosen = {key: getattr(elite, key) for key in ("gain", "shared", "together", "tasks")}
             told = {"name": Path(elite.name).name, "generation": at[0], "position": at[1]}
             elites.append(told | {"recipe_hash": elite.candidate.recipe_hash} | believed | chosen)
         counts = {"candidates": one.candidates, "contenders": one.contenders, "items": one.items}
@@ -50,19 +50,20 @@ def rounds_summary(config: EvolveConfig, outcome: Outcome) -> list[dict[str, Any
     return [*found, {"round": last.number + 1, "candidates": candidates, "won": won, "elites": []}]
 
 
-def print_rounds(rounds: Sequence[Mapping[str, Any]], console) -> None:
-    """Who the elites were, as a table of rich's."""
+def print_rounds(rounds: Sequence[Mapping[str, Any]], race: Mapping[str, Any] | None, console) -> None:
+    """Who the elites were, as a table of rich's, and which round has won. race: between rounds, if there was one."""
     from rich.table import Table
 
     tasks = list(rounds[0]["elites"][0]["tasks"])
     table = Table(title="elites: accuracy on the items that their round's contenders answered")
     table.add_column("elite")
-    for name in ("estimate", "± se", "adds", *tasks):
+    for name in ("estimate", "± se", *tasks, "with those above"):
         table.add_column(name, justify="right")
     for elite in (elite for one in rounds for elite in one["elites"]):
-        cells = ["" if elite["stderr"] is None else f"{elite['stderr']:.3f}", f"{elite['gain']:.3f}"]
-        cells += [f"{elite['tasks'][task]:.3f}" for task in tasks]
+        cells = ["" if elite["stderr"] is None else f"{elite['stderr']:.3f}"]
+        cells += [f"{elite['tasks'][task]:.3f}" for task in tasks] + [f"{elite['together']:.3f}"]
         table.add_row(elite["name"], f"{elite['value']:.3f}", *cells)
     console.print(table)
     won = next(one["round"] for one in rounds if one["won"])
-    console.print(f"the winner is of round {won} of {len(rounds)}")
+    left = f" in a race of each round's best: {' → '.join(map(str, race['rounds']))} left" if race else ""
+    console.print(f"round {won} of {len(rounds)} has won{left}")

@@ -216,6 +216,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: 
     }
     if outcome.rounds:
         found["rounds"] = rounds_summary(config, outcome)
+        found["race_of_rounds"] = outcome.between and dataclasses.asdict(outcome.between)
     return found if outcome.front is None else found | {"front": front_summary(outcome.front, outcome, pick)}
 
 
@@ -229,7 +230,7 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     if "front" in result:
         print_front(result["front"], console)
     if "rounds" in result:
-        print_rounds(result["rounds"], console)
+        print_rounds(result["rounds"], result["race_of_rounds"], console)
     console.print(accuracy_table(rows, result["heldout_items"], "the search", "evolved"))
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(

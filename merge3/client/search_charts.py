@@ -18,7 +18,7 @@ MOST_FRONTS = 6  # pairs of objectives that are drawn
 
 
 def search_charts(seen: Sequence[Seen], begun: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Of candidates in the order in which they came. Charts `curve`, and of several objectives `front-0`, ..; begun: how
+    """Of candidates in the order in which they came. Charts `curve`, and of several objectives `front-0`, .. begun: how
     many candidates there were when each later round began, which the curve marks."""
     if not seen:
         return []

@@ -16,7 +16,7 @@ from merge3.search.journal import Journal
 from merge3.search.questions import Questions
 from merge3.search.seeds import Seed, seed_of
 from merge3.space import Space
-from merge3.tasks import Item
+from merge3.tasks import Item, LogitsError
 
 
 @dataclass
@@ -104,6 +104,14 @@ class Search:
         """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""
         (evaluation,) = self.engine.evaluate(self.asks(items), [subject])
         return evaluation.answers()
+
+    def solved(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
+        """`answers` of a candidate that answered all it was asked before: what it cannot answer it has not solved."""
+        items = list(items)
+        try:
+            return self.answers(subject, items)
+        except LogitsError:
+            return np.zeros(len(items))
 
     def answered(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
         """The same with what else objectives are made of, as the journal holds it and `Search.read` reads it:

@@ -21,7 +21,7 @@ from merge3.search.context import Progress, Search
 from merge3.search.journal import Candidate, Journal
 from merge3.search.niches import complementary, item_weights, shared_fitness
 from merge3.search.race import Contender, Ranked, together
-from merge3.tasks import Item, LogitsError
+from merge3.tasks import Item
 
 FOLDER = "elites"  # in the run's directory
 _CONTENDERS = 4  # of each elite, on the short list
@@ -29,7 +29,8 @@ _CONTENDERS = 4  # of each elite, on the short list
 
 class Elite(NamedTuple):
     """name: of the endpoint, and the folder of its checkpoint once it is exported; recipe: what it is; value, stderr:
-    what is believed of it; gain, shared: see niches.py; tasks: accuracy on the items that all contenders answered."""
+    what is believed of it; gain, shared, together: see niches.Chosen; tasks: accuracy on the items that all contenders
+    answered."""
 
     name: str
     recipe: Recipe
@@ -38,14 +39,14 @@ class Elite(NamedTuple):
     stderr: float
     gain: float
     shared: float
+    together: float
     tasks: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Over:
     """A round that is over. number: from 1; first, last: its generations; answers: of its candidates; contenders: of
-    whom elites were chosen; items: that those answered; best: its first elite as the search sees it, who races at the
-    end."""
+    whom elites were chosen; items: that those answered."""
 
     number: int
     first: int
@@ -55,7 +56,11 @@ class Over:
     contenders: int
     items: int
     elites: tuple[Elite, ...]
-    best: Ranked
+
+    @property
+    def best(self) -> Candidate:
+        """Who races for it at the end: its first elite."""
+        return self.elites[0].candidate
 
     @property
     def recipe(self) -> Recipe:
@@ -85,10 +90,10 @@ def close(asking: Asking, ranked: Sequence[Ranked], candidates: Sequence[Candida
         recipe, tasks = search.space.recipe(candidate.genome), {}
         for task, at in _by_task(items).items():
             tasks[task] = float(answers[one.index][at].mean())
-        elites.append(Elite(name, recipe, candidate, *scores[one.index], one.gain, one.shared, tasks))
+        elites.append(Elite(name, recipe, candidate, *scores[one.index], one.gain, one.shared, one.together, tasks))
     generations = candidates[0].generation, candidates[-1].generation
     told = search.round + 1, *generations, len(candidates), _spent(candidates), len(contenders), len(items)
-    return Over(*told, tuple(elites), contenders[leader])
+    return Over(*told, tuple(elites))
 
 
 def _short_list(search: Search, ranked: Sequence[Ranked], answered: np.ndarray, candidates: int) -> list[int]:
@@ -129,16 +134,10 @@ def _common(search: Search, contenders: int, candidates: Sequence[Candidate]) ->
 def _asked(search: Search, contenders: Sequence[Ranked], positions: list[int]) -> np.ndarray | None:
     """Their answers, float64 [contenders, items]. None if stopped."""
     items, rows = [search.questions.search[i] for i in positions], []
-
-    def ask(candidate: Candidate) -> np.ndarray:
-        try:
-            return search.answers(search.space.recipe(candidate.genome), items)
-        except LogitsError:  # what it cannot answer it has not solved
-            return np.zeros(len(items))
-
     for number, (candidate, *_) in enumerate(contenders, 1):
+        ask = lambda one=candidate: search.solved(search.space.recipe(one.genome), items)
         name = f"{candidate.generation}-{candidate.position}"
-        rows.append(search.journal.remember(FOLDER, name, positions, lambda one=candidate: ask(one)))
+        rows.append(search.journal.remember(FOLDER, name, positions, ask))
         search.report(Progress(stage=FOLDER, done=number, budget=len(contenders)))
         if search.stop():
             return None

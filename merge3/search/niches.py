@@ -33,11 +33,13 @@ ALPHA = 1.0  # as in their experiments: a resource is divided among those who sh
 
 
 class Chosen(NamedTuple):
-    """index: of the candidate's row; gain: what it adds to those chosen before, in shared fitness; shared: its own."""
+    """index: of the candidate's row; gain: what it adds to those chosen before, in shared fitness; shared: its own;
+    together: accuracy where on every item the best of those chosen so far answers."""
 
     index: int
     gain: float
     shared: float
+    together: float
 
 
 def item_weights(items: Sequence[Item], weights: Mapping[str, float] | None = None) -> np.ndarray:
@@ -69,14 +71,15 @@ def complementary(
     that the answers cannot tell apart.
     """
     share, shared = _shares(answers, weights, alpha), shared_fitness(answers, weights, alpha)
-    best, left = np.zeros(answers.shape[1]), list(range(len(answers)))
+    best, able, left = np.zeros(answers.shape[1]), np.zeros(answers.shape[1]), list(range(len(answers)))
     found: list[Chosen] = []
     while left and len(found) < count:
         gains = np.maximum(0.0, share[left] - best).sum(axis=1)
         place = max(range(len(left)), key=lambda i: (gains[i].round(12), shared[left[i]].round(12), -i))
         at = left[place] if found else first
-        found.append(Chosen(at, float(gains[left.index(at)]), float(shared[at])))
-        best = np.maximum(best, share[at])
+        gain = float(gains[left.index(at)])
+        best, able = np.maximum(best, share[at]), np.maximum(able, answers[at])
+        found.append(Chosen(at, gain, float(shared[at]), float(weights @ able / weights.sum())))
         left.remove(at)
     return found
 

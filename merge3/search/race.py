@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from merge3.fitness import Estimate, mean_over_tasks
-from merge3.recipe import Recipe
 from merge3.search.asking import Asking
 from merge3.search.journal import Candidate
 from merge3.tasks import Item, LogitsError, by_task
@@ -52,28 +51,17 @@ class Ranked(NamedTuple):
     stderr: float
 
 
-def settle(
-    asking: Asking,
-    ranked: Sequence[Ranked],
-    answers: int,
-    favorite: bool,
-    before: Sequence[tuple[Ranked, Recipe]] = (),
-) -> tuple[Candidate, Race] | None:
+def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: bool) -> tuple[Candidate, Race] | None:
     """The best candidates race on items that the last subset leaves out. None where there is nothing to settle.
 
     ranked: best first; answers: of the search, of which the race may cost a share; favorite: whether the search's last
-    candidate is its optimizer's favorite. before: the best of earlier rounds, among `ranked`, who race in any case.
+    candidate is its optimizer's favorite.
     """
     search, settings = asking.search, asking.search.config.race
     top = list(ranked[: settings.candidates])
     last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
     if favorite and last not in top:  # it races whatever its value
         top = [*top[:-1], last]
-    if settings.candidates and before:
-        sure = [one for one, _ in before]
-        own = [one for one in top if one not in sure]
-        top = [*own[: max(1, settings.candidates - len(sure))], *sure]
-    recipes = {id(one.candidate): recipe for one, recipe in before}
     unseen = asking.unseen()
     if len(top) < 2 or not unseen:
         return None
@@ -86,8 +74,7 @@ def settle(
         return search.journal.remember("race", name, places, lambda: answers_of(contender, places))
 
     def answers_of(contender: int, places: list[int]) -> np.ndarray:
-        candidate = top[contender].candidate
-        recipe = recipes.get(id(candidate)) or search.space.recipe(candidate.genome)
+        recipe = search.space.recipe(top[contender].candidate.genome)
         try:
             return search.answers(recipe, [every[i] for i in places])
         except LogitsError:  # it answered all it was asked before; what it cannot answer now it has not solved

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
 from merge3.search.start import check_start, near_start
-from merge3.search.successive import check_rounds, of_round
+from merge3.search.successive import check_rounds, of_round, race_rounds
 from merge3.space import Space
 
 
@@ -58,7 +57,7 @@ class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
     swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
     run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked. rounds:
-    of a run in rounds, all but the last."""
+    of a run in rounds, all but the last; between: the race of each one's best."""
 
     best: Candidate
     recipe: Recipe
@@ -76,6 +75,7 @@ class Outcome:
     below: Winner | None = None
     front: Front | None = None
     rounds: Sequence[Over] = ()
+    between: Race | None = None
 
 
 def run(
@@ -113,9 +113,9 @@ def run(
     asking = prepare(search)
     if asking is None:
         return None
-    below, over = None, ()
+    below, over, between = None, (), None
     if config.optimizer.rounds > 1:
-        found, asking, over = _in_rounds(asking, config)
+        found, asking, over, between = _in_rounds(asking, config)
     else:
         found = _searched(asking, ending=_front if search.fronts else _winner)
     answers = sum(one.answers for one in over)
@@ -127,7 +127,7 @@ def run(
         found = _searched(asking, first)
     if found is None:
         return None
-    baselines += [(f"round {one.number}", one.recipe) for one in over if one.best.candidate is not found.best]
+    baselines += [(f"round {one.number}", one.recipe) for one in over if one.best is not found.best]
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out", len(candidates), found.best)
     others, front, best = measure_all(asking.search, baselines, measured), None, found.best
@@ -158,6 +158,7 @@ def run(
         below,
         front,
         over,
+        between,
     )
 
 
@@ -183,39 +184,39 @@ def _searched(asking: Asking, first: int = 0, ending: Callable[..., _Found | Non
     return (ending or _winner)(asking, optimizer, candidates, answers)
 
 
-def _winner(
-    asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int, over: Sequence[Over] = ()
-) -> _Found | None:
-    """over: earlier rounds, whose best race too."""
-    search, before = asking.search, [(one.best, one.recipe) for one in over]
-    ranked = sorted([*rank(candidates, optimizer), *(one for one, _ in before)], key=_order)
+def _winner(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
+    search = asking.search
+    ranked = rank(candidates, optimizer)
     best = ranked[0].candidate
     _stage(search, "race", len(candidates), best)
-    spent = answers + sum(one.answers for one in over)
-    settled = settle(asking, ranked, spent, optimizer.favorite() is not None, before)
+    settled = settle(asking, ranked, answers, optimizer.favorite() is not None)
     if search.stop():
         return None
     best, race = settled if settled is not None else (best, None)
-    recipe = next((recipe for one, recipe in before if one.candidate is best), None)
-    return _Found(best, recipe or search.space.recipe(best.genome), race, answers)
+    return _Found(best, search.space.recipe(best.genome), race, answers)
 
 
-def _in_rounds(asking: Asking, config: EvolveConfig) -> tuple[_Found | None, Asking, list[Over]]:
-    """(what the last round came to, its asking, the rounds before). None if stopped."""
-    search, over = asking.search, []
-    for number in range(config.optimizer.rounds):
-        elites = over[-1].elites if over else ()
-        asking = replace(asking, search=of_round(search, config, number, elites))
-        ending = partial(_winner, over=over) if number + 1 == config.optimizer.rounds else _elites
+def _in_rounds(asking: Asking, config: EvolveConfig) -> tuple[_Found | None, Asking, list[Over], Race | None]:
+    """(what the rounds came to, the last one's asking, those before it, the race between all). None if stopped."""
+    search, over, rounds = asking.search, [], config.optimizer.rounds
+    for number in range(rounds):
+        asking = replace(asking, search=of_round(search, config, number, over[-1].elites if over else ()))
+        ending = _elites if number + 1 < rounds else _winner
         found = _searched(asking, over[-1].last + 1 if over else 0, ending)
-        if found is None or isinstance(found, _Found):
-            return found, asking, over
-        for elite in found.elites:
-            (search.journal.directory / ELITES).mkdir(exist_ok=True)
-            told = best_yaml(replace(elite.recipe, merged={}), config, over=over)
-            write_atomically(search.journal.directory / ELITES / f"{Path(elite.name).name}.yaml", told)
-        over.append(found)
-    raise AssertionError("the last round ends with a winner")
+        if found is None:
+            return None, asking, over, None
+        if number + 1 < rounds:
+            folder = search.journal.directory / ELITES
+            folder.mkdir(exist_ok=True)
+            for elite in found.elites:
+                text = best_yaml(replace(elite.recipe, merged={}), config, over=over)
+                write_atomically(folder / f"{Path(elite.name).name}.yaml", text)
+            over.append(found)
+    best, recipe, between = race_rounds(asking, (found.best, found.recipe), over)
+    if search.stop():
+        return None, asking, over, None
+    race = found.race if best is found.best else None  # of candidates of whom none has won
+    return found._replace(best=best, recipe=recipe, race=race), asking, over, between
 
 
 def _elites(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> Over | None:

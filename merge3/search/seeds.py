@@ -20,6 +20,7 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "study subset": lambda seed, count: [seed, 5, count],  # which experts a study merges
     "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
     "elites": lambda seed, number: [seed, 6, number],  # which items a round's contenders are asked
+    "race of rounds": lambda seed: [seed, 7],  # in which order the rounds' best are asked items
     # calibration
     "calibration merges": lambda seed: seed + 1,
     "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers

@@ -12,11 +12,13 @@ import numpy as np
 
 from merge3.errors import ConfigError
 from merge3.recipe import Recipe
+from merge3.search.asking import Asking
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
-from merge3.search.elites import Elite, name_of
+from merge3.search.elites import Elite, Over, name_of
 from merge3.search.journal import Candidate
 from merge3.search.optimizers import usual_population
+from merge3.search.race import Contender, Race, race
 from merge3.search.succession import budget_of, next_models
 from merge3.space import Space, SpaceDefinition
 
@@ -68,6 +70,35 @@ def check_rounds(config: EvolveConfig, search: Search) -> None:
     search.engine.check(recipe)
 
 
+def race_rounds(
+    asking: Asking, last: tuple[Candidate, Recipe], over: Sequence[Over]
+) -> tuple[Candidate, Recipe, Race | None]:
+    """(whoever is best of the last round's winner and the best of those before, what it is, what settled it). asking:
+    the last round's.
+
+    They race on items that the last subset leaves out, as candidates do (race.py), but by these items alone: what each
+    round's search believes of its best comes from other items, and where a surrogate says it, it is drawn towards that
+    round's mean. The race costs `race.share` of what earlier rounds' candidates answered at most, the last round's own
+    race having its share already. Without a race the highest estimate counts, the earliest round's of equals.
+    """
+    search, contenders = asking.search, [*((one.best, one.recipe) for one in over), last]
+    every, unseen, settings = search.questions.search, asking.unseen(), search.config.race
+    names = [f"{candidate.generation}-{candidate.position}" for candidate, _ in contenders]
+
+    def ask(contender: int, positions: list[int]) -> np.ndarray:
+        places = [unseen[i] for i in positions]
+        name, recipe = f"{names[contender]} between rounds from item {places[0]}", contenders[contender][1]
+        return search.journal.remember("race", name, places, lambda: search.solved(recipe, [every[i] for i in places]))
+
+    budget = int(settings.share * sum(one.answers for one in over)) if settings.candidates else 0
+    known = [Contender(name, 0.0, float("inf")) for name in names]
+    items, seed = [every[i] for i in unseen], search.seed("race of rounds")
+    found = race(known, items, ask, search.config.extract.size, budget, search.weights, seed, search.stop)
+    if found.answers:
+        return *contenders[found.winner], found
+    return *max(contenders, key=lambda one: one[0].value), None
+
+
 def _definition(config: EvolveConfig, elites: Sequence[Elite]) -> SpaceDefinition:
     """Of the round whose models these elites are. Each merge is said once, whoever is made of it."""
     merged: dict[str, Any] = {}
@@ -81,4 +112,4 @@ def _definition(config: EvolveConfig, elites: Sequence[Elite]) -> SpaceDefinitio
 
 def _stand_in(name: str, recipe: Recipe) -> Elite:
     nobody = Candidate(0, 0, np.empty(0), "", None, (), np.empty(0), np.empty(0), 0.0, 0.0, "")
-    return Elite(name, recipe, nobody, 0.0, 0.0, 0.0, 0.0, {})
+    return Elite(name, recipe, nobody, *[0.0] * 5, {})
