@@ -2,9 +2,10 @@
 
 Candidates answered different items, so elites are chosen in two steps. A short list is drawn up from what the journal
 has: half of it those believed to be best, half those whose shared fitness is largest, estimated from the items that
-each happened to be asked. These contenders then answer the same items, drawn at random from all search items by a
-stream of their own, whoever contends (stage `elites` of the journal), unless everybody was asked everything anyway. The
-first elite is the one believed to be best, search and these answers together; the others are those that add most.
+each happened to be asked. Both are of the better half of all, for what has collapsed and guesses solves some items that
+nobody else solves. These contenders then answer the same items, drawn at random from all search items by a stream of
+their own, whoever contends (stage `elites` of the journal), unless everybody was asked everything anyway. The first
+elite is the one believed to be best, search and these answers together; the others are those that add most.
 """
 
 from __future__ import annotations
@@ -101,9 +102,9 @@ def _short_list(search: Search, ranked: Sequence[Ranked], answered: np.ndarray, 
     each answers as many items again, but no fewer than elites, and no more than a few for each of these."""
     elites = search.config.optimizer.elites
     most = min(_CONTENDERS * elites, max(elites, int(search.config.race.share * candidates)), len(ranked))
-    best = list(range(min(len(ranked), (most + 1) // 2)))
+    best, better = list(range((most + 1) // 2)), max(most, len(ranked) // 2)
     shared = shared_fitness(answered, item_weights(search.questions.search, search.weights))
-    others = sorted(set(range(len(ranked))) - set(best), key=lambda i: (-shared[i].round(12), i))
+    others = sorted(range(len(best), better), key=lambda i: (-shared[i].round(12), i))
     return sorted(best + others[: most - len(best)])
 
 

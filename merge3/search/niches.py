@@ -15,8 +15,9 @@ set S of chosen ones, who together do on each item what the best of them does: m
 
 What is compared must have been asked the same. In a full table it was, and differences are paired. In a table with
 gaps (NaN), where each was asked a random part of the items, `shared_fitness` estimates f_c: the sum over P is P times
-the mean of those asked, the sum over items that of those asked, divided by their share of the weight. It is good enough
-to draw up a short list, and no more is made of it; `complementary` wants no gaps.
+the mean of those asked, the sum over items that of those asked, divided by their share of the weight. Where few were
+asked an item it is low, for all of them alike. It is good enough to draw up a short list, and no more is made of it;
+`complementary` wants no gaps.
 """
 
 from __future__ import annotations

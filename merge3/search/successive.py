@@ -90,12 +90,13 @@ def race_rounds(
         name, recipe = f"{names[contender]} between rounds from item {places[0]}", contenders[contender][1]
         return search.journal.remember("race", name, places, lambda: search.solved(recipe, [every[i] for i in places]))
 
-    budget = int(settings.share * sum(one.answers for one in over)) if settings.candidates else 0
-    known = [Contender(name, 0.0, float("inf")) for name in names]
-    items, seed = [every[i] for i in unseen], search.seed("race of rounds")
-    found = race(known, items, ask, search.config.extract.size, budget, search.weights, seed, search.stop)
-    if found.answers:
-        return *contenders[found.winner], found
+    if unseen and settings.candidates:
+        known, items = [Contender(name, 0.0, float("inf")) for name in names], [every[i] for i in unseen]
+        size, budget = search.config.extract.size, int(settings.share * sum(one.answers for one in over))
+        seed = search.seed("race of rounds")
+        found = race(known, items, ask, size, budget, search.weights, seed, search.stop)
+        if found.answers:
+            return *contenders[found.winner], found
     return *max(contenders, key=lambda one: one[0].value), None
 
 
