@@ -63,7 +63,8 @@ def _check_count(config: EvolveConfig) -> None:
     others = len(next_models(config, ()))
     if low <= others + elites <= high:
         return
-    takes = f"{low}" if low == high else f"{low} to {high}"
+    takes = f"{low} to {high} models" if low < high else f"{low} model{'s' * (low > 1)}"
     found = f"{elites} elites" + (f" and {others} of the models" if others else "") + f" with {method}"
-    expected = f"{max(1, low - others)} to {high - others} elites" if high > others else "`originals: false`"
-    raise ValueError(f"optimizer.elites: {found}, which takes {takes} models: expected {expected}")
+    least, most = max(1, low - others), high - others
+    expected = f"{least} to {most}" if least < most else f"{most}" if most > 0 else "`originals: false`"
+    raise ValueError(f"optimizer.elites: {found}, which takes {takes}: expected {expected}")

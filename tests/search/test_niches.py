@@ -1,5 +1,7 @@
 """Who is chosen as an elite: M2N2's shared fitness and attraction on tables of answers with a known right choice."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def items(**counts):
-    return [
-        Item(f"{i}", task, "generate", "?", answer=("x",)) for task, count in counts.items() for i in range(count)
-    ]
+    return [Item(f"{i}", task, "generate", "?", answer=("x",)) for task, count in counts.items() for i in range(count)]
 
 
 def even(table):
@@ -22,7 +22,7 @@ def even(table):
 
 
 def test_by_hand():
-    """Two share the first item, nobody solves the third: 1 * (1/2) + 1 * 1 and 1 * (1/2), halved and left as they are."""
+    """Two share the first item, one has the second, nobody solves the third."""
     table = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     assert shared_fitness(table, np.ones(3)).tolist() == [1.5, 0.5]
     assert shared_fitness(table, np.ones(3), alpha=0.0).tolist() == [2.0, 1.0]  # nobody shares: accuracies
@@ -89,7 +89,7 @@ def test_properties(candidates, count, seed, alpha):
     together = [one.together for one in chosen]
     assert together == sorted(together) and together[-1] == pytest.approx(table.max(axis=0).mean())
     gains = [one.gain for one in chosen[1:]]  # submodular: greedy gains never grow
-    assert all(a >= b - 1e-9 for a, b in zip(gains, gains[1:]))
+    assert all(a >= b - 1e-9 for a, b in pairwise(gains))
     assert chosen[0].gain == pytest.approx(chosen[0].shared)
     order = rng.permutation(count)  # which item is which does not matter
     assert np.allclose(shared_fitness(table[:, order], even(table), alpha), shared_fitness(table, even(table), alpha))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,18 +29,22 @@ from merge3.search.config_files import load_config
 from merge3.search.context import Progress
 from merge3.search.journal import Journal
 from merge3.search.questions import load_questions
-from merge3.search.race import Ranked
 from merge3.search.run import run as search_run
 from merge3.search.succession import budget_of, next_models
 from merge3.space import Space, SpaceDefinition
 
 SUBSETS = {"extract": {"method": "random", "size": 8}, "race": {"share": 0.5}}
+HASH = "83ff9120a6a408c1"  # of test_a_run_without_rounds, before there were any
+IDENTITY = '{"name":"cma","budget":300,"population":null,"sigma":0.16666666666666666,"seed":0,"surrogate":"auto"}'
 OPTIMIZER = {"budget": 25, "population": 4, "seed": 3, "rounds": 3, "elites": 2}
 
 
 def written(folder, world, name="rounds", genome=(), optimizer=(), **changes):
     """A configuration over the tiny world, which stays where it is."""
-    models = {"base_model": str(world / "base"), "models": [str(world / m) for m in ("english", "italian", "translation")]}
+    models = {
+        "base_model": str(world / "base"),
+        "models": [str(world / m) for m in ("english", "italian", "translation")],
+    }
     tasks = [{"items": str(world / f"{task}.jsonl")} for task in ("english", "translation")]
     data = {"genome": models | {"merge_method": "task_arithmetic"} | dict(genome), "tasks": tasks}
     data |= {"optimizer": OPTIMIZER | dict(optimizer)} | SUBSETS | changes
@@ -170,7 +175,10 @@ def test_stopped_among_contenders_and_told_of_rounds(undisturbed, tmp_path):
     shutil.move(directory, aside)
     try:
         assert searched(file, directory, stop=halted, told=seen) is None
-        assert [(p.round, p.rounds, p.later) for p in told if p.stage == "search" and p.done == 1] == [(1, 3, 16), (2, 3, 8)]
+        assert [(p.round, p.rounds, p.later) for p in told if p.stage == "search" and p.done == 1] == [
+            (1, 3, 16),
+            (2, 3, 8),
+        ]
         assert len(journal(directory)[0]) == 17
         told.clear()
         outcome = searched(file, directory, resume=True, told=seen)
@@ -183,7 +191,9 @@ def test_stopped_among_contenders_and_told_of_rounds(undisturbed, tmp_path):
 
 
 def test_where_all_items_are_answered_nothing_more_is_asked_and_the_highest_value_wins(solving_world, tmp_path):
-    file = written(tmp_path, solving_world, extract={"method": "all"}, optimizer={"rounds": 2, "budget": 12, "originals": True})
+    file = written(
+        tmp_path, solving_world, extract={"method": "all"}, optimizer={"rounds": 2, "budget": 12, "originals": True}
+    )
     result = run.evolve(load_config(file), tmp_path / "run", quiet=True, export=False)
     assert result["ledger"]["elites"] == result["ledger"]["race"] == 0 and result["race_of_rounds"] is None
     with closing(Journal(tmp_path / "run")) as store:
@@ -192,7 +202,7 @@ def test_where_all_items_are_answered_nothing_more_is_asked_and_the_highest_valu
     (first, *_), second = result["rounds"][0]["elites"], candidates[6]
     assert first["value"] == max(c.value for c in candidates[:6])
     # five models: two elites and the three that there were; the uniform merge of all comes first
-    assert len(second.genome) == len(candidates[0].genome) * 5 // 3 or len(second.genome) == 5 + 1
+    assert len(second.genome) == len(candidates[0].genome) + 2
     assert not (tmp_path / "run" / "elites" / "1-1").exists()
 
 
@@ -204,3 +214,201 @@ def test_random_keeps_are_the_same_in_an_elite_in_memory_and_on_disk(solving_wor
         assert same_weights(tmp_path / "elite", tmp_path / "run" / "elites" / "1-2")
     merge_to_disk(Recipe.from_yaml(tmp_path / "run" / "best.yaml"), tmp_path / "again", seed=3)
     assert same_weights(tmp_path / "run" / "model", tmp_path / "again")
+
+
+# -- what is refused
+
+
+PATHS = {"space": "path", "base_model": None, "merge_method": None}
+REFUSED = {
+    "no round": ({"rounds": 0}, {}, "optimizer.rounds: found 0: Input should be greater than or equal to 1"),
+    "no elite": ({"elites": 0}, {}, "optimizer.elites: found 0"),
+    "elites of no rounds": (
+        {"rounds": 1},
+        {},
+        "optimizer.elites: of a search in rounds: expected `rounds: 2`, or more",
+    ),
+    "models of no rounds": (
+        {"rounds": 1, "elites": 3, "originals": True},
+        {},
+        "optimizer.originals: of a search in rounds",
+    ),
+    "more elites than candidates": (
+        {"elites": 9},
+        {},
+        "optimizer.elites: 9 of 8 candidates a round: expected at most 8",
+    ),
+    "more elites than a method merges": (
+        {"elites": 3},
+        {"genome": {"merge_method": "slerp", "models": ["english"]}},
+        "optimizer.elites: 3 elites with slerp, which takes 1 model: expected 1$",
+    ),
+    "more models than a method merges": (
+        {"elites": 6, "originals": True},
+        {},
+        "optimizer.elites: 6 elites and 3 of the models with task_arithmetic, which takes 1 to 8 models: expected 1 to",
+    ),
+    "an expert that is derived once": (
+        {},
+        {"genome": {"merge_method": "iso_c"}},
+        "optimizer.rounds: 3 with iso_c, which derives an expert of all models once",
+    ),
+    "a path": ({}, {"genome": PATHS}, "optimizer.rounds: 3 in a search of space path: expected parameters"),
+    "stages": ({}, {"stages": ["parameters", "path"]}, "optimizer.rounds: 3 beside stages: expected one of them"),
+    "rounds of a stage": (
+        {"rounds": 1, "elites": 3},
+        {"stages": ["parameters", {"space": "path", "optimizer": {"rounds": 2}}]},
+        "stages: optimizer.rounds in a stage",
+    ),
+    "several objectives": (
+        {"name": "nsga2"},
+        {"objectives": ["english", "translation"]},
+        r"optimizer.rounds: 3 beside objectives \(english, translation\): expected accuracy alone",
+    ),
+    "a vocabulary": (
+        {},
+        {"genome": {"tokenizer_source": "union"}},
+        "optimizer.rounds: 3 beside a tokenizer or tower of the genome's",
+    ),
+    "rounds without a generation each": (
+        {"budget": 10},
+        {},
+        "optimizer.budget: 10 candidates for 3 rounds; expected 12 or more: a generation of round 1 has 4",
+    ),
+    "a later round without one": (
+        {"population": None, "budget": 26, "elites": 7},
+        {},
+        "optimizer.budget: 26 candidates for 3 rounds; expected 27 or more: a generation of round 2 has 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_refused_in_one_line_before_the_search(solving_world, tmp_path, name):
+    optimizer, changes, message = REFUSED[name]
+    genome = dict(changes.get("genome", {}))
+    for key in ("models", "base_model"):
+        place = lambda model: str(solving_world / model)
+        if genome.get(key):
+            genome[key] = place(genome[key]) if isinstance(genome[key], str) else [place(m) for m in genome[key]]
+    others = {key: value for key, value in changes.items() if key != "genome"}
+    with pytest.raises(ConfigError, match=message) as error:
+        file = written(tmp_path, solving_world, genome=genome, optimizer=optimizer, **others)
+        run.evolve(load_config(file), tmp_path / "run", quiet=True)
+    assert "\n" not in str(error.value)
+    if (tmp_path / "run" / "run.db").exists():
+        with closing(Journal(tmp_path / "run")) as store:
+            assert not store.begun
+
+
+def test_a_run_without_rounds_is_known_by_what_it_was_before_there_were_any():
+    data = {"genome": {"models": ["a", "b"], "merge_method": "linear"}, "tasks": [{"items": "c.jsonl"}]}
+    config = EvolveConfig.model_validate(data)
+    assert config.hash() == HASH and config.optimizer.identity() == IDENTITY
+    in_rounds = EvolveConfig.model_validate(data | {"optimizer": {"rounds": 2}})
+    assert in_rounds.hash() != HASH and '"rounds":2' in in_rounds.optimizer.identity()
+
+
+def test_budgets_are_split_evenly_and_the_first_rounds_have_what_is_left_over():
+    data = {"genome": {"models": ["a", "b"], "merge_method": "linear"}, "tasks": [{"items": "c.jsonl"}]}
+    for budget, rounds in ((25, 3), (24, 3), (7, 2)):
+        config = EvolveConfig.model_validate(data | {"optimizer": {"budget": budget, "rounds": rounds, "elites": 2}})
+        split = [budget_of(config, number) for number in range(rounds)]
+        assert sum(split) == budget and split == sorted(split, reverse=True) and split[0] - split[-1] <= 1
+    genome = {"models": ["b", "x", "y"], "base_model": "b", "merge_method": "linear"}
+    for originals, expected in ((False, ["b", "1", "2"]), (True, ["b", "1", "2", "x", "y"])):
+        config = {"optimizer": {"rounds": 2, "elites": 2, "originals": originals}, "genome": genome}
+        assert next_models(EvolveConfig.model_validate(data | config), ["1", "2"]) == expected
+
+
+# -- merges of merges, in memory
+
+
+def chain(world):
+    """(models, recipes: an elite's of the second round, and one of the third, whose models lie nowhere)"""
+    models = [str(world / name) for name in ("base", "english", "italian")]
+    rng, merged = np.random.default_rng(1), {}
+    parts, recipes = models[1:], []
+    for number in (1, 2, 3):
+        space = SpaceDefinition(tuple(parts), "ties", models[0], merged=json.dumps(merged))
+        with closing(LocalEngine(Pool.open(models[0], models[1:]))) as engine:
+            own = Space(space, engine.info().layout)
+        low, high = own.bounds()
+        recipes.append(own.recipe(rng.uniform(low, high)))
+        parts = [f"it/{number}-1", f"it/{number}-2"]
+        for name in parts:
+            recipe = own.recipe(rng.uniform(low, high))
+            merged[name] = replace(recipe, merged={}).to_dict()
+    return models, recipes
+
+
+def test_merges_of_merges_are_what_a_chain_of_files_is(solving_world, tmp_path):
+    models, (_, second, third) = chain(solving_world)
+    places = lambda ref: type(ref).parse(str(ref).replace("it/", f"{tmp_path}/"))
+    for name, content in third.merged.items():
+        merge_to_disk(Recipe.parse(dict(content)).renamed(places), tmp_path / name.removeprefix("it/"))
+    merge_to_disk(
+        Recipe.parse({k: v for k, v in third.to_dict().items() if k != "merged"}).renamed(places), tmp_path / "end"
+    )
+    engine = LocalEngine(Pool.open(models[0], models[1:]))
+    expected = load_file(tmp_path / "end" / "model.safetensors")
+
+    def live():
+        engine.slot.swap(joined(engine.pool, third))
+        weights = engine.slot.written()
+        return all(torch.equal(weights[name], tensor) for name, tensor in expected.items() if name in weights)
+
+    assert live()
+    assert list(engine.pool.joined) == ["it/2-1", "it/2-2"]  # those that they are made of are gone
+    joined(engine.pool, second)
+    assert set(engine.pool.joined) == {"it/1-1", "it/1-2"}
+    assert live()  # made again, where others lay
+    engine.export(third, tmp_path / "exported")
+    assert same_weights(tmp_path / "exported", tmp_path / "end")
+    other = dict(third.merged)
+    first = dict(other["it/1-1"]) | {"parameters": {"lambda": 0.5}}
+    changed = Recipe.parse(third.to_dict() | {"merged": other | {"it/1-1": first}})
+    engine.slot.swap(joined(engine.pool, changed))  # of the same names, and another at their root
+    weights = engine.slot.written()
+    assert not all(torch.equal(weights[name], tensor) for name, tensor in expected.items() if name in weights)
+
+
+def test_a_rehearsal_computes_nothing_and_leaves_nothing(solving_world, monkeypatch):
+    models, (_, _, third) = chain(solving_world)
+    engine = LocalEngine(Pool.open(models[0], models[1:]))
+    monkeypatch.setattr("merge3.joined.merged_tensors", None)  # would be called to compute
+    with rehearsed(engine.pool, third) as recipe:
+        assert not recipe.merged and set(engine.pool.joined) == {"it/2-1", "it/2-2"}
+    assert not engine.pool.joined and list(engine.pool.endpoints) == models
+    engine.check(third)
+    assert list(engine.pool.endpoints) == models
+    loop = dict(third.merged) | {"it/1-1": dict(third.merged["it/2-1"])}  # made of itself
+    with pytest.raises(BadInput, match=r"it/\d-\d' is not in the pool|it/\d-\d: not in the pool|it/"):
+        engine.check(Recipe.parse(third.to_dict() | {"merged": loop}))
+    assert list(engine.pool.endpoints) == models
+
+
+def test_a_budget_pays_for_elites_first_or_says_before_the_search_that_it_cannot(undisturbed, solving_world, tmp_path):
+    directory, file, _ = undisturbed
+    pool = Pool.open(*((models := load_config(file).models)[0], models[1:]))
+    model, whole = pool.memory.slot, pool.memory.total
+    budget = whole + 2 * model  # of four elites at once, all that there are in the third round's beginning
+    with pytest.raises(BadInput, match=r"memory_budget: found .*merges that join the models") as error:
+        searched(file, tmp_path / "no", memory_budget=f"{model + 3 * model}")
+    assert "\n" not in str(error.value)
+    with closing(Journal(tmp_path / "no")) as store:
+        assert not store.begun
+    config = load_config(file)
+    with closing(run.open_engine(config, quiet=True, memory_budget=str(budget))) as engine:
+        aside = tmp_path / "aside"
+        shutil.move(directory, aside)
+        try:
+            with closing(Journal(directory)) as store:
+                search_run(config, load_questions(config), engine, store)
+            plan = engine.pool.memory
+            found = journal(directory)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.move(aside, directory)
+    assert found == journal(directory), "what is streamed changes no bit"
+    assert plan.total <= budget and plan.resident >= 2 * model, shown_size(plan.resident)
