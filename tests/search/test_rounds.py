@@ -207,7 +207,12 @@ def test_where_all_items_are_answered_nothing_more_is_asked_and_the_highest_valu
 
 
 def test_random_keeps_are_the_same_in_an_elite_in_memory_and_on_disk(solving_world, tmp_path):
-    file = written(tmp_path, solving_world, genome={"merge_method": "dare_ties"}, optimizer={"rounds": 2, "budget": 8})
+    file = written(
+        tmp_path,
+        solving_world,
+        genome={"merge_method": "dare_ties", "dtype": "bfloat16"},
+        optimizer={"rounds": 2, "budget": 8},
+    )
     run.evolve(load_config(file), tmp_path / "run", quiet=True)
     merge_to_disk(Recipe.from_yaml(tmp_path / "run" / "elites" / "1-2.yaml"), tmp_path / "elite", seed=3)
     if (tmp_path / "run" / "elites" / "1-2").exists():
