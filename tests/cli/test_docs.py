@@ -205,16 +205,17 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, the part with a start, that of a path, that with stages, and calibration's part in it."""
+    """The page's whole one, the part with a start, a path, parts with stages, rounds, objectives; calibration's part."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
-    whole, started, path, stages, several, part = shown
+    whole, started, path, stages, rounds, several, part = shown
     assert EvolveConfig.model_validate(whole | several).names == ("math", "length")
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
     assert started["genome"].items() > whole["genome"].items()
     assert EvolveConfig.model_validate(path).genome.definition().kind == "path"
     assert [stage.space for stage in EvolveConfig.model_validate(whole | stages).stages] == ["parameters", "path"]
+    assert EvolveConfig.model_validate(whole | rounds).optimizer.rounds == 2
     assert part.keys() == {"extract", "estimate", "optimizer", "race"}
 
 
