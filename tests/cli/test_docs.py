@@ -205,7 +205,7 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, the part with a start, a path, parts with stages, rounds, objectives; calibration's part."""
+    """The page's whole one, a start, a path, stages, rounds, objectives, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
     whole, started, path, stages, rounds, several, part = shown
