@@ -2,8 +2,8 @@
 
 python benchmarks/rounds.py [--seeds 0 1 2] [--budget 180] [--methods task_arithmetic ties] [--folder DIR] [--save]
 
-Per seed the demo's base and four experts, and for each method the demo's configuration: one round, two, three, each of
-which has its share of the budget. Held-out accuracy of what each ends with. `answers`: item answers spent, those of the
+The demo's base and four experts, trained from seed 0; seeds are the searches'. For each method the demo's configuration
+in one round, two, three, each of which has its share of the budget. Held-out accuracy of what each ends with. `answers`: item answers spent, those of the
 elites' contenders and of the races included, of the search with one round. `won`: which rounds the winners are of.
 DIR keeps models and finished searches.
 """
@@ -67,7 +67,7 @@ def searched(folder: Path, method: str, rounds: int, seed: int, budget: int) -> 
     """One search to its end; what is finished in the folder is not searched again."""
     place = folder / f"{method}-{rounds}-{seed}-{budget}"
     if not (place / "result.json").exists():
-        world = made(folder / "worlds", make_models, seed=seed, items=ITEMS)
+        world = made(folder / "worlds", make_models, seed=0, items=ITEMS)
         file = folder / f"{place.name}.yaml"
         file.write_text(yaml.safe_dump(settings(world, method, rounds, seed, budget)))
         run.evolve(load_config(file), place, resume=(place / "run.db").exists(), quiet=True, export=False)
