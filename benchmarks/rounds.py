@@ -3,8 +3,9 @@
 python benchmarks/rounds.py [--seeds 0 1 2] [--budget 180] [--methods task_arithmetic ties] [--folder DIR] [--save]
 
 The demo's base and four experts, trained from seed 0; seeds are the searches'. For each method the demo's configuration
-in one round, two, three, each of which has its share of the budget. Held-out accuracy of what each ends with. `answers`: item answers spent, those of the
-elites' contenders and of the races included, of the search with one round. `won`: which rounds the winners are of.
+in one round, two, three, each of which has its share of the budget. Held-out accuracy of what each ends with.
+`answers`: item answers spent, those of the elites' contenders and of the races included, of the search with one round.
+`won`: which rounds the winners are of.
 DIR keeps models and finished searches.
 """
 

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from merge3.client import run
+from merge3.client.progress import Lines
 from merge3.engine import LocalEngine
 from merge3.errors import BadInput, ConfigError
 from merge3.export import merge_to_disk
@@ -219,6 +220,16 @@ def test_random_keeps_are_the_same_in_an_elite_in_memory_and_on_disk(solving_wor
         assert same_weights(tmp_path / "elite", tmp_path / "run" / "elites" / "1-2")
     merge_to_disk(Recipe.from_yaml(tmp_path / "run" / "best.yaml"), tmp_path / "again", seed=3)
     assert same_weights(tmp_path / "run" / "model", tmp_path / "again")
+
+
+def test_progress_says_the_round_and_the_time_left_for_all(capsys):
+    lines = Lines()
+    of = {"budget": 8, "done": 4, "seconds": 2.0, "round": 2, "rounds": 3, "later": 8}
+    for progress in (Progress(**of), Progress(stage="elites", done=1), Progress(stage="elites", done=2), Progress()):
+        lines(progress)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("round 2/3  generation 0  4/8") and "0:06 left" in first
+    assert second.startswith("choosing elites") and third.startswith("generation 0")
 
 
 # -- what is refused
