@@ -28,8 +28,8 @@ _REHEARSED = 3  # rounds; later ones are as the third, whose elites are merges o
 def of_round(search: Search, config: EvolveConfig, number: int, elites: Sequence[Elite] = ()) -> Search:
     """The search of one round, from 0. search, config: the run's; elites: of the round before, none of the first.
 
-    A later round begins as any search does, at the uniform merge of its models, which is its first candidate. Where the
-    first one began (`genome.start`, `random_init`) says nothing of it.
+    A later round begins at the first elite, which is its first candidate: at the best that is known, with what the
+    others add around it. Where the first round began (`genome.start`, `random_init`) says nothing of it.
     """
     rounds, report = config.optimizer.rounds, search.report
     later = sum(budget_of(config, at) for at in range(number + 1, rounds))
@@ -44,9 +44,22 @@ def of_round(search: Search, config: EvolveConfig, number: int, elites: Sequence
         return replace(search, config=own, report=told)
     space = Space(_definition(config, elites), search.engine.info().layout)
     own = own.model_copy(update={"random_init": False})
-    found = replace(search, config=own, report=told, round=number, space=space, start=space.initial())
+    start = _first_elite(space, elites[0].name)
+    found = replace(search, config=own, report=told, round=number, space=space, start=start)
     found.engine.prepare(found.asks([*search.questions.search, *search.questions.heldout]))
     return found
+
+
+def _first_elite(space: Space, name: str) -> np.ndarray:
+    """The genome in which the first elite weighs 1 and all others nothing, what else there is being as in the uniform
+    merge; that merge where models have no weights."""
+    own, shared = space.decoded(space.initial())
+    place = space.definition.models.index(name)
+    weighing = [gene for gene in own if space.method.genes[gene].weighs]
+    for gene in weighing:
+        own[gene] = np.zeros_like(own[gene])
+        own[gene][:, place] = 1.0
+    return np.clip(space.encoded(own, shared), *space.bounds()) if weighing else space.initial()
 
 
 def check_rounds(config: EvolveConfig, search: Search) -> None:

@@ -202,8 +202,9 @@ def test_where_all_items_are_answered_nothing_more_is_asked_and_the_highest_valu
     assert result["search_value"] == max(c.value for c in candidates)
     (first, *_), second = result["rounds"][0]["elites"], candidates[6]
     assert first["value"] == max(c.value for c in candidates[:6])
-    # five models: two elites and the three that there were; the uniform merge of all comes first
-    assert len(second.genome) == len(candidates[0].genome) + 2
+    # five models: two elites and the three that there were; the first elite comes first
+    assert len(second.genome) == len(candidates[0].genome) + 2 and second.genome[:5].tolist() == [1, 0, 0, 0, 0]
+    assert second.value == pytest.approx(first["value"], abs=0.05)
     assert not (tmp_path / "run" / "elites" / "1-1").exists()
 
 
