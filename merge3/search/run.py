@@ -242,11 +242,7 @@ def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
     believed = optimizer.beliefs([c.genome for c in known])
     values, stderrs = believed if believed else ([c.value for c in known], [c.stderr for c in known])
     ranked = [Ranked(c, float(value), float(stderr)) for c, value, stderr in zip(known, values, stderrs)]
-    return sorted(ranked, key=_order)
-
-
-def _order(ranked: Ranked) -> tuple[float, int, int]:
-    return -ranked.value, ranked.candidate.generation, ranked.candidate.position
+    return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
 
 
 def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None, over: Sequence[Over] = ()) -> str:
