@@ -1,6 +1,6 @@
 """Does a search in rounds find a better merge than one search with as many candidates? On the demo's models.
 
-python benchmarks/rounds.py [--seeds 0 1 2] [--budget 180] [--methods task_arithmetic ties] [--folder DIR] [--save]
+python benchmarks/rounds.py [--seeds 0 1 2] [--budget 180] [--methods task_arithmetic] [--folder DIR] [--save]
 
 The demo's base and four experts, trained from seed 0; seeds are the searches'. For each method the demo's configuration
 in one round, two, three, each of which has its share of the budget. Held-out accuracy of what each ends with.
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=180)
-    parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
+    parser.add_argument("--methods", nargs="+", default=["task_arithmetic"])
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
