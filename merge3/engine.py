@@ -21,7 +21,7 @@ from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import check_router, merge_task
 from merge3.fitness import Answered, estimates, judged, lengths_needed
-from merge3.joined import joined
+from merge3.joined import joined, rehearsed
 from merge3.learn.fit import Fit, FitStep, prepare, steps
 from merge3.learn.fitting import Fitting, State
 from merge3.learn.lessons import TaskToLearn
@@ -263,9 +263,9 @@ class LocalEngine:
     def check(self, recipe: Recipe) -> None:
         """See Engine."""
         check_router(recipe)
-        recipe = joined(self.pool, recipe)
-        self.slot.compile(recipe)
-        check_recipe(recipe, self.pool)
+        with rehearsed(self.pool, recipe) as recipe:
+            self.slot.compile(recipe)
+            check_recipe(recipe, self.pool)
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """See Engine."""

@@ -76,13 +76,15 @@ def plan_memory(
     host: int = 0,
     compact: Mapping[Hashable, int] | None = None,
     streamed: bool = False,
+    joined: int = 0,
 ) -> MemoryPlan:
     """Fill the budget with resident weights, in order; stream the others.
 
     groups: per output tensor, what it is computed from and each one's bytes (they are used together, so
     they stay or leave together). slot: bytes of the live model. host: bytes of pinned memory to use at most.
     compact: of those that are held compacted, the bytes that this takes; they stay. streamed: all others leave.
-    Raises BadInput where not even the live model, what is compacted and one group at a time fit.
+    joined: bytes of merges that lie there whatever the plan.
+    Raises BadInput where not even the live model, what stays and one group at a time fit.
     """
     groups, compact = [dict(group) for group in groups], compact or {}
     whole, held = [sum(group.values()) for group in groups], sum(compact.values())
@@ -93,16 +95,17 @@ def plan_memory(
     # Statistics read whole tensors; a swap, which reads slices, makes two buffers of the same bytes.
     window = max([2 * (4 * CHUNK + PADDING) * (MAX_EXPERTS + 1), *whole])
     least = window if away else 0
-    if not streamed and (budget is None or slot + held + sum(sizes) + least <= budget):
-        return MemoryPlan(device, budget, slot, sum(sizes), window=least, away=away, compact=held)
+    if not streamed and (budget is None or slot + held + joined + sum(sizes) + least <= budget):
+        return MemoryPlan(device, budget, slot, joined + sum(sizes), window=least, away=away, compact=held)
     window = max(window, min(WINDOW, (budget or 0) // 8))
-    free = 0 if streamed else budget - slot - held - window
+    free = 0 if streamed else budget - slot - held - joined - window
     if free < 0:
         beside = f", compacted experts {shown_size(held)}" if held else ""
+        beside += f", merges that join the models {shown_size(joined)}" if joined else ""
         raise BadInput(
             "memory_budget",
             f"found {shown_size(budget)}",
-            f"at least {shown_size(slot + held + window)}: the live model takes {shown_size(slot)}{beside}, "
+            f"at least {shown_size(slot + held + joined + window)}: the live model takes {shown_size(slot)}{beside}, "
             f"the largest tensor of all models {shown_size(window)}",
         )
     used = {DEVICE: 0, HOST: 0, FILE: 0}
@@ -111,7 +114,7 @@ def plan_memory(
         used[tier] += size
         if tier != DEVICE:
             away.update({key: (tier, nbytes) for key, nbytes in group.items()})
-    return MemoryPlan(device, budget, slot, used[DEVICE], used[HOST], used[FILE], window, away, held)
+    return MemoryPlan(device, budget, slot, joined + used[DEVICE], used[HOST], used[FILE], window, away, held)
 
 
 def parse_size(text: int | str) -> int:

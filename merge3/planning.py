@@ -16,16 +16,23 @@ def plan_pool(pool: Any, budget: int | None, host: int, streamed: bool = False) 
     """Which tensors are resident: derived ones before those they are derived of, then in the base's order.
 
     pool: a Pool, of which headers alone are read. host, streamed: see plan_memory. The live model may not be built yet:
-    its dtype is the pool's, unless somebody asks for another.
+    its dtype is the pool's, unless somebody asks for another. Merges that joined lie in memory whatever happens: of a
+    budget on the CPU they are paid first. Raises BadInput where a budget is not enough.
     """
     size = lambda ref: math.prod(pool.shape(ref)) * pool.common_dtype(ref).itemsize
+    joined, paid = 0, set(pool.joined) if budget is not None and pool.device.type == "cpu" else set()
+    for model in paid:
+        for info in pool.endpoints[model].tensors.values():
+            converted = size(Ref(model, info.name))
+            joined += info.nbytes + (converted if converted != info.nbytes else 0)
     groups = [{ref: size(ref)} for ref in pool.derived.refs()]
-    for name in dict.fromkeys(n for c in pool.endpoints.values() for n in c.tensors):
-        refs = [Ref(model, name) for model, checkpoint in pool.endpoints.items() if name in checkpoint.tensors]
+    filed = {model: checkpoint for model, checkpoint in pool.endpoints.items() if model not in paid}
+    for name in dict.fromkeys(n for c in filed.values() for n in c.tensors):
+        refs = [Ref(model, name) for model, checkpoint in filed.items() if name in checkpoint.tensors]
         groups.append({ref: size(ref) for ref in refs})
     slot = sum(size(Ref(pool.base, name)) for name in pool.base_checkpoint.tensors)
     compacted = pool.compacted
-    plan = plan_memory(groups, slot, str(pool.device), budget, host, compacted.sizes, streamed)
+    plan = plan_memory(groups, slot, str(pool.device), budget, host, compacted.sizes, streamed, joined)
     shared = {alias: plan.away[ref] for alias, ref in compacted.aliases.items()}
     return replace(plan, away={**plan.away, **shared}) if shared else plan
 

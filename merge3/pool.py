@@ -44,7 +44,8 @@ class Pool:
     towers: endpoint -> its place in the base's language tower; tower: the prefixes that were given; notes: of both.
     vocabulary: the tokens that all embeddings and heads have rows for; None: every endpoint's rows are its own.
     memory: which tensors are resident. derived: models that methods derive of the endpoints, under names of their own.
-    joined: endpoints that are merges of others -> the recipe. compacted: experts that are not held as they are.
+    joined: endpoints that are merges of others -> what tells each from others of its name. compacted: experts that are
+    not held as they are.
 
         pool = Pool.open("base", ["math", "italian"])
         pool.get(Ref("math", "lm_head.weight"))
@@ -265,8 +266,22 @@ class Pool:
         return model
 
     def add(self, name: str, what: str, checkpoint: Checkpoint) -> None:
-        """One more endpoint, or another one in the place of one that joined; see joined.py, which also says `what`."""
+        """One more endpoint; see joined.py, which also says `what`. Raises BadInput where the budget has no room."""
         self.endpoints[name], self.joined[name] = checkpoint, what
+        try:
+            self._met()
+        except BadInput:
+            self.drop((name,))
+            raise
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Let endpoints that joined go."""
+        for name in names:
+            self.release(Ref(name, tensor) for tensor in self.endpoints[name].tensors)
+            del self.endpoints[name], self.joined[name]
+        self._met()
+
+    def _met(self) -> None:
         self._ties = Ties(self.endpoints)
         self.__dict__.pop("layouts", None)
         self._plan()

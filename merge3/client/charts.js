@@ -40,6 +40,23 @@
     };
   }
 
+  // A line from top to bottom at each mark.
+  function marks(chart, axis) {
+    return function (c, area, g) {
+      c.save();
+      c.strokeStyle = "#bbb";
+      c.setLineDash([4, 3]);
+      (chart.marks || []).forEach(function (i) {
+        const x = g.toDomXCoord(axis.values[i]);
+        c.beginPath();
+        c.moveTo(x, area.y);
+        c.lineTo(x, area.y + area.h);
+        c.stroke();
+      });
+      c.restore();
+    };
+  }
+
   function rows(chart, axis) {
     axis.wide = {};
     const order = axis.values.map((_, i) => i).filter((i) => axis.values[i] !== null);
@@ -70,6 +87,7 @@
       colors: chart.series.map((s) => paint[s.style] || colours[next++ % colours.length]),
       series: series, errorBars: true, sigma: 1, fillAlpha: 0.12, legend: "always", labelsDivWidth: 480,
       xlabel: axis.name, ylabel: chart.y, xRangePad: 8, yRangePad: 12, digitsAfterDecimal: 4, highlightCircleSize: 4,
+      underlayCallback: marks(chart, axis),
     };
   }
 

@@ -4,6 +4,7 @@ The library is dygraphs (MIT; 125 kB, from the package of that name), which know
 said in data, so that no page has a script of its own:
 
 chart   {id, title, y, xs: [axis, ..], series: [series, ..]}; with several axes a reader chooses one
+        marks: [index, ..], where it has any: values of the axis at which a line stands
 axis    {name, values, errors}; errors: none, or one per value
 series  {name, style, values, errors}; style: points | best | line | front; values: null where there is none
 """

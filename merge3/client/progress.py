@@ -14,6 +14,7 @@ STAGES = {
     "statistics": "computing what the search needs to know of the task vectors, once",
     "steady": "the next candidate is asked when one is answered, so that no worker waits (asking: steady)",
     "calibration": "calibrating: the endpoints and random merges answer the items",
+    "elites": "choosing elites: the round's contenders answer the same items",
     "race": "the best candidates race on more items",
     "held-out": "measuring the winner and the baselines on held-out items",
 }
@@ -38,6 +39,8 @@ class Live(AbstractContextManager):
         rate = rate_of(p)
         table = Table.grid(padding=(0, 2))
         table.add_row("stage", STAGES.get(p.stage, p.stage))
+        if p.rounds > 1:
+            table.add_row("round", f"{p.round} of {p.rounds}")
         table.add_row(
             "candidates", f"{p.done} of {p.budget}" + (f" ({p.replayed} from the journal)" if p.replayed else "")
         )
@@ -57,19 +60,20 @@ class Lines(AbstractContextManager):
     """One line per generation on standard error, for logs."""
 
     def __init__(self):
-        self._generation = -1
+        self._generation, self._stage = -1, ""
 
     def __call__(self, p: Progress) -> None:
+        before, self._stage = self._stage, p.stage
         if p.stage == "search" and p.generation == self._generation and p.done < p.budget:
             return
         self._generation = p.generation
         if p.stage != "search":
-            if p.stage != "calibration" or p.done == 1:
+            if p.stage != before:
                 print(STAGES.get(p.stage, p.stage), file=sys.stderr, flush=True)
             return
-        rate = rate_of(p)
+        rate, of_round = rate_of(p), f"round {p.round}/{p.rounds}  " if p.rounds > 1 else ""
         print(
-            f"generation {p.generation}  {p.done}/{p.budget}  best {p.best:.4f} ± {p.best_stderr:.4f}  "
+            f"{of_round}generation {p.generation}  {p.done}/{p.budget}  best {p.best:.4f} ± {p.best_stderr:.4f}  "
             f"{rate * 60:.0f}/min  {left(p, rate)} left",
             file=sys.stderr,
             flush=True,
@@ -112,8 +116,8 @@ def rate_of(p: Progress) -> float:
 
 
 def left(p: Progress, rate: float) -> str:
-    """Minutes and seconds to the end of the budget at this rate."""
+    """Minutes and seconds to the end of the budget at this rate, later rounds included."""
     if rate <= 0:
         return "?"
-    seconds = int((p.budget - p.done) / rate)
+    seconds = int((p.budget - p.done + p.later) / rate)
     return f"{seconds // 60}:{seconds % 60:02d}"

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 
 import yaml
@@ -32,10 +33,11 @@ def write_report(directory: str | Path) -> Path:
     if not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory")
     result = read_result(directory)
+    begun = list(accumulate(one["candidates"] for one in result.get("rounds", ())))[:-1]
     with closing(Journal(directory)) as journal:
         candidates = journal.candidates()
         with closing(JournalReader(directory)) as reader:
-            charts = search_charts(reader.new())
+            charts = search_charts(reader.new(), begun)
     recipe = Recipe.from_yaml(directory / "best.yaml")
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     rows = [("evolved", result["heldout_detail"], True)]
@@ -44,12 +46,13 @@ def write_report(directory: str | Path) -> Path:
         result=result,
         rows=rows,
         tasks=list(result["heldout_detail"]["tasks"]),
-        curve=fitness_curve(candidates),
+        curve=fitness_curve(candidates, begun),
         maps=heat_maps(recipe),
         bars=bars(rows),
         checks=[(name, spot_checks(made)) for name, made in checks_by_objective(result["checks"]["made"]).items()],
         experts=told_of_experts(result),
         front=result.get("front"),
+        rounds=result.get("rounds"),
         fronts=front_pictures(result["front"], result["baselines_detail"]) if "front" in result else [],
         cell=cell,
         recipe=recipe.to_yaml(),
@@ -62,8 +65,9 @@ def write_report(directory: str | Path) -> Path:
     return directory / "report.html"
 
 
-def fitness_curve(candidates: list[Candidate]) -> str:
-    """Every candidate as a dot; the best so far and each generation's mean as lines."""
+def fitness_curve(candidates: list[Candidate], begun: Sequence[int] = ()) -> str:
+    """Every candidate as a dot; the best so far and each generation's mean as lines. begun: how many there were when
+    each later round began, which a line marks."""
     known = [(i, c.value) for i, c in enumerate(candidates) if not math.isnan(c.value)]
     if not known:
         return ""
@@ -76,6 +80,10 @@ def fitness_curve(candidates: list[Candidate]) -> str:
         axis(low, high, y),
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" class="label">candidate (1 to {len(candidates)})</text>',
     ]
+    for number, i in enumerate(begun, 2):
+        at = x(i - 0.5)
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="10" y2="{HEIGHT - PAD + 10}" class="round"/>')
+        parts.append(f'<text x="{at + 4:.1f}" y="20" class="tick">round {number}</text>')
     parts += [f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="1.8" class="dot"/>' for i, v in known]
     best, line = -math.inf, []
     for i, v in known:

@@ -19,6 +19,7 @@ from merge3.client.front import export_picked, front_summary, print_front, write
 from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
+from merge3.client.rounds import export_elites, print_rounds, rounds_summary
 from merge3.client.terminal import bar, in_few_lines
 from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
@@ -76,6 +77,8 @@ def evolve(
             return None
         if export and outcome.below is not None and not Path(outcome.below.name).exists():
             engine.export(outcome.below.recipe, Path(outcome.below.name), config.optimizer.seed)
+        if export and outcome.rounds:
+            export_elites(engine, outcome.recipe, config.optimizer.seed)
         if outcome.front is not None:
             write_front(directory, config, outcome.front)
         if export and outcome.front is not None:
@@ -218,6 +221,9 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: 
     }
     if outcome.compaction is not None:
         found["experts"] = outcome.compaction.told()
+    if outcome.rounds:
+        found["rounds"] = rounds_summary(config, outcome)
+        found["race_of_rounds"] = outcome.between and dataclasses.asdict(outcome.between)
     return found if outcome.front is None else found | {"front": front_summary(outcome.front, outcome, pick)}
 
 
@@ -230,6 +236,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     console = Console()
     if "front" in result:
         print_front(result["front"], console)
+    if "rounds" in result:
+        print_rounds(result["rounds"], result["race_of_rounds"], console)
     console.print(accuracy_table(rows, result["heldout_items"], "the search", "evolved"))
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
@@ -238,9 +246,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
         f"merging took {100 * result['swap_share']:.1f} % of the time"
     )
     ledger = result["ledger"]
-    parts = ", ".join(
-        f"{name} {ledger[name]:,}" for name in ("calibration", "search", "checks", "race") if ledger[name]
-    )
+    stages = ("calibration", "search", "checks", "elites", "race")
+    parts = ", ".join(f"{name} {ledger[name]:,}" for name in stages if ledger.get(name))
     console.print(
         f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
         f"{ledger['full'] / max(1, ledger['total']):.1f} times as many"

@@ -17,8 +17,9 @@ from merge3.search.watching import Seen
 MOST_FRONTS = 6  # pairs of objectives that are drawn
 
 
-def search_charts(seen: Sequence[Seen]) -> list[dict[str, Any]]:
-    """Of candidates in the order in which they came. Charts `curve`, and of several objectives `front-0`, .."""
+def search_charts(seen: Sequence[Seen], begun: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Of candidates in the order in which they came. Charts `curve`, and of several objectives `front-0`, .. begun: how
+    many candidates there were when each later round began, which the curve marks."""
     if not seen:
         return []
     signs = [-1.0 if lower(name) else 1.0 for name in seen[0].objectives]
@@ -35,6 +36,8 @@ def search_charts(seen: Sequence[Seen]) -> list[dict[str, Any]]:
         series("best so far", "best", *best),
     ]
     curve = {"id": "curve", "title": "The search", "y": seen[0].objectives[0], "xs": across, "series": drawn}
+    if marks := [at for at in begun if at < len(seen)]:
+        curve["marks"] = marks
     return [curve, *fronts(seen, signs)]
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from merge3.client.charts import body, head, library
 from merge3.client.progress import STAGES, left, rate_of
 from merge3.client.rewriting import PATIENCE, Pace
+from merge3.client.rounds import begun
 from merge3.client.search_charts import search_charts
 from merge3.errors import Merge3Error
 from merge3.search.config import EvolveConfig
@@ -23,7 +24,7 @@ from merge3.search.watching import JournalReader, Seen
 if TYPE_CHECKING:
     from merge3.client.channel import Target
 
-STAGES_ASKED = ("calibration", "search", "checks", "race")  # as result.json's ledger names them
+STAGES_ASKED = ("calibration", "search", "checks", "elites", "race")  # as result.json's ledger names them
 _JOURNAL = {"checks": "check"}
 
 
@@ -89,7 +90,7 @@ class SearchPage:
             "left": left(progress, rate) if rate else "",
             "ledger": ledger,
             "workers": [dict(w) for w in self._workers()] if pace.alive else [],
-            "charts": search_charts(self._seen),
+            "charts": search_charts(self._seen, begun(self.config)),
         }
 
     def _last_minute(self) -> float:

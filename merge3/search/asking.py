@@ -39,6 +39,7 @@ class Asking:
     """subset: what the next candidates answer; estimators: of each task's accuracy, none for the plain mean.
 
     draws: how many subsets there were before this one. drifted: generations whose check asked for another subset.
+    asked: generation -> the subset that its candidates answer.
     """
 
     search: Search
@@ -48,6 +49,7 @@ class Asking:
     draws: int = 0
     checks: list[SpotCheck] = field(default_factory=list)
     drifted: list[int] = field(default_factory=list)
+    asked: dict[int, list[Item]] = field(default_factory=dict)
 
     def registration(self) -> Registration:
         """What the engine is asked of the next candidates."""

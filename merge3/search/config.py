@@ -17,11 +17,12 @@ from merge3.fitness import OBJECTIVES
 from merge3.registration import ACCURACY
 from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
+from merge3.search.succession import check_settings
 from merge3.space import PATH, SPACES, SpaceDefinition
 
 # Settings of a task that older runs did not know.
 _LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
-_LATER_OF_OPTIMIZERS = ("prior", "asking")
+_LATER_OF_OPTIMIZERS = ("prior", "asking", "rounds", "elites", "originals")
 
 
 class Task(Section):
@@ -106,7 +107,8 @@ class Optimizer(Section):
     surrogate: whether cma is told what a model of all estimates so far says, rather than each estimate;
     auto: where candidates answer a part of the items. prior: what is taken for granted of genes, see prior.py. asking:
     a generation at a time, or (steady) the next candidate when one is answered; auto: steady where there are several
-    workers and the optimizer can."""
+    workers and the optimizer can. rounds: searches that share the budget, each of merges of the `elites` of the one
+    before, and of the models themselves too where `originals`."""
 
     name: Literal[tuple(OPTIMIZERS)] = "cma"
     budget: int = Field(300, ge=1)
@@ -116,6 +118,9 @@ class Optimizer(Section):
     surrogate: bool | Literal["auto"] = "auto"
     prior: Literal["none", "norms"] = "none"
     asking: Literal["auto", "generations", "steady"] = "auto"
+    rounds: int = Field(1, ge=1)
+    elites: int = Field(3, ge=1)
+    originals: bool = False
 
     def identity(self) -> str:
         """Names the optimizer of a run, as JSON: without settings that came later and are not used."""
@@ -262,6 +267,11 @@ class EvolveConfig(Section):
             given = f"{count} objectives ({', '.join(self.names)})" if count > 1 else f"one objective ({self.names[0]})"
             expected = f"expected {row.takes()}, or another optimizer: {', '.join(fit)}"
             raise ValueError(f"optimizer.name: {self.optimizer.name} with {given}; {expected}")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds(self):
+        check_settings(self)
         return self
 
     @property

@@ -17,12 +17,13 @@ from merge3.search.journal import Journal
 from merge3.search.questions import Questions
 from merge3.search.seeds import Seed, seed_of
 from merge3.space import Space
-from merge3.tasks import Item
+from merge3.tasks import Item, LogitsError
 
 
 @dataclass
 class Progress:
-    """Told to `report` after every candidate. best, best_stderr, mean: of the first objective."""
+    """Told to `report` after every candidate. best, best_stderr, mean: of the first objective. round, rounds: of a
+    search in rounds, which one this is of; later: candidates of those to come."""
 
     generation: int = 0
     done: int = 0
@@ -36,6 +37,9 @@ class Progress:
     seconds: float = 0.0
     replayed: int = 0
     stage: str = "search"
+    round: int = 1
+    rounds: int = 1
+    later: int = 0
 
 
 def under_way(workers: int) -> int:
@@ -47,7 +51,8 @@ def under_way(workers: int) -> int:
 class Search:
     """A run under way. report: told of progress; stop: asked whether to leave early (the journal has it all).
     start: the genome that `genome.start` comes to, see start.py; None for the space's own. steps: how much longer every
-    gene's are, float64 [genes], see prior.py; None: alike. workers: that the run counts on, see steady.py."""
+    gene's are, float64 [genes], see prior.py; None: alike. workers: that the run counts on, see steady.py. round: from
+    0."""
 
     config: EvolveConfig
     questions: Questions
@@ -59,6 +64,7 @@ class Search:
     start: np.ndarray | None = None
     steps: np.ndarray | None = None
     workers: int = 1
+    round: int = 0
 
     @property
     def initial(self) -> np.ndarray:
@@ -114,6 +120,14 @@ class Search:
         """One subject's responses to any items, float64 [items]. Raises BadInput (LogitsError) where it has none."""
         (evaluation,) = self.engine.evaluate(self.asks(items), [subject])
         return evaluation.answers()
+
+    def solved(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
+        """`answers` of a candidate that answered all it was asked before: what it cannot answer it has not solved."""
+        items = list(items)
+        try:
+            return self.answers(subject, items)
+        except LogitsError:
+            return np.zeros(len(items))
 
     def answered(self, subject: Subject, items: Iterable[Item]) -> np.ndarray:
         """The same with what else objectives are made of, as the journal holds it and `Search.read` reads it:

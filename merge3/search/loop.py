@@ -36,7 +36,7 @@ def search_generations(asking: Asking, first: int = 0) -> optimizers.Optimizer |
         genomes = asked = _asked(optimizer, budget - told.progress.done)
         if generation == first and search.start is not None:  # as it was given, whatever the optimizer makes of it
             genomes = [search.start, *asked[1:]]
-        answered = search.journal.generation(generation)
+        asking.asked[generation], answered = asking.subset, search.journal.generation(generation)
         _check_replay(search.journal, answered, genomes, generation)
         for position in sorted(answered):
             told.of(answered[position], replayed=True)
@@ -68,7 +68,7 @@ def make_optimizer(search: Search) -> optimizers.Optimizer:
         lowest, highest = np.where(np.isfinite(low), low, 0), np.where(np.isfinite(high), high, 1)
         start = np.random.default_rng(search.seed("start")).uniform(lowest, highest)
     assisted = search.questions.policy.subset if settings.surrogate == "auto" else settings.surrogate
-    seed, given = search.seed("optimizer"), search.start is not None
+    seed, given = search.seed("optimizer", search.round), search.start is not None
     bits, objectives = getattr(search.space, "bits", None), len(search.objectives)
     how = settings.sigma, settings.population, seed, assisted, given, bits, objectives, search.steps
     return optimizers.make(settings.name, start, low, high, *how)

@@ -108,7 +108,7 @@ def race(
 
     found = in_rounds(len(contenders), items, ask, size, budget, left, seed, halt)
     running = found.running
-    final = {c: _together(contenders[c], found.answers[c], found.items, weights) for c in running}
+    final = {c: together(contenders[c], found.answers[c], found.items, weights) for c in running}
     winner = max(running, key=lambda c: (final[c].value, -c))
     return Race(winner, found.spent, found.rounds, len(running) == 1, *final[winner])
 
@@ -165,12 +165,12 @@ def _still_running(
     contenders, running: list[int], answers: dict[int, np.ndarray], items: list[Item], weights
 ) -> list[int]:
     """Those that are not two standard errors of the paired difference behind the leader."""
-    score = {c: _together(contenders[c], answers[c], items, weights).value for c in running}
+    score = {c: together(contenders[c], answers[c], items, weights).value for c in running}
     leader = max(running, key=lambda c: (score[c], -c))
     kept = []
     for c in running:
         gap = _gap(contenders[leader], contenders[c])
-        behind = _together(gap, answers[leader] - answers[c], items, weights)
+        behind = together(gap, answers[leader] - answers[c], items, weights)
         if c == leader or behind.value <= 2 * behind.stderr:
             kept.append(c)
     return kept
@@ -180,7 +180,9 @@ def _gap(a: Contender, b: Contender) -> Contender:
     return Contender("", a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
 
 
-def _together(contender: Contender, answers: np.ndarray, items: list[Item], weights) -> Estimate:
+def together(
+    contender: Contender, answers: np.ndarray, items: list[Item], weights: Mapping[str, float] | None
+) -> Estimate:
     """The search's estimate and the race's mean, weighted by their precision."""
     if not len(answers):
         return Estimate(contender.value, contender.stderr)

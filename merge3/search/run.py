@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from merge3 import __version__
@@ -17,6 +18,8 @@ from merge3.search.asking import Asking, SpotCheck, prepare
 from merge3.search.compaction import Compaction, check_held, compaction
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
+from merge3.search.elites import FOLDER as ELITES
+from merge3.search.elites import Over, close
 from merge3.search.front import Front, believed, check_pick, measure_front
 from merge3.search.front_race import Believed, FrontRace, settle_front
 from merge3.search.identity import identity
@@ -31,6 +34,7 @@ from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
 from merge3.search.start import check_start, near_start
 from merge3.search.steady import begun_with, in_flight, search_steadily
+from merge3.search.successive import check_rounds, of_round, race_rounds
 from merge3.space import Space
 
 
@@ -43,11 +47,12 @@ class Ledger:
     checks: int
     race: int
     full: int
+    elites: int = 0
 
     @property
     def total(self) -> int:
         """All that was spent."""
-        return self.calibration + self.search + self.checks + self.race
+        return self.calibration + self.search + self.checks + self.race + self.elites
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
     swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
     run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked.
-    compaction: of experts that are not held as they are."""
+    compaction: of experts that are not held as they are. rounds: of a run in rounds, all but the last; between: the
+    race of each one's best."""
 
     best: Candidate
     recipe: Recipe
@@ -73,6 +79,8 @@ class Outcome:
     below: Winner | None = None
     front: Front | None = None
     compaction: Compaction | None = None
+    rounds: Sequence[Over] = ()
+    between: Race | None = None
 
 
 def run(
@@ -97,6 +105,7 @@ def run(
     search = begun_with(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
     search, start = near_start(search)
     check_stages(config, engine)
+    check_rounds(config, search)
     check_pick(pick, search.objectives, search.fronts)
     _stage(search, "statistics")
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
@@ -114,7 +123,12 @@ def run(
     asking = None if search.stop() else prepare(search)
     if asking is None:
         return None
-    found, below, answers = _searched(asking, ending=_front if search.fronts else _winner), None, 0
+    below, over, between = None, (), None
+    if config.optimizer.rounds > 1:
+        found, asking, over, between = _in_rounds(asking, config)
+    else:
+        found = _searched(asking, ending=_front if search.fronts else _winner)
+    answers = sum(one.answers for one in over)
     if found is not None and config.stages:
         below, answers = winner_of(journal, found.recipe), found.answers
         write_atomically(journal.directory / f"{FOLDER}.yaml", best_yaml(found.recipe, config))
@@ -123,6 +137,7 @@ def run(
         found = _searched(asking, first)
     if found is None:
         return None
+    baselines += [(f"round {one.number}", one.recipe) for one in over if one.best is not found.best]
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out", len(candidates), found.best)
     others, front, best = measure_all(asking.search, baselines, measured), None, found.best
@@ -135,7 +150,7 @@ def run(
         heldout = measure(asking.search, found.recipe, measured)
     written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
     held = engine.info().experts
-    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below, held))
+    write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below, over, held))
     seconds = sum(c.seconds for c in candidates)
     return Outcome(
         best,
@@ -154,6 +169,8 @@ def run(
         below,
         front,
         compaction(asking.search, checks, found.recipe, measured),
+        over,
+        between,
     )
 
 
@@ -191,6 +208,35 @@ def _winner(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], a
     return _Found(best, search.space.recipe(best.genome), race, answers)
 
 
+def _in_rounds(asking: Asking, config: EvolveConfig) -> tuple[_Found | None, Asking, list[Over], Race | None]:
+    """(what the rounds came to, the last one's asking, those before it, the race between all). None if stopped."""
+    search, over, rounds = asking.search, [], config.optimizer.rounds
+    for number in range(rounds):
+        asking = replace(asking, search=of_round(search, config, number, over[-1].elites if over else ()))
+        ending = _elites if number + 1 < rounds else _winner
+        found = _searched(asking, over[-1].last + 1 if over else 0, ending)
+        if found is None:
+            return None, asking, over, None
+        if number + 1 < rounds:
+            folder = search.journal.directory / ELITES
+            folder.mkdir(exist_ok=True)
+            for elite in found.elites:
+                text = best_yaml(replace(elite.recipe, merged={}), config, over=over)
+                write_atomically(folder / f"{Path(elite.name).name}.yaml", text)
+            over.append(found)
+    best, recipe, between = race_rounds(asking, (found.best, found.recipe), over)
+    if search.stop():
+        return None, asking, over, None
+    race = found.race if best is found.best else None  # of candidates of whom none has won
+    return found._replace(best=best, recipe=recipe, race=race), asking, over, between
+
+
+def _elites(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> Over | None:
+    ranked = rank(candidates, optimizer)
+    _stage(asking.search, ELITES, len(candidates), ranked[0].candidate)
+    return close(asking, ranked, candidates)
+
+
 def _front(asking: Asking, optimizer: Optimizer, candidates: list[Candidate], answers: int) -> _Found | None:
     search = asking.search
     _stage(search, "race", len(candidates))
@@ -211,9 +257,15 @@ def rank(candidates: list[Candidate], optimizer: Optimizer) -> list[Ranked]:
     return sorted(ranked, key=lambda r: (-r.value, r.candidate.generation, r.candidate.position))
 
 
-def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None, experts: str = "full") -> str:
-    """The winner as a mergekit recipe. below: a first stage's, which is one of its models. experts: how they were
-    held."""
+def best_yaml(
+    recipe: Recipe,
+    config: EvolveConfig,
+    below: Winner | None = None,
+    over: Sequence[Over] = (),
+    experts: str = "full",
+) -> str:
+    """The winner as a mergekit recipe. below: a first stage's, which is one of its models; over: rounds, whose elites
+    may be; experts: how they were held."""
     seed = config.optimizer.seed
     head = f"# found by merge3 {__version__} ({config.optimizer.name}, seed {seed})\n"
     if METHODS[recipe.method].stochastic:
@@ -224,6 +276,9 @@ def best_yaml(recipe: Recipe, config: EvolveConfig, below: Winner | None = None,
         head += "# `tower` says where a language model lies in the base: merge3 reads it, mergekit does not\n"
     if below is not None:
         head += f"# {below.name} is the merge of {FOLDER}.yaml\n"
+    models = set(map(str, recipe.models()))
+    for elite in (elite for one in over for elite in one.elites if elite.name in models):
+        head += f"# {elite.name} is the merge of {ELITES}/{Path(elite.name).name}.yaml\n"
     return head + recipe.to_yaml()
 
 
@@ -237,4 +292,5 @@ def _stage(search: Search, stage: str, done: int = 0, best: Candidate | None = N
 def _ledger(asking: Asking, answers: int, candidates: int) -> Ledger:
     search, journal = asking.search, asking.search.journal
     full = candidates * len(search.questions.search)
-    return Ledger(asking.answers, answers, journal.answers("check"), journal.answers("race"), full)
+    beside = journal.answers("check"), journal.answers("race"), full, journal.answers(ELITES)
+    return Ledger(asking.answers, answers, *beside)

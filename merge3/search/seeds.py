@@ -15,11 +15,13 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "held-out": lambda seed: seed,  # which items the search never sees
     "limit": lambda seed: seed,  # which of a task's items are taken where there is a limit
     "start": lambda seed: seed,  # the genome that a search with random_init begins at
-    "optimizer": lambda seed: seed,
+    "optimizer": lambda seed, number=0: seed + 6007 * number,  # number: of the round
     "race": lambda seed: seed,  # in which order contenders are asked items
     "study subset": lambda seed, count: [seed, 5, count],  # which experts a study merges
     "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
     "experts": lambda seed: [seed, 6],  # which items compacted experts are asked
+    "elites": lambda seed, number: [seed, 6, number],  # which items a round's contenders are asked
+    "race of rounds": lambda seed: [seed, 7],  # in which order the rounds' best are asked items
     # calibration
     "calibration merges": lambda seed: seed + 1,
     "calibration items": lambda seed: seed + 2,  # the share of the items that each model answers

@@ -41,8 +41,9 @@ def check_stages(config: EvolveConfig, engine: Engine) -> None:
         found = f"stages with experts held as {engine.info().experts}"
         raise ConfigError("stages", found, "full: the second stage's path takes layers as they lie")
     layout = engine.info().layout
-    Space(_definition(config, config.genome.models), layout)
-    through_all = Space(replace(_definition(config, config.genome.models), max_hops=None), layout)
+    winner = Winner(FOLDER, Space(config.genome.definition(), layout).uniform_recipe())  # any: it takes as much memory
+    Space(_definition(config, winner), layout)
+    through_all = Space(replace(_definition(config, winner), max_hops=None), layout)
     engine.check(through_all.recipe(np.ones(through_all.size)))
 
 
@@ -54,9 +55,7 @@ def winner_of(journal: Journal, recipe: Recipe) -> Winner:
 def second(asking: Asking, config: EvolveConfig, winner: Winner) -> Asking:
     """What the second stage asks: the same items, estimated as they were, of paths through winner and models."""
     search = asking.search
-    definition = _definition(config, (winner.name, *config.genome.models))
-    definition = replace(definition, merged=json.dumps(winner.recipe.to_dict() | {"seed": config.optimizer.seed}))
-    space = Space(definition, search.engine.info().layout)
+    space = Space(_definition(config, winner), search.engine.info().layout)
     searched = replace(search, config=config.of_stage(1), space=space, start=None, steps=None)
     searched.engine.prepare(searched.asks([*search.questions.search, *search.questions.heldout]))
     return replace(asking, search=searched)
@@ -68,11 +67,11 @@ def generations(search: Search) -> int:
     return search.journal.candidates()[budget - 1].generation + 1
 
 
-def _definition(config: EvolveConfig, models: tuple[str, ...]) -> SpaceDefinition:
-    genome = config.genome
+def _definition(config: EvolveConfig, winner: Winner) -> SpaceDefinition:
+    genome, merged = config.genome, {winner.name: winner.recipe.to_dict() | {"seed": config.optimizer.seed}}
     bounds = {gene: limits for gene, limits in genome.bounds.items() if gene == SCALE}
     return SpaceDefinition(
-        models,
+        (winner.name, *genome.models),
         AS_IT_IS,
         bounds=bounds,
         dtype=genome.dtype,
@@ -81,4 +80,5 @@ def _definition(config: EvolveConfig, models: tuple[str, ...]) -> SpaceDefinitio
         repetitions=genome.repetitions,
         pinned=genome.pinned,
         max_hops=genome.max_hops,
+        merged=json.dumps(merged),
     )

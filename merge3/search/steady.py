@@ -113,6 +113,7 @@ class _Course:
         self._told = Told(self.search, progress)
         self._first = self._generation = first
         self._registration = asking.registration()
+        asking.asked[first] = asking.subset
         self._samples: list[np.ndarray] = []  # that the optimizer gave and nobody was asked yet
         self._size, self._position, self._count = 0, 0, 0
         self._came: list[tuple[_Asked, Candidate]] = []  # since it was told
@@ -164,3 +165,4 @@ class _Course:
         if due(self.asking, self._generation, [c.genome for c in checked], dict(enumerate(checked))):
             renew(self.asking)
             self._registration = self.asking.registration()
+        self.asking.asked[self._generation] = self.asking.subset

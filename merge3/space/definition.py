@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from merge3.recipe import Tokenizer, TokenRow
+from merge3.errors import ConfigError
+from merge3.recipe import Tokenizer, TokenRow, checks
 
 
 @dataclass(frozen=True)
 class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
     kind: a row of SPACES. tokenizer_source, tokens, pad_to_multiple_of: of the recipes' tokenizer, see there.
-    repetitions, pinned, max_hops: of a path, see path.py; merged: JSON of the recipe that makes the first of `models`,
-    which lies in no folder, as in Recipe.merged.
+    repetitions, pinned, max_hops: of a path, see path.py; merged: JSON of the recipes that make those of `models` which
+    lie in no folder, as in Recipe.merged.
 
         definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
     """
@@ -48,6 +50,17 @@ class SpaceDefinition:
         if self.tokenizer_source is None:
             return None
         return Tokenizer(self.tokenizer_source, self.tokens, self.pad_to_multiple_of, self.base is not None)
+
+    def merges(self) -> dict[str, Any]:
+        """`merged`, read. Raises ConfigError for what is no JSON of that kind."""
+        try:
+            found = json.loads(self.merged or "{}")
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            expected = "recipes by the names of their models, as JSON"
+            raise ConfigError("space: merged", f"found {self.merged[:40]!r}", expected)
+        return checks.merged(found, "space: merged")
 
     def hash(self) -> str:
         """Names the definition: equal definitions, equal hash."""

@@ -30,7 +30,7 @@ class ParameterSpace:
     layers; shape: of the genome's first part."""
 
     def __init__(self, definition: SpaceDefinition, layout: Layout):
-        self.definition, self.layout = definition, layout
+        self.definition, self.layout, self.merged = definition, layout, definition.merges()
         self.method, self.preset = _method(definition), _preset(definition)
         self.genes = definition.genes or self.method.searched
         for gene in self.genes:
@@ -90,6 +90,7 @@ class ParameterSpace:
             tokenizer=self.definition.tokenizer,
             chat_template=self.definition.chat_template,
             tower=self.definition.tower,
+            merged=self.merged,
         )
 
     def genome(self, recipe: Recipe) -> np.ndarray:

@@ -10,10 +10,8 @@ be]; a bit is on above one half, and the search begins two first steps away from
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +46,7 @@ class PathSpace:
         self.genes = definition.genes or (SLOT, SCALE)
         self.models = tuple(dict.fromkeys(str(ModelRef.parse(m)) for m in _models(definition)))
         _check(definition, self.genes)
-        self.writers, self.merged = writers_of(layout.layer_names), _merged(definition, self.models[0])
+        self.writers, self.merged = writers_of(layout.layer_names), definition.merges()
         self.low, self.high = _scales(definition)
         first, layers = self.models[0], layout.layers
         head, tail = _pinned(definition, layers)
@@ -191,14 +189,6 @@ def _check(definition: SpaceDefinition, genes: Sequence[str]) -> None:
         raise ConfigError("genome: genes", f"found {', '.join(genes)}", f"{SLOT} among them")
     if definition.repetitions < 1:
         raise ConfigError("genome: repetitions", f"found {definition.repetitions}", "1 or more")
-
-
-def _merged(definition: SpaceDefinition, first: str) -> dict[str, Any]:
-    """What recipes say of a first model that lies in no folder."""
-    try:
-        return {first: json.loads(definition.merged)} if definition.merged else {}
-    except (ValueError, RecursionError):
-        raise ConfigError("space: merged", f"found {definition.merged[:40]!r}", "a recipe as JSON") from None
 
 
 def _scales(definition: SpaceDefinition) -> tuple[float, float]:

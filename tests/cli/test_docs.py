@@ -205,11 +205,11 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, the part with a start, that of a path, those with stages, several objectives and several
+    """The page's whole one, the part with a start, that of a path, those with stages, rounds, several objectives and
     workers, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
-    whole, started, path, stages, several, workers, part = shown
+    whole, started, path, stages, rounds, several, workers, part = shown
     assert EvolveConfig.model_validate(whole | several).names == ("math", "length")
     assert EvolveConfig.model_validate(whole | workers).optimizer.asking == "steady"
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
@@ -217,6 +217,7 @@ def test_shown_configurations_are_valid():
     assert started["genome"].items() > whole["genome"].items()
     assert EvolveConfig.model_validate(path).genome.definition().kind == "path"
     assert [stage.space for stage in EvolveConfig.model_validate(whole | stages).stages] == ["parameters", "path"]
+    assert EvolveConfig.model_validate(whole | rounds).optimizer.rounds == 2
     assert part.keys() == {"extract", "estimate", "optimizer", "race"}
 
 

@@ -258,3 +258,14 @@ def test_catcma_survives_generations_that_are_all_alike_and_genomes_without_bits
 def test_the_papers_encoding_is_cma_over_the_same_genome():
     loss, initial, asked, optimizer = climbed("cma", 60)
     assert loss(asked[-1][0]) < loss(initial) and len(np.unique(asked[..., :12])) > 100
+
+
+def test_a_budget_without_room_for_the_first_winner_is_refused_before_the_search(own_world, tmp_path):
+    file = hybrid(own_world)
+    config = load_config(file)
+    whole = Pool.open(config.models[0], config.models[1:]).memory
+    with pytest.raises(BadInput, match="memory_budget: found .*merges that join the models") as error:
+        run.evolve(config, tmp_path / "run", quiet=True, memory_budget=str(3 * whole.slot))
+    assert "\n" not in str(error.value)
+    with closing(Journal(tmp_path / "run")) as store:
+        assert not store.begun

@@ -132,7 +132,7 @@ REFUSED = {
     "no slots": (dict(genes=("scale",)), "slot among them"),
     "no repetition": (dict(repetitions=0), "repetitions: found 0"),
     "more slots than memory": (dict(repetitions=10**9), "at most 100,000 slots"),
-    "no recipe": (dict(merged="{"), "merged: found '{'; expected a recipe as JSON"),
+    "no recipe": (dict(merged="{"), "merged: found '{'; expected recipes by the names"),
 }
 
 

@@ -123,6 +123,11 @@ def check_installed(name: str) -> None:
             raise Unavailable(f"optimizer {name}", f"{package} is not installed", "the extra `pareto`", hint)
 
 
+def usual_population(size: int) -> int:
+    """4 + 3 ln d (Hansen, The CMA evolution strategy: a tutorial, equation 48)."""
+    return 4 + int(3 * math.log(size))
+
+
 def make(
     name: str,
     initial: np.ndarray,
@@ -137,8 +142,7 @@ def make(
     objectives: int = 1,
     steps: np.ndarray | None = None,
 ) -> Optimizer:
-    """An optimizer by its name in OPTIMIZERS. population: None for 4 + 3 ln d (Hansen, The CMA evolution strategy: a
-    tutorial, equation 48). The others: see Start."""
-    count = population or 4 + int(3 * math.log(len(initial)))
+    """An optimizer by its name in OPTIMIZERS. population: None for the usual one. The others: see Start."""
+    count = population or usual_population(len(initial))
     start = Start(initial, low, high, sigma, count, seed, assisted, given, bits, objectives, steps)
     return OPTIMIZERS[name].make(start)
