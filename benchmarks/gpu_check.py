@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import torch  # noqa: E402
 
 STAGES = {
-    "measure": ("build", "bandwidth", "candidate", "eager", "linear", "overlap"),
+    "measure": ("build", "bandwidth", "candidate", "eager", "overlap"),
     "check": ("build", "tests", "memcheck", "racecheck"),
 }
 STEPS = tuple(dict.fromkeys(step for steps in STAGES.values() for step in steps))
@@ -107,7 +107,7 @@ def build(device: torch.device):
 def tests(device: torch.device):
     """The kernel suite with its tensors on the GPU, then what only a GPU can show."""
     file = lambda name: str(ROOT / "tests" / "kernels" / f"test_{name}.py")
-    suites = [file(name) for name in ("merge", "statistics", "backward", "packed", "linear")]
+    suites = [file(name) for name in ("merge", "statistics", "backward", "packed")]
     # Other processes, other instruction sets, addresses that no GPU memory has, tables that stay on the device.
     skipped = ("instruction_set", "prepare", "bad_arguments", "threads", "opcheck", "build_step")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MERGE3_TEST_TARGET": str(device)}

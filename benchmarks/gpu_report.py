@@ -74,10 +74,6 @@ def sections(machine: dict, steps: dict) -> list[str]:
         shown = [[r["shape"], f"{r['swap_ms']:.1f}", f"{r['answers_ms']:.1f}"] for r in rows]
         title = "A candidate, 3 experts: swap, then 60 prompts of 128 tokens"
         lines.append(table(title, ["model", "swap ms", "answers ms"], shown))
-    if rows := rows_of("linear"):
-        shown = [[r["rows"], f"{r['merged_linear_ms']:.3f}", f"{r['swap_and_linear_ms']:.3f}"] for r in rows]
-        title = "merged_linear, 4096 x 4096, 3 experts"
-        lines.append(table(title, ["rows of x", "merged_linear ms", "swap + linear ms"], shown))
     if rows := rows_of("overlap"):
         title = "Swap and first batch, 0.4 B parameters, 2 experts, wall time"
         lines.append(table(title, [r["mode"] for r in rows], [[f"{r['ms']:.1f} ms" for r in rows]]))

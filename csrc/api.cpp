@@ -147,27 +147,6 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
   });
 }
 
-merge3_status merge3_merged_linear(const merge3_context* context, const merge3_modes* modes, const merge3_tensor* tensor,
-                                   const merge3_coefficient* coefficients, float lambda, const void* x, int64_t rows,
-                                   const void* bias, void* y) {
-  return guarded([&]() -> merge3_status {
-    if (merge3_status s = check_modes(modes)) return s;
-    if (merge3_status s = check(context, modes->experts, 1, tensor, false)) return s;
-    if (context->device != MERGE3_CUDA || modes->sparsify > MERGE3_KEEP_BAND || tensor->dtype == MERGE3_FLOAT32)
-      return fail(MERGE3_UNSUPPORTED, "merged_linear needs a GPU, an unpacked mode and a 16-bit dtype");
-    if (merge3_status s = check_rows(tensor, 1, modes->sparsify == MERGE3_KEEP_RANKED ? modes->experts : 0, "merged_linear")) return s;
-    if (rows < 0 || (rows && tensor->numel && (!x || !y))) return fail(MERGE3_INVALID_ARGUMENT, "%lld rows, or x or y is NULL", (long long)rows);
-#if defined(MERGE3_WITH_CUDA)
-    if (rows && tensor->numel)
-      MERGE3_ON_DEVICE(
-          kLaunches, linear_cuda(*modes, *tensor, coefficients, lambda, x, rows, bias, y, context->stream));
-#else
-    (void)coefficients, (void)lambda, (void)bias;
-#endif
-    return MERGE3_OK;
-  });
-}
-
 merge3_status merge3_elementwise(const merge3_context* context, int32_t rule, int32_t experts,
                                  int64_t tensors, const merge3_tensor* table, const float* scalars,
                                  const float* per_expert) {

@@ -296,7 +296,6 @@ for _name in (
     "prepare_",
     "merge_prepared_",
     "merge_backward_",
-    "merged_linear_",
     "elementwise_",
     "gram_",
     "order_statistics_",

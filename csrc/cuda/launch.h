@@ -39,9 +39,6 @@ int packed_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, cons
                 const merge3_coefficient* coefficients, const float* lambda, void* stream);
 // partial: [chunks, K, 2], host memory.
 int pack_cuda(int32_t packing, int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);
-// y [rows, N] = x [rows, columns] times the merge of one tensor [N, columns], transposed. 16-bit dtypes.
-int linear_cuda(const merge3_modes& modes, const merge3_tensor& tensor, const merge3_coefficient* coefficients, float lambda,
-                const void* x, int64_t rows, const void* bias, void* y, void* stream);
 int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
                      const float* scalars, const float* per_expert, void* stream);
 int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);

@@ -43,31 +43,6 @@ void merge_backward_(Tensor weight, Tensor rescale, Tensor lambda_gradient, Tens
                                 host<double>(lambda_gradient, ScalarType::Double, T, "lambda_gradient")));
 }
 
-// y [M, N] = x [M, in] W^T + bias, W the merge of base [N, in] and its experts. bias: one tensor, or none.
-void merged_linear_(Tensor y, Tensor x, Tensors base, Tensors experts, Tensors bias, Tensor coefficients, Tensor lambda, Tensor ids,
-                    Tensors rank_tables, int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
-  const Tensor& weight = base.empty() ? experts.at(0) : base[0];
-  STD_TORCH_CHECK(weight.dim() == 2, "merge3: base[0]: expected [out, in], found ", weight.dim(), " dimensions");
-  Table table({}, base, experts, 1);
-  const merge3_tensor& row = table.rows[0];
-  table.rows[0].id = uint32_t(host<int64_t>(ids, ScalarType::Long, 1, "ids")[0]);
-  if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables");
-  const int64_t N = weight.size(0), M = x.dim() == 2 ? x.size(0) : -1;
-  const auto fits = [&](const Tensor& t, const char* name, int64_t numel) {
-    table.require_here(t, name);
-    STD_TORCH_CHECK(t.is_contiguous() && storage_dtype(t, name, 0) == row.dtype && t.numel() == numel, "merge3: ", name,
-                    ": expected ", numel, " contiguous elements of the weights' dtype, found ", t.numel());
-    return t.data_ptr();
-  };
-  const void* from = fits(x, "x", M * weight.size(1));
-  void* to = fits(y, "y", M * N);
-  const void* add = bias.empty() ? nullptr : fits(bias[0], "bias", N);
-  const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const Place place = table.place();
-  require(merge3_merged_linear(place.context(), &modes, &row, as_coefficients(coefficients, table.experts),
-                               *host<float>(lambda, ScalarType::Float, 1, "lambda_"), from, M, add, to));
-}
-
 // A prepared table: first[T + 1], then the rows. Its bytes go to the device as they are.
 void prepare_(Tensor table, Tensors out, Tensors base, Tensors experts, Tensor ids, Tensors rank_tables, int64_t sparsify) {
   const int64_t T = int64_t(out.size());
@@ -168,8 +143,6 @@ STABLE_TORCH_LIBRARY(merge3, m) {
   m.def("merge_backward_(Tensor(a!) weight, Tensor(b!) rescale, Tensor(c!) lambda_gradient, Tensor[] gradients, Tensor[] base, "
         "Tensor[] experts, Tensor coefficients, Tensor lambda_, Tensor ids, Tensor[] rank_tables, int sparsify, int elect, "
         "bool normalize, int seed) -> ()");
-  m.def("merged_linear_(Tensor(a!) y, Tensor x, Tensor[] base, Tensor[] experts, Tensor[] bias, Tensor coefficients, Tensor lambda_, "
-        "Tensor ids, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
   m.def("prepare_(Tensor(a!) table, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
         "int sparsify) -> ()");
   m.def("merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda_, int tensors, int chunks, int experts, "
@@ -187,7 +160,6 @@ STABLE_TORCH_LIBRARY(merge3, m) {
   STABLE_TORCH_LIBRARY_IMPL(merge3, key, m) {               \
     m.impl("merge_", TORCH_BOX(&merge_));                   \
     m.impl("merge_backward_", TORCH_BOX(&merge_backward_)); \
-    m.impl("merged_linear_", TORCH_BOX(&merged_linear_));   \
     m.impl("prepare_", TORCH_BOX(&prepare_));               \
     m.impl("merge_prepared_", TORCH_BOX(&merge_prepared_)); \
     m.impl("elementwise_", TORCH_BOX(&elementwise_));       \

@@ -89,8 +89,6 @@ int main() {
     expect("rule", merge3_elementwise(&c.context, 9, 2, 1, &c.tensor, &c.lambda, &c.lambda), MERGE3_INVALID_ARGUMENT, "rule 9: expected 0 to 4");
     expect("nearswap", merge3_elementwise(&c.context, MERGE3_NEARSWAP, 2, 1, &c.tensor, &c.lambda, &c.lambda), MERGE3_INVALID_ARGUMENT,
            "rule 0 takes 1 expert, found 2");
-    expect("linear", merge3_merged_linear(&c.context, &c.modes, &c.tensor, c.coefficients, 1.0f, c.first.data(), 1, nullptr, c.out.data()),
-           MERGE3_UNSUPPORTED, "needs a GPU");
   }
   {  // A table prepared once, merged with other coefficients each time.
     Case c;

@@ -13,7 +13,7 @@ import pytest
 from tests.kernels.emulation.library import HERE, ROOT, SANITIZE, build, environment
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")
-SUITES = ("test_merge.py", "test_statistics.py", "test_backward.py", "test_packed.py", "test_linear.py")
+SUITES = ("test_merge.py", "test_statistics.py", "test_backward.py", "test_packed.py")
 
 
 @pytest.fixture(scope="module")

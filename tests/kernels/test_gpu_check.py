@@ -30,9 +30,9 @@ def read(out):
 
 def test_every_step_that_needs_no_gpu(tmp_path):
     steps = rehearse(tmp_path, "measure", "memcheck")
-    assert list(steps) == ["bandwidth", "candidate", "eager", "linear", "overlap", "memcheck"]
+    assert list(steps) == ["bandwidth", "candidate", "eager", "overlap", "memcheck"]
     rows = {step: result["rows"] for step, result in steps.items()}
-    assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2 and len(rows["linear"]) == 4
+    assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2
     assert [row["mode"] for row in rows["overlap"]] == ["in one launch", "overlapped"]
     assert len({(r["experts"], r["sparsify"], r["elect"], r["normalize"]) for r in rows["bandwidth"]}) == 45
     assert all("seconds" in result and "cut" not in result for result in steps.values())
@@ -155,7 +155,6 @@ def test_the_report_is_made_of_the_measures(tmp_path):
         "overlap": {"rows": [{"mode": "a", "ms": 1.0}]},
         "eager": {"rows": [{"mode": "plain", "ms": 1.0, "eager_ms": 30.0, "times": 30.0}]},
         "candidate": {"rows": [{"shape": "1B", "swap_ms": 1.0, "answers_ms": 2.0}], "notes": ["7B left out"]},
-        "linear": {"rows": [{"rows": 1, "merged_linear_ms": 1.0, "swap_and_linear_ms": 2.0}]},
     }
     machine = {"torch": "2", "gpu": "Some GPU 80GB"}
     gpu_report.write({"machine": machine, "steps": steps}, tmp_path / "new")

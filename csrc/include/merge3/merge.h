@@ -101,7 +101,7 @@ typedef struct {
 } merge3_executor;
 
 /* On a GPU, calls do not depend on the calling thread's current device, and leave it as it was. Those that
- * take or give host memory (all but merge3_merge_resident and merge3_merged_linear) are refused, with
+ * take or give host memory (all but merge3_merge_resident) are refused, with
  * MERGE3_UNSUPPORTED, while the stream is captured for a CUDA graph. */
 typedef struct {
   int32_t device; /* merge3_device */
@@ -135,14 +135,6 @@ merge3_status merge3_merge_backward(const merge3_context *context, const merge3_
                                     const merge3_coefficient *coefficients, const float *lambda,
                                     double *weight_gradient, double *rescale_gradient,
                                     double *lambda_gradient);
-
-/* y [rows, N] = x [rows, columns] W^T + bias, W [N, columns] being the merge of one tensor, which is not
- * written (its `out` is not used). x, bias (or NULL) and y have the tensor's dtype, float16 or bfloat16,
- * and so has W when it meets x. CUDA only: elsewhere merge slices and multiply by them. */
-merge3_status merge3_merged_linear(const merge3_context *context, const merge3_modes *modes,
-                                   const merge3_tensor *tensor,
-                                   const merge3_coefficient *coefficients, float lambda,
-                                   const void *x, int64_t rows, const void *bias, void *y);
 
 /* Methods whose per-element rule is not a sparsified, elected, scaled sum. */
 typedef enum {
