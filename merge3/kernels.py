@@ -123,7 +123,7 @@ def merge_(
 
 class Prepared:
     """A merge whose tensors stay where they are. Their table is checked once and lies beside them, so that a
-    run uploads coefficients and launches one kernel: no check, no synchronisation.
+    run uploads coefficients and launches a kernel, or one for each dtype: no check, no synchronisation.
 
     `launch` alone can be captured in a CUDA graph; `upload` before a replay changes what it merges. Arguments
     as for merge_; the tensors are kept alive.
@@ -138,13 +138,13 @@ class Prepared:
         count = len(rank_tables) if sparsify in PACKED else len(experts)
         self._count, self._experts = len(out), count // max(1, len(out))
         self._sparsify = sparsify
-        head = 8 * (self._count + 1)
-        table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
+        blocks = sum(-(-o.numel() // CHUNK) for o in out)
+        table = torch.empty(blocks * _C.block_bytes + self._count * _C.tensor_bytes, dtype=torch.uint8)
+        self._plan = torch.zeros(_C.merge_kernels, dtype=torch.int64)
         ids = torch.arange(self._count) if ids is None else ids
         tensors = list(out), list(base), list(experts)
         mode = _mode(sparsify, SPARSIFY + PACKED, "sparsify")
-        call(torch.ops.merge3.prepare_, table, *tensors, ids, list(rank_tables), mode)
-        self._chunks = int(table[head - 8 : head].view(torch.int64))
+        call(torch.ops.merge3.prepare_, table, self._plan, *tensors, ids, list(rank_tables), mode)
         device = out[0].device
         self._table = table.to(device)
         self._coefficients = torch.empty(self._count, self._experts, FIELDS, device=device)
@@ -166,7 +166,7 @@ class Prepared:
         if modes.sparsify != self._sparsify:
             raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
         sparsify, elect, seed = numbers(modes)
-        prepared = self._table, self._coefficients, self._lambda, self._count, self._chunks, self._experts
+        prepared = self._table, self._plan, self._coefficients, self._lambda, self._count, self._experts
         call(torch.ops.merge3.merge_prepared_, *prepared, sparsify, elect, modes.normalize, seed)
 
 

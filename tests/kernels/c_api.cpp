@@ -92,11 +92,15 @@ int main() {
   }
   {  // A table prepared once, merged with other coefficients each time.
     Case c;
-    int64_t first[2];
-    expect("prepare", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, first), MERGE3_OK, "");
+    merge3_plan plan;
+    merge3_block blocks[1] = {{7, 7}};
+    expect("count", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, &plan, nullptr), MERGE3_OK, "");
+    expect("no plan", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, nullptr, nullptr), MERGE3_INVALID_ARGUMENT, "plan is NULL");
+    expect("prepare", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, &plan, blocks), MERGE3_OK, "");
+    if (plan.blocks[0] + plan.blocks[1 + c.tensor.dtype] != 1 || blocks[0].tensor || blocks[0].chunk) ++failures, std::printf("plan\n");
     for (float weight : {0.25f, 1.0f}) {
       for (auto& x : c.coefficients) x.weight = weight;
-      expect("resident", merge3_merge_resident(&c.context, &c.modes, 1, first[1], &c.tensor, first, c.coefficients, &c.lambda), MERGE3_OK, "");
+      expect("resident", merge3_merge_resident(&c.context, &c.modes, 1, &plan, &c.tensor, blocks, c.coefficients, &c.lambda), MERGE3_OK, "");
       if (c.out[63] != 1.0f + weight * 4.0f) ++failures, std::printf("resident: %g\n", double(c.out[63]));
     }
   }
