@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 STAGES = {
     "measure": ("build", "bandwidth", "candidate", "eager", "overlap"),
-    "check": ("build", "tests", "memcheck", "racecheck"),
+    "check": ("build", "tests", "memcheck", "racecheck", "variants"),
 }
 STEPS = tuple(dict.fromkeys(step for steps in STAGES.values() for step in steps))
 RESULTS = Path(__file__).with_name("results")
@@ -123,6 +123,11 @@ def tests(device: torch.device):
             yield {"check": name, "result": str(error)[-600:]}
     if failures:
         raise RuntimeError("\n".join(failures))
+
+
+def variants(device: torch.device):
+    """Other sizes of blocks and depths of loads: each is a build of its own."""
+    yield from import_module("gpu_variants").variants(device)
 
 
 def memcheck(device: torch.device):

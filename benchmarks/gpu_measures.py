@@ -151,15 +151,15 @@ def small_case(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def swaps(shape: str, count: int, device: torch.device):
-    """All modes at one shape, each next to a copy. Layers that do not fit the device are left out, in whole; how many
-    were used is reported."""
+def swaps(shape: str, count: int, device: torch.device, kinds=kernels.SPARSIFY):
+    """All modes of these kinds at one shape, each next to a copy. Layers that do not fit the device are left out, in
+    whole; how many were used is reported."""
     shapes, layers = shapes_of(shape, count, device)
     base, experts = random_models(shapes, count, device)
     out = [torch.empty_like(b) for b in base]
     size, copies, tables = sum(b.nbytes for b in base), [], ()
     moved = (count + 2) * size
-    for sparsify in sorted(kernels.SPARSIFY, key=lambda name: name == "ranked"):  # the one that needs tables comes last
+    for sparsify in sorted(kinds, key=lambda name: name == "ranked"):  # the one that needs tables comes last
         if sparsify == "ranked":
             tables = kernels.rank_tables(base, experts, len(base))[0]
         for mode in (Modes(sparsify, e, n) for e, n in (("none", False), ("sum", False), ("count", True))):

@@ -1,5 +1,5 @@
-"""What the machine code of a CUDA kernel does: how many loads it has under way before it needs the first, how it stores,
-how many instructions its loop takes. From NVIDIA's nvdisasm, or from PTX where there is none.
+"""What the machine code of a CUDA kernel does: how many loads it has under way before it needs the first, how it
+stores, how many instructions its loop takes. From NVIDIA's nvdisasm, or from PTX where there is none.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def registers(text: str, dialect: Dialect) -> set[int]:
 def loop_paths(lines: list[str], load: int) -> tuple[int, int]:
     """Instructions on the shortest and the longest way through the innermost loop around a line, called code aside."""
     labels = {m[1]: at for at, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
-    target = {at: labels.get(m[1]) for at, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))}
+    jump = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+    target = {at: labels.get(m[1]) for at, line in enumerate(lines) if (m := jump.search(line))}
     ends = [at for at, to in target.items() if to is not None and to <= load < at]
     if not ends:
         return 0, 0
@@ -105,7 +106,7 @@ def loop_paths(lines: list[str], load: int) -> tuple[int, int]:
         one = bool(re.match(r"\s*/\*[0-9a-f]+\*/", lines[at]))
         after = [at + 1]
         if (to := target.get(at)) is not None and at < to <= end:
-            after = [to] if re.search(r"\*/\s+BRA ", lines[at]) and "P" not in lines[at].split("BRA")[1].split("`")[0] else [at + 1, to]
+            after = [to] if re.search(r"\*/\s+BRA `", lines[at]) else [at + 1, to]
         shortest[at] = one + min(shortest[to] for to in after)
         longest[at] = one + max(longest[to] for to in after)
     return shortest[target[end]], longest[target[end]]

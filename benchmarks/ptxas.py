@@ -2,11 +2,11 @@
 
 python benchmarks/ptxas.py [--save] [--arch 90] [--source merge_3.cu]
 
-Registers, shared memory, stack and spills of every kernel; the time to compile its file; and of the fused merges
-(merge_1.cu .. merge_8.cu) what makes them fast: stores of 16 bytes, all K + 1 inputs asked for before the first is used.
-Ends with 1 where a kernel spills registers or a fused merge does not do that: `make check-cuda`, and CI. The machine code
-is read with nvdisasm, which is in the CUDA toolkit or in the package nvidia-cuda-nvdisasm; where there is none, PTX
-stands for it, and instructions are not counted.
+Registers, shared memory, stack and spills of every kernel; the processor time to compile its file; and of the fused
+merges (merge_1.cu .. merge_8.cu) what makes them fast: stores of 16 bytes, all K + 1 inputs asked for before the first
+is used. Ends with 1 where a kernel spills registers or a fused merge does not do that: `make check-cuda`, and CI. The
+machine code is read with nvdisasm, which is in the CUDA toolkit or in the package nvidia-cuda-nvdisasm; where there is
+none, PTX stands for it, and instructions are not counted.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> None:
     read = "machine code" if nvdisasm else "PTX"
     parts = [(f"What each CUDA kernel takes (nvcc {version})", *by_family(kernels, seconds))]
     parts.append((f"The fused merge of bfloat16 for sm_90, eight elements at a time ({read})", *by_mode(fused)))
-    data = {name: [dict(zip(columns, row)) for row in rows] for name, (_, columns, rows) in zip(("rows", "fused"), parts)}
+    as_dicts = lambda part: [dict(zip(part[1], row)) for row in part[2]]
+    data = {"rows": as_dicts(parts[0]), "fused": as_dicts(parts[1])}
     report("ptxas", "\n\n".join(table(*part) for part in parts if part[2]), data, options.save)
     if wrong := [f"{k['name']} for sm_{k['arch']}: {fault}" for k in kernels if (fault := fault_of(k))]:
         sys.exit(f"{len(wrong)} kernels are not what they should be, the first: {wrong[0]}")
@@ -129,7 +130,8 @@ def printed(*command: str) -> str:
 
 def toolkit() -> Path | None:
     """Where nvcc's own files are: the one on the path may be a script that calls another."""
-    found = re.search(r"^#\$ TOP=(.*)$", printed("nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", "unused.o"), re.M)
+    said = printed("nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", "unused.o")
+    found = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
     return Path(found[1].strip()) if found else None
 
 
@@ -137,10 +139,20 @@ def assemble(source: Path, arch: str, nvdisasm: str | None) -> tuple[list[dict],
     """One row per kernel of a source, and the processor time that it took to compile."""
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        command = ["nvcc", "-std=c++20", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-ffp-contract=off", "-Xptxas", "-v"]
+        command = [
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            "--fmad=false",
+            "-Xcompiler",
+            "-fPIC,-ffp-contract=off",
+            "-Xptxas",
+            "-v",
+        ]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "--keep", "--keep-dir", directory]
+        command += ["-c", str(source), "-o", f"{directory}/object.o"]
         with open(folder / "said", "w+") as said:
-            process = subprocess.Popen([*command, "-c", str(source), "-o", f"{directory}/object.o"], stdout=said, stderr=said)
+            process = subprocess.Popen(command, stdout=said, stderr=said)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             said.seek(0)
@@ -150,7 +162,8 @@ def assemble(source: Path, arch: str, nvdisasm: str | None) -> tuple[list[dict],
         codes: dict[str, machine_code.Code] = {}
         if source.name.startswith("merge_"):
             for file in folder.glob("*.cubin" if nvdisasm else "*.ptx"):
-                codes |= machine_code.disassemble(nvdisasm, file) if nvdisasm else machine_code.read_ptx(file)
+                found = machine_code.disassemble(nvdisasm, file) if nvdisasm else machine_code.read_ptx(file)
+                codes.update(found)
     return [row_of(source, arch, *found, codes) for found in entries(text)], used.ru_utime
 
 

@@ -107,7 +107,8 @@ def merge_(
     and `signs` the T·K bit masks (see pack). `signs` reads no experts: give none.
     offsets, columns: int64 CPU [T], where the given tensors are slices: each one's first element within
     its whole tensor (a multiple of CHUNK) and that tensor's last dimension. Slices give the bits of the whole.
-    Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
+    Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count, and the same bits on CPU and
+    GPU, but for the payload of a NaN. `out` may be `base`.
     Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch, or an overlap; and
     while a CUDA graph is captured, which would not keep the coefficients: capture Prepared.launch.
     TIES: Yadav et al. 2023, Algorithm 1; DARE: Yu et al. 2024; DELLA: Deep et al. 2024.
@@ -193,7 +194,7 @@ def elementwise_(
 def gram(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int) -> torch.Tensor:
     """Inner products of [θ, τ_1, .., τ_K] per tensor: float64 [T, K+1, K+1]; θ = 0 where base is empty.
 
-    Not finite exactly where some input of that row or column is not.
+    Not finite exactly where some input of that row or column is not. Last bits may differ between CPU and GPU.
     """
     k = len(experts) // max(1, tensors)
     result = torch.empty(tensors, k + 1, k + 1, dtype=torch.float64)

@@ -31,10 +31,7 @@ def call(op, *arguments):
         return torch.empty(0, dtype=x.dtype, device=TARGET).set_(target, x.storage_offset(), x.shape, x.stride())
 
     # Lists are device memory, single tensors host memory.
-    moved = [
-        [there(x) for x in value] if isinstance(value, list) else value
-        for value in arguments
-    ]
+    moved = [[there(x) for x in value] if isinstance(value, list) else value for value in arguments]
     try:
         return _call(op, *moved)
     finally:

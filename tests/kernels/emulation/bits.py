@@ -17,11 +17,13 @@ from tests.kernels.test_merge import make_case, random_coefficients
 SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), 8, 1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = [*itertools.product(kernels.SPARSIFY, kernels.ELECT, (False, True))]
-PACKED = [(s, e, n) for s in kernels.PACKED for e, n in (("none", False), ("none", True), ("sum", True), ("count", False))]
+ELECTED = (("none", False), ("none", True), ("sum", True), ("count", False))
+PACKED = [(sparsify, *how) for sparsify in kernels.PACKED for how in ELECTED]
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()[:16]
+    every = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return hashlib.sha256(every).hexdigest()[:16]
 
 
 def off_by_one(tensor):
