@@ -8,7 +8,7 @@ namespace merge3 {
 namespace {
 
 template <int K>
-__global__ void __launch_bounds__(kThreads) general_kernel(const MergeArgs a) {
+__global__ void __launch_bounds__(kThreads, 1) general_kernel(const MergeArgs a) {
   const Span span = span_of(a.work);
   const merge3_tensor& tensor = span.tensor;
   const merge3_coefficient* c = a.coefficients + span.t * K;
