@@ -62,8 +62,10 @@ lint: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-# nvcc over every CUDA source, for every architecture: it compiles, and no kernel spills registers.
+# nvcc over every CUDA source, for every architecture: it compiles, no kernel spills registers, and the machine code of
+# the fused merges has its loads and stores as they should be. Without the disassembler PTX stands for it.
 check-cuda: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm || echo "no nvdisasm: PTX is read instead"
 	$(BIN)/python benchmarks/ptxas.py
 
 bench: $(VENV)/.parity

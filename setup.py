@@ -2,6 +2,7 @@
 
 MERGE3_CUDA=0|1|auto: auto adds the CUDA kernels where nvcc and a CUDA build of torch are both there.
 MERGE3_ARCHITECTURES: compute capabilities to build for, such as 90 or 80,90,120.
+MERGE3_CUDA_FLAGS: more for nvcc, such as -DMERGE3_DEPTH=2 (see csrc/cuda/merge.cuh).
 """
 
 import glob
@@ -20,6 +21,7 @@ from setuptools.command.build_py import build_py
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 ARCHITECTURES = os.environ.get("MERGE3_ARCHITECTURES", "80,90,120").split(",")
+CUDA_FLAGS = shlex.split(os.environ.get("MERGE3_CUDA_FLAGS", ""))
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 
 
@@ -63,7 +65,9 @@ def compile_kernels(cuda: bool) -> list[str]:
     must not get its fast-math or half-operator flags.
     """
     folder = Path("build") / ("kernels-cuda" if cuda else "kernels")
-    folder.mkdir(parents=True, exist_ok=True)
+    # A build with other flags for nvcc leaves this one's objects as they are.
+    folders = {".cpp": folder, ".cu": folder / "".join(c for c in "".join(CUDA_FLAGS) if c.isalnum())}
+    folders[".cu"].mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, "-fPIC", *(["-DMERGE3_WITH_CUDA"] if cuda else [])]
     # Each with PTX, which GPUs between and beyond them (sm_100, say) compile when they load the kernels.
     gencode = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in ARCHITECTURES]
@@ -77,6 +81,7 @@ def compile_kernels(cuda: bool) -> list[str]:
         "-Xcompiler",
         "-fPIC,-ffp-contract=off",
         *gencode,
+        *CUDA_FLAGS,
         f'-DMERGE3_ARCHITECTURES="{" ".join(ARCHITECTURES)}"',
     ]
     compilers = {".cpp": [os.environ.get("CXX", "c++"), *flags], ".cu": nvcc}
@@ -86,9 +91,9 @@ def compile_kernels(cuda: bool) -> list[str]:
     )
 
     def compile_one(source: Path) -> str:
-        target = folder / f"{source.name}.o"
+        target = folders[source.suffix] / f"{source.name}.o"
         command = [*compilers[source.suffix], "-c", str(source), "-o", str(target)]
-        record = folder / f"{source.name}.command"
+        record = target.with_suffix(".command")
         fresh = target.exists() and record.exists() and record.read_text() == " ".join(command)
         if not fresh or target.stat().st_mtime < max(changed, source.stat().st_mtime):
             record.unlink(missing_ok=True)
@@ -96,9 +101,10 @@ def compile_kernels(cuda: bool) -> list[str]:
             record.write_text(" ".join(command))
         return str(target)
 
-    # The largest first: the loops of one instruction set take as long as all small files together.
+    # The largest first: the loops of one instruction set take as long as all small files together, and the fused merge
+    # of eight experts twice as long as that of one.
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_one, sorted(sources, key=lambda s: ("merge" not in s.name, s.name))))
+        return list(pool.map(compile_one, sorted(sources, key=lambda s: ("merge" in s.name, s.name), reverse=True)))
 
 
 def extensions(cuda: bool) -> list[Extension]:

@@ -34,8 +34,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import torch  # noqa: E402
 
 STAGES = {
-    "measure": ("build", "bandwidth", "candidate", "eager", "linear", "overlap"),
-    "check": ("build", "tests", "memcheck", "racecheck"),
+    "measure": ("build", "bandwidth", "candidate", "eager", "overlap"),
+    "check": ("build", "tests", "memcheck", "racecheck", "variants"),
 }
 STEPS = tuple(dict.fromkeys(step for steps in STAGES.values() for step in steps))
 RESULTS = Path(__file__).with_name("results")
@@ -107,7 +107,7 @@ def build(device: torch.device):
 def tests(device: torch.device):
     """The kernel suite with its tensors on the GPU, then what only a GPU can show."""
     file = lambda name: str(ROOT / "tests" / "kernels" / f"test_{name}.py")
-    suites = [file(name) for name in ("merge", "statistics", "backward", "packed", "linear")]
+    suites = [file(name) for name in ("merge", "statistics", "backward", "packed")]
     # Other processes, other instruction sets, addresses that no GPU memory has, tables that stay on the device.
     skipped = ("instruction_set", "prepare", "bad_arguments", "threads", "opcheck", "build_step")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MERGE3_TEST_TARGET": str(device)}
@@ -123,6 +123,11 @@ def tests(device: torch.device):
             yield {"check": name, "result": str(error)[-600:]}
     if failures:
         raise RuntimeError("\n".join(failures))
+
+
+def variants(device: torch.device):
+    """Other sizes of blocks and depths of loads: each is a build of its own."""
+    yield from import_module("gpu_variants").variants(device)
 
 
 def memcheck(device: torch.device):

@@ -13,10 +13,8 @@ from merge3 import Pool, Recipe, Slot, kernels, packed
 from merge3.differentiable import merged
 from merge3.errors import ResourceError
 from merge3.kernels import Modes
-from merge3.linear import merged_linear
 from merge3.reference import merge_ref
 
-LINEAR_ROWS = (1, 16, 128, 1024)
 # (hidden, intermediate, layers, heads, vocabulary): Llamas of about so many parameters.
 SHAPES = {
     "tiny": (64, 128, 2, 4, 500),
@@ -106,23 +104,6 @@ def parameters_of(shape: str) -> int:
     return layers * (4 * hidden * hidden + 3 * hidden * inner + 2 * hidden) + 2 * words * hidden + hidden
 
 
-def linear(device: torch.device):
-    """merged_linear against a swap of that one weight followed by a product."""
-    size = 4096 if device.type == "cuda" else 256
-    base, experts = random_models([(size, size)], 3, device)
-    weight, c = torch.empty_like(base[0]), coefficients(1, 3)
-    prepared = prepare([weight], base, experts, "magnitude")
-    for count in LINEAR_ROWS:
-        x = torch.randn(count, size, device=device).to(torch.bfloat16)
-
-        def both(x=x):
-            prepared.launch(elected())
-            return torch.nn.functional.linear(x, weight)
-
-        direct = timed(lambda x=x: merged_linear(x, base[0], experts, c[0], 1.0, elected()), device)
-        yield {"rows": count, "merged_linear_ms": 1e3 * direct, "swap_and_linear_ms": 1e3 * timed(both, device)}
-
-
 def overlap(device: torch.device):
     """First answers after a swap, with the layers' merges ahead of the forward pass and without."""
     with tempfile.TemporaryDirectory() as directory:
@@ -164,22 +145,21 @@ def small_case(device: torch.device) -> None:
     kernels.order_statistics(base, experts, torch.tensor([[1, 5]] * 3))
     packed.pack_signs(base, experts).merge_(out, base, torch.ones(3, 3))
     packed.unify(base, experts).swap_(out, base, 1)
-    merged_linear(torch.randn(5, 65, device=device).bfloat16(), base[0], experts[:3], c[0])
     c.requires_grad_()
     sum(o.float().sum() for o in merged(base, experts, c, lam, Modes("magnitude", "sum", True))).backward()
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def swaps(shape: str, count: int, device: torch.device):
-    """All modes at one shape, each next to a copy. Layers that do not fit the device are left out, in whole; how many
-    were used is reported."""
+def swaps(shape: str, count: int, device: torch.device, kinds=kernels.SPARSIFY):
+    """All modes of these kinds at one shape, each next to a copy. Layers that do not fit the device are left out, in
+    whole; how many were used is reported."""
     shapes, layers = shapes_of(shape, count, device)
     base, experts = random_models(shapes, count, device)
     out = [torch.empty_like(b) for b in base]
     size, copies, tables = sum(b.nbytes for b in base), [], ()
     moved = (count + 2) * size
-    for sparsify in sorted(kernels.SPARSIFY, key=lambda name: name == "ranked"):  # the one that needs tables comes last
+    for sparsify in sorted(kinds, key=lambda name: name == "ranked"):  # the one that needs tables comes last
         if sparsify == "ranked":
             tables = kernels.rank_tables(base, experts, len(base))[0]
         for mode in (Modes(sparsify, e, n) for e, n in (("none", False), ("sum", False), ("count", True))):

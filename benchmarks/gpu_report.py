@@ -74,10 +74,8 @@ def sections(machine: dict, steps: dict) -> list[str]:
         shown = [[r["shape"], f"{r['swap_ms']:.1f}", f"{r['answers_ms']:.1f}"] for r in rows]
         title = "A candidate, 3 experts: swap, then 60 prompts of 128 tokens"
         lines.append(table(title, ["model", "swap ms", "answers ms"], shown))
-    if rows := rows_of("linear"):
-        shown = [[r["rows"], f"{r['merged_linear_ms']:.3f}", f"{r['swap_and_linear_ms']:.3f}"] for r in rows]
-        title = "merged_linear, 4096 x 4096, 3 experts"
-        lines.append(table(title, ["rows of x", "merged_linear ms", "swap + linear ms"], shown))
+    if rows := rows_of("variants"):
+        lines.append(table(*by_variant(rows)))
     if rows := rows_of("overlap"):
         title = "Swap and first batch, 0.4 B parameters, 2 experts, wall time"
         lines.append(table(title, [r["mode"] for r in rows], [[f"{r['ms']:.1f} ms" for r in rows]]))
@@ -88,6 +86,22 @@ def sections(machine: dict, steps: dict) -> list[str]:
         lines.append(table("Checks", ["check", "result"], shown))
     lines += [f"{step}: {note}" for step, result in steps.items() for note in result.get("notes", [])]
     return [*lines, ", ".join(f"{k} {v}" if k != "gpu" else v for k, v in machine.items())]
+
+
+def by_variant(rows: list[dict]) -> tuple[str, list[str], list[list]]:
+    """A column for each variant; the best of a row stands out."""
+    names = list(dict.fromkeys(r["variant"] for r in rows))
+    cases: dict[tuple, dict[str, float]] = {}
+    for r in rows:
+        elect = r["elect"] + (", normalized" if r["normalize"] else "")
+        cases.setdefault((r["experts"], r["sparsify"], elect), {})[r["variant"]] = r["of_copy"]
+    shown = []
+    for case, found in cases.items():
+        best = max(found.values())
+        cells = [f"{found[n]:.2f}" if n in found else "" for n in names]
+        shown.append([*case, *(f"**{c}**" if found.get(n) == best else c for n, c in zip(names, cells))])
+    title = f"Builds of the fused merge, {rows[0]['shape']}, bfloat16, of a copy in the same run"
+    return title, ["experts", "sparsify", "elect", *names], shown
 
 
 def one_line(text: str) -> str:

@@ -9,6 +9,7 @@
 #include "cpu/loops.h"
 #include "cpu/threads.h"
 #include "cuda/launch.h"
+#include "plan.h"
 
 namespace merge3 {
 namespace {
@@ -59,40 +60,33 @@ using namespace merge3;
 extern "C" {
 
 merge3_status merge3_prepare(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
-                             const merge3_tensor* table, int64_t* first) {
+                             const merge3_tensor* table, merge3_plan* plan, merge3_block* blocks) {
   return guarded([&]() -> merge3_status {
-    if (merge3_status s = check_modes(modes)) return s;
-    if (merge3_status s = check(context, modes->experts, tensors, table, true, modes->sparsify != MERGE3_SIGNS)) return s;
-    if (modes->sparsify > MERGE3_KEEP_BAND)
-      if (merge3_status s = check_masks(table, tensors, modes->experts)) return s;
-    for (int64_t t = 0; t < tensors; ++t)
-      if (table[t].offset < 0 || table[t].offset % kChunk)
-        return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: a slice from element %lld: expected a multiple of %lld",
-                    (long long)t, (long long)table[t].offset, (long long)kChunk);
-    if (modes->sparsify == MERGE3_KEEP_RANKED)
-      if (merge3_status s = check_rows(table, tensors, modes->experts, "a ranked keep", true)) return s;
-    count_chunks(table, tensors, first);
+    if (merge3_status s = check_merge(context, modes, tensors, table)) return s;
+    if (!plan) return fail(MERGE3_INVALID_ARGUMENT, "plan is NULL");
+    *plan = plan_merge(*modes, tensors, table, blocks);
     return MERGE3_OK;
   });
 }
 
 merge3_status merge3_merge_resident(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
-                                    int64_t chunks, const merge3_tensor* table, const int64_t* first,
+                                    const merge3_plan* plan, const merge3_tensor* table, const merge3_block* blocks,
                                     const merge3_coefficient* coefficients, const float* lambda) {
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check_modes(modes)) return s;
     if (merge3_status s = check_context(context)) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     if (tensors <= 0) return MERGE3_OK;
-    MERGE3_ON_DEVICE(
-        kLaunches, merge_resident_cuda(*modes, tensors, chunks, table, first, coefficients, lambda, context->stream));
-    const ChunkRange range{first, tensors};
+    if (context->device == MERGE3_CUDA && (!plan || !blocks)) return fail(MERGE3_INVALID_ARGUMENT, "plan or blocks is NULL");
+    MERGE3_ON_DEVICE(kLaunches, merge_resident_cuda(*modes, *plan, table, blocks, coefficients, lambda, context->stream));
+    (void)plan, (void)blocks;
+    const Chunks range(table, tensors);
     int64_t bytes = 0;
     for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * element_size(table[t].out_dtype);
     const MergeCall call{modes, table, coefficients, lambda, &range, bytes > kCached};
     const bool packed = modes->sparsify > MERGE3_KEEP_BAND;
     const Loops& loop = loops();
-    parallel(*context, chunks, [&](int64_t from, int64_t to) { packed ? loop.packed(call, from, to) : void(loop.merge(call, from, to)); });
+    parallel(*context, range.count(), [&](int64_t from, int64_t to) { packed ? loop.packed(call, from, to) : void(loop.merge(call, from, to)); });
     return MERGE3_OK;
   });
 }
@@ -101,11 +95,10 @@ merge3_status merge3_merge(const merge3_context* context, const merge3_modes* mo
                            const merge3_tensor* table, const merge3_coefficient* coefficients,
                            const float* lambda) {
   return guarded([&]() -> merge3_status {
-    std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
-    if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (merge3_status s = check_merge(context, modes, tensors, table)) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     MERGE3_ON_DEVICE(kCopies, merge_cuda(*modes, tensors, table, coefficients, lambda, context->stream));
-    return merge3_merge_resident(context, modes, tensors, first.back(), table, first.data(), coefficients, lambda);
+    return merge3_merge_resident(context, modes, tensors, nullptr, table, nullptr, coefficients, lambda);
   });
 }
 
@@ -114,11 +107,10 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
                                     const float* lambda, double* weight_gradient, double* rescale_gradient,
                                     double* lambda_gradient) {
   return guarded([&]() -> merge3_status {
-    std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
-    if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (merge3_status s = check_merge(context, modes, tensors, table)) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     if (modes->sparsify > MERGE3_KEEP_BAND) return fail(MERGE3_UNSUPPORTED, "packed merges have no gradient");
-    const ChunkRange range{first.data(), tensors};
+    const Chunks range(table, tensors);
     const int64_t width = 2 * modes->experts + 1;
     std::vector<double> partial(size_t(range.count() * width));
 #if defined(MERGE3_WITH_CUDA)
@@ -135,7 +127,7 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
     }
     for (int64_t t = 0; t < tensors; ++t) {
       double sums[2 * MERGE3_MAX_EXPERTS + 1] = {};
-      for (int64_t c = first[size_t(t)]; c < first[size_t(t) + 1]; ++c)
+      for (int64_t c = range.first[t]; c < range.first[t + 1]; ++c)
         for (int64_t s = 0; s < width; ++s) sums[s] += partial[size_t(c * width + s)];
       for (int32_t k = 0; k < modes->experts; ++k) {
         weight_gradient[t * modes->experts + k] = sums[2 * k];
@@ -143,27 +135,6 @@ merge3_status merge3_merge_backward(const merge3_context* context, const merge3_
       }
       lambda_gradient[t] = sums[width - 1];
     }
-    return MERGE3_OK;
-  });
-}
-
-merge3_status merge3_merged_linear(const merge3_context* context, const merge3_modes* modes, const merge3_tensor* tensor,
-                                   const merge3_coefficient* coefficients, float lambda, const void* x, int64_t rows,
-                                   const void* bias, void* y) {
-  return guarded([&]() -> merge3_status {
-    if (merge3_status s = check_modes(modes)) return s;
-    if (merge3_status s = check(context, modes->experts, 1, tensor, false)) return s;
-    if (context->device != MERGE3_CUDA || modes->sparsify > MERGE3_KEEP_BAND || tensor->dtype == MERGE3_FLOAT32)
-      return fail(MERGE3_UNSUPPORTED, "merged_linear needs a GPU, an unpacked mode and a 16-bit dtype");
-    if (merge3_status s = check_rows(tensor, 1, modes->sparsify == MERGE3_KEEP_RANKED ? modes->experts : 0, "merged_linear")) return s;
-    if (rows < 0 || (rows && tensor->numel && (!x || !y))) return fail(MERGE3_INVALID_ARGUMENT, "%lld rows, or x or y is NULL", (long long)rows);
-#if defined(MERGE3_WITH_CUDA)
-    if (rows && tensor->numel)
-      MERGE3_ON_DEVICE(
-          kLaunches, linear_cuda(*modes, *tensor, coefficients, lambda, x, rows, bias, y, context->stream));
-#else
-    (void)coefficients, (void)lambda, (void)bias;
-#endif
     return MERGE3_OK;
   });
 }

@@ -1,4 +1,4 @@
-// One element of the backward pass of a merge, the same for a CPU loop and a CUDA thread.
+// One element of the backward pass of a merge; what decides whether it is kept where modes are only known at run time.
 #pragma once
 #include "merge_math.h"
 
@@ -47,9 +47,13 @@ MERGE3_HD void backward_element(const merge3_tensor& tensor, const merge3_modes&
                                 const float (&expert)[K], const int32_t (&draw)[K], double (&sums)[2 * K + 1]) {
   const int32_t hash = tie_hash(whole, tensor.id);
   Keep<float, K> keep;
+  bool kept[K];
   MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) decide(tensor, modes.sparsify, c[k], bounds, k, whole, hash, draw[k], keep);
-  merge_gradient<K>(g, theta, expert, c, p, keep, modes, tensor.base != nullptr, sums);
+  for (int k = 0; k < K; ++k) {
+    decide(tensor, modes.sparsify, c[k], bounds, k, whole, hash, draw[k], keep);
+    kept[k] = keeps(expert[k] - theta, k, keep, modes.sparsify);
+  }
+  merge_gradient<K>(g, theta, expert, c, p, kept, modes.elect, modes.normalize != 0, tensor.base != nullptr, sums);
 }
 
 }  // namespace merge3

@@ -102,4 +102,18 @@ inline merge3_status check_masks(const merge3_tensor* table, int64_t tensors, in
   return MERGE3_OK;
 }
 
+// What every merge of a table asks of it.
+inline merge3_status check_merge(const merge3_context* context, const merge3_modes* modes, int64_t tensors, const merge3_tensor* table) {
+  if (merge3_status s = check_modes(modes)) return s;
+  if (merge3_status s = check(context, modes->experts, tensors, table, true, modes->sparsify != MERGE3_SIGNS)) return s;
+  if (modes->sparsify > MERGE3_KEEP_BAND)
+    if (merge3_status s = check_masks(table, tensors, modes->experts)) return s;
+  for (int64_t t = 0; t < tensors; ++t)
+    if (table[t].offset < 0 || table[t].offset % kChunk)
+      return fail(MERGE3_INVALID_ARGUMENT, "tensor %lld: a slice from element %lld: expected a multiple of %lld", (long long)t,
+                  (long long)table[t].offset, (long long)kChunk);
+  if (modes->sparsify == MERGE3_KEEP_RANKED) return check_rows(table, tensors, modes->experts, "a ranked keep", true);
+  return MERGE3_OK;
+}
+
 }  // namespace merge3

@@ -28,8 +28,9 @@ def merged(
     """The merged tensors, in the shape, dtype and device of the experts; arguments as for kernels.merge_.
 
     Gradients: dL/dw_k = λ Σ g m_k (rescale_k keep_k τ_k − S) / N, with S the merged task vector and N the sum of
-    weights (without S and N where nothing is normalized); likewise rescale and λ. Summed in float64, in a fixed
-    order. Raises BadInput where base or experts ask for a gradient: there is none for them.
+    weights (without S and N where nothing is normalized); likewise rescale and λ. Summed in float64 (on a GPU: eight
+    elements in float32, these sums in float64), in a fixed order.
+    Raises BadInput where base or experts ask for a gradient: there is none for them.
     """
     for name, tensors in (("base", base), ("experts", experts)):
         for i, tensor in enumerate(tensors):

@@ -107,7 +107,8 @@ def merge_(
     and `signs` the T·K bit masks (see pack). `signs` reads no experts: give none.
     offsets, columns: int64 CPU [T], where the given tensors are slices: each one's first element within
     its whole tensor (a multiple of CHUNK) and that tensor's last dimension. Slices give the bits of the whole.
-    Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count. `out` may be `base`.
+    Moves (K + 2) · Σ numel · itemsize bytes. Deterministic for any thread count, and the same bits on CPU and
+    GPU, but for the payload of a NaN. `out` may be `base`.
     Raises BadInput naming the list and index on a dtype, device, size or contiguity mismatch, or an overlap; and
     while a CUDA graph is captured, which would not keep the coefficients: capture Prepared.launch.
     TIES: Yadav et al. 2023, Algorithm 1; DARE: Yu et al. 2024; DELLA: Deep et al. 2024.
@@ -123,7 +124,7 @@ def merge_(
 
 class Prepared:
     """A merge whose tensors stay where they are. Their table is checked once and lies beside them, so that a
-    run uploads coefficients and launches one kernel: no check, no synchronisation.
+    run uploads coefficients and launches a kernel, or one for each dtype: no check, no synchronisation.
 
     `launch` alone can be captured in a CUDA graph; `upload` before a replay changes what it merges. Arguments
     as for merge_; the tensors are kept alive.
@@ -138,13 +139,13 @@ class Prepared:
         count = len(rank_tables) if sparsify in PACKED else len(experts)
         self._count, self._experts = len(out), count // max(1, len(out))
         self._sparsify = sparsify
-        head = 8 * (self._count + 1)
-        table = torch.empty(head + self._count * _C.tensor_bytes, dtype=torch.uint8)
+        blocks = sum(-(-o.numel() // CHUNK) for o in out)
+        table = torch.empty(blocks * _C.block_bytes + self._count * _C.tensor_bytes, dtype=torch.uint8)
+        self._plan = torch.zeros(_C.merge_kernels, dtype=torch.int64)
         ids = torch.arange(self._count) if ids is None else ids
         tensors = list(out), list(base), list(experts)
         mode = _mode(sparsify, SPARSIFY + PACKED, "sparsify")
-        call(torch.ops.merge3.prepare_, table, *tensors, ids, list(rank_tables), mode)
-        self._chunks = int(table[head - 8 : head].view(torch.int64))
+        call(torch.ops.merge3.prepare_, table, self._plan, *tensors, ids, list(rank_tables), mode)
         device = out[0].device
         self._table = table.to(device)
         self._coefficients = torch.empty(self._count, self._experts, FIELDS, device=device)
@@ -166,7 +167,7 @@ class Prepared:
         if modes.sparsify != self._sparsify:
             raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
         sparsify, elect, seed = numbers(modes)
-        prepared = self._table, self._coefficients, self._lambda, self._count, self._chunks, self._experts
+        prepared = self._table, self._plan, self._coefficients, self._lambda, self._count, self._experts
         call(torch.ops.merge3.merge_prepared_, *prepared, sparsify, elect, modes.normalize, seed)
 
 
@@ -193,7 +194,7 @@ def elementwise_(
 def gram(base: Sequence[torch.Tensor], experts: Sequence[torch.Tensor], tensors: int) -> torch.Tensor:
     """Inner products of [θ, τ_1, .., τ_K] per tensor: float64 [T, K+1, K+1]; θ = 0 where base is empty.
 
-    Not finite exactly where some input of that row or column is not.
+    Not finite exactly where some input of that row or column is not. Last bits may differ between CPU and GPU.
     """
     k = len(experts) // max(1, tensors)
     result = torch.empty(tensors, k + 1, k + 1, dtype=torch.float64)
@@ -296,7 +297,6 @@ for _name in (
     "prepare_",
     "merge_prepared_",
     "merge_backward_",
-    "merged_linear_",
     "elementwise_",
     "gram_",
     "order_statistics_",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from merge3 import compact, differentiable, kernels, linear
+from merge3 import compact, differentiable, kernels
 from merge3.kernels import DENSITY, EPSILON, HI, HI_SHARE, LO, LO_SHARE, RANK_BINS, RESCALE, WEIGHT, Modes
 
 _WORD = 0xFFFFFFFF
@@ -231,15 +231,6 @@ def order_statistics_ref(
     return results
 
 
-def merged_linear_ref(
-    x, base, experts, coefficients: torch.Tensor, lambda_: float = 1.0, modes: Modes = Modes(), tensor_id: int = 0
-) -> torch.Tensor:
-    """x · round(merge)ᵀ in float64."""
-    bases = [] if base is None else [base]
-    weight = merge_ref(bases, experts, coefficients[None], torch.tensor([lambda_]), modes, torch.tensor([tensor_id]))[0]
-    return x.double() @ weight.to(experts[0].dtype).double().T
-
-
 def pack_ref(base, experts, tensors: int, unified=()) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Bits as bool tensors in the shape of the experts, and the sums of kernels.pack."""
     k = len(experts) // tensors
@@ -276,7 +267,6 @@ OPS = {
     "elementwise_": Op(kernels.elementwise_, elementwise_ref),
     "gram_": Op(kernels.gram, gram_ref),
     "order_statistics_": Op(kernels.order_statistics, order_statistics_ref),
-    "merged_linear_": Op(linear.merged_linear, merged_linear_ref),
     "pack_": Op(kernels.pack, pack_ref),
     "merge_compact_": Op(compact.merge_compact_, merge_ref),
     "rank_tables_": Op(kernels.rank_tables, rank_tables_ref),

@@ -1,26 +1,23 @@
 // The methods with a per-element rule of their own, on a GPU: one block per chunk.
 // Moves (K + 1) reads + 1 write per element.
+#include "../plan.h"
 #include "launch.cuh"
 
 namespace merge3 {
 namespace {
 
 struct Args {
-  const merge3_tensor* table;
+  Work work;
   const float *scalars, *per_expert;
-  const int64_t* first;
-  int64_t tensors;
   int32_t rule, experts;
 };
 
 __global__ void __launch_bounds__(kThreads) elementwise_kernel(Args a) {
-  const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
-  const merge3_tensor& tensor = a.table[t];
-  const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
-  const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
-  const float scalar = a.scalars[t];
-  const float* weight = a.per_expert + t * a.experts;
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+  const Span span = span_of(a.work);
+  const merge3_tensor& tensor = span.tensor;
+  const float scalar = a.scalars[span.t];
+  const float* weight = a.per_expert + span.t * a.experts;
+  for (int64_t i = span.begin + threadIdx.x; i < span.end; i += kThreads) {
     const float theta = load1(tensor.dtype, tensor.base, i);
     float e[MERGE3_MAX_EXPERTS];
 #pragma unroll
@@ -36,10 +33,7 @@ __global__ void __launch_bounds__(kThreads) elementwise_kernel(Args a) {
       case MERGE3_RAM: out = ram(theta, e, a.experts, scalar, weight); break;
       default: out = sce(theta, e, a.experts, scalar, weight); break;
     }
-    if (tensor.out_dtype == MERGE3_FLOAT32) static_cast<float*>(tensor.out)[i] = out;
-    else
-      static_cast<uint16_t*>(tensor.out)[i] =
-          tensor.out_dtype == MERGE3_BFLOAT16 ? uint16_t(float_to_bfloat16(as_uint(out))) : float_to_float16(out);
+    store1(tensor.out_dtype, tensor.out, i, out);
   }
 }
 
@@ -48,18 +42,14 @@ __global__ void __launch_bounds__(kThreads) elementwise_kernel(Args a) {
 int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
                      const float* scalars, const float* per_expert, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
-  const Chunks chunks(table, tensors);
-  const size_t count = size_t(tensors);
-  DeviceArray<merge3_tensor> device_table(table, count, stream);
-  DeviceArray<float> device_scalars(scalars, count, stream);
-  DeviceArray<float> device_weights(per_expert, count * size_t(experts), stream);
-  DeviceArray<int64_t> first(chunks.first, size_t(tensors) + 1, stream);
-  MERGE3_TRY(device_table.status);
-  MERGE3_TRY(device_scalars.status);
-  MERGE3_TRY(device_weights.status);
-  MERGE3_TRY(first.status);
-  const Args args{device_table.get(), device_scalars.get(), device_weights.get(), first.get(), tensors, rule, experts};
-  return launch(elementwise_kernel, chunks.count(), stream, args);
+  const std::vector<merge3_block> blocks = list_blocks(table, tensors);
+  Upload upload(stream);
+  const auto work = upload.add_work(table, tensors, blocks);
+  const auto numbers = upload.add(scalars, size_t(tensors));
+  const auto weights = upload.add(per_expert, size_t(tensors) * size_t(experts));
+  MERGE3_TRY(upload.send());
+  const Args args{upload.at(work), upload.at(numbers), upload.at(weights), rule, experts};
+  return launch(elementwise_kernel, int64_t(blocks.size()), stream, args);
 }
 
 }  // namespace merge3

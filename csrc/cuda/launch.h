@@ -27,21 +27,15 @@ int find_capture(void* stream, bool* capturing);
 
 int merge_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
                const merge3_coefficient* coefficients, const float* lambda, void* stream);
-// The same, every array already on the device: one launch and nothing else.
-int merge_resident_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table,
-                        const int64_t* first, const merge3_coefficient* coefficients, const float* lambda,
+// The same, every array but the plan already on the device: launches and nothing else.
+int merge_resident_cuda(const merge3_modes& modes, const merge3_plan& plan, const merge3_tensor* table,
+                        const merge3_block* blocks, const merge3_coefficient* coefficients, const float* lambda,
                         void* stream);
 // partial: [chunks, 2 K + 1], host memory.
 int backward_cuda(const merge3_modes& modes, int64_t tensors, const merge3_tensor* table,
                   const merge3_coefficient* coefficients, const float* lambda, double* partial, void* stream);
-// Modes mask and signs, as merge_resident_cuda, which calls this.
-int packed_cuda(const merge3_modes& modes, int64_t tensors, int64_t chunks, const merge3_tensor* table, const int64_t* first,
-                const merge3_coefficient* coefficients, const float* lambda, void* stream);
 // partial: [chunks, K, 2], host memory.
 int pack_cuda(int32_t packing, int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);
-// y [rows, N] = x [rows, columns] times the merge of one tensor [N, columns], transposed. 16-bit dtypes.
-int linear_cuda(const merge3_modes& modes, const merge3_tensor& tensor, const merge3_coefficient* coefficients, float lambda,
-                const void* x, int64_t rows, const void* bias, void* y, void* stream);
 int elementwise_cuda(int32_t rule, int32_t experts, int64_t tensors, const merge3_tensor* table,
                      const float* scalars, const float* per_expert, void* stream);
 int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* stream);

@@ -4,6 +4,8 @@
 // radix.h) over counts made here; its sums are integers, which add up the same in any order, as
 // floating-point atomics would not. Rank tables: a block per row finds its bin boundaries by four rounds
 // of eight bits in shared memory; its sums of |tau| are integers in fixed point.
+#include "../dispatch.h"
+#include "../plan.h"
 #include "../radix.h"
 #include "launch.cuh"
 
@@ -13,22 +15,17 @@ namespace {
 // ---------------------------------------------------------------------------------- Gram
 
 struct GramArgs {
-  const merge3_tensor* table;
-  const int64_t* first;
-  int64_t tensors;
+  Work work;
   double* partial;  // [chunks, pairs]
 };
 
 template <int VECTORS>
 __global__ void __launch_bounds__(kThreads) gram_kernel(GramArgs a) {
   constexpr int kPairs = VECTORS * (VECTORS + 1) / 2;
-  __shared__ double shared[kThreads];
-  const int64_t t = tensor_of_chunk(a.first, a.tensors, blockIdx.x);
-  const merge3_tensor& tensor = a.table[t];
-  const int64_t begin = (int64_t(blockIdx.x) - a.first[t]) * kChunk;
-  const int64_t end = begin + kChunk < tensor.numel ? begin + kChunk : tensor.numel;
+  const Span span = span_of(a.work);
+  const merge3_tensor& tensor = span.tensor;
   double sums[kPairs] = {};
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+  for (int64_t i = span.begin + threadIdx.x; i < span.end; i += kThreads) {
     float x[VECTORS];
     x[0] = load1(tensor.dtype, tensor.base, i);
 #pragma unroll
@@ -39,16 +36,7 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(GramArgs a) {
 #pragma unroll
       for (int c = r; c < VECTORS; ++c, ++p) sums[p] += double(x[r]) * double(x[c]);
   }
-  for (int p = 0; p < kPairs; ++p) {
-    shared[threadIdx.x] = sums[p];
-    __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-      __syncthreads();
-    }
-    if (threadIdx.x == 0) a.partial[int64_t(blockIdx.x) * kPairs + p] = shared[0];
-    __syncthreads();
-  }
+  block_sum(sums, a.partial + int64_t(blockIdx.x) * kPairs);
 }
 
 // ------------------------------------------------------------------------ order statistics
@@ -107,13 +95,13 @@ class Counter {
   }
 
   void next(const uint32_t* slot, const uint32_t* child, int shift, size_t slots, Bucket* tables) {
-    DeviceArray<uint32_t> device_slot(slot, kTop, stream_);
-    DeviceArray<uint32_t> device_child(child, child ? children_ : 0, stream_);
+    Upload upload(stream_);
+    const auto slots_of = upload.add(slot, kTop), children = upload.add(child, child ? children_ : 0);
     DeviceArray<Count> counts(slots * 256, stream_);
     children_ = slots * 256;
-    if (keep(device_slot.status) && keep(device_child.status) && keep(counts.status) && keep(counts.zero()) &&
-        keep(launch(next_kernel, blocks(), stream_, values_, static_cast<const uint32_t*>(device_slot.get()),
-                    static_cast<const uint32_t*>(device_child.get()), shift, counts.get())))
+    if (keep(upload.send()) && keep(counts.status) && keep(counts.zero()) &&
+        keep(launch(next_kernel, blocks(), stream_, values_, upload.at(slots_of), child ? upload.at(children) : nullptr, shift,
+                    counts.get())))
       keep(counts.read(reinterpret_cast<Count*>(tables)));
   }
 
@@ -215,27 +203,15 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(RankArgs a) {
 
 int gram_cuda(int32_t experts, int64_t tensors, const merge3_tensor* table, double* partial, void* raw_stream) {
   const auto stream = static_cast<cudaStream_t>(raw_stream);
-  const Chunks chunks(table, tensors);
-  const int pairs = (experts + 1) * (experts + 2) / 2;
-  DeviceArray<merge3_tensor> device_table(table, size_t(tensors), stream);
-  DeviceArray<int64_t> first(chunks.first, size_t(tensors) + 1, stream);
-  DeviceArray<double> sums(size_t(chunks.count() * pairs), stream);
-  MERGE3_TRY(device_table.status);
-  MERGE3_TRY(first.status);
+  const std::vector<merge3_block> blocks = list_blocks(table, tensors);
+  Upload upload(stream);
+  const auto work = upload.add_work(table, tensors, blocks);
+  DeviceArray<double> sums(blocks.size() * size_t((experts + 1) * (experts + 2) / 2), stream);
+  MERGE3_TRY(upload.send());
   MERGE3_TRY(sums.status);
-  const GramArgs args{device_table.get(), first.get(), tensors, sums.get()};
+  const GramArgs args{upload.at(work), sums.get()};
   cudaError_t status = cudaErrorInvalidValue;
-  switch (experts) {
-    case 1: status = launch(gram_kernel<2>, chunks.count(), stream, args); break;
-    case 2: status = launch(gram_kernel<3>, chunks.count(), stream, args); break;
-    case 3: status = launch(gram_kernel<4>, chunks.count(), stream, args); break;
-    case 4: status = launch(gram_kernel<5>, chunks.count(), stream, args); break;
-    case 5: status = launch(gram_kernel<6>, chunks.count(), stream, args); break;
-    case 6: status = launch(gram_kernel<7>, chunks.count(), stream, args); break;
-    case 7: status = launch(gram_kernel<8>, chunks.count(), stream, args); break;
-    case 8: status = launch(gram_kernel<9>, chunks.count(), stream, args); break;
-    default: return cudaErrorInvalidValue;
-  }
+  dispatch_experts(experts, [&](auto k) { status = launch(gram_kernel<decltype(k)::value + 1>, int64_t(blocks.size()), stream, args); });
   MERGE3_TRY(status);
   return sums.read(partial);
 }

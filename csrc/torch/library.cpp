@@ -2,6 +2,7 @@
 // Built against torch's stable ABI, so one binary serves every torch from 2.11 on.
 #include <Python.h>
 
+#include "../plan.h"
 #include "table.h"
 #include <torch/csrc/stable/library.h>
 
@@ -43,43 +44,21 @@ void merge_backward_(Tensor weight, Tensor rescale, Tensor lambda_gradient, Tens
                                 host<double>(lambda_gradient, ScalarType::Double, T, "lambda_gradient")));
 }
 
-// y [M, N] = x [M, in] W^T + bias, W the merge of base [N, in] and its experts. bias: one tensor, or none.
-void merged_linear_(Tensor y, Tensor x, Tensors base, Tensors experts, Tensors bias, Tensor coefficients, Tensor lambda, Tensor ids,
-                    Tensors rank_tables, int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
-  const Tensor& weight = base.empty() ? experts.at(0) : base[0];
-  STD_TORCH_CHECK(weight.dim() == 2, "merge3: base[0]: expected [out, in], found ", weight.dim(), " dimensions");
-  Table table({}, base, experts, 1);
-  const merge3_tensor& row = table.rows[0];
-  table.rows[0].id = uint32_t(host<int64_t>(ids, ScalarType::Long, 1, "ids")[0]);
-  if (sparsify == MERGE3_KEEP_RANKED) set_rank_tables(table, rank_tables, MERGE3_RANK_STRIDE, "rank_tables");
-  const int64_t N = weight.size(0), M = x.dim() == 2 ? x.size(0) : -1;
-  const auto fits = [&](const Tensor& t, const char* name, int64_t numel) {
-    table.require_here(t, name);
-    STD_TORCH_CHECK(t.is_contiguous() && storage_dtype(t, name, 0) == row.dtype && t.numel() == numel, "merge3: ", name,
-                    ": expected ", numel, " contiguous elements of the weights' dtype, found ", t.numel());
-    return t.data_ptr();
-  };
-  const void* from = fits(x, "x", M * weight.size(1));
-  void* to = fits(y, "y", M * N);
-  const void* add = bias.empty() ? nullptr : fits(bias[0], "bias", N);
-  const merge3_modes modes{table.experts, int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const Place place = table.place();
-  require(merge3_merged_linear(place.context(), &modes, &row, as_coefficients(coefficients, table.experts),
-                               *host<float>(lambda, ScalarType::Float, 1, "lambda_"), from, M, add, to));
-}
-
-// A prepared table: first[T + 1], then the rows. Its bytes go to the device as they are.
-void prepare_(Tensor table, Tensors out, Tensors base, Tensors experts, Tensor ids, Tensors rank_tables, int64_t sparsify) {
+// table: the blocks of the plan, then the rows. Its bytes go to the device as they are; the plan stays.
+void prepare_(Tensor table, Tensor plan, Tensors out, Tensors base, Tensors experts, Tensor ids, Tensors rank_tables, int64_t sparsify) {
   const int64_t T = int64_t(out.size());
   const Table rows = merge_table(out, base, experts, ids, rank_tables, sparsify);
-  char* to = host<char>(table, ScalarType::Byte, 8 * (T + 1) + T * int64_t(sizeof(merge3_tensor)), "table");
   const merge3_modes modes{rows.experts, int32_t(sparsify), 0, 0, 0};
   const Place place = rows.place();
-  require(merge3_prepare(place.context(), &modes, T, rows.rows.data(), reinterpret_cast<int64_t*>(to)));
-  memcpy(to + 8 * (T + 1), rows.rows.data(), size_t(T) * sizeof(merge3_tensor));
+  auto* counts = reinterpret_cast<merge3_plan*>(host<int64_t>(plan, ScalarType::Long, MERGE3_MERGE_KERNELS, "plan"));
+  require(merge3_prepare(place.context(), &modes, T, rows.rows.data(), counts, nullptr));
+  const int64_t head = merge3::count_blocks(*counts) * int64_t(sizeof(merge3_block)), tail = T * int64_t(sizeof(merge3_tensor));
+  char* to = host<char>(table, ScalarType::Byte, head + tail, "table");
+  require(merge3_prepare(place.context(), &modes, T, rows.rows.data(), counts, reinterpret_cast<merge3_block*>(to)));
+  memcpy(to + head, rows.rows.data(), size_t(tail));
 }
 
-void merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda, int64_t tensors, int64_t chunks, int64_t experts,
+void merge_prepared_(Tensor table, Tensor plan, Tensor coefficients, Tensor lambda, int64_t tensors, int64_t experts,
                      int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
   const auto resident = [&](const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
     STD_TORCH_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), "merge3: ", name,
@@ -88,13 +67,14 @@ void merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda, int64_t t
                     " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
     return static_cast<const char*>(x.data_ptr());
   };
-  const int64_t head = 8 * (tensors + 1);
+  const auto* counts = reinterpret_cast<const merge3_plan*>(host<int64_t>(plan, ScalarType::Long, MERGE3_MERGE_KERNELS, "plan"));
+  const int64_t head = merge3::count_blocks(*counts) * int64_t(sizeof(merge3_block));
   const char* data = resident(table, ScalarType::Byte, head + tensors * int64_t(sizeof(merge3_tensor)), "table");
   const merge3_modes modes{int32_t(experts), int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
   const Place place(device_of(table), table.get_device_index());
   require(merge3_merge_resident(
-      place.context(), &modes, tensors, chunks, reinterpret_cast<const merge3_tensor*>(data + head),
-      reinterpret_cast<const int64_t*>(data),
+      place.context(), &modes, tensors, counts, reinterpret_cast<const merge3_tensor*>(data + head),
+      reinterpret_cast<const merge3_block*>(data),
       reinterpret_cast<const merge3_coefficient*>(resident(coefficients, ScalarType::Float, tensors * experts * kFields, "coefficients")),
       reinterpret_cast<const float*>(resident(lambda, ScalarType::Float, tensors, "lambda_"))));
 }
@@ -168,11 +148,9 @@ STABLE_TORCH_LIBRARY(merge3, m) {
   m.def("merge_backward_(Tensor(a!) weight, Tensor(b!) rescale, Tensor(c!) lambda_gradient, Tensor[] gradients, Tensor[] base, "
         "Tensor[] experts, Tensor coefficients, Tensor lambda_, Tensor ids, Tensor[] rank_tables, int sparsify, int elect, "
         "bool normalize, int seed) -> ()");
-  m.def("merged_linear_(Tensor(a!) y, Tensor x, Tensor[] base, Tensor[] experts, Tensor[] bias, Tensor coefficients, Tensor lambda_, "
-        "Tensor ids, Tensor[] rank_tables, int sparsify, int elect, bool normalize, int seed) -> ()");
-  m.def("prepare_(Tensor(a!) table, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
+  m.def("prepare_(Tensor(a!) table, Tensor(b!) plan, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
         "int sparsify) -> ()");
-  m.def("merge_prepared_(Tensor table, Tensor coefficients, Tensor lambda_, int tensors, int chunks, int experts, "
+  m.def("merge_prepared_(Tensor table, Tensor plan, Tensor coefficients, Tensor lambda_, int tensors, int experts, "
         "int sparsify, int elect, bool normalize, int seed) -> ()");
   m.def("elementwise_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor scalars, Tensor per_expert, "
         "Tensor[] rows, int rule) -> ()");
@@ -187,7 +165,6 @@ STABLE_TORCH_LIBRARY(merge3, m) {
   STABLE_TORCH_LIBRARY_IMPL(merge3, key, m) {               \
     m.impl("merge_", TORCH_BOX(&merge_));                   \
     m.impl("merge_backward_", TORCH_BOX(&merge_backward_)); \
-    m.impl("merged_linear_", TORCH_BOX(&merged_linear_));   \
     m.impl("prepare_", TORCH_BOX(&prepare_));               \
     m.impl("merge_prepared_", TORCH_BOX(&merge_prepared_)); \
     m.impl("elementwise_", TORCH_BOX(&elementwise_));       \
@@ -210,5 +187,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   PyModule_AddStringConstant(m, "cpu", merge3_cpu());
   PyModule_AddIntConstant(m, "chunk", MERGE3_CHUNK);
   PyModule_AddIntConstant(m, "tensor_bytes", sizeof(merge3_tensor));
+  PyModule_AddIntConstant(m, "block_bytes", sizeof(merge3_block));
+  PyModule_AddIntConstant(m, "merge_kernels", MERGE3_MERGE_KERNELS);
   return m;
 }

@@ -89,16 +89,18 @@ int main() {
     expect("rule", merge3_elementwise(&c.context, 9, 2, 1, &c.tensor, &c.lambda, &c.lambda), MERGE3_INVALID_ARGUMENT, "rule 9: expected 0 to 4");
     expect("nearswap", merge3_elementwise(&c.context, MERGE3_NEARSWAP, 2, 1, &c.tensor, &c.lambda, &c.lambda), MERGE3_INVALID_ARGUMENT,
            "rule 0 takes 1 expert, found 2");
-    expect("linear", merge3_merged_linear(&c.context, &c.modes, &c.tensor, c.coefficients, 1.0f, c.first.data(), 1, nullptr, c.out.data()),
-           MERGE3_UNSUPPORTED, "needs a GPU");
   }
   {  // A table prepared once, merged with other coefficients each time.
     Case c;
-    int64_t first[2];
-    expect("prepare", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, first), MERGE3_OK, "");
+    merge3_plan plan;
+    merge3_block blocks[1] = {{7, 7}};
+    expect("count", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, &plan, nullptr), MERGE3_OK, "");
+    expect("no plan", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, nullptr, nullptr), MERGE3_INVALID_ARGUMENT, "plan is NULL");
+    expect("prepare", merge3_prepare(&c.context, &c.modes, 1, &c.tensor, &plan, blocks), MERGE3_OK, "");
+    if (plan.blocks[0] + plan.blocks[1 + c.tensor.dtype] != 1 || blocks[0].tensor || blocks[0].chunk) ++failures, std::printf("plan\n");
     for (float weight : {0.25f, 1.0f}) {
       for (auto& x : c.coefficients) x.weight = weight;
-      expect("resident", merge3_merge_resident(&c.context, &c.modes, 1, first[1], &c.tensor, first, c.coefficients, &c.lambda), MERGE3_OK, "");
+      expect("resident", merge3_merge_resident(&c.context, &c.modes, 1, &plan, &c.tensor, blocks, c.coefficients, &c.lambda), MERGE3_OK, "");
       if (c.out[63] != 1.0f + weight * 4.0f) ++failures, std::printf("resident: %g\n", double(c.out[63]));
     }
   }

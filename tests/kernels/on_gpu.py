@@ -11,8 +11,6 @@ import torch
 from merge3 import kernels
 
 TARGET = torch.device(os.environ.get("MERGE3_TEST_TARGET", "cuda"))
-# Operators whose single tensors lie on the device too; all the others' are host memory, their lists device memory.
-_DATA = {"merged_linear_": ("y", "x")}
 _call = kernels.call
 
 
@@ -32,11 +30,8 @@ def call(op, *arguments):
         target = travelled[storage.data_ptr()][1].untyped_storage()
         return torch.empty(0, dtype=x.dtype, device=TARGET).set_(target, x.storage_offset(), x.shape, x.stride())
 
-    names = [a.name for a in op.default._schema.arguments]
-    moved = [
-        [there(x) for x in value] if isinstance(value, list) else there(value) if key in _DATA.get(name, ()) else value
-        for key, value in zip(names, arguments)
-    ]
+    # Lists are device memory, single tensors host memory.
+    moved = [[there(x) for x in value] if isinstance(value, list) else value for value in arguments]
     try:
         return _call(op, *moved)
     finally:

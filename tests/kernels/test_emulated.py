@@ -13,7 +13,7 @@ import pytest
 from tests.kernels.emulation.library import HERE, ROOT, SANITIZE, build, environment
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")
-SUITES = ("test_merge.py", "test_statistics.py", "test_backward.py", "test_packed.py", "test_linear.py")
+SUITES = ("test_merge.py", "test_statistics.py", "test_backward.py", "test_packed.py")
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,41 @@ except errors.BadInput as error:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=surroundings)
     assert done.stdout.startswith("tensor(8.)\na CUDA graph is being captured"), done.stdout + done.stderr
     assert "capture Prepared.launch" in done.stdout
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1200)
+def test_every_merge_has_the_bits_of_the_cpu(library):
+    """K, dtypes, modes, sizes, addresses: the kernels that read 16 bytes at a time, and the one that takes the rest."""
+    command = [sys.executable, "-m", "tests.kernels.emulation.bits"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = lambda device: subprocess.Popen(command, cwd=ROOT, env=environment(device, library), **pipes)
+    runs = start("cuda"), start("cpu")
+    there, here = (run.communicate()[0].splitlines() for run in runs)
+    assert runs[0].returncode == runs[1].returncode == 0, "\n".join([*there[-20:], *here[-20:]])
+    assert len(there) == len(here) == 24 * 39
+    assert [t for t, h in zip(there, here) if t != h] == []
+
+
+@pytest.mark.heavy
+def test_a_call_sends_one_copy_and_starts_one_kernel_for_each_dtype(library, tmp_path):
+    objects = sorted(library.parent.glob("*.cu.o"))
+    command = ["g++", "-std=c++20", "-O1", "-Wno-psabi", *SANITIZE, "-DMERGE3_WITH_CUDA", "-DMERGE3_EMULATED"]
+    command += [
+        "-DMERGE3_CHUNK=2048",
+        f"-I{HERE}",
+        "-x",
+        "c++",
+        HERE / "uploads.cpp",
+        "-x",
+        "none",
+        *objects,
+        "-o",
+        tmp_path / "uploads",
+    ]
+    subprocess.run(command, check=True)
+    done = subprocess.run([tmp_path / "uploads"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 def test_a_missed_barrier_and_an_overrun_are_noticed(tmp_path):

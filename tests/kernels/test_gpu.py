@@ -8,7 +8,6 @@ import torch
 from merge3 import Pool, Recipe, Slot, kernels
 from merge3.errors import BadInput
 from merge3.kernels import Modes
-from merge3.linear import merged_linear
 from tests.kernels.test_merge import SIZES, make_case, random_coefficients, run
 
 pytestmark = pytest.mark.skipif(
@@ -139,26 +138,9 @@ def test_the_second_gpu_from_the_first():
     kernels.elementwise_(out, *far, "unify", torch.ones(len(base)))
     kernels.pack(*far, len(base))
     kernels.rank_tables(*far, len(base))
-    x, weight = torch.randn(5, 64, device="cuda:1").bfloat16(), torch.randn(3, 64, 64, device="cuda:1").bfloat16()
-    merged_linear(x, weight[0], list(weight[1:]), kernels.coefficients(1, 2)[0])
     assert torch.cuda.current_device() == 0
     with pytest.raises(BadInput, match=r"base\[0\]: on cuda:0, expected cuda:1, where experts\[0\] is"):
         kernels.merge_(out, on_gpu(base), far[1], *case, modes)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_merged_linear_on_tensor_cores(dtype):
-    base, experts = make_case([(515, 777)], 3, dtype)
-    c, lam = random_coefficients(1, 3)
-    for rows in (1, 70, 300):
-        x = torch.randn(rows, 777, generator=torch.Generator().manual_seed(rows)).to(dtype)
-        weight = run(base, experts, c, lam, Modes("magnitude", "sum", True), dtype)[0]
-        found = merged_linear(
-            x.cuda(), base[0].cuda(), on_gpu(experts), c[0], float(lam), Modes("magnitude", "sum", True)
-        )
-        torch.testing.assert_close(
-            found.cpu().float(), x.float() @ weight.float().T, rtol=2 * torch.finfo(dtype).eps, atol=1e-3
-        )
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,14 @@ def read(out):
 
 
 def test_every_step_that_needs_no_gpu(tmp_path):
-    steps = rehearse(tmp_path, "measure", "memcheck")
-    assert list(steps) == ["bandwidth", "candidate", "eager", "linear", "overlap", "memcheck"]
+    steps = rehearse(tmp_path, "measure", "memcheck", "variants")
+    assert list(steps) == ["bandwidth", "candidate", "eager", "overlap", "memcheck", "variants"]
     rows = {step: result["rows"] for step, result in steps.items()}
-    assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2 and len(rows["linear"]) == 4
+    assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2
     assert [row["mode"] for row in rows["overlap"]] == ["in one launch", "overlapped"]
     assert len({(r["experts"], r["sparsify"], r["elect"], r["normalize"]) for r in rows["bandwidth"]}) == 45
+    assert len(rows["variants"]) == 36 and {row["variant"] for row in rows["variants"]} == {"as built"}
+    assert steps["variants"]["notes"][0].startswith("fastest: as built, ")
     assert all("seconds" in result and "cut" not in result for result in steps.values())
     assert (tmp_path / "rehearsal.md").read_text().startswith("Rehearsed on a CPU, small")
 
@@ -87,7 +89,7 @@ def test_what_is_worth_most_comes_first():
     import gpu_check
 
     assert gpu_check.steps_of(["check", "measure"])[:3] == ["build", "bandwidth", "candidate"]
-    assert gpu_check.steps_of(["check"]) == ["build", "tests", "memcheck", "racecheck"]
+    assert gpu_check.steps_of(["check"]) == ["build", "tests", "memcheck", "racecheck", "variants"]
     assert gpu_check.steps_of(["racecheck", "eager"]) == ["eager", "racecheck"]
     assert set(gpu_check.steps_of(gpu_check.STAGES)) == set(gpu_check.STEPS)
 
@@ -154,8 +156,8 @@ def test_the_report_is_made_of_the_measures(tmp_path):
         "tests": {"rows": [{"check": "gpu only", "result": "9 passed"}], "error": "one | failed"},
         "overlap": {"rows": [{"mode": "a", "ms": 1.0}]},
         "eager": {"rows": [{"mode": "plain", "ms": 1.0, "eager_ms": 30.0, "times": 30.0}]},
+        "variants": {"rows": [row | {"variant": "as built"}, row | {"variant": "depth 2", "of_copy": 0.75}]},
         "candidate": {"rows": [{"shape": "1B", "swap_ms": 1.0, "answers_ms": 2.0}], "notes": ["7B left out"]},
-        "linear": {"rows": [{"rows": 1, "merged_linear_ms": 1.0, "swap_and_linear_ms": 2.0}]},
     }
     machine = {"torch": "2", "gpu": "Some GPU 80GB"}
     gpu_report.write({"machine": machine, "steps": steps}, tmp_path / "new")
@@ -164,6 +166,15 @@ def test_the_report_is_made_of_the_measures(tmp_path):
     for cells in ("gpu only | 9 passed", "tests | failed: one / failed", "bandwidth | cut short"):
         assert f"| {cells} |" in text
     assert "candidate: 7B left out" in text
+    assert "| experts | sparsify | elect | as built | depth 2 |" in text
+    assert "| 3 | all | sum, normalized | 0.50 | **0.75** |" in text
     assert gpu_report.earlier(machine, tmp_path / "new") == steps
     assert gpu_report.earlier(machine | {"kernels": "others"}, tmp_path / "new") == {}
     assert gpu_report.earlier(machine, tmp_path) == {}
+
+
+def test_the_fastest_variant_is_named():
+    from gpu_variants import fastest
+
+    shares = {"as built": [0.5, 0.8], "depth 2": [0.6, 0.7], "128 threads": [0.9, 0.4]}
+    assert fastest(shares) == "depth 2, 0.648 of a copy on average; as built 0.632"

@@ -101,7 +101,7 @@ typedef struct {
 } merge3_executor;
 
 /* On a GPU, calls do not depend on the calling thread's current device, and leave it as it was. Those that
- * take or give host memory (all but merge3_merge_resident and merge3_merged_linear) are refused, with
+ * take or give host memory (all but merge3_merge_resident) are refused, with
  * MERGE3_UNSUPPORTED, while the stream is captured for a CUDA graph. */
 typedef struct {
   int32_t device; /* merge3_device */
@@ -115,16 +115,32 @@ merge3_status merge3_merge(const merge3_context *context, const merge3_modes *mo
                            int64_t tensors, const merge3_tensor *table,
                            const merge3_coefficient *coefficients, const float *lambda);
 
+/* What one thread of a CPU, or one block of threads of a GPU, works on: elements MERGE3_CHUNK * chunk and following of
+ * a tensor. */
+typedef struct merge3_block { /* with a tag: nvcc 13.0 fails on a std::vector of a struct without */
+  int32_t tensor, chunk;
+} merge3_block;
+
+/* How many blocks each kernel of a merge has on a GPU, in the order in which they stand: [0] the one that serves
+ * anything; [1 + dtype] the one that reads and writes 16 bytes at a time, where base, experts and out are of that dtype
+ * and begin at multiples of 16 bytes, and (ranked) rows are a multiple of eight elements. */
+#define MERGE3_MERGE_KERNELS 4
+typedef struct {
+  int64_t blocks[MERGE3_MERGE_KERNELS];
+} merge3_plan;
+
 /* The same for a table that stays: prepare it once, put it where the tensors lie, then merge as often
  * as coefficients change. merge3_prepare checks the table for these modes (K and sparsify count) and
- * fills first[tensors + 1]: how many chunks come before each tensor, and in all.
- * Every array given to merge3_merge_resident is memory of the device: on a GPU it is one launch, with
- * no copy and no synchronisation, so a CUDA graph can capture it. */
+ * fills the plan and, if it is not NULL, blocks: as many as the plan's numbers add up to.
+ * Every array but the plan given to merge3_merge_resident is memory of the device: on a GPU it is a launch
+ * for each kernel that has blocks, one for a model of one dtype, with no copy and no synchronisation, so that
+ * a CUDA graph can capture it. Blocks are not read on the CPU. */
 merge3_status merge3_prepare(const merge3_context *context, const merge3_modes *modes,
-                             int64_t tensors, const merge3_tensor *table, int64_t *first);
+                             int64_t tensors, const merge3_tensor *table, merge3_plan *plan,
+                             merge3_block *blocks);
 merge3_status merge3_merge_resident(const merge3_context *context, const merge3_modes *modes,
-                                    int64_t tensors, int64_t chunks, const merge3_tensor *table,
-                                    const int64_t *first, const merge3_coefficient *coefficients,
+                                    int64_t tensors, const merge3_plan *plan, const merge3_tensor *table,
+                                    const merge3_block *blocks, const merge3_coefficient *coefficients,
                                     const float *lambda);
 
 /* Gradient of the merge, one pass: table[t].out holds dL/dout (read). weight_gradient and
@@ -135,14 +151,6 @@ merge3_status merge3_merge_backward(const merge3_context *context, const merge3_
                                     const merge3_coefficient *coefficients, const float *lambda,
                                     double *weight_gradient, double *rescale_gradient,
                                     double *lambda_gradient);
-
-/* y [rows, N] = x [rows, columns] W^T + bias, W [N, columns] being the merge of one tensor, which is not
- * written (its `out` is not used). x, bias (or NULL) and y have the tensor's dtype, float16 or bfloat16,
- * and so has W when it meets x. CUDA only: elsewhere merge slices and multiply by them. */
-merge3_status merge3_merged_linear(const merge3_context *context, const merge3_modes *modes,
-                                   const merge3_tensor *tensor,
-                                   const merge3_coefficient *coefficients, float lambda,
-                                   const void *x, int64_t rows, const void *bias, void *y);
 
 /* Methods whose per-element rule is not a sparsified, elected, scaled sum. */
 typedef enum {

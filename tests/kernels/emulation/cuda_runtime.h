@@ -26,6 +26,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static thread_local  // blocks take turns on one thread, and its fibers share what it has
 
@@ -33,7 +34,7 @@ typedef int cudaError_t;
 typedef void* cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
        cudaErrorInvalidDeviceFunction = 98, cudaErrorInvalidDevice = 101, cudaErrorNoKernelImageForDevice = 209,
-       cudaErrorInvalidResourceHandle = 400, cudaErrorStreamCaptureImplicit = 906 };
+       cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorStreamCaptureImplicit = 906 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 
 namespace emulation {
@@ -66,6 +67,36 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+// Copies from pinned memory happen late, when other work on the stream needs them: whoever changes that memory, or
+// what it is copied to, before the event behind the copy has passed, spoils it.
+namespace emulation {
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+inline std::vector<Copy> late;
+inline std::vector<std::pair<char*, size_t>> pinned;
+inline int64_t copies = 0, launches = 0, passed = 0, queued = 0;  // copies to the device; late ones done, and ordered
+inline void catch_up() {
+  for (const Copy& copy : late) memcpy(copy.to, copy.from, copy.bytes);
+  passed += int64_t(late.size());
+  late.clear();
+}
+}  // namespace emulation
+
+typedef int64_t* cudaEvent_t;
+enum { cudaEventDisableTiming = 2 };
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new int64_t(0), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { return *event = emulation::queued, cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t event) { return *event <= emulation::passed ? cudaSuccess : cudaErrorNotReady; }
+inline cudaError_t cudaMallocHost(void** to, size_t bytes) {
+  *to = malloc(bytes);
+  emulation::pinned.push_back({static_cast<char*>(*to), bytes});
+  return *to ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFreeHost(void* p) { return free(p), cudaSuccess; }
+
 inline cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
   if (cudaError_t e = emulation::work()) return e;
   *to = malloc(bytes);
@@ -73,17 +104,31 @@ inline cudaError_t cudaMallocAsync(void** to, size_t bytes, cudaStream_t) {
   memset(*to, 0xCD, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) { free(p); return cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+inline cudaError_t cudaFreeAsync(void* p, cudaStream_t) {
+  emulation::catch_up();
+  free(p);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
   if (cudaError_t e = emulation::work()) return e;
+  const char* at = static_cast<const char*>(from);
+  emulation::copies += kind == cudaMemcpyHostToDevice;
+  for (const auto& [data, size] : emulation::pinned)
+    if (at >= data && at < data + size) {
+      emulation::late.push_back({to, from, bytes});
+      ++emulation::queued;
+      return cudaSuccess;
+    }
+  emulation::catch_up();
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  emulation::catch_up();
   memset(to, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulation::catch_up(), cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
@@ -104,8 +149,8 @@ namespace emulation {
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
 inline thread_local Index block_index, thread_index, block_dim, grid_dim;
-// Blocks outside [first_block, end_block) are left out: a tensor larger than memory is touched at its ends.
-inline int64_t first_block = 0, end_block = INT64_MAX;
+// Of a launch only so many blocks are run, the last ones: a tensor larger than memory is touched at its end.
+inline int64_t last_blocks = INT64_MAX;
 
 // One block's threads.
 class Block {
@@ -233,7 +278,9 @@ cudaError_t launch(Kernel kernel, int64_t blocks, unsigned threads, Args... args
   if (!kept || kept->threads() != threads) kept = std::make_unique<Block>(threads);
   Block& block = *kept;
   const std::function<void()> body = [&] { kernel(args...); };
-  for (int64_t b = std::max<int64_t>(0, first_block); b < std::min(blocks, end_block); ++b) {
+  catch_up();
+  ++launches;
+  for (int64_t b = std::max<int64_t>(0, blocks - last_blocks); b < blocks; ++b) {
     block_index.x = unsigned(b);
     block.run(body);
   }

@@ -21,14 +21,11 @@ using Table = const merge3_tensor*;
 using Modes = const merge3_modes&;
 using Coefficients = const merge3_coefficient*;
 int merge_cuda(Modes, int64_t, Table, Coefficients, const float*, void*) { return note(); }
-int merge_resident_cuda(Modes, int64_t, int64_t, Table, const int64_t*, Coefficients, const float*, void*) {
+int merge_resident_cuda(Modes, const merge3_plan&, Table, const merge3_block*, Coefficients, const float*, void*) {
   return note();
 }
 int backward_cuda(Modes, int64_t, Table, Coefficients, const float*, double*, void*) { return note(); }
 int pack_cuda(int32_t, int32_t, int64_t, Table, double*, void*) { return note(); }
-int linear_cuda(Modes, const merge3_tensor&, Coefficients, float, const void*, int64_t, const void*, void*, void*) {
-  return note();
-}
 int elementwise_cuda(int32_t, int32_t, int64_t, Table, const float*, const float*, void*) { return note(); }
 int gram_cuda(int32_t, int64_t, Table, double*, void*) { return note(); }
 int order_statistics_cuda(const OrderStatistics&, int64_t, void*) { return note(); }
@@ -56,7 +53,9 @@ int main() {
   const float lambda = 1.0f;
   merge3_modes modes{};
   modes.experts = 1;
-  const int64_t first[2] = {0, 1}, rank = 1;
+  const int64_t rank = 1;
+  const merge3_plan plan{{1}};
+  const merge3_block block{0, 0};
   double x[64];
   float value;
   int64_t n[3];
@@ -69,9 +68,8 @@ int main() {
   };
   const Call calls[] = {
       {"merge", true, [&] { return merge3_merge(&on, &modes, 1, &tensor, &c, &lambda); }},
-      {"resident", false, [&] { return merge3_merge_resident(&on, &modes, 1, 1, &tensor, first, &c, &lambda); }},
+      {"resident", false, [&] { return merge3_merge_resident(&on, &modes, 1, &plan, &tensor, &block, &c, &lambda); }},
       {"backward", true, [&] { return merge3_merge_backward(&on, &modes, 1, &tensor, &c, &lambda, x, x + 1, x + 2); }},
-      {"linear", false, [&] { return merge3_merged_linear(&on, &modes, &tensor, &c, lambda, base, 1, nullptr, out); }},
       {"elementwise", true, [&] { return merge3_elementwise(&on, MERGE3_UNIFY, 1, 1, &tensor, &lambda, &lambda); }},
       {"gram", true, [&] { return merge3_gram(&on, 1, 1, &tensor, x); }},
       {"order_statistics", true, [&] {

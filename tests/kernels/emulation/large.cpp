@@ -34,7 +34,7 @@ int main() {
   merge3_coefficient c{};
   c.weight = 1.0f, c.rescale = 1.0f, c.lo_share = 1.0f, c.density = 0.5f;
   const float lambda = 2.0f;
-  emulation::first_block = (n + kChunk - 1) / kChunk - 2;
+  emulation::last_blocks = 2;
   for (int32_t sparsify : {MERGE3_KEEP_ALL, MERGE3_KEEP_RANDOM}) {
     merge3_modes modes{};
     modes.experts = 1;
