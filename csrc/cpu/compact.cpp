@@ -153,8 +153,7 @@ extern "C" merge3_status merge3_merge_compact(const merge3_context* context, con
                                               const merge3_tensor* table, const merge3_compact* compact,
                                               const merge3_coefficient* coefficients, const float* lambda) {
   try {
-    std::vector<int64_t> first(size_t(std::max<int64_t>(tensors, 0)) + 1);
-    if (merge3_status s = merge3_prepare(context, modes, tensors, table, first.data())) return s;
+    if (merge3_status s = check_merge(context, modes, tensors, table)) return s;
     if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
     if (context->device != MERGE3_CPU || modes->sparsify > MERGE3_KEEP_BAND)
       return fail(MERGE3_UNSUPPORTED, "compacted experts are merged on the CPU, in an unpacked mode");
@@ -165,7 +164,7 @@ extern "C" merge3_status merge3_merge_compact(const merge3_context* context, con
       for (int k = 0; k < modes->experts; ++k)
         if (merge3_status s = check_compact(table[t], compact[t * modes->experts + k], t, k)) return s;
     }
-    const ChunkRange range{first.data(), tensors};
+    const Chunks range(table, tensors);
     const MergeCall call{modes, table, coefficients, lambda, &range, bytes > kCached};
     parallel(*context, range.count(), [&](int64_t from, int64_t to) { merge_parts(call, compact, from, to); });
     return MERGE3_OK;
