@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.read import combine_hashes
 from merge3.memory import MemoryPlan, plan_memory
@@ -35,6 +37,21 @@ def plan_pool(pool: Any, budget: int | None, host: int, streamed: bool = False) 
     plan = plan_memory(groups, slot, str(pool.device), budget, host, compacted.sizes, streamed, joined)
     shared = {alias: plan.away[ref] for alias, ref in compacted.aliases.items()}
     return replace(plan, away={**plan.away, **shared}) if shared else plan
+
+
+def common_dtype(pool: Any, ref: Ref) -> torch.dtype:
+    """What a tensor is computed from: the pool's dtype, or the promotion over the endpoints that have this name. Of a
+    derived tensor: what its first input is computed from, so that one kernel takes both."""
+    if pool.dtype is not None:
+        return pool.dtype
+    if ref.model in pool.derived:
+        ref = pool.derived.job(ref).refs[0]
+    result = None
+    for model in pool.endpoints:
+        if pool.has(Ref(model, ref.tensor)):
+            found = pool.stored_dtype(Ref(model, ref.tensor))
+            result = found if result is None else torch.promote_types(result, found)
+    return torch.float32 if result == torch.float64 else result
 
 
 def hash_endpoints(

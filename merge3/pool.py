@@ -27,7 +27,7 @@ from merge3.errors import BadInput, CheckpointError
 from merge3.experts import FULL, Compacted, Experts
 from merge3.lineage import differences
 from merge3.memory import MemoryPlan, parse_size, pinnable, usable
-from merge3.planning import hash_endpoints, plan_pool
+from merge3.planning import common_dtype, hash_endpoints, plan_pool
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
@@ -109,15 +109,13 @@ class Pool:
         Raises CheckpointError naming endpoint and tensor where shapes differ in a layer, or an expert lacks a tensor.
         """
         budget, held = None if memory_budget is None else parse_size(memory_budget), Experts.parse(experts_as)
-        device = usable(device)
         if held and derived_folder is not None:  # what is derived of compacted experts is something else
             derived_folder = Path(derived_folder) / str(held).replace(":", "-")
-        endpoints, towers = open_endpoints((base, *experts), locate, tower)
-        vocabulary = None
+        (endpoints, towers), vocabulary = open_endpoints((base, *experts), locate, tower), None
         if tokenizer is not None:
             vocabulary = open_vocabulary(endpoints, tokenizer)
             endpoints = remapped(endpoints, vocabulary, Ties(endpoints).stored, dtype)
-        pool = Pool(endpoints, device, dtype, derived_folder, vocabulary, towers=towers, tower=dict(tower or {}))
+        pool = Pool(endpoints, usable(device), dtype, derived_folder, vocabulary, towers=towers, tower=dict(tower or {}))
         found = align(pool.endpoints, pool.has, pool.shape, drop, towers)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
@@ -125,7 +123,7 @@ class Pool:
         for name in list(pool.endpoints)[1:]:
             told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
             pool.warnings += differences(*told, vocabulary is None, name in towers)
-        pool._limits = budget, pinnable() if device.type == "cuda" and budget is not None else 0
+        pool._limits = budget, pinnable() if pool.device.type == "cuda" and budget is not None else 0
         pool.compacted = Compacted(pool, held, pool._ties.stored)
         pool._plan()
         pool.notes += pool.compacted.pack()
@@ -201,18 +199,8 @@ class Pool:
         return torch.float32 if ref.model in self.derived else self._info(ref).dtype
 
     def common_dtype(self, ref: Ref) -> torch.dtype:
-        """What a tensor is computed from: the pool's dtype, or the promotion over the endpoints that have this name.
-        Of a derived tensor: what its first input is computed from, so that one kernel takes both."""
-        if self.dtype is not None:
-            return self.dtype
-        if ref.model in self.derived:
-            ref = self.derived.job(ref).refs[0]
-        result = None
-        for model in self.endpoints:
-            if self.has(Ref(model, ref.tensor)):
-                found = self._info(Ref(model, ref.tensor)).dtype
-                result = found if result is None else torch.promote_types(result, found)
-        return torch.float32 if result == torch.float64 else result
+        """What a tensor is computed from; see planning.py."""
+        return common_dtype(self, ref)
 
     def get(self, ref: Ref) -> torch.Tensor:
         """A tensor on the pool's device, in the common dtype of its name (integers as they are)."""
@@ -287,11 +275,9 @@ class Pool:
         self._plan()
 
     def read_all(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Read every byte once: content hashes, Gram matrices, and the check for NaN and infinity.
-
-        Raises CheckpointError naming tensor and endpoint of the first task vector that is not finite.
-        progress(bytes read, bytes in all) is called after each tensor.
-        """
+        """Read every byte once: content hashes, Gram matrices, and the check for NaN and infinity. progress(bytes read,
+        bytes in all) is called after each tensor. Raises CheckpointError naming tensor and endpoint of the first task
+        vector that is not finite."""
         self._hashes |= hash_endpoints(self, self._hash, partial(check_task_vectors, self), progress)
 
     def content_hashes(self) -> dict[str, str]:
@@ -319,8 +305,8 @@ class Pool:
         return [name for name in self.endpoints[model].tensors if Ref(model, name) not in self.left_out]
 
     def reserve(self, size: int) -> None:
-        """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked
-        before. Raises BadInput where what must be there then has no room; without a budget nothing changes."""
+        """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked before.
+        Raises BadInput where what must be there then has no room; without a budget nothing changes."""
         before = self._reserved
         if self._limits[0] is not None and size != before:
             self._reserved = size

@@ -9,16 +9,13 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from merge3 import __version__
-from merge3.engine import Subject, Taken, Varied
+from merge3.engine import Subject, Taken
 from merge3.errors import BadInput, Busy, RecipeError
-from merge3.export_task import check_task
 from merge3.files import resource_error
 from merge3.recipe import Recipe
 from merge3.rpc import convert, merge3_pb2_grpc, spaces
@@ -33,6 +30,7 @@ from merge3_server.pools import Pools
 from merge3_server.scheduler import Done, Scheduler
 from merge3_server.security import export_directory
 from merge3_server.settings import Settings
+from merge3_server.subjects import genome_of, of_task
 
 log = logging.getLogger("merge3.candidates")
 IN_FLIGHT = 64  # of one EvaluateStream; the next request is read when one is answered
@@ -110,7 +108,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         accepted = self.catalog.accepted(request.pool_id, request.items_id)
         subject = await self._subject(request, accepted, entry.spec.models)
         if request.task:
-            subject = _of_task(subject, request.task, accepted)
+            subject = of_task(subject, request.task, accepted)
         if request.HasField("stored"):
             if not isinstance(subject, Recipe | str):
                 raise BadInput(
@@ -152,7 +150,7 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
         """What is wrong with the request itself is refused before it waits for a turn."""
         which = request.WhichOneof("subject")
         if which == "genome":
-            return _genome(request.genome.values, accepted.genome_size)
+            return genome_of(request.genome.values, accepted.genome_size)
         if which is None:
             raise BadInput("subject", "none", "a genome, a recipe or an endpoint")
         return await self._recipe_or_endpoint(request, which, models)
@@ -284,28 +282,6 @@ class Service(merge3_pb2_grpc.Merge3Servicer):
             retention_seconds=self.limits.retention,
             resident_bytes=resident_bytes(),
         )
-
-
-def _genome(values: Sequence[float], size: int | None) -> np.ndarray:
-    genome = np.array(values)
-    if size is None:
-        raise BadInput(
-            "genome", "these items were registered without a space", "a recipe, or a registration with a space"
-        )
-    if len(genome) != size:
-        raise BadInput("genome", f"{len(genome)} values", f"{size}, the space's")
-    if not np.isfinite(genome).all():
-        at = int(np.flatnonzero(~np.isfinite(genome))[0])
-        raise BadInput(f"genome[{at}]", f"found {genome[at]}", "a finite number")
-    return genome
-
-
-def _of_task(subject: Subject, task: str, accepted: Accepted) -> Varied:
-    if isinstance(subject, np.ndarray):
-        raise BadInput("task", "given with a genome", "a recipe whose method makes a model for each task")
-    if isinstance(subject, Recipe):
-        check_task(subject, task)
-    return Varied(subject, (task,) * len(accepted.registered.load().items))
 
 
 def _driver(context) -> str:
