@@ -3,10 +3,10 @@
 python benchmarks/ptxas.py [--save] [--arch 90] [--source merge_3.cu]
 
 Registers, shared memory, stack and spills of every kernel; the processor time to compile its file; and of the fused
-merges (merge_1.cu .. merge_8.cu) what makes them fast: stores of 16 bytes, all K + 1 inputs asked for before the first
-is used. Ends with 1 where a kernel spills registers or a fused merge does not do that: `make check-cuda`, and CI. The
-machine code is read with nvdisasm, which is in the CUDA toolkit or in the package nvidia-cuda-nvdisasm; where there is
-none, PTX stands for it, and instructions are not counted.
+merges (merge_1.cu .. merge_8.cu) what makes them fast: stores of 16 bytes, all K + 1 inputs (of more than six: six)
+asked for before the first is used. Ends with 1 where a kernel spills registers or a fused merge does not do that: `make
+check-cuda`, and CI. The machine code is read with nvdisasm, which is in the CUDA toolkit or in the package
+nvidia-cuda-nvdisasm; where there is none, PTX stands for it, and instructions are not counted.
 """
 
 import argparse
@@ -35,6 +35,7 @@ ENTRY = re.compile(
 FUSED = re.compile(r"merge_kernel<(?P<experts>\d), (?P<sparsify>\d), (?P<dtype>\w+)>")
 SPARSIFY = ("all", "magnitude", "random", "ranked", "band", "mask", "signs")  # as in merge3_sparsify
 SIGNS = SPARSIFY.index("signs")
+ENOUGH = 6  # loads before the first use, where there are as many inputs: 48 KB on a multiprocessor with two blocks
 REGISTERS, THREADS, GROUP = 65536, 256, 8  # of a multiprocessor; of a block; elements that a thread takes at a time
 
 
@@ -75,8 +76,10 @@ def fault_of(kernel: dict) -> str | None:
         return f"spills {kernel['spills']} bytes of registers"
     if "loads" not in kernel:
         return None
-    if kernel["loads"] < kernel["inputs"]:
-        return f"{kernel['loads']} loads of 16 bytes before the first use of one, expected {kernel['inputs']}"
+    # Of many inputs the assembler converts the first before it asks for the last, to have registers for both.
+    wanted = min(kernel["inputs"], ENOUGH)
+    if kernel["loads"] < wanted:
+        return f"{kernel['loads']} loads of 16 bytes before the first use of one, expected {wanted}"
     if not kernel["wide_stores"] or kernel["narrow_stores"]:
         return f"{kernel['wide_stores']} stores of 16 bytes and {kernel['narrow_stores']} narrower ones"
     return None

@@ -115,8 +115,8 @@ class Pool:
         if tokenizer is not None:
             vocabulary = open_vocabulary(endpoints, tokenizer)
             endpoints = remapped(endpoints, vocabulary, Ties(endpoints).stored, dtype)
-        pool = Pool(endpoints, usable(device), dtype, derived_folder, vocabulary, towers=towers, tower=dict(tower or {}))
-        found = align(pool.endpoints, pool.has, pool.shape, drop, towers)
+        pool = Pool(endpoints, usable(device), dtype, derived_folder, vocabulary, towers=towers)
+        pool.tower, found = dict(tower or {}), align(pool.endpoints, pool.has, pool.shape, drop, towers)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
         pool.warnings += vocabulary.notes if vocabulary is not None else ()
@@ -145,7 +145,7 @@ class Pool:
         is compacted."""
         if not self.compacted.experts:
             return self
-        folder = None if self.derived_folder is None else Path(self.derived_folder).parent
+        folder = self.derived_folder and Path(self.derived_folder).parent
         endpoints = {model: found for model, found in self.endpoints.items() if model not in self.joined}
         pool = replace(self, endpoints=endpoints, derived_folder=folder, joined={}, _limits=(None, 0), _streams=True)
         pool._plan()
@@ -154,7 +154,7 @@ class Pool:
     @cached_property
     def words(self) -> Words:
         """The tokenizer that its models are asked with: the vocabulary's, else the base's own."""
-        return self.vocabulary.words if self.vocabulary is not None else Words(self.base_checkpoint.path)
+        return self.vocabulary.words if self.vocabulary else Words(self.base_checkpoint.path)
 
     @property
     def memory(self) -> MemoryPlan:
@@ -247,8 +247,7 @@ class Pool:
 
     def derive(self, method: str, compute: Compute, jobs: Sequence[Job], survey: Survey | None = None) -> str:
         """Make a derived model known, computed when a tensor of it is first read. Returns its name; see Derived."""
-        count = len(self.derived)
-        model = self.derived.add(method, compute, jobs, survey)
+        count, model = len(self.derived), self.derived.add(method, compute, jobs, survey)
         if len(self.derived) > count:
             self._plan()
         return model
@@ -305,8 +304,8 @@ class Pool:
         return [name for name in self.endpoints[model].tensors if Ref(model, name) not in self.left_out]
 
     def reserve(self, size: int) -> None:
-        """Leave so many bytes of the budget to others, such as activations of a fit, and no more to whoever asked before.
-        Raises BadInput where what must be there then has no room; without a budget nothing changes."""
+        """Leave so many bytes of the budget to others, such as activations of a fit, and no more than that. Raises
+        BadInput where what must be there then has no room; without a budget nothing changes."""
         before = self._reserved
         if self._limits[0] is not None and size != before:
             self._reserved = size

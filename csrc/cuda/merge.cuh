@@ -1,9 +1,10 @@
 // The fused merge of K experts on a GPU: a block of threads per chunk of a tensor, eight elements a thread at a time.
 //
 // Moves (K + 1) reads + 1 write per element, in 16-byte accesses; a thread asks for all its K + 1 inputs before it waits
-// for the first, and pointers and coefficients stay in registers. No atomics, no barriers. The arithmetic is that of
-// merge_math.h, built without fused multiply-add, so the bits equal the CPU's; how signs are elected and whether sums
-// are divided is asked once per eight elements. benchmarks/ptxas.py checks in the machine code what this promises.
+// for the first (of seven or more, in some modes, the assembler has it ask for six), and pointers and coefficients stay
+// in registers. No atomics, no barriers. The arithmetic is that of merge_math.h, built without fused multiply-add, so the
+// bits equal the CPU's; how signs are elected and whether sums are divided is asked once per eight elements.
+// benchmarks/ptxas.py checks in the machine code what this promises.
 //
 // Tried: the dtype as a number known at run time, which put each conversion, and its wait, right behind its load; the
 // election as a template argument too: twice the time to compile, five times the kernels, for eight registers less.
