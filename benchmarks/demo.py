@@ -40,7 +40,6 @@ def main() -> None:
         )
     gains = [r["heldout"] - max(r["baselines"].values()) for r in results]
     rows.append(["gain over the best", *(f"{g:+.3f}" for g in gains)])
-    rows.append(["search, s (600 candidates)", *(f"{r['seconds']:.0f}" for r in results)])
     rows.append(["of which merging", *(f"{100 * r['swap_share']:.1f} %" for r in results)])
     text = table("Held-out accuracy, mean over four tasks", columns, rows)
     data = {"gains": gains, "heldout": [r["heldout"] for r in results], "baselines": [r["baselines"] for r in results]}

@@ -1,6 +1,7 @@
 """merge3-client evaluate: a checkpoint, and a recipe that is merged in memory."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -26,8 +27,9 @@ def asked(what, folder, name, *options):
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
-def test_a_recipe_answers_as_its_merge_on_disk(own_world, method):
+def test_a_recipe_answers_as_its_merge_on_disk(solving_world, tmp_path, method):
     """Also where elements are dropped at random: the seed says which."""
+    world = shutil.copytree(solving_world, tmp_path / "world")
     recipe = {
         "merge_method": method,
         "base_model": "./base",
@@ -35,10 +37,10 @@ def test_a_recipe_answers_as_its_merge_on_disk(own_world, method):
         "dtype": "bfloat16",
         "models": [{"model": f"./{name}", "parameters": {"weight": 0.5}} for name in ("english", "sorting")],
     }
-    (own_world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    result, responses = asked(own_world / "recipe.yaml", own_world, "in-memory.jsonl", "--seed", 7)
-    assert client("merge", own_world / "recipe.yaml", own_world / "merged", "--seed", 7, "--quiet").returncode == 0
-    written, expected = asked(own_world / "merged", own_world, "written.jsonl")
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result, responses = asked(world / "recipe.yaml", world, "in-memory.jsonl", "--seed", 7)
+    assert client("merge", world / "recipe.yaml", world / "merged", "--seed", 7, "--quiet").returncode == 0
+    written, expected = asked(world / "merged", world, "written.jsonl")
     assert responses == expected and len(responses) == 80
     assert 0 < sum(responses.values()) < 80  # it knows some, and not all
     for task in ("english", "sorting"):
