@@ -15,10 +15,10 @@ from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, ResumeMismatch
 from merge3.pool import Pool
 from merge3.search import optimizers
-from merge3.search.config import Optimizer
 from merge3.search.config_files import load_config
 from merge3.search.journal import Journal
 from merge3.search.prior import steps_of
+from merge3.search.sections import LATER_OF_OPTIMIZERS, Optimizer
 from merge3.space import Space
 
 EXPERTS = ("english", "italian", "translation")
@@ -145,7 +145,7 @@ def test_runs_without_one_have_the_names_they_had(own_world):
     assert "prior" not in config.optimizer.identity()
     assert config.hash() == configuration(own_world, optimizer={"budget": 6, "prior": "none"}).hash()
     assert config.hash() != configuration(own_world, optimizer={"budget": 6, "prior": "norms"}).hash()
-    assert json.loads(Optimizer().identity()).keys() | {"prior", "asking"} == Optimizer.model_fields.keys()
+    assert json.loads(Optimizer().identity()).keys() | {*LATER_OF_OPTIMIZERS} == Optimizer.model_fields.keys()
 
 
 # -- what is refused
