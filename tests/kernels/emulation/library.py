@@ -59,7 +59,9 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
     ]
 
     def compile_one(source: Path) -> Path:
-        target = folder / (source.name + ".o")
+        target = folder / f"{source.parent.name}-{source.name}.o"
+        if target.exists() and target.stat().st_mtime > newest:
+            return target
         subprocess.run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
         return target
 
