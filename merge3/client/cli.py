@@ -208,7 +208,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of training, items and search.")] = 0,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory (default: runs/demo-SEED).")] = None,
     budget: Annotated[int, typer.Option(help="Candidates.")] = 600,
-    steps: Annotated[tuple[int, int], typer.Option(min=1, help="Of training: the base's, each expert's.")] = (150, 100),
+    steps: Annotated[
+        tuple[int, int] | None,
+        typer.Option(min=1, help="Of training: base, each expert (default: the base until it is half trained)."),
+    ] = None,
     items: Annotated[int, typer.Option(min=10, help="Questions of every task.")] = 2000,
     threads: Threads = None,
     as_json: Json = False,

@@ -44,12 +44,12 @@ def demo(
     as_json: bool,
     quiet: bool,
     budget: int = BUDGET,
-    steps: tuple[int | None, int] = (None, EXPERT_STEPS),
+    steps: tuple[int, int] | None = None,
     items: int = ITEMS_PER_TASK,
 ) -> dict[str, Any]:
     """Run it all in a new directory; returns result.json's content with the training's seconds.
 
-    steps: of training, of the base (None: until it is half trained) and of each expert. items: of every task.
+    steps: of training, of the base and of each expert; None: the base's until it is half trained. items: of every task.
     """
     check_free(directory)
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def demo(
                 f"\rtraining {what:<12} {step}/{steps} ", end="" if step < steps else "\n", file=sys.stderr, flush=True
             )
 
-    make_models(partial, seed, *steps, items, progress)
+    make_models(partial, seed, *(steps or (None, EXPERT_STEPS)), items, progress)
     (partial / "evolve.yaml").write_text(yaml.safe_dump(configuration(seed, budget), sort_keys=False))
     directory.mkdir(parents=True, exist_ok=True)
     partial.rename(directory / "models")
