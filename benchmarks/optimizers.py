@@ -1,4 +1,4 @@
-"""Which optimizer finds a good merge with the fewest answers? On replay tables, hundreds of searches in minutes.
+"""Which optimizer finds a good merge with the fewest answers? On replay tables, where a search takes seconds.
 
 For each world: a table of real merges (replay.py), and a stand-in fitted to it. Every optimizer then searches it from
 several seeds, with all items for every candidate or a few random ones, new ones each generation. Its result is the

@@ -24,9 +24,6 @@ class Source(Protocol):
     def stored(self, ref: Ref) -> torch.Tensor:
         """See Pool."""
 
-    def shape(self, ref: Ref) -> tuple[int, ...]:
-        """See Pool."""
-
     def common_dtype(self, ref: Ref) -> torch.dtype:
         """See Pool."""
 
