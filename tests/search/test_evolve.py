@@ -2,11 +2,8 @@
 
 import json
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -29,6 +26,7 @@ from merge3.space import Space
 from merge3.tasks import Item
 from tests.asking import answers
 from tests.classifiers import make_classifier
+from tests.killing import evolving, killed
 
 
 def journal(directory):
@@ -91,36 +89,12 @@ def test_what_was_searched_is_what_was_exported(undisturbed, tiny_world):
 
 def test_killed_runs_resume_to_the_same_bits(undisturbed, tiny_world, tmp_path):
     directory, _ = undisturbed
-    killed = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "merge3.client",
-        "evolve",
-        str(tiny_world / "evolve.yaml"),
-        "--run-dir",
-        str(killed),
-        "--quiet",
-    ]
-    for stop_after in (5, 15):
-        extra = ["--resume"] if killed.exists() else []
-        process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (killed / "run.db").exists():
-                try:
-                    if len(journal(killed)) >= stop_after:
-                        break
-                except sqlite3.OperationalError:
-                    pass  # not created yet
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert stop_after <= len(journal(killed)) < 24, process.stderr.read().decode()
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
-    assert journal(killed) == journal(directory)
-    assert (killed / "best.yaml").read_bytes() == (directory / "best.yaml").read_bytes()
-    first, second = (json.loads((d / "result.json").read_text()) for d in (directory, killed))
+    config, cut = tiny_world / "evolve.yaml", tmp_path / "run"
+    killed(config, cut, (5, 15), 24)
+    subprocess.run(evolving(config, cut, "--resume"), check=True, stdout=subprocess.DEVNULL)
+    assert journal(cut) == journal(directory)
+    assert (cut / "best.yaml").read_bytes() == (directory / "best.yaml").read_bytes()
+    first, second = (json.loads((d / "result.json").read_text()) for d in (directory, cut))
     assert first["heldout"] == second["heldout"] and first["baselines"] == second["baselines"]
 
 

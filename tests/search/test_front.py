@@ -3,11 +3,7 @@
 import csv
 import json
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -30,6 +26,7 @@ from merge3.search.front_race import Believed, contenders, dominated, settle_fro
 from merge3.search.journal import Candidate, Journal
 from merge3.search.questions import Questions, load_questions
 from merge3.tasks import Item
+from tests.killing import killed
 
 SEVERAL = {
     "objectives": ["english", "translation", "length"],
@@ -263,28 +260,8 @@ def test_killed_runs_resume_to_the_same_bits(solving_world, tmp_path, name):
     objectives = SEVERAL["objectives"][-2:] if name == "como" else SEVERAL["objectives"]  # como takes two
     optimizer = {"name": name, "budget": 400, "population": 4, "seed": 1}
     config = configured(folder, objectives=objectives, optimizer=optimizer)
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--quiet", "--no-export", "--run-dir"]
-
-    def killed(directory, after):
-        extra = ["--resume"] if directory.exists() else []
-        process = subprocess.Popen([*command, str(directory), *extra], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and process.poll() is None and count(directory) < after:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-    def count(directory):
-        try:
-            with closing(sqlite3.connect(f"file:{directory / 'run.db'}?mode=ro", uri=True)) as db:
-                return db.execute("SELECT COUNT(*) FROM candidates").fetchone()[0]
-        except sqlite3.OperationalError:
-            return 0  # not created yet
-
-    for after in (5, 14):
-        killed(tmp_path / "twice", after)
-    killed(tmp_path / "once", 20)
-    assert count(tmp_path / "twice") >= 14 and count(tmp_path / "once") >= 20
+    killed(config, tmp_path / "twice", (5, 14), 400, "--no-export")
+    killed(config, tmp_path / "once", (20,), 400, "--no-export")
     first, second = rows(tmp_path / "twice")[:2], rows(tmp_path / "once")[:2]
     for a, b in zip(first, second):
         shared = min(len(a), len(b))

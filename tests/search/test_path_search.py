@@ -2,11 +2,7 @@
 
 import json
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from contextlib import closing
 
 import numpy as np
@@ -25,6 +21,7 @@ from merge3.recipe import Recipe
 from merge3.search import optimizers
 from merge3.search.config_files import load_config
 from merge3.search.journal import Journal
+from tests.killing import killed
 
 PATH = {"models": ["./english", "./translation"], "space": "path", "repetitions": 2, "max_hops": 7, "pinned": [1, 1]}
 BOTH = {
@@ -74,30 +71,10 @@ def test_a_search_for_a_path_leaves_a_recipe_and_a_model_that_are_the_winner(own
     assert "scales along the path" in page and "1: layer 0" in page
 
 
-def killed(command, directory, counts, whole):
-    """Run it, and kill -9 it whenever the journal has so many candidates."""
-    for stop_after in counts:
-        extra = ["--resume"] if directory.exists() else []
-        process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (directory / "run.db").exists():
-                try:
-                    if len(journal(directory)) >= stop_after:
-                        break
-                except sqlite3.OperationalError:
-                    pass  # not created yet
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert stop_after <= len(journal(directory)) < whole, process.stderr.read().decode()
-
-
 @pytest.mark.parametrize("counts", [(15,), pytest.param((5, 18), marks=pytest.mark.heavy)])
 def test_a_run_in_stages_that_is_killed_in_either_goes_on_to_the_same_bits(own_world, tmp_path, counts):
     file, directory = hybrid(own_world), tmp_path / "run"
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(file), "--run-dir", str(directory), "--quiet"]
-    killed(command, directory, counts, 24)
+    killed(file, directory, counts, 24)
     run.evolve(load_config(file), directory, resume=True, quiet=True)
     (tmp_path / "killed").mkdir()
     shutil.move(directory, tmp_path / "killed" / "run")  # the same name, which the winner's is made of

@@ -2,11 +2,7 @@
 
 import json
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -33,6 +29,7 @@ from merge3.search.questions import load_questions
 from merge3.search.run import run as search_run
 from merge3.search.succession import budget_of, next_models
 from merge3.space import Space, SpaceDefinition
+from tests.killing import killed
 
 SUBSETS = {"extract": {"method": "random", "size": 8}, "race": {"share": 0.5}}
 HASH = "83ff9120a6a408c1"  # of test_a_run_without_rounds, before there were any
@@ -118,33 +115,13 @@ def test_the_winner_is_a_recipe_that_merges_to_the_model(undisturbed, tmp_path):
         assert name not in there or same_weights(copy / "elites" / name, directory / "elites" / name)
 
 
-def killed(command, directory, counts, whole):
-    """Run it, and kill -9 it whenever the journal has so many candidates."""
-    for stop_after in counts:
-        extra = ["--resume"] if directory.exists() else []
-        process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (directory / "run.db").exists():
-                try:
-                    if len(journal(directory)[0]) >= stop_after:
-                        break
-                except sqlite3.OperationalError:
-                    pass  # not created yet
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert stop_after <= len(journal(directory)[0]) < whole, process.stderr.read().decode()
-
-
 @pytest.mark.parametrize("counts", [(12,), pytest.param((4, 9, 12, 17, 20), marks=pytest.mark.heavy)])
 def test_a_run_that_is_killed_in_any_round_goes_on_to_the_same_bits(undisturbed, tmp_path, counts):
     directory, file, result = undisturbed
     aside = tmp_path / "aside"
     shutil.move(directory, aside)  # the same name, which elites' are made of
     try:
-        command = [sys.executable, "-m", "merge3.client", "evolve", str(file), "--run-dir", str(directory), "--quiet"]
-        killed(command, directory, counts, 25)
+        killed(file, directory, counts, 25)
         again = run.evolve(load_config(file), directory, resume=True, quiet=True)
         shutil.move(directory, tmp_path / "killed")
     finally:

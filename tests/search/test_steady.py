@@ -1,11 +1,7 @@
 """A search that asks the next candidate when one is answered: what it asks follows from the order of arrival alone."""
 
 import json
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -33,6 +29,7 @@ from merge3.search.questions import load_questions
 from merge3.search.steady import begun_with, in_flight
 from merge3.space import Space
 from tests.commands import client
+from tests.killing import killed
 from tests.search.test_path_search import BOTH, written
 
 BUDGET, POPULATION = 23, 5
@@ -403,27 +400,14 @@ def real(tiny_world, tmp_path_factory):
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(real, tmp_path):
-    config, whole = real
-    killed = tmp_path / "run"
-    command = [sys.executable, "-m", "merge3.client", "evolve", str(config), "--run-dir", str(killed), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if (killed / "run.db").exists() and len(rows_of(killed)) >= 7:
-                break
-        except sqlite3.OperationalError:
-            pass  # not created yet
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 7 <= len(rows_of(killed)) < BUDGET, process.stderr.read().decode()
-    client_run.evolve(load_config(config), killed, resume=True, quiet=True, export=False)
-    assert rows_of(killed) == rows_of(whole)
-    assert (killed / "best.yaml").read_bytes() == (whole / "best.yaml").read_bytes()
-    first, second = (json.loads((d / "result.json").read_text()) for d in (whole, killed))
+    (config, whole), cut = real, tmp_path / "run"
+    killed(config, cut, (7,), BUDGET)
+    client_run.evolve(load_config(config), cut, resume=True, quiet=True, export=False)
+    assert rows_of(cut) == rows_of(whole)
+    assert (cut / "best.yaml").read_bytes() == (whole / "best.yaml").read_bytes()
+    first, second = (json.loads((d / "result.json").read_text()) for d in (whole, cut))
     assert first["heldout"] == second["heldout"] and first["ledger"] == second["ledger"]
-    assert (killed / "report.html").exists()
+    assert (cut / "report.html").exists()
 
 
 @pytest.mark.parametrize("second", ["steady", "generations"])
