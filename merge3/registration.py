@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from merge3.irt.estimation import Estimator
 from merge3.space import SpaceDefinition
-from merge3.tasks import Item
+from merge3.tasks import Item, places_by_task
 from merge3.tasks.documents import Raw
 
 ACCURACY = "accuracy"
@@ -48,7 +48,4 @@ class Registration:
 
     def tasks(self) -> dict[str, list[int]]:
         """Positions of every task's items, in order."""
-        positions: dict[str, list[int]] = {}
-        for i, item in enumerate(self.items):
-            positions.setdefault(item.task, []).append(i)
-        return positions
+        return places_by_task(self.items)

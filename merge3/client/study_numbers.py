@@ -19,6 +19,7 @@ from merge3.client.study_cells import Questions, key_of
 from merge3.client.study_config import StudyConfig, World, subsets_of
 from merge3.client.study_findings import findings, interval
 from merge3.client.study_journal import StudyJournal, unpacked
+from merge3.tasks import places_by_task
 
 DRAWS = 1000
 METRICS = ("heldin", "heldout")
@@ -84,9 +85,7 @@ class _Tasks:
     """The measured items of a world, a matrix of weights for each task: columns sum to 1."""
 
     def __init__(self, asked: Questions, weights: Mapping[str, np.ndarray]):
-        self.positions: dict[str, list[int]] = {}
-        for at, item in enumerate(asked.measured):
-            self.positions.setdefault(item.task, []).append(at)
+        self.positions = places_by_task(asked.measured)
         self.weights = {}
         for task, positions in self.positions.items():
             own = np.stack([weights[asked.measured[at].id] for at in positions])

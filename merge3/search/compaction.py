@@ -21,7 +21,7 @@ from merge3.recipe import Recipe
 from merge3.search.context import Search
 from merge3.search.measure import Measured, measured
 from merge3.search.questions import per_task
-from merge3.tasks import Item, LogitsError
+from merge3.tasks import Item, LogitsError, places_by_task
 
 ITEMS = 100  # of every task, at most
 STAGE = "experts"  # in the journal
@@ -133,9 +133,7 @@ def told_of_experts(result: Mapping[str, Any]) -> list[str]:
 
 
 def _held(model: str, items: Sequence[Item], base: np.ndarray, stored: np.ndarray, held: np.ndarray) -> Held:
-    tasks: dict[str, list[int]] = {}
-    for place, item in enumerate(items):
-        tasks.setdefault(item.task, []).append(place)
+    tasks = places_by_task(items)
     task = max(tasks, key=lambda name: float((stored - base)[tasks[name]].mean()))
     own = tasks[task]
     lost = (stored - held)[own]

@@ -22,7 +22,7 @@ from merge3.search.context import Progress, Search
 from merge3.search.journal import Candidate, Journal
 from merge3.search.niches import complementary, item_weights, shared_fitness
 from merge3.search.race import Contender, Ranked, together
-from merge3.tasks import Item
+from merge3.tasks import Item, places_by_task
 
 FOLDER = "elites"  # in the run's directory
 _CONTENDERS = 4  # of each elite, on the short list
@@ -89,7 +89,7 @@ def close(asking: Asking, ranked: Sequence[Ranked], candidates: Sequence[Candida
     for number, one in enumerate(chosen, 1):
         candidate, name = contenders[one.index].candidate, name_of(search.journal, search.round + 1, number)
         recipe, tasks = search.space.recipe(candidate.genome), {}
-        for task, at in _by_task(items).items():
+        for task, at in places_by_task(items).items():
             tasks[task] = float(answers[one.index][at].mean())
         elites.append(Elite(name, recipe, candidate, *scores[one.index], one.gain, one.shared, one.together, tasks))
     generations = candidates[0].generation, candidates[-1].generation
@@ -124,7 +124,7 @@ def _common(search: Search, contenders: int, candidates: Sequence[Candidate]) ->
     """Random positions that all contenders are asked: as many of every task as a candidate is, or more where
     `race.share` of the round's answers pays for them."""
     items, rng = search.questions.search, np.random.default_rng(search.seed("elites", search.round))
-    tasks, share = _by_task(items), int(search.config.race.share * _spent(candidates))
+    tasks, share = places_by_task(items), int(search.config.race.share * _spent(candidates))
     size = max(search.config.extract.size, share // (contenders * len(tasks)))
     positions: list[int] = []
     for at in tasks.values():
@@ -149,13 +149,6 @@ def _score(ranked: Ranked, answers: np.ndarray, items: list[Item], weights) -> t
     """What is believed of a contender, with answers that the search has not seen, if there are any."""
     found = together(Contender("", ranked.value, ranked.stderr), answers, items, weights)
     return float(found.value), float(found.stderr)
-
-
-def _by_task(items: Sequence[Item]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for at, item in enumerate(items):
-        found.setdefault(item.task, []).append(at)
-    return found
 
 
 def _spent(candidates: Sequence[Candidate]) -> int:

@@ -15,6 +15,14 @@ def by_task(items: Sequence[Item]) -> dict[str, list[Item]]:
     return groups
 
 
+def places_by_task(items: Sequence[Item]) -> dict[str, list[int]]:
+    """Positions of each task's items, in order."""
+    places: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
+        places.setdefault(item.task, []).append(place)
+    return places
+
+
 def item_key(item: Item) -> str:
     """An item's name among all tasks', as response files have it."""
     return f"{item.task}/{item.id}"
