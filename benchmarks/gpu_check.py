@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -112,6 +113,8 @@ def tests(device: torch.device):
     skipped = ("instruction_set", "prepare", "bad_arguments", "threads", "opcheck", "build_step")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MERGE3_TEST_TARGET": str(device)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and device.type == "cuda":
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     selected = ["-p", "tests.kernels.on_gpu", "-k", " and ".join(f"not {name}" for name in skipped)]
     on_gpu = [*selected, *(suites[:1] if device.type == "cpu" else suites)]
     failures = []

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from merge3 import Pool, Recipe, Slot, kernels, packed
 from merge3.differentiable import merged
 from merge3.errors import ResourceError
+from merge3.export import merge_to_disk
 from merge3.kernels import Modes
 from merge3.reference import merge_ref
 
@@ -105,7 +106,8 @@ def parameters_of(shape: str) -> int:
 
 
 def overlap(device: torch.device):
-    """First answers after a swap, with the layers' merges ahead of the forward pass and without."""
+    """First answers after a swap, with the layers' merges ahead of the forward pass and without; and of the same merge,
+    made on the device too, by way of a checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config_of("0.4B" if device.type == "cuda" else "tiny")).to(torch.bfloat16)
@@ -128,6 +130,15 @@ def overlap(device: torch.device):
             with torch.no_grad():
                 yield {"mode": name, "ms": 1e3 * timed(both, device, 5, host=True)}
             del slot
+
+        def by_disk():
+            with tempfile.TemporaryDirectory(dir=directory) as written:
+                merge_to_disk(recipe, f"{written}/merged", pool)
+                loaded = LlamaForCausalLM.from_pretrained(f"{written}/merged", dtype=torch.bfloat16).to(device)
+                loaded(prompts, logits_to_keep=1)
+
+        with torch.no_grad():
+            yield {"mode": "written to disk and loaded", "ms": 1e3 * timed(by_disk, device, 3, host=True)}
 
 
 def small_case(device: torch.device) -> None:

@@ -13,17 +13,19 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Flags for nvcc: threads of a block; how many times eight elements a thread asks for at once (csrc/cuda/merge.cuh).
+# Flags for nvcc: how many times eight elements a thread asks for at once (csrc/cuda/merge.cuh); threads of a block; what
+# is said to the caches (csrc/cuda/storage.cuh).
 VARIANTS = {
     "as built": (),
     "depth 2": ("-DMERGE3_DEPTH=2",),
     "128 threads": ("-DMERGE3_THREADS=128",),
-    "128 threads, depth 2": ("-DMERGE3_THREADS=128", "-DMERGE3_DEPTH=2"),
+    "past L1": ("-DMERGE3_PAST_L1",),
 }
 SPARSIFY = ("all", "magnitude", "random", "band")
 
@@ -31,10 +33,13 @@ SPARSIFY = ("all", "magnitude", "random", "band")
 def variants(device: torch.device):
     """Rows of every variant, and a sentence about the best."""
     shares = defaultdict(list)
-    for name, flags in VARIANTS.items():
-        if flags and device.type == "cpu":
-            continue  # a rehearsal
-        for row in measured(device, build(flags, device) if flags else None):
+    libraries: dict[str, Path | None] = {"as built": None}
+    if device.type == "cuda":
+        others = {name: flags for name, flags in VARIANTS.items() if flags}
+        with ThreadPoolExecutor(len(others)) as builders:  # all before the first is measured
+            libraries |= zip(others, builders.map(lambda flags: build(flags, device, len(others)), others.values()))
+    for name, library in libraries.items():
+        for row in measured(device, library):
             shares[name].append(row["of_copy"])
             yield {"variant": name} | row
     yield f"fastest: {fastest(shares)}"
@@ -47,10 +52,11 @@ def fastest(shares: dict[str, list[float]]) -> str:
     return f"{best}, {mean(shares[best]):.3f} of a copy on average; as built {mean(shares['as built']):.3f}"
 
 
-def build(flags: tuple[str, ...], device: torch.device) -> Path:
-    """merge3._C with these flags, beside the one that is there."""
+def build(flags: tuple[str, ...], device: torch.device, beside: int) -> Path:
+    """merge3._C with these flags, in a folder of its own. beside: how many are built at the same time."""
     major, minor = torch.cuda.get_device_capability(device)
-    wanted = {"MERGE3_CUDA": "1", "MERGE3_ARCHITECTURES": f"{major}{minor}", "MAX_JOBS": str(os.cpu_count())}
+    jobs = max(1, (os.cpu_count() or 1) // beside)
+    wanted = {"MERGE3_CUDA": "1", "MERGE3_ARCHITECTURES": f"{major}{minor}", "MAX_JOBS": str(jobs)}
     folder = ROOT / "build" / "variants" / "".join(c for c in "".join(flags) if c.isalnum())
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = os.environ | wanted | {"MERGE3_CUDA_FLAGS": " ".join(flags)}

@@ -9,6 +9,15 @@
 
 namespace merge3 {
 
+// What the vector accesses below say to the caches; benchmarks/gpu_variants.py tries the other one.
+#if defined(MERGE3_PAST_L1)
+#define MERGE3_LOAD "ld.global.L1::no_allocate.v4.u32"
+#define MERGE3_STORE "st.global.cs.v4.u32"
+#else
+#define MERGE3_LOAD "ld.global.v4.u32"
+#define MERGE3_STORE "st.global.v4.u32"
+#endif
+
 // kBytes: of eight elements.
 struct Float32 {
   static constexpr int kBytes = 32;
@@ -32,7 +41,7 @@ __device__ __forceinline__ Raw8<T> load_raw8(const char* from) {
 #pragma unroll
   for (int q = 0; q < T::kBytes / 16; ++q) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile(MERGE3_LOAD " {%0,%1,%2,%3}, [%4];"
                  : "=r"(x.part[q].x), "=r"(x.part[q].y), "=r"(x.part[q].z), "=r"(x.part[q].w)
                  : "l"(from + 16 * q));
 #else
@@ -49,7 +58,7 @@ __device__ __forceinline__ Raw8<T> load_raw8_if(bool there, const char* from) {
   for (int q = 0; q < T::kBytes / 16; ++q) {
     x.part[q] = make_uint4(0, 0, 0, 0);
 #if defined(__CUDA_ARCH__)
-    asm volatile("{.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];}"
+    asm volatile("{.reg .pred p;\nsetp.ne.s32 p, %5, 0;\n@p " MERGE3_LOAD " {%0,%1,%2,%3}, [%4];}"
                  : "+r"(x.part[q].x), "+r"(x.part[q].y), "+r"(x.part[q].z), "+r"(x.part[q].w)
                  : "l"(from + 16 * q), "r"(int(there)));
 #else
@@ -107,7 +116,7 @@ __device__ __forceinline__ void store_raw8(char* to, const float (&x)[8]) {
 #pragma unroll
   for (int q = 0; q < T::kBytes / 16; ++q) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to + 16 * q), "r"(part[q].x), "r"(part[q].y),
+    asm volatile(MERGE3_STORE " [%0], {%1,%2,%3,%4};" ::"l"(to + 16 * q), "r"(part[q].x), "r"(part[q].y),
                  "r"(part[q].z), "r"(part[q].w)
                  : "memory");
 #else

@@ -33,7 +33,7 @@ def test_every_step_that_needs_no_gpu(tmp_path):
     assert list(steps) == ["bandwidth", "candidate", "eager", "overlap", "memcheck", "variants"]
     rows = {step: result["rows"] for step, result in steps.items()}
     assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2
-    assert [row["mode"] for row in rows["overlap"]] == ["in one launch", "overlapped"]
+    assert [row["mode"] for row in rows["overlap"]] == ["in one launch", "overlapped", "written to disk and loaded"]
     assert len({(r["experts"], r["sparsify"], r["elect"], r["normalize"]) for r in rows["bandwidth"]}) == 45
     assert len(rows["variants"]) == 36 and {row["variant"] for row in rows["variants"]} == {"as built"}
     assert steps["variants"]["notes"][0].startswith("fastest: as built, ")
