@@ -26,6 +26,7 @@ _SETTINGS = (
     "activation_function", "rms_norm_eps", "layer_norm_epsilon", "rope_parameters", "sliding_window", "layer_types",
     "attention_bias", "mlp_bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "n_inner",
 )  # fmt: skip
+_RESIDENT = "a budget that keeps all layers where they are used: a path takes them as they lie"
 
 
 class Path:
@@ -42,7 +43,15 @@ class Path:
 
     def check(self, models: Iterable[str]) -> None:
         """Raises ConfigError where no path can go through layers of these endpoints."""
-        left = [model for model in models if model not in self._checked]
+        models = list(models)
+        self._check_alike([model for model in models if model not in self._checked])
+        for model in models:  # every time: a plan of memory may be another
+            layout = self.pool.layouts[model]
+            for name in self.pool.endpoints[model].tensors:
+                if layout.layer_of(name) is not None and not self.pool.resident((Ref(model, name),)):
+                    raise ConfigError("memory_budget", f"{name!r} of {model} is streamed", _RESIDENT)
+
+    def _check_alike(self, left: Sequence[str]) -> None:
         if not left:
             return
         if self.pool.compacted.experts:
@@ -125,8 +134,7 @@ class Path:
                 if not self.pool.has(ref):
                     raise CheckpointError(model, f"no tensor {ref.tensor!r}", "every tensor of the base's layers")
                 if not self.pool.resident((ref,)):
-                    expected = "a memory budget that keeps all layers where they are used"
-                    raise BadInput("memory budget", f"{ref.tensor!r} of {model} is streamed", expected)
+                    raise BadInput("memory_budget", f"{ref.tensor!r} of {model} is streamed", _RESIDENT)
                 tensor = self.pool.get(ref).to(parameter.dtype)
                 known[id(parameter)] = torch.nn.Parameter(tensor, requires_grad=False)
             self._layers[model, layer] = copy.deepcopy(template, known)

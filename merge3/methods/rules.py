@@ -81,8 +81,8 @@ def _importance(job: Job, statistics: Statistics) -> tuple[torch.Tensor, float]:
     divergence = (p * torch.log(p / q)).sum(-1)
     importance = ((expert - theta).abs() * divergence[:, None]).reshape(-1)
     if importance.numel() > _SAMPLE:
-        generator = torch.Generator(importance.device).manual_seed(0)
-        importance = importance[torch.randint(importance.numel(), (_SAMPLE,), generator=generator)]
+        chosen = torch.randint(importance.numel(), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
+        importance = importance[chosen.to(importance.device)]  # the same on every device
     ordered = importance.sort().values
     quartiles = [ordered[int(q * (ordered.numel() - 1))] for q in (0.25, 0.5, 0.75)] if ordered.numel() else [0.0] * 3
     return divergence.contiguous(), float(quartiles[1] + 1.5 * (quartiles[2] - quartiles[0]))
@@ -99,7 +99,7 @@ def _ramplus(job: Job, statistics: Statistics) -> Elementwise:
         theta = statistics.get(job.base).float()
         active = torch.stack([(statistics.get(s).float() - theta).abs() > epsilon for s in job.sources]).flatten(1)
         owners = active.sum(0)
-        return tuple((active & mask).sum(1).double().numpy() for mask in (owners > 1, owners == 1))
+        return tuple((active & mask).sum(1).double().cpu().numpy() for mask in (owners > 1, owners == 1))
 
     shared, unique = statistics.memo(("ramplus_tl", job.base, job.sources, epsilon), counts)
     rho = np.clip(shared / np.maximum(unique, epsilon), 0, job.shared["alpha"])

@@ -237,6 +237,16 @@ def test_the_papers_encoding_is_cma_over_the_same_genome():
     assert loss(asked[-1][0]) < loss(initial) and len(np.unique(asked[..., :12])) > 100
 
 
+def test_a_budget_that_streams_layers_is_refused_before_a_search_for_a_path(own_world, tmp_path):
+    file = written(own_world)
+    config = load_config(file)
+    whole = Pool.open(config.models[0], config.models[1:]).memory
+    with pytest.raises(ConfigError, match=r"^memory_budget: 'model\.layers\..*' of .* is streamed; expected"):
+        run.evolve(config, tmp_path / "run", quiet=True, memory_budget=str(whole.slot + whole.total // 2))
+    with closing(Journal(tmp_path / "run")) as store:
+        assert not store.begun
+
+
 def test_a_budget_without_room_for_the_first_winner_is_refused_before_the_search(own_world, tmp_path):
     file = hybrid(own_world)
     config = load_config(file)
