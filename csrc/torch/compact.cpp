@@ -13,8 +13,8 @@ constexpr int64_t kFields = sizeof(merge3_coefficient) / sizeof(float);
 // chunks with their sum behind. Of bytes: no mask, and float32 scales of the rows.
 std::vector<merge3_compact> compact_of(const Table& table, const Tensors& values, const Tensors& masks, const Tensors& sides) {
   const size_t count = table.rows.size() * size_t(table.experts);
-  STD_TORCH_CHECK(values.size() == count && masks.size() == count && sides.size() == count, "merge3: ", values.size(),
-                  " values, ", masks.size(), " masks, ", sides.size(), " sides: expected ", count, " of each");
+  MERGE3_CHECK(values.size() == count && masks.size() == count && sides.size() == count, values.size(),
+               " values, ", masks.size(), " masks, ", sides.size(), " sides: expected ", count, " of each");
   std::vector<merge3_compact> found(count);
   for (size_t i = 0; i < count; ++i) {
     const merge3_tensor& row = table.rows[i / size_t(table.experts)];
@@ -23,8 +23,8 @@ std::vector<merge3_compact> compact_of(const Table& table, const Tensors& values
     table.require_here(values[i], "values", int64_t(i));
     const bool bytes = values[i].scalar_type() == ScalarType::Char;
     const int64_t rows = row.columns ? row.numel / row.columns : 0, chunks = (row.numel + MERGE3_CHUNK - 1) / MERGE3_CHUNK;
-    STD_TORCH_CHECK(values[i].is_contiguous() && (bytes ? own == row.numel : storage_dtype(values[i], "values", int64_t(i)) == row.dtype),
-                    "merge3: values[", i, "]: expected as many bytes as elements, or values of the expert's dtype, found ", own);
+    MERGE3_CHECK(values[i].is_contiguous() && (bytes ? own == row.numel : storage_dtype(values[i], "values", int64_t(i)) == row.dtype),
+                 "values[", i, "]: expected as many bytes as elements, or values of the expert's dtype, found ", own);
     merge3_compact& to = found[i];
     to.values = values[i].data_ptr();
     to.columns = row.columns;
@@ -34,7 +34,7 @@ std::vector<merge3_compact> compact_of(const Table& table, const Tensors& values
     }
     to.mask = reinterpret_cast<const uint32_t*>(host<int32_t>(masks[i], ScalarType::Int, (row.numel + 31) / 32, "masks"));
     to.starts = host<int64_t>(sides[i], ScalarType::Long, chunks + 1, "sides");
-    STD_TORCH_CHECK(to.starts[chunks] == own, "merge3: values[", i, "]: found ", own, ", its chunks have ", to.starts[chunks]);
+    MERGE3_CHECK(to.starts[chunks] == own, "values[", i, "]: found ", own, ", its chunks have ", to.starts[chunks]);
   }
   return found;
 }

@@ -61,10 +61,10 @@ void prepare_(Tensor table, Tensor plan, Tensors out, Tensors base, Tensors expe
 void merge_prepared_(Tensor table, Tensor plan, Tensor coefficients, Tensor lambda, int64_t tensors, int64_t experts,
                      int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
   const auto resident = [&](const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
-    STD_TORCH_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), "merge3: ", name,
-                    ": on ", device_name(x), ", expected ", device_name(table), ", where the table is");
-    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, "merge3: ", name, ": expected ", numel,
-                    " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
+    MERGE3_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), name,
+                 ": on ", device_name(x), ", expected ", device_name(table), ", where the table is");
+    MERGE3_CHECK(x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ", numel,
+                 " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
     return static_cast<const char*>(x.data_ptr());
   };
   const auto* counts = reinterpret_cast<const merge3_plan*>(host<int64_t>(plan, ScalarType::Long, MERGE3_MERGE_KERNELS, "plan"));

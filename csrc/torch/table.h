@@ -9,13 +9,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -27,13 +27,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
+// What is refused, as torch passes it on: a RuntimeError that begins with "merge3: ". Not by STD_TORCH_CHECK, which writes
+// numbers to a stream: where a toolchain puts a C++ library of its own into the extension, as some images' do, the locales
+// that it finds in the process are another's, and the first number ends the process.
+inline void append(std::string& text, const std::string& part) { text += part; }
+template <class T, std::enable_if_t<std::is_integral_v<T>, int> = 0>
+void append(std::string& text, T number) {
+  text += std::to_string(number);
+}
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::string text = "merge3: ";
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
+}
+#define MERGE3_CHECK(condition, ...)       \
+  do {                                     \
+    if (!(condition)) refuse(__VA_ARGS__); \
+  } while (0)
+
 inline void torch_parallel_for_adapter(void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* arg) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(arg, begin, end); });
 }
 const merge3_executor kTorchThreads = {torch_parallel_for_adapter, nullptr};
 
 inline void require(merge3_status status) {
-  STD_TORCH_CHECK(status == MERGE3_OK, "merge3: ", merge3_last_error());
+  MERGE3_CHECK(status == MERGE3_OK, merge3_last_error());
 }
 
 inline int32_t storage_dtype(const Tensor& x, const char* list, int64_t t) {
@@ -41,9 +60,7 @@ inline int32_t storage_dtype(const Tensor& x, const char* list, int64_t t) {
     case ScalarType::Float: return MERGE3_FLOAT32;
     case ScalarType::Half: return MERGE3_FLOAT16;
     case ScalarType::BFloat16: return MERGE3_BFLOAT16;
-    default:
-      STD_TORCH_CHECK(false, "merge3: ", list, "[", t, "]: expected float32, float16 or bfloat16, found scalar type ",
-                      int(x.scalar_type()));
+    default: refuse(list, "[", t, "]: expected float32, float16 or bfloat16, found scalar type ", int(x.scalar_type()));
   }
 }
 
@@ -74,7 +91,7 @@ class Place {
     if (device != MERGE3_CUDA) return;
     guard_.emplace(index);
     const bool found = aoti_torch_get_current_cuda_stream(index, &context_.stream) == 0;
-    STD_TORCH_CHECK(found, "merge3: no stream on cuda:", index);
+    MERGE3_CHECK(found, "no stream on cuda:", index);
 #endif
   }
 
@@ -99,13 +116,13 @@ struct Table {
       lead_by_base(out, base, unread);
       return;
     }
-    STD_TORCH_CHECK(tensors > 0 && !experts_list.empty() && int64_t(experts_list.size()) % tensors == 0,
-                    "merge3: ", experts_list.size(), " expert tensors for ", tensors,
-                    " tensors: expected K per tensor, expert fastest");
-    STD_TORCH_CHECK(base.empty() || int64_t(base.size()) == tensors, "merge3: ", base.size(),
-                    " base tensors: expected ", tensors, " or none");
+    MERGE3_CHECK(tensors > 0 && !experts_list.empty() && int64_t(experts_list.size()) % tensors == 0,
+                 experts_list.size(), " expert tensors for ", tensors,
+                 " tensors: expected K per tensor, expert fastest");
+    MERGE3_CHECK(base.empty() || int64_t(base.size()) == tensors, base.size(),
+                 " base tensors: expected ", tensors, " or none");
     experts = int32_t(int64_t(experts_list.size()) / tensors);
-    STD_TORCH_CHECK(experts <= MERGE3_MAX_EXPERTS, "merge3: ", experts, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
+    MERGE3_CHECK(experts <= MERGE3_MAX_EXPERTS, experts, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
     settle(experts_list[0], "experts[0]");
     rows.resize(size_t(tensors));
     for (int64_t t = 0; t < tensors; ++t) {
@@ -124,8 +141,8 @@ struct Table {
 
   // All tensors of a call lie on one device. i: its place in the list, where it stands in one.
   void require_here(const Tensor& x, const char* name, int64_t i = -1) const {
-    STD_TORCH_CHECK(device_of(x) == device && x.get_device_index() == device_index, "merge3: ", name,
-                    i < 0 ? "" : "[" + std::to_string(i) + "]", ": on ", device_name(x), ", expected ", there);
+    MERGE3_CHECK(device_of(x) == device && x.get_device_index() == device_index, name,
+                 i < 0 ? "" : "[" + std::to_string(i) + "]", ": on ", device_name(x), ", expected ", there);
   }
 
   Place place() const { return Place(device, device_index); }
@@ -138,8 +155,8 @@ struct Table {
   }
 
   void lead_by_base(const Tensors& out, const Tensors& base, int32_t count) {
-    STD_TORCH_CHECK(!base.empty() && base.size() == out.size(), "merge3: ", base.size(), " base tensors: expected ", out.size());
-    STD_TORCH_CHECK(count <= MERGE3_MAX_EXPERTS, "merge3: ", count, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
+    MERGE3_CHECK(!base.empty() && base.size() == out.size(), base.size(), " base tensors: expected ", out.size());
+    MERGE3_CHECK(count <= MERGE3_MAX_EXPERTS, count, " experts: expected 1 to ", MERGE3_MAX_EXPERTS);
     experts = count;
     settle(base[0], "base[0]");
     rows.resize(base.size());
@@ -162,54 +179,54 @@ struct Table {
   }
 
   void* data(const Tensor& x, const merge3_tensor& row, const char* list, int64_t i, bool same_dtype) const {
-    STD_TORCH_CHECK(x.is_contiguous(), "merge3: ", list, "[", i, "]: expected a contiguous tensor");
-    STD_TORCH_CHECK(x.numel() == row.numel, "merge3: ", list, "[", i, "]: found ", x.numel(),
-                    " elements, expected ", row.numel);
+    MERGE3_CHECK(x.is_contiguous(), list, "[", i, "]: expected a contiguous tensor");
+    MERGE3_CHECK(x.numel() == row.numel, list, "[", i, "]: found ", x.numel(),
+                 " elements, expected ", row.numel);
     require_here(x, list, i);
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % (row.dtype == MERGE3_FLOAT32 ? 4 : 2) == 0, "merge3: ", list,
-                    "[", i, "]: misaligned, expected an address that is a multiple of its element size");
-    STD_TORCH_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, "merge3: ", list, "[", i,
-                    "]: its dtype differs from the first expert's of this tensor");
+    MERGE3_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % (row.dtype == MERGE3_FLOAT32 ? 4 : 2) == 0, list,
+                 "[", i, "]: misaligned, expected an address that is a multiple of its element size");
+    MERGE3_CHECK(!same_dtype || storage_dtype(x, list, i) == row.dtype, list, "[", i,
+                 "]: its dtype differs from the first expert's of this tensor");
     return x.data_ptr();
   }
 };
 
 template <class T>
 T* host(const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, "merge3: ", name,
-                  ": expected a contiguous CPU tensor of scalar type ", int(dtype), ", found ", int(x.scalar_type()),
-                  " on ", device_name(x));
-  STD_TORCH_CHECK(x.numel() == numel, "merge3: ", name, ": found ", x.numel(), " elements, expected ", numel);
+  MERGE3_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, name,
+               ": expected a contiguous CPU tensor of scalar type ", int(dtype), ", found ", int(x.scalar_type()),
+               " on ", device_name(x));
+  MERGE3_CHECK(x.numel() == numel, name, ": found ", x.numel(), " elements, expected ", numel);
   return static_cast<T*>(x.data_ptr());
 }
 
 inline void set_rank_tables(Table& table, const Tensors& tables, int64_t stride, const char* name, bool slices = false) {
-  STD_TORCH_CHECK(tables.size() == table.rows.size() * size_t(table.experts), "merge3: ", tables.size(), " ", name,
-                  ": expected ", table.rows.size() * size_t(table.experts));
+  MERGE3_CHECK(tables.size() == table.rows.size() * size_t(table.experts), tables.size(), " ", name,
+               ": expected ", table.rows.size() * size_t(table.experts));
   for (size_t i = 0; i < tables.size(); ++i) {
     merge3_tensor& row = table.rows[i / size_t(table.experts)];
     // A slice has the tables of its whole tensor.
     const int64_t rows = row.columns ? (row.offset + row.numel + row.columns - 1) / row.columns : 0;
     const int64_t found = tables[i].numel(), expected = rows * stride;
     table.require_here(tables[i], name, int64_t(i));
-    STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Float && tables[i].is_contiguous() &&
-                        (found == expected || (slices && found > expected)),
-                    "merge3: ", name, "[", i, "]: expected ", expected, " contiguous float32, found ", found,
-                    " elements");
+    MERGE3_CHECK(tables[i].scalar_type() == ScalarType::Float && tables[i].is_contiguous() &&
+                     (found == expected || (slices && found > expected)),
+                 name, "[", i, "]: expected ", expected, " contiguous float32, found ", found,
+                 " elements");
     row.rank_tables[i % size_t(table.experts)] = static_cast<const float*>(tables[i].data_ptr());
   }
 }
 
 inline void set_masks(Table& table, const Tensors& masks, bool slices = false) {
-  STD_TORCH_CHECK(masks.size() == table.rows.size() * size_t(table.experts), "merge3: ", masks.size(), " masks: expected ",
-                  table.rows.size() * size_t(table.experts));
+  MERGE3_CHECK(masks.size() == table.rows.size() * size_t(table.experts), masks.size(), " masks: expected ",
+               table.rows.size() * size_t(table.experts));
   for (size_t i = 0; i < masks.size(); ++i) {
     merge3_tensor& row = table.rows[i / size_t(table.experts)];
     const int64_t found = masks[i].numel(), expected = (row.offset + row.numel + 31) / 32;
     table.require_here(masks[i], "masks", int64_t(i));
-    STD_TORCH_CHECK(masks[i].scalar_type() == ScalarType::Int && masks[i].is_contiguous() &&
-                        (found == expected || (slices && found > expected)),
-                    "merge3: masks[", i, "]: expected ", expected, " contiguous int32, found ", found);
+    MERGE3_CHECK(masks[i].scalar_type() == ScalarType::Int && masks[i].is_contiguous() &&
+                     (found == expected || (slices && found > expected)),
+                 "masks[", i, "]: expected ", expected, " contiguous int32, found ", found);
     row.masks[i % size_t(table.experts)] = static_cast<const uint32_t*>(masks[i].data_ptr());
   }
 }
