@@ -53,7 +53,7 @@ MERGE3_HD float as_float(uint32_t u) {
 }
 MERGE3_HD float positive_part(float x) { return x > 0.0f ? x : 0.0f; }  // NaN: 0
 MERGE3_HD float keep_where(bool mask, float x) { return mask ? x : 0.0f; }
-MERGE3_HD float add_where(bool mask, float sum, float x) { return sum + (mask ? x : 0.0f); }
+MERGE3_HD float add_where(bool mask, float sum, float x) { return mask ? sum + x : sum; }
 MERGE3_HD float flip_sign(float x, float by) { return as_float(as_uint(x) ^ (as_uint(by) & 0x80000000u)); }
 
 template <class T>

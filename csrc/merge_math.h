@@ -10,14 +10,42 @@ namespace merge3 {
 
 template <class F>
 MERGE3_HD F magnitude(F x) {
+#if defined(__CUDA_ARCH__)
+  return fabsf(x);  // part of the instruction that needs it
+#else
   using U = typename Lanes<F>::U;
   return as_float(as_uint(x) & same<U>(0x7fffffffu));
+#endif
 }
 
 template <class F>
 MERGE3_HD F sign(F x) {
+#if defined(__CUDA_ARCH__)
+  const F large = x * 1.2676506e30f * 1.2676506e30f;  // 2^100 each: beyond 1, were it the smallest number
+  return __saturatef(large) - __saturatef(-large);  // multiplications, of which a GPU does twice as many as comparisons
+#else
   const F zero = same<F>(0.0f);
   return select(x > zero, same<F>(1.0f), select(x < zero, same<F>(-1.0f), zero));
+#endif
+}
+
+// Many numbers that take the sign of one: towards(x, side_of(by)) is flip_sign(x, by). A GPU multiplies twice as fast as
+// it combines bits.
+template <class F>
+MERGE3_HD F side_of(F by) {
+#if defined(__CUDA_ARCH__)
+  return as_float((as_uint(by) & 0x80000000u) | 0x3f800000u);
+#else
+  return by;
+#endif
+}
+template <class F>
+MERGE3_HD F towards(F x, F side) {
+#if defined(__CUDA_ARCH__)
+  return x * side;
+#else
+  return flip_sign(x, side);
+#endif
 }
 
 // ---------------------------------------------------------------- keeping a share of equal values
@@ -161,19 +189,17 @@ MERGE3_HD F add_vote(int k, F votes, F change) {
   return k == 0 ? vote : votes + vote;
 }
 
-// The sum of the changes that agree with the vote, and of their weights where `normalize`. A zero element never
-// agrees, so it drops out of both sums. GUARDED: weights may cancel.
-template <int K, int ELECT, bool GUARDED, class F>
-MERGE3_HD F elect(const F (&c)[K], F vote, const Prepared<One<F>, K>& p, bool normalize, F& divisor) {
-  divisor = same<F>(0.0f) + p.total;
-  if (ELECT == MERGE3_ELECT_NONE) return vote;
+// The sum of the changes that agree with the vote, on its side of zero, and of their weights where `normalize`. A zero
+// element never agrees, so it drops out of both sums. GUARDED: weights may cancel.
+template <int K, bool GUARDED, class F>
+MERGE3_HD F elect_aligned(const F (&c)[K], F side, const Prepared<One<F>, K>& p, bool normalize, F& divisor) {
   // Where - is elected, both the elements and their sum change sign: the same values come out, and
   // what disagrees is what a maximum with zero removes.
   const F zero = same<F>(0.0f);
   F sum = zero;
   MERGE3_UNROLL
   for (int k = 0; k < K; ++k) {
-    const F aligned = flip_sign(c[k], vote);
+    const F aligned = towards(c[k], side);
     if (normalize) {
       const auto agrees = aligned > zero;
       sum = k == 0 ? keep_where(agrees, aligned) : add_where(agrees, sum, aligned);
@@ -183,7 +209,14 @@ MERGE3_HD F elect(const F (&c)[K], F vote, const Prepared<One<F>, K>& p, bool no
     }
   }
   if (GUARDED && normalize) divisor = select(divisor == zero, same<F>(1.0f), divisor);
-  return flip_sign(sum, vote);
+  return sum;
+}
+template <int K, int ELECT, bool GUARDED, class F>
+MERGE3_HD F elect(const F (&c)[K], F vote, const Prepared<One<F>, K>& p, bool normalize, F& divisor) {
+  divisor = same<F>(0.0f) + p.total;
+  if (ELECT == MERGE3_ELECT_NONE) return vote;
+  const F side = side_of(vote);
+  return towards(elect_aligned<K, GUARDED>(c, side, p, normalize, divisor), side);
 }
 
 template <int K, class F>
@@ -192,13 +225,19 @@ MERGE3_HD F add_change(F theta, F sum, F divisor, const Prepared<One<F>, K>& p, 
   return theta + p.lambda * sum;
 }
 
+template <int K, int ELECT, class F>
+MERGE3_HD F vote_of(const F (&c)[K]) {
+  F vote = c[0];
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) vote = add_vote<ELECT>(k, vote, c[k]);
+  return vote;
+}
+
 // theta + lambda * the elected sum of the weighted, sparsified changes c.
 template <int K, int ELECT, class F>
 MERGE3_HD F elect_and_add(F theta, const F (&c)[K], const Prepared<One<F>, K>& p, bool normalize) {
-  F vote = c[0], divisor;
-  MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) vote = add_vote<ELECT>(k, vote, c[k]);
-  const F sum = elect<K, ELECT, true>(c, vote, p, normalize, divisor);
+  F divisor;
+  const F sum = elect<K, ELECT, true>(c, vote_of<K, ELECT>(c), p, normalize, divisor);
   return add_change<K>(theta, sum, divisor, p, normalize);
 }
 

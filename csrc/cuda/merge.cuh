@@ -2,14 +2,20 @@
 //
 // Moves (K + 1) reads + 1 write per element, in 16-byte accesses; a thread asks for all its K + 1 inputs before it waits
 // for the first (of seven or more, in some modes, the assembler has it ask for six), and pointers and coefficients stay
-// in registers. No atomics, no barriers. The arithmetic is that of merge_math.h, built without fused multiply-add, so the
-// bits equal the CPU's; how signs are elected and whether sums are divided is asked once per eight elements.
-// benchmarks/ptxas.py checks in the machine code what this promises.
+// in registers. No atomics; one barrier, after limits were put into shared memory. The arithmetic is that of merge_math.h,
+// with fused multiply-add only where a quotient is corrected, so the bits equal the CPU's; how signs are elected and
+// whether sums are divided is asked once per eight elements. benchmarks/ptxas.py checks in the machine code what this
+// promises, benchmarks/gpu_check.py measures it.
+//
+// What is not bound by memory is bound by comparisons, selections and bits, of which a GPU does half as many as additions
+// and multiplications: hence the ways of divide.cuh, draws.cuh, side_of and sign.
 //
 // Tried: the dtype as a number known at run time, which put each conversion, and its wait, right behind its load; the
 // election as a template argument too: twice the time to compile, five times the kernels, for eight registers less.
-// Limits of the tie-breaking hash kept in registers: 16 registers more for two experts, one block less per processor.
+// More: docs/kernels.md.
 #pragma once
+#include "divide.cuh"
+#include "draws.cuh"
 #include "merge_launch.cuh"
 
 namespace merge3 {
@@ -20,18 +26,26 @@ namespace merge3 {
 #endif
 template <int K, int SPARSIFY>
 constexpr int kInputsOf = SPARSIFY == MERGE3_SIGNS ? 1 : K + 1;
+// Draws last for two turns.
 template <int SPARSIFY>
-constexpr int kDepthOf = SPARSIFY == MERGE3_SIGNS ? 2 : MERGE3_DEPTH;
+constexpr bool kDrawnOf = SPARSIFY == MERGE3_KEEP_RANDOM || SPARSIFY == MERGE3_KEEP_RANKED;
+template <int SPARSIFY>
+constexpr int kDepthOf = SPARSIFY == MERGE3_SIGNS ? 2 : kDrawnOf<SPARSIFY> ? 1 : MERGE3_DEPTH;
 
-// Blocks that a multiprocessor must have room for: as many as keep 48 KB of loads in flight, what an H200 wants by
-// CCCL's figures, unless that many would make the assembler spill registers.
+// Blocks that a multiprocessor must have room for: as many as keep so many KB of loads in flight, by CCCL's figures 48 for
+// an H200 and less for cards with slower memory, unless that many would make the assembler spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kInFlight = 24;
+constexpr int kRegistersForEight = 5;  // experts up to which ranks leave registers for the changes of eight elements
+#else
+constexpr int kInFlight = 48, kRegistersForEight = MERGE3_MAX_EXPERTS;
+#endif
 template <int K, int SPARSIFY, class T>
 constexpr int blocks_per_processor() {
   const int in_flight = kThreads * kDepthOf<SPARSIFY> * kInputsOf<K, SPARSIFY> * T::kBytes;
-  const int wanted = (48 * 1024 + in_flight - 1) / in_flight;
+  const int wanted = (kInFlight * 1024 + in_flight - 1) / in_flight;
   const int per_expert = SPARSIFY == MERGE3_KEEP_RANKED ? 24 : SPARSIFY == MERGE3_KEEP_RANDOM && T::kBytes == 32 ? 18 : 12;
   const int possible = 65536 / kThreads / (32 + (kDepthOf<SPARSIFY> - 1) * 8 + per_expert * K);
-  if (SPARSIFY == MERGE3_KEEP_BAND && K == 4 && possible > 2) return 2;  // 8 bytes of spills else
   return wanted < possible ? wanted : possible < 1 ? 1 : possible;
 }
 
@@ -47,12 +61,22 @@ struct Rows {
   }
 };
 
+// Eight of a table in shared memory.
+__device__ __forceinline__ void load8(const float* from, float (&to)[8]) {
+#pragma unroll
+  for (int q = 0; q < 2; ++q) {
+    const float4 four = reinterpret_cast<const float4*>(from)[q];
+    to[4 * q] = four.x, to[4 * q + 1] = four.y, to[4 * q + 2] = four.z, to[4 * q + 3] = four.w;
+  }
+}
+
 template <int K, int SPARSIFY, class T>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>()) merge_kernel(const MergeArgs a) {
-  constexpr bool kRanked = SPARSIFY == MERGE3_KEEP_RANKED, kRandom = SPARSIFY == MERGE3_KEEP_RANDOM;
+  constexpr bool kRanked = SPARSIFY == MERGE3_KEEP_RANKED, kRandom = SPARSIFY == MERGE3_KEEP_RANDOM, kDrawn = kRanked || kRandom;
   constexpr bool kBand = SPARSIFY == MERGE3_KEEP_BAND, kBounded = kBand || SPARSIFY == MERGE3_KEEP_MAGNITUDE;
   constexpr bool kSigns = SPARSIFY == MERGE3_SIGNS, kPacked = kSigns || SPARSIFY == MERGE3_KEEP_MASK;
   constexpr int kInputs = kInputsOf<K, SPARSIFY>, kDepth = kDepthOf<SPARSIFY>, kStep = kThreads * 8;
+  constexpr int kPeriod = int(kTiePeriod), kGroup = kRanked && K > kRegistersForEight ? 4 : 8;
   const Span span = span_of(a.work);
   const merge3_tensor& tensor = span.tensor;
   const merge3_coefficient* c = a.coefficients + span.t * K;
@@ -65,7 +89,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   const uint8_t* masks[kPacked ? K : 1];
   const float* quantiles[kRanked ? K : 1];
   from[0] = static_cast<const char*>(tensor.base) + span.begin / 8 * T::kBytes;
-  Bound lo[K], hi[K];
   Spread spread[K];
   int32_t threshold[K];
 #pragma unroll
@@ -73,77 +96,143 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
     if constexpr (!kSigns) from[k + 1] = static_cast<const char*>(tensor.experts[k]) + span.begin / 8 * T::kBytes;
     if constexpr (kPacked) masks[k] = reinterpret_cast<const uint8_t*>(tensor.masks[k]) + first / 8;
     if constexpr (kRanked) quantiles[k] = tensor.rank_tables[k], spread[k] = make_spread(c[k]);
-    if constexpr (kBounded) lo[k] = make_bound(c[k].lo, c[k].lo_share, false);
-    if constexpr (kBand) hi[k] = make_bound(c[k].hi, c[k].hi_share, true);
-    threshold[k] = kRandom ? kept_draws(c[k]) : -1;
+    if constexpr (kRandom) threshold[k] = kept_draws(c[k]);
   }
-  char* const to = static_cast<char*>(tensor.out) + span.begin / 8 * T::kBytes;
-  // All elements that are a thread's eight have this hash in turn: it repeats every kTiePeriod elements of a run.
-  static_assert(kStep % kTiePeriod == 0 && kTieRun % kChunk == 0);
-  uint32_t hash = uint32_t(tie_hash(first + int64_t(threadIdx.x) * 8, id));
-  Rows rows(kRanked ? first + int64_t(threadIdx.x) * 8 : 0, kRanked ? tensor.columns : 1, kStep);
+  const bool easy = divides_easily<K>(c, p.total);
 
-  for (int32_t start = int32_t(threadIdx.x) * 8; start < size; start += kDepth * kStep) {
+  // Limits repeat every kPeriod elements of a run, in which a chunk lies whole: [lo or hi][expert][place].
+  alignas(16) __shared__ float limits[kBounded ? (kBand ? 2 : 1) * K * kPeriod : 4];
+  static_assert(kStep % kPeriod == 0 && kTieRun % kChunk == 0);
+  if constexpr (kBounded) {
+#pragma unroll 1
+    for (int at = int(threadIdx.x); at < K * kPeriod; at += kThreads) {
+      const merge3_coefficient& own = c[at / kPeriod];
+      const int32_t hash = tie_hash(first + at % kPeriod, id);
+      limits[at] = limit(make_bound(own.lo, own.lo_share, false), hash);
+      if constexpr (kBand) limits[K * kPeriod + at] = limit(make_bound(own.hi, own.hi_share, true), hash);
+    }
+    __syncthreads();
+  }
+  const float* const own_limits = limits + (kBounded ? int(threadIdx.x) * 8 % kPeriod : 0);
+
+  const int64_t columns = kRanked ? tensor.columns : 1;
+  Rows rows(kRanked ? first + int64_t(threadIdx.x) * 8 : 0, columns, kStep);
+#if defined(__CUDA_ARCH__)
+  const bool row_of_warp = kRanked && columns % 256 == 0;  // a warp's elements lie in one row
+#else
+  const bool row_of_warp = false;
+#endif
+  using Drawn = Words<kRanked ? 4 : 1>;
+  Drawn drawn[kDrawn ? K : 1], next[kDrawn ? K : 1];
+  bool odd_turn = false;
+
+  // Of kernels that draw, all threads of a warp go as far as its first: they hand each other what they drew.
+  const int32_t behind = kDrawn ? int32_t(threadIdx.x % 32) * 8 : 0;
+  for (int32_t start = int32_t(threadIdx.x) * 8; start - behind < size; start += kDepth * kStep) {
     Raw8<T> raw[kDepth][kInputs];
     uint32_t bits[kDepth][kPacked ? K : 1];
+    float quantile[kRanked ? K : 1];
+    const bool inside = !kDrawn || start < size;
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int32_t at = (start + d * kStep) / 8;
       if (d > 0 && start + d * kStep >= size) break;
-      raw[d][0] = load_raw8_if<T>(has_base, from[0] + at * T::kBytes);
+      raw[d][0] = load_raw8_if<T>(has_base && inside, from[0] + at * T::kBytes);
 #pragma unroll
-      for (int v = 1; v < kInputs; ++v) raw[d][v] = load_raw8<T>(from[v] + at * T::kBytes);
+      for (int v = 1; v < kInputs; ++v) {
+        if constexpr (kDrawn) raw[d][v] = load_raw8_if<T>(inside, from[v] + at * T::kBytes);
+        else raw[d][v] = load_raw8<T>(from[v] + at * T::kBytes);
+      }
       if constexpr (kPacked)
 #pragma unroll
         for (int k = 0; k < K; ++k) bits[d][k] = masks[k][at];
     }
+    if constexpr (kRanked)
+#pragma unroll
+      for (int k = 0; k < K; ++k) quantile[k] = row_of_warp ? quantiles[k][rows.row * MERGE3_RANK_STRIDE + threadIdx.x % 32] : 0.0f;
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int32_t i = start + d * kStep;
       if (d > 0 && i >= size) break;
-#if defined(__CUDA_ARCH__)
-      // Else the compiler finds that limits never change, and keeps 8 K or 16 K of them in registers.
-      if constexpr (kBounded) asm volatile("" : "+r"(hash));
-#endif
-      Draws8 drawn[kRandom || kRanked ? K : 1];
-      if constexpr (kRandom || kRanked)
-#pragma unroll
-        for (int k = 0; k < K; ++k) drawn[k] = draw8(first + i, id, uint32_t(k), a.modes.seed, threshold[k]);
-      float change[8][K], out[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float theta = element_of<T>(raw[d][0], j);
-        const int32_t h = int32_t(hash + uint32_t(j) * 0x9E3779B1u);
-        Keep<float, K> keep;
+      if constexpr (kDrawn)
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          if constexpr (kBounded) keep.lo[k] = limit(lo[k], h);
-          if constexpr (kBand) keep.hi[k] = limit(hi[k], h);
-          if constexpr (kRandom) keep.drawn[k] = draw_of(drawn[k], j) < threshold[k];
-          if constexpr (kRanked)
-            keep.lo[k] = drawn_limit(spread[k], draw_of(drawn[k], j), quantiles[k] + rows.row * MERGE3_RANK_STRIDE);
-          if constexpr (kPacked)
-            change[j][k] = packed_change<kSigns>(theta, element_of<T>(raw[d][kSigns ? 0 : k + 1], j), (bits[d][k] >> j & 1) != 0, p.scale[k]);
-          else change[j][k] = change_of<K, SPARSIFY>(theta, element_of<T>(raw[d][k + 1], j), k, p, keep);
+          const auto make = [&](int64_t element) {
+            if constexpr (kRanked) return drawn_halves(element, id, uint32_t(k), a.modes.seed);
+            else return kept_halves(element, id, uint32_t(k), a.modes.seed, threshold[k]);
+          };
+          if (odd_turn) {
+            drawn[k] = next[k];
+            continue;
+          }
+          const auto turns = two_turns<kRanked ? 4 : 1>(first + i, kStep, make);
+          drawn[k] = turns.now, next[k] = turns.next;
         }
-      }
-      const auto finish = [&](auto elect, auto normalize) {
+      odd_turn = !odd_turn;
+      float change[kGroup][K], out[8];
+      const auto changes = [&](int group, auto of_lanes) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          out[j] = elect_and_add<K, decltype(elect)::value>(element_of<T>(raw[d][0], j), change[j], p, decltype(normalize)::value != 0);
+        for (int k = 0; k < K; ++k) {
+          [[maybe_unused]] float lo[8], hi[8];
+          if constexpr (kBounded) load8(own_limits + k * kPeriod, lo);
+          if constexpr (kBand) load8(own_limits + (K + k) * kPeriod, hi);
+#pragma unroll
+          for (int at = 0; at < kGroup; ++at) {
+            const int j = group + at;
+            const float theta = element_of<T>(raw[d][0], j), expert = element_of<T>(raw[d][kSigns ? 0 : k + 1], j);
+            Keep<float, K> keep;
+            if constexpr (kBounded) keep.lo[k] = lo[j];
+            if constexpr (kBand) keep.hi[k] = hi[j];
+            if constexpr (kRanked && decltype(of_lanes)::value != 0)
+              keep.lo[k] = drawn_limit_of_lanes(spread[k], drawn_of(drawn[k], j), quantile[k]);
+            else if constexpr (kRanked)
+              keep.lo[k] = drawn_limit(spread[k], drawn_of(drawn[k], j), quantiles[k] + (inside ? rows.row : 0) * MERGE3_RANK_STRIDE);
+            if constexpr (kPacked) change[at][k] = packed_change<kSigns>(theta, expert, (bits[d][k] >> j & 1) != 0, p.scale[k]);
+            else if constexpr (kRandom) change[at][k] = kept_where(drawn[k], j, change_of<K, MERGE3_KEEP_ALL>(theta, expert, k, p, keep));
+            else change[at][k] = change_of<K, SPARSIFY>(theta, expert, k, p, keep);
+          }
+        }
+      };
+      const auto finish = [&](int group, auto elect, auto normalize) {
+        constexpr int kElect = decltype(elect)::value;
+        constexpr bool kElects = kElect != MERGE3_ELECT_NONE, kNormalize = decltype(normalize)::value != 0;
+#pragma unroll
+        for (int four = 0; four < kGroup; four += 4) {
+          float sum[4], divisor[4], side[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            sum[j] = vote_of<K, kElect>(change[four + j]), divisor[j] = p.total;
+            if constexpr (kElects) {
+              side[j] = side_of(sum[j]);
+              sum[j] = elect_aligned<K, false>(change[four + j], side[j], p, kNormalize, divisor[j]);
+            }
+          }
+          if constexpr (kNormalize) divide<!kElects, kElects>(sum, divisor, easy);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if constexpr (kElects) sum[j] = towards(sum[j], side[j]);
+            out[group + four + j] = add_change<K>(element_of<T>(raw[d][0], group + four + j), sum[j], divisor[j], p, false);
+          }
+        }
       };
       const bool sum = a.modes.elect == MERGE3_ELECT_SUM;
-      if (kPacked || a.modes.elect == MERGE3_ELECT_NONE) {
-        if (a.modes.normalize) finish(Constant<MERGE3_ELECT_NONE>(), Constant<1>());
-        else finish(Constant<MERGE3_ELECT_NONE>(), Constant<0>());
-      } else if (a.modes.normalize) {
-        if (sum) finish(Constant<MERGE3_ELECT_SUM>(), Constant<1>());
-        else finish(Constant<MERGE3_ELECT_COUNT>(), Constant<1>());
-      } else {
-        if (sum) finish(Constant<MERGE3_ELECT_SUM>(), Constant<0>());
-        else finish(Constant<MERGE3_ELECT_COUNT>(), Constant<0>());
+#pragma unroll
+      for (int group = 0; group < 8; group += kGroup) {
+        if (row_of_warp) changes(group, Constant<1>());
+        else changes(group, Constant<0>());
+        if (kPacked || a.modes.elect == MERGE3_ELECT_NONE) {
+          if (a.modes.normalize) finish(group, Constant<MERGE3_ELECT_NONE>(), Constant<1>());
+          else finish(group, Constant<MERGE3_ELECT_NONE>(), Constant<0>());
+        } else if (a.modes.normalize) {
+          if (sum) finish(group, Constant<MERGE3_ELECT_SUM>(), Constant<1>());
+          else finish(group, Constant<MERGE3_ELECT_COUNT>(), Constant<1>());
+        } else {
+          if (sum) finish(group, Constant<MERGE3_ELECT_SUM>(), Constant<0>());
+          else finish(group, Constant<MERGE3_ELECT_COUNT>(), Constant<0>());
+        }
       }
-      store_raw8<T>(to + i / 8 * T::kBytes, out);
+      // The address is read where it is used: two registers less.
+      if (inside) store_raw8<T>(static_cast<char*>(tensor.out) + (span.begin + i) / 8 * T::kBytes, out);
       if constexpr (kRanked) rows.advance();
     }
   }
