@@ -120,7 +120,8 @@ def tests(device: torch.device):
     failures = []
     for name, arguments in {"kernel suite": on_gpu, "gpu only": [file("gpu")]}.items():
         try:
-            yield {"check": name, "result": run([*command, *arguments], environment).strip().splitlines()[-1]}
+            lines = run([*command, *arguments], environment).splitlines()
+            yield {"check": name, "result": next((x for x in reversed(lines) if re.search(r"\d passed", x)), lines[-1])}
         except RuntimeError as error:
             failures.append(f"{name}: {error}")
             yield {"check": name, "result": str(error)[-600:]}

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Flags for nvcc: how many times eight elements a thread asks for at once (csrc/cuda/merge.cuh); threads of a block; what
-# is said to the caches (csrc/cuda/storage.cuh).
+# Flags for nvcc: how many times eight elements a thread asks for at once (csrc/cuda/merge.cuh); threads of a block;
+# what is said to the caches (csrc/cuda/storage.cuh).
 VARIANTS = {
     "as built": (),
     "depth 2": ("-DMERGE3_DEPTH=2",),
@@ -58,6 +58,10 @@ def build(flags: tuple[str, ...], device: torch.device, beside: int) -> Path:
     jobs = max(1, (os.cpu_count() or 1) // beside)
     wanted = {"MERGE3_CUDA": "1", "MERGE3_ARCHITECTURES": f"{major}{minor}", "MAX_JOBS": str(jobs)}
     folder = ROOT / "build" / "variants" / "".join(c for c in "".join(flags) if c.isalnum())
+    changed = max(file.stat().st_mtime for file in (ROOT / "csrc").rglob("*") if file.is_file())
+    for library in (folder / "merge3").glob("_C*.so"):
+        if library.stat().st_mtime > changed:  # of an earlier call
+            return library
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = os.environ | wanted | {"MERGE3_CUDA_FLAGS": " ".join(flags)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

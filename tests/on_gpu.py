@@ -1,12 +1,14 @@
-"""A pytest plugin (`-p tests.on_gpu`): every pool that a test opens in its process lies on the GPU, and the tests, which
-know nothing of devices, run there.
+"""A pytest plugin (`-p tests.on_gpu`): every pool that a test opens in its process lies on the GPU, and the tests,
+which know nothing of devices, run there.
 
-Comparisons bring both sides to the CPU. MERGE3_TEST_REPORT names a file that gets a line for every failure: the test,
-the last line of this project that it went through, what was raised.
+What a test itself gives a model goes where the model is, and comparisons bring both sides to the CPU.
+MERGE3_TEST_REPORT names a file that gets a line for every failure: the test, the last lines of this project that it
+went through, what was raised.
 """
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -30,6 +32,26 @@ def on_the_cpu(compare):
     return wrapper
 
 
+def called_by_a_test() -> bool:
+    frame = sys._getframe(2)
+    while frame is not None and "torch" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None and Path(frame.f_code.co_filename).is_relative_to(ROOT / "tests")
+
+
+def where_the_model_is(call):
+    @functools.wraps(call)
+    def wrapper(self, *arguments, **named):
+        parameter = next(self.parameters(), None)
+        if parameter is not None and parameter.is_cuda and called_by_a_test():
+            there = lambda x: x.to(parameter.device) if isinstance(x, torch.Tensor) else x
+            arguments, named = [there(x) for x in arguments], {name: there(x) for name, x in named.items()}
+        return call(self, *arguments, **named)
+
+    return wrapper
+
+
+torch.nn.Module.__call__ = where_the_model_is(torch.nn.Module.__call__)
 merge3.pool.usable = on_the_gpu
 torch.equal, torch.allclose = on_the_cpu(torch.equal), on_the_cpu(torch.allclose)
 torch.testing.assert_close = on_the_cpu(torch.testing.assert_close)

@@ -34,8 +34,8 @@ def test_every_step_that_needs_no_gpu(tmp_path):
     rows = {step: result["rows"] for step, result in steps.items()}
     assert rows["candidate"][0]["swap_ms"] > 0 and len(rows["eager"]) == 2
     assert [row["mode"] for row in rows["overlap"]] == ["in one launch", "overlapped", "written to disk and loaded"]
-    assert len({(r["experts"], r["sparsify"], r["elect"], r["normalize"]) for r in rows["bandwidth"]}) == 45
-    assert len(rows["variants"]) == 36 and {row["variant"] for row in rows["variants"]} == {"as built"}
+    assert len({(r["experts"], r["sparsify"], r["elect"], r["normalize"]) for r in rows["bandwidth"]}) == 60
+    assert len(rows["variants"]) == 48 and {row["variant"] for row in rows["variants"]} == {"as built"}
     assert steps["variants"]["notes"][0].startswith("fastest: as built, ")
     assert all("seconds" in result and "cut" not in result for result in steps.values())
     assert (tmp_path / "rehearsal.md").read_text().startswith("Rehearsed on a CPU, small")
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_has_left_its_rows_and_the_next_call_adds_to_them(t
             assert line.startswith("bandwidth: {"), line
         running.kill()
     left = read(tmp_path)["bandwidth"]
-    assert 3 <= len(left["rows"]) < 45 and left["cut"]
+    assert 3 <= len(left["rows"]) < 60 and left["cut"]
     assert "| bandwidth | cut short |" in (tmp_path / "rehearsal.md").read_text()
     steps = rehearse(tmp_path, "eager")
     assert steps["bandwidth"] == left and len(steps["eager"]["rows"]) == 2
