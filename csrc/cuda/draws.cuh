@@ -26,7 +26,6 @@ struct Words {
 template <int WORDS, class Make>
 __device__ __forceinline__ Turns<Words<WORDS>> two_turns(int64_t element, int64_t step, const Make& make) {
   const bool second = element & 8;
-#if defined(__CUDA_ARCH__)
   const Halves<Words<WORDS>> made = make(second ? element + step : element);
   Turns<Words<WORDS>> turns;
 #pragma unroll
@@ -37,10 +36,6 @@ __device__ __forceinline__ Turns<Words<WORDS>> two_turns(int64_t element, int64_
     turns.next.word[w] = second ? own : given;
   }
   return turns;
-#else  // emulated, a thread at a time
-  const Halves<Words<WORDS>> now = make(element), next = make(element + step);
-  return second ? Turns<Words<WORDS>>{now.second, next.second} : Turns<Words<WORDS>>{now.first, next.first};
-#endif
 }
 
 // Bit 7 of every byte: whether it is below, or equal to, the byte of t.
@@ -101,13 +96,13 @@ __device__ __forceinline__ float drawn_limit_of_lanes(const Spread& s, int32_t d
 #if defined(__CUDA_ARCH__)
   // Numbers below 2^23 are the last bits of those beyond: no conversion, which a GPU does an eighth as often as additions.
   const float bin = (as_float(0x4b000000u | uint32_t(draw)) - 8388608.0f) * s.step + s.start;
-  const uint32_t lane = as_uint(__fadd_rz(fmaxf(bin, 0.0f), 8388608.0f));
-  const float limit = __shfl_sync(0xffffffffu, quantile, int(lane));
-  return bin < float(MERGE3_RANK_BINS) ? limit : as_float(0x7fc00000u);
+  const int lane = int(as_uint(__fadd_rz(fmaxf(bin, 0.0f), 8388608.0f)));
 #else
-  (void)s, (void)draw;
-  return quantile;  // emulated threads have no neighbours, and take the other way
+  const float bin = float(draw) * s.step + s.start;
+  const int lane = bin > 0.0f && bin < float(MERGE3_RANK_BINS) ? int(bin) : 0;
 #endif
+  const float limit = __shfl_sync(0xffffffffu, quantile, lane);  // of lane % 32
+  return bin < float(MERGE3_RANK_BINS) ? limit : as_float(0x7fc00000u);
 }
 
 }  // namespace merge3

@@ -117,11 +117,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
 
   const int64_t columns = kRanked ? tensor.columns : 1;
   Rows rows(kRanked ? first + int64_t(threadIdx.x) * 8 : 0, columns, kStep);
-#if defined(__CUDA_ARCH__)
   const bool row_of_warp = kRanked && columns % 256 == 0;  // a warp's elements lie in one row
-#else
-  const bool row_of_warp = false;
-#endif
   using Drawn = Words<kRanked ? 4 : 1>;
   Drawn drawn[kDrawn ? K : 1], next[kDrawn ? K : 1];
   bool odd_turn = false;

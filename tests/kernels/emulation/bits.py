@@ -13,8 +13,9 @@ from merge3 import kernels
 from merge3.kernels import CHUNK, Modes
 from tests.kernels.test_merge import make_case, random_coefficients
 
-# Several chunks; the last one with an end inside a group of eight; rows that are no multiple of eight; nearly nothing.
-SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), 8, 1]
+# Several chunks; the last one with an end inside a group of eight; rows that are no multiple of eight; rows that take a
+# warp of threads, or several; nearly nothing.
+SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), (11, 256), (3, 512), 8, 1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = [*itertools.product(kernels.SPARSIFY, kernels.ELECT, (False, True))]
 ELECTED = (("none", False), ("none", True), ("sum", True), ("count", False))

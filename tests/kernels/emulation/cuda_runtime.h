@@ -181,25 +181,56 @@ class Block {
       }
       return;
     }
-    for (size_t pass = 0, ended = 0; ended == 0; ++pass) {
+    for (size_t pass = 0, ended = 0; ended < n; ++pass) {
       for (size_t i = pass == 0 ? 1 : 0; i < n; ++i) {
         // Forwards, backwards, and from the middle on, in turn.
         const size_t at = pass % 3 == 0 ? i : pass % 3 == 1 ? n - 1 - i : (i + n / 2) % n;
+        if (pass != 0 && fibers_[at].done) continue;
         resume(at, pass == 0);
         ended += fibers_[at].done;
       }
-      if (ended != 0 && ended != fibers_.size()) {
-        fprintf(stderr, "emulation: %zu of %zu threads ended while the others wait at a barrier\n", ended, fibers_.size());
-        abort();
-      }
+      check_waiting(ended);
     }
   }
 
-  void barrier() {
+  // Threads wait for their block, or those of a warp for one another: then other warps may have ended.
+  void check_waiting(size_t ended) {
+    size_t at_barrier = 0;
+    for (size_t at = 0; at < fibers_.size(); ++at) {
+      const bool waits = !fibers_[at].done, alone = waits && fibers_[at].for_warp && fibers_[at / 32 * 32 + (at + 1) % 32].done;
+      at_barrier += waits && !fibers_[at].for_warp;
+      if (alone) {
+        fprintf(stderr, "emulation: thread %zu waits for its warp, of which the next has ended\n", at);
+        abort();
+      }
+    }
+    if (at_barrier != 0 && at_barrier != fibers_.size()) {
+      fprintf(stderr, "emulation: %zu of %zu threads ended while the others wait at a barrier\n", ended, fibers_.size());
+      abort();
+    }
+  }
+
+  // What thread `lane` of this thread's warp gives. All of a warp must come here.
+  template <class T>
+  T shuffle(T value, unsigned lane) {
+    static_assert(sizeof(T) == 4);
+    const unsigned at = thread_index.x, from = at / 32 * 32 + lane % 32;
+    if (exchange_.size() != fibers_.size()) exchange_.resize(fibers_.size());
+    memcpy(&exchange_[at], &value, 4);
+    wait(true);
+    memcpy(&value, &exchange_[from], 4);
+    wait(true);
+    return value;
+  }
+
+  void barrier() { wait(false); }
+
+  void wait(bool for_warp) {
     if (!running_) {
       fprintf(stderr, "emulation: a thread waits at a barrier that the first thread did not meet\n");
       abort();
     }
+    running_->for_warp = for_warp;
     leave_for(&running_->context, &main_, main_stack_, main_size_);
   }
 
@@ -212,7 +243,7 @@ class Block {
   struct Fiber {
     ucontext_t context;
     void* stack;
-    bool done;
+    bool done, for_warp;
   };
   static constexpr size_t kStack = 256 << 10;
 
@@ -260,6 +291,7 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
+  std::vector<uint32_t> exchange_;
   Fiber* running_ = nullptr;
   ucontext_t main_;
   const void* main_stack_ = nullptr;
@@ -294,3 +326,11 @@ cudaError_t launch(Kernel kernel, int64_t blocks, unsigned threads, Args... args
 #define blockDim ::emulation::block_dim
 #define gridDim ::emulation::grid_dim
 inline void __syncthreads() { emulation::Block::current()->barrier(); }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::Block::current()->shuffle(value, unsigned(lane));
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int other) {
+  return emulation::Block::current()->shuffle(value, emulation::thread_index.x ^ unsigned(other));
+}
