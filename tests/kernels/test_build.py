@@ -156,3 +156,9 @@ def test_a_cuda_build_needs_libtorch_cuda_and_can_be_imported(setup, parts):
     assert "libtorch_cuda" not in run(["readelf", "-d", without])
     done = load(without)
     assert done.returncode != 0 and f"undefined symbol: {SYMBOL}" in done.stderr
+
+
+def test_refusals_do_not_go_through_streams():
+    """An extension that has a C++ library of its own inside, as some toolchains link it, ends the process there."""
+    sources = [f.read_text() for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources and not [s for s in sources if "STD_TORCH_CHECK(" in s or "stringstream" in s or "<iostream>" in s]

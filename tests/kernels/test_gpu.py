@@ -162,7 +162,7 @@ def recipe_of(models, method):
     return Recipe.parse({"merge_method": method, "base_model": models[0], "models": sources})
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs", "della", "ramplus_tl"])
 def test_every_tier_and_the_overlap_give_the_bits_of_the_cpu(wide, method, monkeypatch):
     models = [str(wide / n) for n in ("base", "e0", "e1", "e2")]
     here = Slot(Pool.open(models[0], models[1:]))
