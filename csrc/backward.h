@@ -1,4 +1,4 @@
-// One element of the backward pass of a merge; what decides whether it is kept where modes are only known at run time.
+// The gradient of one element of a merge; what decides whether it is kept where modes are only known at run time.
 #pragma once
 #include "merge_math.h"
 
@@ -38,6 +38,49 @@ MERGE3_HD void decide(const merge3_tensor& tensor, int32_t sparsify, const merge
   keep.drawn[k] = draw < kept_draws(c);
   if (sparsify == MERGE3_KEEP_RANKED)
     keep.lo[k] = drawn_limit(make_spread(c), draw, tensor.rank_tables[k] + whole / tensor.columns * MERGE3_RANK_STRIDE);
+}
+
+// Adds one element's part to the gradients of a loss whose gradient with respect to `out` is g:
+// sums[2 k] for weight k, sums[2 k + 1] for rescale k, sums[2 K] for lambda. What is kept and which sign is
+// elected do not move under a small change of the coefficients, so they count as constants. For
+// out = theta + lambda S, S = D / N:  dS/dw_k = m_k (rescale_k keep_k tau_k - S) / N,  without - S where N is 1.
+// kept: which changes are. Sum: double, or float for the sums of a few elements.
+template <int K, class Sum>
+MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], const merge3_coefficient* coefficient,
+                              const Prepared<float, K>& p, const bool (&kept)[K], int32_t elect, bool normalize,
+                              bool has_base, Sum (&sums)[2 * K + 1]) {
+  float sparse[K], c[K], vote = 0.0f;  // sparse: the sparsified task vector
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) {
+    sparse[k] = kept[k] ? expert[k] - theta : 0.0f;
+    c[k] = sparse[k] * p.scale[k];
+    vote = k == 0 ? (elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k])
+                  : vote + (elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k]);
+  }
+  const bool negative = (as_uint(vote) & 0x80000000u) != 0;
+  float sum = 0.0f, total = 0.0f;
+  bool agrees[K];
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k) {
+    agrees[k] = elect == MERGE3_ELECT_NONE || (negative ? c[k] < 0.0f : c[k] > 0.0f);
+    if (agrees[k]) sum += c[k], total += p.weight[k];
+  }
+  float divisor = 1.0f, merged = sum;
+  bool divides = false;  // the divisor is a sum of weights, not the 1 that replaces a zero
+  if (normalize) {
+    const bool guarded = elect == MERGE3_ELECT_NONE ? has_base && magnitude(total) < 1e-8f : total == 0.0f;
+    divides = !guarded;
+    if (divides) divisor = total;
+    merged = sum / divisor;
+  }
+  const float change = g * p.lambda / divisor;
+  MERGE3_UNROLL
+  for (int k = 0; k < K; ++k)
+    if (agrees[k]) {
+      sums[2 * k] += Sum(change) * Sum(sparse[k] * coefficient[k].rescale - (divides ? merged : 0.0f));
+      sums[2 * k + 1] += Sum(change) * Sum(sparse[k] * coefficient[k].weight);
+    }
+  sums[2 * K] += Sum(g) * Sum(merged);
 }
 
 // whole: the element's place in its whole tensor; g: the gradient of what it became; draw: see draws_of.

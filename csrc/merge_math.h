@@ -1,6 +1,6 @@
-// Every per-element formula of merge3, once. CPU loops (f32x8 and scalar) and CUDA kernels call
-// these same functions, without fused multiply-add on either side, so both give the same bits.
-// The Python oracle is merge3/reference.py.
+// Every per-element formula of merge3, once (its gradient: backward.h; 16-bit floats: floats16.h). CPU loops (f32x8 and
+// scalar) and CUDA kernels call these same functions, without fused multiply-add on either side, so both give the same
+// bits. The Python oracle is merge3/reference.py.
 #pragma once
 #include "include/merge3/merge.h"
 #include "lanes.h"
@@ -296,51 +296,6 @@ MERGE3_HD bool packed_bit(int32_t packing, float theta, float expert, float unif
   return bit;
 }
 
-// ------------------------------------------------------------------------------ its gradient
-
-// Adds one element's part to the gradients of a loss whose gradient with respect to `out` is g:
-// sums[2 k] for weight k, sums[2 k + 1] for rescale k, sums[2 K] for lambda. What is kept and which sign is
-// elected do not move under a small change of the coefficients, so they count as constants. For
-// out = theta + lambda S, S = D / N:  dS/dw_k = m_k (rescale_k keep_k tau_k - S) / N,  without - S where N is 1.
-// kept: which changes are. Sum: double, or float for the sums of a few elements.
-template <int K, class Sum>
-MERGE3_HD void merge_gradient(float g, float theta, const float (&expert)[K], const merge3_coefficient* coefficient,
-                              const Prepared<float, K>& p, const bool (&kept)[K], int32_t elect, bool normalize,
-                              bool has_base, Sum (&sums)[2 * K + 1]) {
-  float sparse[K], c[K], vote = 0.0f;  // sparse: the sparsified task vector
-  MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) {
-    sparse[k] = kept[k] ? expert[k] - theta : 0.0f;
-    c[k] = sparse[k] * p.scale[k];
-    vote = k == 0 ? (elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k])
-                  : vote + (elect == MERGE3_ELECT_COUNT ? sign(c[k]) : c[k]);
-  }
-  const bool negative = (as_uint(vote) & 0x80000000u) != 0;
-  float sum = 0.0f, total = 0.0f;
-  bool agrees[K];
-  MERGE3_UNROLL
-  for (int k = 0; k < K; ++k) {
-    agrees[k] = elect == MERGE3_ELECT_NONE || (negative ? c[k] < 0.0f : c[k] > 0.0f);
-    if (agrees[k]) sum += c[k], total += p.weight[k];
-  }
-  float divisor = 1.0f, merged = sum;
-  bool divides = false;  // the divisor is a sum of weights, not the 1 that replaces a zero
-  if (normalize) {
-    const bool guarded = elect == MERGE3_ELECT_NONE ? has_base && magnitude(total) < 1e-8f : total == 0.0f;
-    divides = !guarded;
-    if (divides) divisor = total;
-    merged = sum / divisor;
-  }
-  const float change = g * p.lambda / divisor;
-  MERGE3_UNROLL
-  for (int k = 0; k < K; ++k)
-    if (agrees[k]) {
-      sums[2 * k] += Sum(change) * Sum(sparse[k] * coefficient[k].rescale - (divides ? merged : 0.0f));
-      sums[2 * k + 1] += Sum(change) * Sum(sparse[k] * coefficient[k].weight);
-    }
-  sums[2 * K] += Sum(g) * Sum(merged);
-}
-
 // ----------------------------------------------------------------------- rules of their own
 
 // NearSwap: move towards the other model by at most t, so near values are swapped whole.
@@ -414,40 +369,6 @@ MERGE3_HD float sce(float theta, const float* expert, int experts, float thresho
     }
   }
   return theta + sum / (divisor < 1e-6f ? 1e-6f : divisor);
-}
-
-// ------------------------------------------------------------------------------- 16-bit floats
-
-MERGE3_HD float bfloat16_to_float(uint16_t x) { return as_float(uint32_t(x) << 16); }
-
-// Round to nearest even: the result is the upper half. Not for NaNs with payload in the lower half.
-template <class U>
-MERGE3_HD U round_bfloat16(U bits) {
-  return bits + same<U>(0x7fffu) + ((bits >> 16) & same<U>(1u));
-}
-// The same for any float; a NaN stays a (quiet) NaN.
-template <class U>
-MERGE3_HD U float_to_bfloat16(U bits) {
-  const U rounded = round_bfloat16(bits) >> 16;
-  const U quiet = (bits >> 16) | same<U>(0x40u);
-  return select((bits & same<U>(0x7fffffffu)) > same<U>(0x7f800000u), quiet, rounded);
-}
-
-MERGE3_HD float float16_to_float(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000u) << 16, rest = x & 0x7fffu;
-  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13) | (rest > 0x7c00u ? 0x400000u : 0u));
-  // Scaling by 2^112 moves the exponent bias from 15 to 127 and is exact for subnormals too.
-  return as_float(sign | as_uint(as_float(rest << 13) * 5192296858534827628530496329220096.0f));
-}
-
-MERGE3_HD uint16_t float_to_float16(float value) {
-  const uint32_t bits = as_uint(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
-  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((rest >> 13) & 0x1ffu));
-  if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns and rounds the mantissa
-    return uint16_t(sign | (as_uint(as_float(rest) + 0.5f) - 0x3f000000u));
-  }
-  return uint16_t(sign | ((rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13));
 }
 
 }  // namespace merge3

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../floats16.h"
 #include "../merge_math.h"
 
 namespace merge3 {

@@ -183,11 +183,19 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
               keep.lo[k] = drawn_limit_of_lanes(spread[k], drawn_of(drawn[k], j), quantile[k]);
             else if constexpr (kRanked)
               keep.lo[k] = drawn_limit(spread[k], drawn_of(drawn[k], j), quantiles[k] + (inside ? rows.row : 0) * MERGE3_RANK_STRIDE);
-            if constexpr (kPacked) change[at][k] = packed_change<kSigns>(theta, expert, (bits[d][k] >> j & 1) != 0, p.scale[k]);
-            else if constexpr (kRandom) change[at][k] = kept_where(drawn[k], j, change_of<K, MERGE3_KEEP_ALL>(theta, expert, k, p, keep));
+            if constexpr (kRandom) change[at][k] = kept_where(drawn[k], j, change_of<K, MERGE3_KEEP_ALL>(theta, expert, k, p, keep));
             else change[at][k] = change_of<K, SPARSIFY>(theta, expert, k, p, keep);
           }
         }
+      };
+      // Element by element, or the assembler for sm_120 converts the first expert before it asks for the others.
+      const auto packed_changes = [&] {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+          for (int k = 0; k < K; ++k)
+            change[j][k] = packed_change<kSigns>(element_of<T>(raw[d][0], j), element_of<T>(raw[d][kSigns ? 0 : k + 1], j),
+                                                 (bits[d][k] >> j & 1) != 0, p.scale[k]);
       };
       const auto finish = [&](int group, auto elect, auto normalize) {
         constexpr int kElect = decltype(elect)::value;
@@ -214,7 +222,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
       const bool sum = a.modes.elect == MERGE3_ELECT_SUM;
 #pragma unroll
       for (int group = 0; group < 8; group += kGroup) {
-        if (row_of_warp) changes(group, Constant<1>());
+        if constexpr (kPacked) packed_changes();
+        else if (row_of_warp) changes(group, Constant<1>());
         else changes(group, Constant<0>());
         if (kPacked || a.modes.elect == MERGE3_ELECT_NONE) {
           if (a.modes.normalize) finish(group, Constant<MERGE3_ELECT_NONE>(), Constant<1>());

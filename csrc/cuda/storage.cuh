@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "../floats16.h"
 #include "../merge_math.h"
 
 namespace merge3 {
