@@ -40,16 +40,24 @@ class Path:
         self._memory = pool.memory  # the plan under which these were built
         self._settings: dict[str, Any] = {}  # of endpoints
         self._checked: set[str] = set()
+        self._held = pool.memory, set[str]()  # a plan of memory, and whose layers are all resident under it
 
     def check(self, models: Iterable[str]) -> None:
         """Raises ConfigError where no path can go through layers of these endpoints."""
         models = list(models)
         self._check_alike([model for model in models if model not in self._checked])
-        for model in models:  # every time: a plan of memory may be another
-            layout = self.pool.layouts[model]
-            for name in self.pool.endpoints[model].tensors:
-                if layout.layer_of(name) is not None and not self.pool.resident((Ref(model, name),)):
-                    raise ConfigError("memory_budget", f"{name!r} of {model} is streamed", _RESIDENT)
+        if self._held[0] is not self.pool.memory:
+            self._held = self.pool.memory, set()
+        for model in models:
+            if model not in self._held[1]:
+                self._check_resident(model)
+                self._held[1].add(model)
+
+    def _check_resident(self, model: str) -> None:
+        layout = self.pool.layouts[model]
+        for name in self.pool.endpoints[model].tensors:
+            if layout.layer_of(name) is not None and not self.pool.resident((Ref(model, name),)):
+                raise ConfigError("memory_budget", f"{name!r} of {model} is streamed", _RESIDENT)
 
     def _check_alike(self, left: Sequence[str]) -> None:
         if not left:
