@@ -58,10 +58,6 @@ def build(flags: tuple[str, ...], device: torch.device, beside: int) -> Path:
     jobs = max(1, (os.cpu_count() or 1) // beside)
     wanted = {"MERGE3_CUDA": "1", "MERGE3_ARCHITECTURES": f"{major}{minor}", "MAX_JOBS": str(jobs)}
     folder = ROOT / "build" / "variants" / "".join(c for c in "".join(flags) if c.isalnum())
-    changed = max(file.stat().st_mtime for file in (ROOT / "csrc").rglob("*") if file.is_file())
-    for library in (folder / "merge3").glob("_C*.so"):
-        if library.stat().st_mtime > changed:  # of an earlier call
-            return library
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = os.environ | wanted | {"MERGE3_CUDA_FLAGS": " ".join(flags)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

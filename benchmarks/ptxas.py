@@ -36,7 +36,7 @@ FUSED = re.compile(r"merge_kernel<(?P<experts>\d), (?P<sparsify>\d), (?P<dtype>\
 SPARSIFY = ("all", "magnitude", "random", "ranked", "band", "mask", "signs")  # as in merge3_sparsify
 SIGNS = SPARSIFY.index("signs")
 ENOUGH = 6  # loads before the first use, where there are as many inputs: 48 KB on a multiprocessor with two blocks
-IN_FLIGHT = {"120": 12}  # KB that are enough: its memory is four times slower for each multiprocessor than an H200's
+IN_FLIGHT = 48  # KB of loads on one multiprocessor: enough in any order
 REGISTERS, THREADS, GROUP = 65536, 256, 8  # of a multiprocessor; of a block; elements that a thread takes at a time
 
 
@@ -77,10 +77,9 @@ def fault_of(kernel: dict) -> str | None:
         return f"spills {kernel['spills']} bytes of registers"
     if "loads" not in kernel:
         return None
-    # Of many inputs the assembler converts the first before it asks for the last, to have registers for both; of few it
-    # may, where the loads of all blocks that fit are enough.
+    # Of many inputs the assembler converts the first before it asks for the last, to have registers for both.
     wanted = min(kernel["inputs"], ENOUGH)
-    if kernel["loads"] < wanted and in_flight(kernel) < IN_FLIGHT.get(kernel["arch"], 48):
+    if kernel["loads"] < wanted and in_flight(kernel) < IN_FLIGHT:
         return f"{kernel['loads']} loads of 16 bytes before the first use of one, expected {wanted}"
     if not kernel["wide_stores"] or kernel["narrow_stores"]:
         return f"{kernel['wide_stores']} stores of 16 bytes and {kernel['narrow_stores']} narrower ones"
