@@ -3,8 +3,8 @@
 For each seed: NSGA-II over the demo's models with every candidate answering all items, and the same with a few items
 per candidate, surrogates and a race; the hypervolumes of both fronts on held-out items are compared, beyond the worst
 of the models in each objective. `length`: of an expert that says every question again and a terse one of the same
-skill, how short a merge is on the front within a point of the best accuracy. Members that held-out items say are
-dominated, two standard errors of every difference beyond doubt, are counted.
+skill, how short a merge is on the front within a point of the best accuracy. Merges that left the front because
+held-out items say that they are dominated, two standard errors of every difference beyond doubt, are counted.
 
 python benchmarks/fronts.py [--seeds 0 1 2 3 4] [--only two] [--models DIR] [--folder DIR] [--save]
 
@@ -57,7 +57,7 @@ def main() -> None:
                 data.append(row)
                 rows.append([case, seed, *cells(row)])
             rows.append([case, "mean", *cells(mean([row for row in data if row["case"] == case]))])
-    columns = ["objectives", "seed", "hypervolume, all items", "a few", "of all", "answers", "members (dominated)",
+    columns = ["objectives", "seed", "hypervolume, all items", "a few", "of all", "answers", "members (left)",
                "shortest within a point"]  # fmt: skip
     title = f"Fronts of NSGA-II on all {ITEMS} items per task and on {SEARCHES['few']['extract']['size']}"
     report("fronts", table(f"{title} ({BUDGET} candidates)", columns, rows), {"rows": data}, options.save)
@@ -105,8 +105,7 @@ def compared(case: str, seed: int, found: dict[str, dict]) -> dict:
     ledger = found["few"]["ledger"]
     row = {"case": case, "seed": seed, "full": whole, "few": part, "share": part / whole if whole else None,
            "interval": [few["hypervolume"][end] for end in ("low", "high")], "ratio": ledger["full"] / ledger["total"],
-           "members": len(few["members"]), "dominated": sum(one["dominated"] for one in few["members"]),
-           "dominated, all items": sum(one["dominated"] for one in full["members"])}  # fmt: skip
+           "members": len(few["members"]), "left": len(few["left"]), "left, all items": len(full["left"])}  # fmt: skip
     if case == "length":
         row |= shortest(found["few"])
     return row
@@ -134,7 +133,7 @@ def cells(row: dict) -> list[str]:
     """A row for people."""
     length = f"{row['of verbose']:.2f} of the verbose expert's" if "of verbose" in row else ""
     return [f"{row['full']:.4f}", f"{row['few']:.4f}", f"**{row['share']:.3f}**", f"1/{row['ratio']:.0f}",
-            f"{row['members']:.3g} ({row['dominated']:.3g})", length]  # fmt: skip
+            f"{row['members']:.3g} ({row['left']:.3g})", length]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from merge3.engine import Engine
 from merge3.files import write_atomically
 from merge3.search.config import EvolveConfig
-from merge3.search.front import Front
+from merge3.search.front import Front, Member
 from merge3.search.journal import read_result
 from merge3.search.run import Outcome, best_yaml
 
@@ -59,24 +59,24 @@ def export_picked(engine: Engine, outcome: Outcome, directory: Path, seed: int) 
 
 def front_summary(front: Front, outcome: Outcome, pick: str | None) -> dict[str, Any]:
     """`front` in result.json."""
+
+    def told(member: Member) -> dict[str, Any]:
+        values = zip(member.values.tolist(), (_number(se) for se in member.stderrs))
+        return {
+            "recipe_hash": member.candidate.recipe_hash,
+            "values": {name: list(pair) for name, pair in zip(front.objectives, values)},
+            "heldout": member.heldout["objectives"],
+        }
+
     members = []
     for number, member in enumerate(front.members, 1):
-        values = zip(member.values.tolist(), (_number(se) for se in member.stderrs))
-        members.append(
-            {
-                "member": number,
-                "recipe": file_of(number),
-                "recipe_hash": member.candidate.recipe_hash,
-                "values": {name: list(pair) for name, pair in zip(front.objectives, values)},
-                "heldout": member.heldout["objectives"],
-                "dominated": member.dominated,
-            }
-        )
+        members.append({"member": number, "recipe": file_of(number)} | told(member))
     at = next(i for i, member in enumerate(front.members, 1) if member.candidate is outcome.best)
     race = front.race
     return {
         "objectives": {name: "lower" if sign < 0 else "higher" for name, sign in zip(front.objectives, front.signs)},
         "members": members,
+        "left": [told(member) for member in front.left],
         "hypervolume": front.hypervolume,
         "race": race and {"answers": race.answers, "rounds": list(race.rounds), "items": race.items},
         "picked": at,
@@ -97,6 +97,8 @@ def print_front(front: Mapping[str, Any], console) -> None:
         number = one["member"]
         table.add_row(str(number), *cells, style="bold" if number == front["picked"] else None)
     console.print(table)
+    if front.get("left"):
+        console.print(f"left the front on held-out items: {len(front['left'])}")
     volume = front["hypervolume"]
     console.print(f"hypervolume {volume['value']:.4g} (95 %: {volume['low']:.4g} to {volume['high']:.4g})")
     console.print(

@@ -27,27 +27,28 @@ KNEE = "knee"
 @dataclass(frozen=True)
 class Member:
     """values, stderrs: of the search and its race, in the objectives' own units, float64 [objectives]; heldout: as
-    baselines are measured, with `objectives`; dominated: whether the held-out items settle that another member is as
-    good in every objective and better in one."""
+    baselines are measured, with `objectives`."""
 
     candidate: Candidate
     recipe: Recipe
     values: np.ndarray
     stderrs: np.ndarray
     heldout: Measured
-    dominated: bool
 
 
 @dataclass(frozen=True)
 class Front:
     """objectives: their names; members: best in the first objective first; race: what settled it, if anything did.
-    hypervolume: on held-out items, beyond the worst of the models in each objective, with a 95 % interval."""
+    hypervolume: on held-out items, beyond the worst of the models in each objective, with a 95 % interval. left: who
+    was believed to be one, and of whom held-out items settle that a member is as good in every objective and better in
+    one."""
 
     objectives: tuple[str, ...]
     signs: np.ndarray
     members: list[Member]
     race: FrontRace | None
     hypervolume: dict[str, Any]
+    left: list[Member]
 
     def pick(self, said: str | None = None) -> int:
         """The index of a member: by its number (from 1), `knee`, or an objective that it is best in; of the first one
@@ -96,18 +97,21 @@ def measure_front(
     baselines: Mapping[str, Measured],
     items: Sequence[Item],
 ) -> Front:
-    """Ask every member the held-out items. baselines: of the same items, measured."""
+    """Ask every member the held-out items; whom these settle to be dominated leaves. baselines: of the same items,
+    measured."""
     members = sorted(members, key=lambda one: (-one.values[0], one.candidate.generation, one.candidate.position))
     recipes = [search.space.recipe(one.candidate.genome) for one in members]
     answers = [search.answered(search.exported(recipe), items) for recipe in recipes]
-    beaten, found = dominated(search, answers, items), []
+    beaten = dominated(search, answers, items)
+    stay, left = [], []
     for one, recipe, own, loses in zip(members, recipes, answers, beaten):
         detail = measured(search.read(own, len(items)).responses, items, search.weights)
         detail |= {"objectives": valued(search, own, items)}
-        found.append(Member(one.candidate, recipe, search.signs * one.values, one.stderrs, detail, loses))
-    reference = _reference(search, baselines)
-    covered = _covered(search, answers, items, reference)
-    return Front(search.objectives, search.signs, found, race, covered)
+        member = Member(one.candidate, recipe, search.signs * one.values, one.stderrs, detail)
+        (left if loses else stay).append(member)
+    answers = [own for own, loses in zip(answers, beaten) if not loses]
+    covered = _covered(search, answers, items, _reference(search, baselines))
+    return Front(search.objectives, search.signs, stay, race, covered, left)
 
 
 def _reference(search: Search, baselines: Mapping[str, Measured]) -> np.ndarray:

@@ -21,7 +21,7 @@ from merge3.registration import Registration
 from merge3.search.asking import Asking
 from merge3.search.config_files import load_config
 from merge3.search.context import Search
-from merge3.search.front import check_pick
+from merge3.search.front import check_pick, measure_front
 from merge3.search.front_race import Believed, contenders, dominated, settle_front, settled, together
 from merge3.search.journal import Candidate, Journal
 from merge3.search.questions import Questions, load_questions
@@ -162,6 +162,23 @@ def test_heldout_answers_say_who_is_dominated(scripted):
         np.stack([bad, np.full(200, 4.0)]),
     ]
     assert dominated(asking.search, answers, items) == [False, True, False]
+
+
+def test_whom_heldout_items_settle_to_be_dominated_leaves(scripted):
+    """The search believed all four; on held-out items the third is worse and no shorter than the first."""
+    believed = [(0.8, 5), (0.6, 3), (0.7, 4.9), (0.7, 4)]
+    asking, known, _ = scripted([3.0, 0.5, -2.0, 1.5], [5, 3, 5, 4], believed)
+    items = asking.search.questions.search[100:]
+    asking.search.exported = lambda recipe: recipe
+    baseline = {"objectives": {"a": (0.1, 0.0), "length": (12.0, 0.0)}}
+    front = measure_front(asking.search, known, None, {"model": baseline}, items)
+    assert [one.candidate.position for one in front.members] == [0, 3, 1]
+    assert [one.candidate.position for one in front.left] == [2]
+    assert front.pick() == 0 and front.pick("length") == 2 and front.pick("3") == 2
+    with pytest.raises(BadInput, match="1 to 3"):
+        front.pick("4")
+    whole = measure_front(asking.search, [known[at] for at in (0, 1, 3)], None, {"model": baseline}, items)
+    assert whole.hypervolume["value"] == front.hypervolume["value"]
 
 
 def test_what_may_be_picked():
@@ -324,5 +341,6 @@ def test_the_whole_search_may_answer_everything(solving_world, tmp_path):
         found = {c.recipe_hash: c.values * [1, 1, -1] for c in journal.candidates()}
     beats = lambda a, b: (a >= b).all() and (a > b).any()
     expected = {h for h, values in found.items() if not any(beats(other, values) for other in found.values())}
-    assert {member["recipe_hash"] for member in result["front"]["members"]} == expected
+    front = result["front"]
+    assert {member["recipe_hash"] for member in (*front["members"], *front["left"])} == expected
     assert len(questions.heldout) == result["heldout_items"]
