@@ -1,10 +1,12 @@
 """Prints a digest of every kind of merge, one a line: for the CPU kernels and the emulated ones, which must agree.
 
-python -m tests.kernels.emulation.bits, in the surroundings of library.environment
+python -m tests.kernels.emulation.bits [K ..], in the surroundings of library.environment; K: numbers of experts, all
+by default
 """
 
 import hashlib
 import itertools
+import sys
 
 import torch
 
@@ -33,7 +35,8 @@ def off_by_one(tensor):
 
 
 def main():
-    for count, dtype in itertools.product(range(1, 9), DTYPES):
+    counts = map(int, sys.argv[1:]) if sys.argv[1:] else range(1, kernels.MAX_EXPERTS + 1)
+    for count, dtype in itertools.product(counts, DTYPES):
         base, experts = make_case(SIZES, count, dtype, seed=count)
         c, lam = random_coefficients(len(base), count, seed=count)
         tables, masks = kernels.rank_tables(base, experts, len(base))[0], kernels.pack(base, experts, len(base))[0]
