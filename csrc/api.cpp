@@ -36,6 +36,13 @@ merge3_status on_device(const merge3_context& context, Does does, const Launcher
   if (!code) code = launcher();
   return code == 0 ? MERGE3_OK : fail(MERGE3_DEVICE_ERROR, "CUDA error %d: %s", code, cuda_message(code));
 }
+// Launches one merge after the other, up to the first that fails.
+template <class Launcher>
+int launch_each(int32_t count, const merge3_prepared* merges, const Launcher& launcher) {
+  for (int32_t i = 0; i < count; ++i)
+    if (int code = launcher(merges[i])) return code;
+  return 0;
+}
 #define MERGE3_ON_DEVICE(does, call) \
   if (context->device == MERGE3_CUDA) return on_device(*context, does, [&] { return call; })
 #else
@@ -72,21 +79,44 @@ merge3_status merge3_prepare(const merge3_context* context, const merge3_modes* 
 merge3_status merge3_merge_resident(const merge3_context* context, const merge3_modes* modes, int64_t tensors,
                                     const merge3_plan* plan, const merge3_tensor* table, const merge3_block* blocks,
                                     const merge3_coefficient* coefficients, const float* lambda) {
+  const merge3_prepared one{modes, plan, table, blocks, coefficients, lambda};
+  return merge3_merge_together(context, 1, tensors, &one);
+}
+
+merge3_status merge3_merge_together(const merge3_context* context, int32_t count, int64_t tensors,
+                                    const merge3_prepared* merges) {
   return guarded([&]() -> merge3_status {
-    if (merge3_status s = check_modes(modes)) return s;
     if (merge3_status s = check_context(context)) return s;
-    if (merge3_status s = check_numbers(tensors, coefficients, lambda)) return s;
-    if (tensors <= 0) return MERGE3_OK;
-    if (context->device == MERGE3_CUDA && (!plan || !blocks)) return fail(MERGE3_INVALID_ARGUMENT, "plan or blocks is NULL");
-    MERGE3_ON_DEVICE(kLaunches, merge_resident_cuda(*modes, *plan, table, blocks, coefficients, lambda, context->stream));
-    (void)plan, (void)blocks;
-    const Chunks range(table, tensors);
+    for (int32_t i = 0; i < count; ++i) {
+      const merge3_prepared& own = merges[i];
+      if (merge3_status s = check_modes(own.modes)) return s;
+      if (merge3_status s = check_numbers(tensors, own.coefficients, own.lambda)) return s;
+      if (tensors > 0 && context->device == MERGE3_CUDA && (!own.plan || !own.blocks))
+        return fail(MERGE3_INVALID_ARGUMENT, "plan or blocks is NULL");
+    }
+    if (tensors <= 0 || count <= 0) return MERGE3_OK;
+    MERGE3_ON_DEVICE(kLaunches, launch_each(count, merges, [&](const merge3_prepared& own) {
+      return merge_resident_cuda(*own.modes, *own.plan, own.table, own.blocks, own.coefficients, own.lambda, context->stream);
+    }));
+    const Chunks range(merges[0].table, tensors);
     int64_t bytes = 0;
-    for (int64_t t = 0; t < tensors; ++t) bytes += table[t].numel * element_size(table[t].out_dtype);
-    const MergeCall call{modes, table, coefficients, lambda, &range, bytes > kCached};
-    const bool packed = modes->sparsify > MERGE3_KEEP_BAND;
+    for (int64_t t = 0; t < tensors; ++t)
+      for (int32_t i = 0; i < count; ++i) {
+        const merge3_tensor& own = merges[i].table[t];
+        if (own.numel != merges[0].table[t].numel)
+          return fail(MERGE3_INVALID_ARGUMENT, "merges[%d].table[%lld]: found %lld elements, expected %lld, as in merges[0]", int(i),
+                      (long long)t, (long long)own.numel, (long long)merges[0].table[t].numel);
+        bytes += own.numel * element_size(own.out_dtype);
+      }
     const Loops& loop = loops();
-    parallel(*context, range.count(), [&](int64_t from, int64_t to) { packed ? loop.packed(call, from, to) : void(loop.merge(call, from, to)); });
+    parallel(*context, range.count(), [&](int64_t from, int64_t to) {
+      for (int32_t i = 0; i < count; ++i) {
+        const merge3_prepared& own = merges[i];
+        const MergeCall call{own.modes, own.table, own.coefficients, own.lambda, &range, bytes > kCached};
+        if (own.modes->sparsify > MERGE3_KEEP_BAND) loop.packed(call, from, to);
+        else loop.merge(call, from, to);
+      }
+    });
     return MERGE3_OK;
   });
 }

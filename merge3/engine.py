@@ -11,34 +11,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from merge3.abreast import Groups
 from merge3.errors import BadInput, ConfigError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import check_router, merge_task
 from merge3.fitness import Answered, estimates, judged, lengths_needed
 from merge3.joined import joined, rehearsed
-from merge3.learn.fit import Fit, FitStep, prepare, steps
-from merge3.learn.fitting import Fitting, State
-from merge3.learn.lessons import TaskToLearn
-from merge3.learn.surgery import Operation, Surgery, operate
+from merge3.learn.fit import Fit, FitStep
+from merge3.learn.fitting import State
+from merge3.learn.surgery import Operation, Surgery
+from merge3.learning import Learning
 from merge3.live.heads import own_heads
 from merge3.live.hooks import Adapter, adapted
 from merge3.live.slot import Slot
 from merge3.memory import enough_memory
-from merge3.methods import METHODS, VARIANTS
-from merge3.packaging import chat_template
+from merge3.methods import VARIANTS
 from merge3.pool import Pool
-from merge3.program import compile, tied_outputs
+from merge3.pool_space import space_over
+from merge3.program import tied_outputs
 from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Subject, Taken, Varied
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint
-from merge3.space import ParameterSpace, PathSpace, Space, SpaceDefinition
+from merge3.space import ParameterSpace, Space, SpaceDefinition
 from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
@@ -53,14 +54,18 @@ class LocalEngine:
         (evaluation,) = engine.evaluate(Registration(tuple(read_items("items.jsonl"))), ["math"])
 
     dtype: of the live model; what the recipes to come will be exported in (default: the endpoints').
-    slot: one that this engine shares with others, which then take turns.
+    slot: one that this engine shares with others, which then take turns. abreast: genomes that are merged and asked at
+    one read of the models (default: as many as pay); their answers are the same.
     """
 
-    def __init__(self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None):
+    def __init__(
+        self, pool: Pool, dtype: torch.dtype | None = None, slot: Slot | None = None, abreast: int | None = None
+    ):
         self.pool, self.slot = pool, slot or Slot(pool, dtype)
+        self._groups = Groups(self.slot, abreast)
         self._spaces: dict[str, Space] = {}
         self._rounds = Rounds(self.slot)
-        self._fit: tuple[tuple[Registration, Fit] | None, Fitting | None] = None, None
+        self._learning = Learning(self.slot, self._rounds)
 
     def info(self) -> PoolInfo:
         """See Engine."""
@@ -88,39 +93,68 @@ class LocalEngine:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
         key = definition.hash()
         if key not in self._spaces:
-            space = Space(definition, self.pool.searched)
-            joined(self.pool, space.uniform_recipe())
-            self._check_depths(space)
-            if isinstance(space, PathSpace):
-                self.slot.path.check(space.models)
-            else:
-                self._prefetch(space)
-            self._spaces[key] = space
+            self._spaces[key] = space_over(definition, self.slot)
         return self._spaces[key]
 
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
         """See Engine."""
-        for index, subject in enumerate(subjects):
-            adapters: Mapping[str, Adapter] = {}
-            stored = isinstance(subject, str)
-            if isinstance(subject, Taken):
-                subject, stored = subject.subject, subject.stored
-                if isinstance(subject, Recipe) and subject.method in VARIANTS:
-                    raise BadInput("subject", f"a recipe of {subject.method}, taken of other weights", "one model")
-            if isinstance(subject, Operated):
-                subject, adapters = subject.subject, subject.adapters
+        left = list(enumerate(subjects))
+        while left:
+            genomes = takewhile(lambda entry: isinstance(entry[1], np.ndarray), left)
+            group = list(islice(genomes, self._groups.size())) or left[:1]
+            del left[: len(group)]
+            found = self._evaluate_together(registration, group) if len(group) > 1 else None
+            yield from found or (self._evaluate_one(registration, index, subject) for index, subject in group)
+
+    def _evaluate_one(self, registration: Registration, index: int, subject: Subject) -> Evaluation:
+        adapters: Mapping[str, Adapter] = {}
+        stored = isinstance(subject, str)
+        if isinstance(subject, Taken):
+            subject, stored = subject.subject, subject.stored
             if isinstance(subject, Recipe) and subject.method in VARIANTS:
-                subject = Varied(subject)
-            if isinstance(subject, Recipe):
-                joined(self.pool, subject)
-            error = self._rounds.refused(registration, subject)
-            if error is not None:
-                none = np.full(len(registration.objectives), np.nan)
-                hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
-                yield Evaluation(index, hash_, None, registration.objectives, none, none, 0.0, error=error)
-                continue
-            prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
-            yield self._evaluate(registration, prepared, index, subject, adapters, stored)
+                raise BadInput("subject", f"a recipe of {subject.method}, taken of other weights", "one model")
+        if isinstance(subject, Operated):
+            subject, adapters = subject.subject, subject.adapters
+        if isinstance(subject, Recipe) and subject.method in VARIANTS:
+            subject = Varied(subject)
+        if isinstance(subject, Recipe):
+            joined(self.pool, subject)
+        error = self._rounds.refused(registration, subject)
+        if error is not None:
+            hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
+            return _evaluation(registration, index, hash_, error, 1.0, 0.0)
+        prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
+        return self._evaluate(registration, prepared, index, subject, adapters, stored)
+
+    def _evaluate_together(
+        self, asked: Registration, genomes: Sequence[tuple[int, np.ndarray]]
+    ) -> list[Evaluation] | None:
+        """None where they are to be asked one after the other."""
+        prepared = self._rounds.prepare(asked, genomes[0][1], self.space)
+        if not isinstance(prepared.space, ParameterSpace) or own_heads(self.pool):
+            return None
+        if any(round_.head is not None or round_.variant is not None for round_ in prepared.rounds):
+            return None
+        start, compiled = time.perf_counter(), []
+        try:
+            for _, genome in genomes:
+                recipe = prepared.space.recipe(genome)
+                joined(self.pool, recipe)
+                compiled.append((recipe, self.slot.compile(recipe, "candidate")))
+            with enough_memory(self.pool.device):
+                rounds = [(round_.positions, round_.scorer) for round_ in prepared.rounds]
+                programs = [program for _, program in compiled]
+                found = self._groups.ask(programs, rounds, len(asked.items), asked.seed)
+        except BadInput:  # whose it is, is found by asking each for itself
+            return None
+        if found is None:
+            return None
+        evaluations, seconds = [], (time.perf_counter() - start) / len(genomes)
+        for (index, _), (recipe, _), answers in zip(genomes, compiled, found[0]):
+            cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
+            told = _evaluation(asked, index, recipe.hash(), answers, cost, found[1] / len(genomes))
+            evaluations.append(replace(told, seconds=seconds))
+        return evaluations
 
     def evaluate_each(self, questions: Iterator[Question], in_flight: int) -> Iterator[Evaluation]:
         """See Engine. One after the other, in their order."""
@@ -142,31 +176,23 @@ class LocalEngine:
         stored: bool,
     ) -> Evaluation:
         start = time.perf_counter()
-        recipe_hash, swap = "", 0.0
-        responses, raw, lengths, error = None, {}, None, None
-        values = stderrs = np.full(len(asked.objectives), np.nan)
+        recipe_hash, swap, cost = "", 0.0, 1.0
         try:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
             if recipe is not None:
                 joined(self.pool.whole if stored else self.pool, recipe)
+                cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed, stored)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)
-            responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
-            if responses is None:
-                responses, raw = answers.responses, answers.raw
-            else:
-                cost = 1.0 if recipe is None or not hasattr(prepared.space, "cost") else prepared.space.cost(recipe)
-                values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
         except LogitsError as problem:
             at = f"{subject}: {problem.where}" if isinstance(subject, str) else problem.where
-            error = LogitsError(at, problem.found, problem.expected, problem.hint)
+            answers = LogitsError(at, problem.found, problem.expected, problem.hint)
         except BadInput as problem:
-            error = problem
-        seconds = time.perf_counter() - start
-        found = recipe_hash, responses, asked.objectives, values, stderrs, seconds, swap, error, raw, lengths
-        return Evaluation(index, *found)
+            answers = problem
+        told = _evaluation(asked, index, recipe_hash, answers, cost, swap)
+        return replace(told, seconds=time.perf_counter() - start)
 
     def fit(
         self,
@@ -179,45 +205,15 @@ class LocalEngine:
         """See Engine. seconds: end with the first step that is done later, and say what it can be continued from; what
         was prepared for a fit is kept for when the same two objects are given again, or until `forget_fit`."""
         with enough_memory(self.pool.device):
-            fitting = self._fitting(registration, fit)
-            told(fitting.room.describe())
-            yield from steps(fit, fitting, state, seconds)
+            yield from self._learning.fit(registration, fit, state, told, seconds)
 
     def forget_fit(self) -> None:
         """Give up what was prepared for a fit, and the room it took: what experts said takes memory."""
-        self._fit = None, None
-        self.pool.reserve(0)
-
-    def _fitting(self, asked: Registration, fit: Fit) -> Fitting:
-        """Prepared once; only the last one is kept."""
-        known, fitting = self._fit
-        if known != (asked, fit):
-            self.forget_fit()  # room before another
-            tasks, folder = self._to_learn(asked, fit.recipe, fit.experts)
-            fitting = prepare(self.slot, fit, tasks, folder)
-            self._fit = (asked, fit), fitting
-        return fitting
+        self._learning.forget()
 
     def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
         """See Engine."""
-        tasks, folder = self._to_learn(registration, recipe, surgery.experts)
-        with enough_memory(self.pool.device):
-            return operate(self.slot, recipe, tasks, surgery.settings, folder)
-
-    def _to_learn(
-        self, asked: Registration, recipe: Recipe, experts: Mapping[str, str]
-    ) -> tuple[list[TaskToLearn], Path]:
-        """(every task of a registration, the folder of the tokenizer that reads its items)"""
-        if self.pool.compacted.experts:
-            found = f"experts held as {self.pool.compacted.experts}"
-            raise BadInput("experts", found, "full: what is learned, is learned of whole experts")
-        self._rounds.check_heads(asked)
-        template = chat_template(recipe, self.pool) if asked.chat else None
-        tasks = []
-        for task, positions in asked.tasks().items():
-            items = [asked.items[i] for i in positions]
-            tasks.append(TaskToLearn(task, items, asked.heads.get(task), experts.get(task), asked.system(task)))
-        return tasks, self.pool.words.folder(template)
+        return self._learning.operate(registration, recipe, surgery)
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
         """The recipe of a genome, or the one given; None for an endpoint."""
@@ -300,21 +296,22 @@ class LocalEngine:
             raw |= {positions[at]: found for at, found in answers.raw.items()}
         return Answers(responses, raw, lengths), seconds
 
-    def _check_depths(self, space: Space) -> None:
-        """A space's layer ranges are the base's: of a deeper model the rest would be lost without a word."""
-        depth = space.layout.layers
-        for model in space.definition.models:
-            found = self.pool.layouts[model].layers if model in self.pool.layouts else depth
-            if found != depth:
-                raise ConfigError(
-                    "genome: models", f"{model} has {found} layers, the base {depth}", "models of equal depth"
-                )
 
-    def _prefetch(self, space: Space) -> None:
-        """What every value that a search can name needs, for all tensors in one pass over the weights."""
-        method = METHODS[space.definition.method]
-        wanted = [method.prefetch_search[gene] for gene in space.genes if gene in method.prefetch_search]
-        if wanted:
-            jobs = compile(space.uniform_recipe(), self.pool).jobs
-            for prefetch in wanted:
-                prefetch(jobs, self.pool.statistics)
+def _evaluation(
+    asked: Registration, index: int, recipe_hash: str, answers: Answers | BadInput, cost: float, swap_seconds: float
+) -> Evaluation:
+    """What a subject's answers come to, or why there are none. cost: of the recipe, to a space that counts it."""
+    responses, raw, lengths, error = None, {}, None, None
+    values = stderrs = np.full(len(asked.objectives), np.nan)
+    try:
+        if isinstance(answers, BadInput):
+            raise answers
+        responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
+        if responses is None:
+            responses, raw = answers.responses, answers.raw
+        else:
+            values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
+    except BadInput as problem:
+        error = problem
+    found = recipe_hash, responses, asked.objectives, values, stderrs, 0.0, swap_seconds, error, raw, lengths
+    return Evaluation(index, *found)

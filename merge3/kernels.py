@@ -164,11 +164,24 @@ class Prepared:
 
     def launch(self, modes: Modes = Modes()) -> None:
         """Merge with what was uploaded. `modes.sparsify` must be the one that was prepared."""
-        if modes.sparsify != self._sparsify:
-            raise BadInput("sparsify", f"found {modes.sparsify!r}", f"{self._sparsify!r}, as prepared")
-        sparsify, elect, seed = numbers(modes)
-        prepared = self._table, self._plan, self._coefficients, self._lambda, self._count, self._experts
-        call(torch.ops.merge3.merge_prepared_, *prepared, sparsify, elect, modes.normalize, seed)
+        launch_together([self], [modes])
+
+
+def launch_together(merges: Sequence[Prepared], modes: Sequence[Modes]) -> None:
+    """Launch merges of tensors that have the same sizes in the same order: other coefficients and modes over the same
+    inputs, into other outputs. On the CPU what they have in common is read from memory once, a chunk at a time.
+    Raises BadInput where one was prepared for another way to sparsify, or sizes differ.
+    """
+    for prepared, how in zip(merges, modes, strict=True):
+        if how.sparsify != prepared._sparsify:
+            raise BadInput("sparsify", f"found {how.sparsify!r}", f"{prepared._sparsify!r}, as prepared")
+        if (prepared._count, prepared._experts) != (merges[0]._count, merges[0]._experts):
+            expected = f"{merges[0]._count} of {merges[0]._experts}, as in the first"
+            raise BadInput("merges", f"{prepared._count} tensors of {prepared._experts} experts", expected)
+    sparsify, elect, seeds = zip(*map(numbers, modes))
+    lists = zip(*((one._table, one._plan, one._coefficients, one._lambda) for one in merges))
+    how = list(sparsify), list(elect), [int(one.normalize) for one in modes], list(seeds)
+    call(torch.ops.merge3.merge_prepared_, *map(list, lists), merges[0]._count, merges[0]._experts, *how)
 
 
 def elementwise_(

@@ -58,25 +58,36 @@ void prepare_(Tensor table, Tensor plan, Tensors out, Tensors base, Tensors expe
   memcpy(to + head, rows.rows.data(), size_t(tail));
 }
 
-void merge_prepared_(Tensor table, Tensor plan, Tensor coefficients, Tensor lambda, int64_t tensors, int64_t experts,
-                     int64_t sparsify, int64_t elect, bool normalize, int64_t seed) {
+// Of each merge in turn: what prepare_ made, its numbers, its modes. All have as many tensors and experts.
+void merge_prepared_(Tensors tables, Tensors plans, Tensors coefficients, Tensors lambdas, int64_t tensors, int64_t experts,
+                     std::vector<int64_t> sparsify, std::vector<int64_t> elect, std::vector<int64_t> normalize,
+                     std::vector<int64_t> seeds) {
+  const size_t count = tables.size();
+  MERGE3_CHECK(count > 0 && plans.size() == count && coefficients.size() == count && lambdas.size() == count &&
+                   sparsify.size() == count && elect.size() == count && normalize.size() == count && seeds.size() == count,
+               "tables, plans, coefficients, lambdas and modes: expected as many of each");
+  const Tensor& first = tables[0];
   const auto resident = [&](const Tensor& x, ScalarType dtype, int64_t numel, const char* name) {
-    MERGE3_CHECK(device_of(x) == device_of(table) && x.get_device_index() == table.get_device_index(), name,
-                 ": on ", device_name(x), ", expected ", device_name(table), ", where the table is");
+    MERGE3_CHECK(device_of(x) == device_of(first) && x.get_device_index() == first.get_device_index(), name,
+                 ": on ", device_name(x), ", expected ", device_name(first), ", where the table is");
     MERGE3_CHECK(x.is_contiguous() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ", numel,
                  " contiguous elements of scalar type ", int(dtype), ", found ", x.numel(), " of ", int(x.scalar_type()));
     return static_cast<const char*>(x.data_ptr());
   };
-  const auto* counts = reinterpret_cast<const merge3_plan*>(host<int64_t>(plan, ScalarType::Long, MERGE3_MERGE_KERNELS, "plan"));
-  const int64_t head = merge3::count_blocks(*counts) * int64_t(sizeof(merge3_block));
-  const char* data = resident(table, ScalarType::Byte, head + tensors * int64_t(sizeof(merge3_tensor)), "table");
-  const merge3_modes modes{int32_t(experts), int32_t(sparsify), int32_t(elect), normalize, uint64_t(seed)};
-  const Place place(device_of(table), table.get_device_index());
-  require(merge3_merge_resident(
-      place.context(), &modes, tensors, counts, reinterpret_cast<const merge3_tensor*>(data + head),
-      reinterpret_cast<const merge3_block*>(data),
-      reinterpret_cast<const merge3_coefficient*>(resident(coefficients, ScalarType::Float, tensors * experts * kFields, "coefficients")),
-      reinterpret_cast<const float*>(resident(lambda, ScalarType::Float, tensors, "lambda_"))));
+  std::vector<merge3_modes> modes(count);
+  std::vector<merge3_prepared> merges(count);
+  for (size_t i = 0; i < count; ++i) {
+    const auto* counts = reinterpret_cast<const merge3_plan*>(host<int64_t>(plans[i], ScalarType::Long, MERGE3_MERGE_KERNELS, "plan"));
+    const int64_t head = merge3::count_blocks(*counts) * int64_t(sizeof(merge3_block));
+    const char* data = resident(tables[i], ScalarType::Byte, head + tensors * int64_t(sizeof(merge3_tensor)), "table");
+    modes[i] = {int32_t(experts), int32_t(sparsify[i]), int32_t(elect[i]), int32_t(normalize[i]), uint64_t(seeds[i])};
+    merges[i] = {&modes[i], counts, reinterpret_cast<const merge3_tensor*>(data + head), reinterpret_cast<const merge3_block*>(data),
+                 reinterpret_cast<const merge3_coefficient*>(
+                     resident(coefficients[i], ScalarType::Float, tensors * experts * kFields, "coefficients")),
+                 reinterpret_cast<const float*>(resident(lambdas[i], ScalarType::Float, tensors, "lambda_"))};
+  }
+  const Place place(device_of(first), first.get_device_index());
+  require(merge3_merge_together(place.context(), int32_t(count), tensors, merges.data()));
 }
 
 void elementwise_(Tensors out, Tensors base, Tensors experts, Tensor scalars, Tensor per_expert, Tensors rows,
@@ -150,8 +161,8 @@ STABLE_TORCH_LIBRARY(merge3, m) {
         "bool normalize, int seed) -> ()");
   m.def("prepare_(Tensor(a!) table, Tensor(b!) plan, Tensor[] out, Tensor[] base, Tensor[] experts, Tensor ids, Tensor[] rank_tables, "
         "int sparsify) -> ()");
-  m.def("merge_prepared_(Tensor table, Tensor plan, Tensor coefficients, Tensor lambda_, int tensors, int experts, "
-        "int sparsify, int elect, bool normalize, int seed) -> ()");
+  m.def("merge_prepared_(Tensor[] tables, Tensor[] plans, Tensor[] coefficients, Tensor[] lambdas, int tensors, int experts, "
+        "int[] sparsify, int[] elect, int[] normalize, int[] seeds) -> ()");
   m.def("elementwise_(Tensor(a!)[] out, Tensor[] base, Tensor[] experts, Tensor scalars, Tensor per_expert, "
         "Tensor[] rows, int rule) -> ()");
   m.def("gram_(Tensor(a!) gram, Tensor[] base, Tensor[] experts) -> ()");

@@ -22,6 +22,7 @@ from merge3.client import (
     study_commands,
 )
 from merge3.client.options import (
+    Abreast,
     Ca,
     Certificate,
     Device,
@@ -121,6 +122,7 @@ def evolve(
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     experts: ExpertsAs = None,
+    abreast: Abreast = None,
     export: Annotated[bool, typer.Option(help="Write the winner's checkpoint.")] = True,
     pick: Annotated[
         str | None,
@@ -152,7 +154,7 @@ def evolve(
         asked = asked.model_copy(update={"experts": str(Experts.parse(experts, "--experts"))})
     if log:
         asked = asked.model_copy(update={"logging": (*asked.logging, *log)})
-    result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget, pick)
+    result = run.evolve(asked, run_dir, resume, as_json, quiet, device, export, target, memory_budget, pick, abreast)
     _finish(result, run_dir, as_json)
 
 

@@ -80,6 +80,14 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(help="Bytes that models may take on the device, e.g. 20GiB; what does not fit is streamed."),
 ]
+Abreast = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Candidates that one read of the models serves, layer by layer; each takes a layer's room more. Default: "
+        "4 where weights are streamed, else 1. Answers are the same.",
+    ),
+]
 ExpertsAs = Annotated[
     str | None,
     typer.Option(

@@ -50,11 +50,12 @@ def evolve(
     target: Target | None = None,
     memory_budget: str | None = None,
     pick: str | None = None,
+    abreast: int | None = None,
 ) -> dict[str, Any] | None:
     """Search, measure, export, report. Returns result.json's content; None when interrupted by Ctrl-C.
 
     target: the daemon that holds the models; None: this process does. pick: of several objectives, which member of the
-    front is exported; see Front.pick.
+    front is exported; see Front.pick. abreast: see LocalEngine.
     """
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
@@ -63,7 +64,8 @@ def evolve(
     check_loggers(config.logging)
     questions = load_questions(config)  # bad items are found before any model is opened
     watched = Watched(config, questions, directory, device, target)
-    with watched, closing(open_engine(config, device, quiet, target, memory_budget, directory / "derived")) as engine:
+    opened = open_engine(config, device, quiet, target, memory_budget, directory / "derived", abreast)
+    with watched, closing(opened) as engine:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = StopOnInterrupt()
@@ -127,10 +129,11 @@ def open_engine(
     target: Target | None = None,
     memory_budget: str | None = None,
     derived: Path | None = None,
+    abreast: int | None = None,
 ) -> Engine:
-    """A run's engine, in this process or on a daemon. derived: see open_pool."""
+    """A run's engine, in this process or on a daemon. derived: see open_pool; abreast: see LocalEngine."""
     genome = config.genome
-    words = genome.recipe_tokenizer(), genome.tower, config.experts
+    words = genome.recipe_tokenizer(), genome.tower, config.experts, abreast
     return open_models(config.models, genome.dtype, device, quiet, target, memory_budget, derived, *words)
 
 
@@ -145,18 +148,21 @@ def open_models(
     tokenizer: Tokenizer | None = None,
     tower: Mapping[str, str] | None = None,
     experts: str | None = None,
+    abreast: int | None = None,
 ) -> Engine:
-    """An engine over these models, base first, in this process or on a daemon. dtype: of the live model. The others:
-    see open_pool."""
+    """An engine over these models, base first, in this process or on a daemon. dtype: of the live model; abreast: see
+    LocalEngine. The others: see open_pool."""
     if target is None:
         pool = open_pool(models, device, quiet, memory_budget, derived, tokenizer, tower, experts or "full")
-        return LocalEngine(pool, getattr(torch, dtype) if dtype else None)
+        return LocalEngine(pool, getattr(torch, dtype) if dtype else None, abreast=abreast)
     if memory_budget is not None:
         raise BadInput(
             "--memory-budget",
             "given with --server",
             "one of them: the daemon has its own (merge3-server serve --memory-budget)",
         )
+    if abreast is not None:
+        raise BadInput("--abreast", "given with --server", "one of them: a daemon asks one candidate after the other")
     from merge3.client.remote import RemoteEngine
 
     engine = RemoteEngine(target, models, dtype, tokenizer=tokenizer, tower=tower, experts=experts or "")

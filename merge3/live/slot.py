@@ -18,7 +18,7 @@ from merge3.live.heads import Heads, Labelled
 from merge3.live.load import load_model, promoted
 from merge3.live.overlap import Overlap
 from merge3.live.path import Path
-from merge3.live.writing import Writer, in_place
+from merge3.live.writing import Writer, in_place, kept_wide
 from merge3.memory import MemoryPlan
 from merge3.methods.execute import Output
 from merge3.pool import Pool
@@ -58,7 +58,7 @@ class Slot:
         self.pool = pool
         self.model = load_model(pool, dtype or promoted(pool))
         self._weights = bind(self.model, pool)
-        self._rounded = self._kept_wide(dtype)
+        self._rounded = kept_wide(self._weights, pool, dtype)
         if pool.vocabulary is not None:  # the file's rows are others
             self._copy(pool.base, [name for name in self._weights if by_token(name)])
         self._heads = Heads(self.model, pool, self._weights)
@@ -227,6 +227,16 @@ class Slot:
         own = set(self.pool.heads.get(self.pool.base, ()))
         return {name: tensor for name, tensor in self._weights.items() if name not in own} | self._heads.merged
 
+    def placed(self) -> dict[str, torch.Tensor]:
+        """As `written`, but heads that recipes merge are where the model has them when they are shown."""
+        self.use_head(None)
+        return self.written() | {name: self.model.get_parameter(name) for name in self._heads.merged}
+
+    def write_together(self, candidates: Sequence[list[Output]], seed: int) -> None:
+        """Write the same outputs of several candidates, beside the model; see Writer."""
+        self._settle()
+        self._writer.run_together(candidates, seed, self._rounded)
+
     def compile(self, recipe: Recipe, where: str = "recipe") -> Program:
         """What `swap` would run. Raises RecipeError for what it would refuse."""
         program = compile(recipe, self.pool, where)
@@ -282,16 +292,6 @@ class Slot:
 
     def _run(self, outputs: list[Output], seed: int, rounded: Mapping[str, torch.dtype] | None = None) -> None:
         self._writer.run(outputs, seed, self._rounded if rounded is None else rounded)
-
-    def _kept_wide(self, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        """Weights that transformers keeps in float32 in a narrower model -> what they are exported in, and so rounded
-        to: a merge must not be better here than on disk."""
-        rounded = {}
-        for name, weight in self._weights.items():
-            own = dtype or self.pool.common_dtype(Ref(self.pool.base, name))
-            if weight.dtype == torch.float32 and own.is_floating_point and own != torch.float32:
-                rounded[name] = own
-        return rounded
 
     def _run_by_layer(self, outputs: list[Output], seed: int) -> None:
         self._settle()

@@ -30,22 +30,35 @@ class Piece(NamedTuple):
     begin: int
     end: int
 
+    def of(self, step: Fused, out: torch.Tensor) -> Piece:
+        """The same of another candidate."""
+        return self._replace(step=step, out=out)
+
 
 def execute_streamed(outputs: Iterable[Output], pool: Pool, seed: int = 0) -> None:
     """As methods.execute.execute, for outputs whose inputs are not all resident."""
-    alike: dict[tuple, list[Output]] = {}
+    sliceable = []
     for output in outputs:
-        step = output[1]
-        if step.sliceable:
-            alike.setdefault(step.kernel, []).append(output)
+        if output[1].sliceable:
+            sliceable.append((output,))
         else:  # whole tensors, one output at a time
             execute([output], pool.get, seed)
+    stream_together(sliceable, pool, seed)
+
+
+def stream_together(outputs: Iterable[tuple[Output, ...]], pool: Pool, seed: int = 0) -> None:
+    """Outputs of several candidates, of sliceable steps over the same inputs: each window is read once for all."""
+    alike: dict[tuple, list[tuple[Output, ...]]] = {}
+    for together in outputs:
+        alike.setdefault(tuple(step.kernel for _, step, _ in together), []).append(together)
     for group in alike.values():
-        modes = replace(group[0][1].modes, seed=seed)
+        candidates = [{name: (step, out) for name, step, out in own} for own in zip(*group)]
+        modes = [replace(step.modes, seed=seed) for _, step, _ in group[0]]
         buffers = _Buffers(pool)
-        for window in windows(group, pool, pool.memory.window // 2):
+        for window in windows((together[0] for together in group), pool, pool.memory.window // 2):
             inputs = buffers.fill(window)
-            _merge(window, inputs, modes)
+            for own, how in zip(candidates, modes):
+                _merge([piece.of(*own[piece.name]) for piece in window], inputs, how)
             buffers.read(window)
 
 

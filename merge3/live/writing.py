@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from merge3.checkpoint.layout import Ref
 from merge3.live.held import execute_held, readable
-from merge3.live.streaming import execute_streamed
-from merge3.methods import execute
-from merge3.methods.execute import Output
+from merge3.live.streaming import execute_streamed, stream_together
+from merge3.methods import Step, execute
+from merge3.methods.execute import Output, execute_together, together
 from merge3.pool import Pool
 
 # Elements merged beside the model at once, where they cannot be merged in place: parts of fused parameters that are no
@@ -28,9 +29,7 @@ class Writer:
 
     def run(self, outputs: list[Output], seed: int, rounded: Mapping[str, torch.dtype]) -> None:
         """rounded: weights that are wider than what they are exported in -> that dtype."""
-        if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
-            self._prepared.clear()
-            self._memory = self.pool.memory
+        self._follow()
         there, beside = [], []
         for output in outputs:
             (there if in_place(output[2], output[0], rounded) else beside).append(output)
@@ -44,6 +43,38 @@ class Writer:
                 for (_, _, out), (_, _, block) in zip(batch, blocks):
                     out.copy_(block)
 
+    def run_together(self, candidates: Sequence[list[Output]], seed: int, rounded: Mapping[str, torch.dtype]) -> None:
+        """As `run` of each, the same outputs in the same order: what all read, is read once where it can be."""
+        self._follow()
+        alone: list[list[Output]] = [[] for _ in candidates]
+        here: list[tuple[Output, ...]] = []
+        streamed: list[tuple[Output, ...]] = []
+        for outputs in zip(*candidates, strict=True):
+            steps = [step for _, step, _ in outputs]
+            alike = all(step.refs == steps[0].refs for step in steps)
+            alike = alike and all(in_place(out, name, rounded) for name, _, out in outputs)
+            if alike and self.pool.resident(steps[0].refs) and all(map(together, steps)):
+                here.append(outputs)
+            elif alike and all(step.sliceable for step in steps) and not self._at_hand(steps[0]):
+                streamed.append(outputs)
+            else:
+                for own, output in zip(alone, outputs):
+                    own.append(output)
+        with torch.no_grad():
+            execute_together(here, self.pool.get, seed, self._prepared)
+            stream_together(streamed, self.pool, seed)
+        for own in alone:
+            self.run(own, seed, rounded)
+
+    def _follow(self) -> None:
+        """Keep to the pool's plan of memory."""
+        if self.pool.memory is not self._memory:  # tensors may have left that prepared tables still hold
+            self._prepared.clear()
+            self._memory = self.pool.memory
+
+    def _at_hand(self, step: Step) -> bool:
+        return self.pool.resident(step.refs) or readable(step, self.pool)
+
     def _write(self, outputs: list[Output], seed: int, prepared: OrderedDict | None) -> None:
         here, held, away = [], [], []
         for output in outputs:
@@ -54,6 +85,17 @@ class Writer:
         execute(here, self.pool.get, seed, prepared)
         execute_held(held, self.pool, seed)
         execute_streamed(away, self.pool, seed)
+
+
+def kept_wide(weights: Mapping[str, torch.Tensor], pool: Pool, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Weights that transformers keeps in float32 in a narrower model -> what they are exported in, and so rounded to: a
+    merge must not be better here than on disk. dtype: of the live model, where it is not the endpoints'."""
+    rounded = {}
+    for name, weight in weights.items():
+        own = dtype or pool.common_dtype(Ref(pool.base, name))
+        if weight.dtype == torch.float32 and own.is_floating_point and own != torch.float32:
+            rounded[name] = own
+    return rounded
 
 
 def in_place(out: torch.Tensor, name: str, rounded: Mapping[str, torch.dtype]) -> bool:

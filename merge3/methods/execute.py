@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,10 +81,50 @@ def _unpacked(group: list[Output], get: Get, seed: int, prepared: OrderedDict | 
 _RUN = {Copy: _copy, Fused: _fused, Elementwise: _elementwise, Unpacked: _unpacked}
 
 
+def together(step: Step) -> bool:
+    """Whether merges of several candidates by such a step can be launched at once."""
+    return isinstance(step, Fused) and not step.columns and not step.split
+
+
+def execute_together(outputs: Iterable[tuple[Output, ...]], get: Get, seed: int, prepared: OrderedDict) -> None:
+    """As execute, of the same outputs of several candidates, by steps that can go `together` over the same inputs."""
+    groups: dict[tuple, list[tuple[Output, ...]]] = {}
+    for own in outputs:
+        groups.setdefault(tuple(step.kernel for _, step, _ in own), []).append(own)
+    for group in groups.values():
+        ready = [_ready(_gathered(own, get), replace(own[0][1].modes, seed=seed), prepared) for own in zip(*group)]
+        kernels.launch_together(*zip(*ready))
+
+
 def _merge(group: list[Output], get: Get, seed: int, prepared: OrderedDict | None) -> None:
-    """One call of the fused kernel. Of a step with coefficients for rows, the kernel is given every row as a tensor."""
-    first = group[0][1]
-    modes = replace(first.modes, seed=seed)
+    """One call of the fused kernel."""
+    gathered, modes = _gathered(group, get), replace(group[0][1].modes, seed=seed)
+    if prepared is not None:
+        merge, how = _ready(gathered, modes, prepared)
+        merge.launch(how)
+        return
+    numbers = gathered.coefficients, gathered.lambdas, modes, gathered.ids(), gathered.tables
+    with _named(gathered.given):
+        kernels.merge_(gathered.outs, gathered.bases, gathered.experts, *numbers)
+
+
+class _Gathered(NamedTuple):
+    """What the kernel is given. Of a step with coefficients for rows that is every row as a tensor."""
+
+    outs: list[torch.Tensor]
+    bases: list[torch.Tensor]
+    experts: list[torch.Tensor]
+    tables: list[torch.Tensor]
+    given: list[tuple[str, Step]]
+    coefficients: torch.Tensor
+    lambdas: torch.Tensor
+
+    def ids(self) -> torch.Tensor:
+        """Rows of one tensor are drawn and thinned alike; only deterministic methods split tensors."""
+        return torch.tensor([kernels.tensor_id(name) for name, _ in self.given], dtype=torch.int64)
+
+
+def _gathered(group: Sequence[Output], get: Get) -> _Gathered:
     outs, bases, experts, tables = [], [], [], []
     given, coefficients, lambdas = [], [], []
     for name, step, out in group:
@@ -94,31 +134,30 @@ def _merge(group: list[Output], get: Get, seed: int, prepared: OrderedDict | Non
         if step.base is not None:
             bases += _rows(get(step.base), step.split)
         inputs = [_rows(get(expert), step.split) for expert in step.experts]
-        for together in zip(*inputs):
-            experts += together
+        for side_by_side in zip(*inputs):
+            experts += side_by_side
         own = step.coefficients if step.split else step.coefficients[None]
         coefficients.append(own)
         lambdas.append(np.broadcast_to(step.lambda_, len(own)))
         tables += step.rank_tables
-    # Rows of one tensor are drawn and thinned alike; only deterministic methods split tensors.
-    ids = lambda: torch.tensor([kernels.tensor_id(name) for name, _ in given], dtype=torch.int64)
-    coefficients = torch.from_numpy(np.concatenate(coefficients).astype(np.float32))
-    lambdas = torch.from_numpy(np.concatenate(lambdas).astype(np.float32))
-    if prepared is None:
-        with _named(given):
-            kernels.merge_(outs, bases, experts, coefficients, lambdas, modes, ids(), tables)
-        return
+    numbers = (torch.from_numpy(np.concatenate(values).astype(np.float32)) for values in (coefficients, lambdas))
+    return _Gathered(outs, bases, experts, tables, given, *numbers)
+
+
+def _ready(gathered: _Gathered, modes: kernels.Modes, prepared: OrderedDict) -> tuple[kernels.Prepared, kernels.Modes]:
+    """A merge that is prepared, its numbers uploaded, and its modes."""
+    outs, bases, experts, tables = gathered[:4]
     # What is prepared holds its tensors, so an address stands for the same memory as long as it is kept.
     addresses = [tensor.data_ptr() for tensor in (*outs, *bases, *experts, *tables)]
-    key = (modes.sparsify, first.base is None, *addresses)
+    key = (modes.sparsify, not bases, *addresses)
     if key not in prepared:
-        with _named(given):
-            prepared[key] = kernels.Prepared(outs, bases, experts, ids(), tables, modes.sparsify)
+        with _named(gathered.given):
+            prepared[key] = kernels.Prepared(outs, bases, experts, gathered.ids(), tables, modes.sparsify)
         while len(prepared) > PREPARED:
             prepared.popitem(last=False)
     prepared.move_to_end(key)
-    prepared[key].upload(coefficients, lambdas)
-    prepared[key].launch(modes)
+    prepared[key].upload(gathered.coefficients, gathered.lambdas)
+    return prepared[key], modes
 
 
 def _rows(tensor: torch.Tensor, split: bool) -> list[torch.Tensor]:

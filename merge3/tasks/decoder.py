@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from merge3.tasks.forward import last_logits, likeliest, prefix_cache
+from merge3.tasks.forward import last_logits, likeliest
+from merge3.tasks.prefix import prefix_cache
 from merge3.tasks.requests import Start, Written
 from merge3.tasks.shared_prefix import SharedPrefix
 

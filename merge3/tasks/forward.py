@@ -1,9 +1,11 @@
-"""What every way of asking shares: the prefix's key/value cache, logits where they are needed, what is no answer."""
+"""What every way of asking shares: logits where they are needed, what is no answer."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -26,25 +28,6 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     -inf. An argmax finds NaN and +inf before anything else, so its value tells of the whole row."""
     best = logits.argmax(-1)
     return torch.where(logits.gather(-1, best[..., None])[..., 0].isfinite(), best, -1)
-
-
-def prefix_cache(model, prefix: tuple[int, ...], device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of the shared prefix, [1, heads, tokens, width] per layer: once per candidate."""
-    if not prefix:
-        return []
-    ids = torch.tensor([prefix], device=device)
-    keep = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-    cache = model(input_ids=ids, use_cache=True, **keep).past_key_values
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def expanded(prefix: list[tuple[torch.Tensor, torch.Tensor]], rows: int):
-    """A cache that starts with the prefix in every row (views, not copies); None without a prefix."""
-    from transformers import DynamicCache
-
-    if not prefix:
-        return None
-    return DynamicCache((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in prefix)
 
 
 def takes_logits_to_keep(model) -> bool:
@@ -75,29 +58,51 @@ def last_logits_of(model, count: int, **inputs):
     return output, output.logits[:, -count:].float()
 
 
-def logits_at(model, places: torch.Tensor, **inputs) -> torch.Tensor:
-    """Logits of some positions: float32 [places, vocabulary]. places: into the batch's positions, row after row.
+class Places:
+    """Some positions of a forward, whose logits alone are needed. places: into the batch's positions, row after row.
 
     The head is given their hidden states alone, in one block: most positions of a batch are asked nothing, and a
     product over rows of a view is several times slower than the same product over a block.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        return model(**inputs).logits.flatten(0, 1)[places].float()
-    picked = []
 
-    def pick(module, arguments):
-        picked.append(arguments[0].flatten(0, 1)[places][None])
-        return (picked[-1], *arguments[1:])
+    def __init__(self, model, places: torch.Tensor):
+        self.model, self.places = model, places
+        self.head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._picked: list[torch.Tensor] = []
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        handle.remove()
-    if len(picked) != 1 or len(logits) != 1:
-        raise RuntimeError(f"the head of a {type(model).__name__} was asked {len(picked)} times, for {logits.shape}")
-    return logits[0].float()
+    @contextmanager
+    def picked(self) -> Iterator[None]:
+        """While it lasts, the head is given no more than that. It can be left and entered again between layers."""
+        if self.head is None:
+            yield
+            return
+        handle = self.head.register_forward_pre_hook(self._pick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def logits(self, **inputs) -> torch.Tensor:
+        """Of one forward, while they are picked: float32 [places, vocabulary]."""
+        self._picked.clear()
+        logits = self.model(**inputs).logits
+        if self.head is None:
+            return logits.flatten(0, 1)[self.places].float()
+        if len(self._picked) != 1 or len(logits) != 1:
+            asked = f"the head of a {type(self.model).__name__} was asked {len(self._picked)} times"
+            raise RuntimeError(f"{asked}, for {logits.shape}")
+        return logits[0].float()
+
+    def _pick(self, module, arguments):
+        self._picked.append(arguments[0].flatten(0, 1)[self.places][None])
+        return (self._picked[-1], *arguments[1:])
+
+
+def logits_at(model, places: torch.Tensor, **inputs) -> torch.Tensor:
+    """Logits of some positions; see Places."""
+    at = Places(model, places)
+    with at.picked():
+        return at.logits(**inputs)
 
 
 def right_padded(rows: list[tuple[int, ...]], pad: int, device) -> dict[str, torch.Tensor]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from merge3.tasks.forward import expanded, logits_at, prefix_cache, right_padded
-from merge3.tasks.requests import Choices, Likelihoods, batches
+from merge3.tasks.forward import Places, right_padded
+from merge3.tasks.prefix import Prefix
+from merge3.tasks.requests import Choices, Likelihoods, Pass, batches, one_by_one
 from merge3.tasks.shared_prefix import SharedPrefix
 
 
@@ -56,27 +59,40 @@ class SharedRows:
     @torch.inference_mode()
     def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
         """(index of a request, its likelihoods, None where the logits are NaN or infinite)"""
-        prefix = prefix_cache(model, self.prefix, self.device)
+        yield from one_by_one(self.passes(model))
+
+    def passes(self, model) -> list[Pass]:
+        """See InPasses: the prefix, then each batch of rows."""
+        prefix = Prefix(model, self.prefix, self.device) if self.prefix else None
         once = SharedPrefix(model, prefix) if self.once else None
+        passes = [Pass(prefix.read)] if self.prefix else []
         for batch in self.batches:
-            if once is not None:
-                with once.before_rows():
-                    logits = logits_at(model, batch.places, use_cache=False, **batch.inputs)
-            else:
-                cache = expanded(prefix, len(batch.asked))
-                logits = logits_at(model, batch.places, past_key_values=cache, use_cache=bool(prefix), **batch.inputs)
-            normalizer = logits.logsumexp(-1)[batch.at]
-            log_p = logits[batch.at, batch.tokens] - normalizer
-            # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
-            log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
-            sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
-            greedy = self._greedy(logits, batch)
-            start = 0
-            for index, request in batch.asked:
-                own = slice(start, start + len(request.choices))
-                start = own.stop
-                found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
-                yield index, None if found.sums.isnan().any() else found
+            at = Places(model, batch.places)
+            passes.append(Pass(partial(self._ask, batch, at, prefix, once), partial(_around, at, once)))
+        return passes
+
+    def _ask(
+        self, batch: Batch, at: Places, prefix: Prefix | None, once: SharedPrefix | None
+    ) -> list[tuple[int, Likelihoods | None]]:
+        how = {"use_cache": False}
+        if prefix is not None and once is None:
+            how = {"use_cache": True, "past_key_values": prefix.before(len(batch.asked))}
+        logits = at.logits(**how, **batch.inputs)
+        if once is not None:
+            once.check()
+        normalizer = logits.logsumexp(-1)[batch.at]
+        log_p = logits[batch.at, batch.tokens] - normalizer
+        # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
+        log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
+        sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
+        greedy = self._greedy(logits, batch)
+        results, start = [], 0
+        for index, request in batch.asked:
+            own = slice(start, start + len(request.choices))
+            start = own.stop
+            found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
+            results.append((index, None if found.sums.isnan().any() else found))
+        return results
 
     def _greedy(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
         """Whether each choice is what greedy decoding writes, bool [choices]; None where no request asks."""
@@ -148,25 +164,38 @@ class PlainRows:
     @torch.inference_mode()
     def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
         """(index of a request, its likelihoods, None where the logits are NaN or infinite)"""
-        for asked in self.batches:
-            starts = [(*self.prefix, *request.tokens) for _, request in asked]
-            rows = []
-            for start, (_, request) in zip(starts, asked):
-                rows += [(*start, *choice) for choice in request.choices]
-            logits = model(**right_padded(rows, self.pad, self.device)).logits
-            log_p = iter(logits.float().log_softmax(-1).cpu())
-            for start, (index, request) in zip(starts, asked):
-                sums, greedy = [], []
-                for choice, row in zip(request.choices, log_p):
-                    own = row[len(start) - 1 : len(start) - 1 + len(choice)]
-                    sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
-                    greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
-                lengths = torch.tensor([len(choice) for choice in request.choices])
-                found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
-                if request.greedy:
-                    found = replace(found, greedy=torch.tensor(greedy))
-                # log_softmax makes a whole row NaN if a logit is NaN or +inf
-                yield index, None if any(map(math.isnan, sums)) else found
+        yield from one_by_one(self.passes(model))
+
+    def passes(self, model) -> list[Pass]:
+        """See InPasses: a batch of rows each."""
+        return [Pass(partial(self._ask, model, asked)) for asked in self.batches]
+
+    def _ask(self, model, asked: list[tuple[int, Choices]]) -> list[tuple[int, Likelihoods | None]]:
+        starts = [(*self.prefix, *request.tokens) for _, request in asked]
+        rows = []
+        for start, (_, request) in zip(starts, asked):
+            rows += [(*start, *choice) for choice in request.choices]
+        logits = model(**right_padded(rows, self.pad, self.device)).logits
+        log_p, results = iter(logits.float().log_softmax(-1).cpu()), []
+        for start, (index, request) in zip(starts, asked):
+            sums, greedy = [], []
+            for choice, row in zip(request.choices, log_p):
+                own = row[len(start) - 1 : len(start) - 1 + len(choice)]
+                sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
+                greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
+            lengths = torch.tensor([len(choice) for choice in request.choices])
+            found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
+            if request.greedy:
+                found = replace(found, greedy=torch.tensor(greedy))
+            # log_softmax makes a whole row NaN if a logit is NaN or +inf
+            results.append((index, None if any(map(math.isnan, sums)) else found))
+        return results
+
+
+@contextmanager
+def _around(at: Places, once: SharedPrefix | None) -> Iterator[None]:
+    with at.picked(), once.before_rows() if once is not None else nullcontext():
+        yield
 
 
 def _causal(tokens: int) -> torch.Tensor:

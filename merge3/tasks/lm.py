@@ -21,7 +21,19 @@ from merge3.tasks.decoder import end_tokens
 from merge3.tasks.embeddings import Embeddings
 from merge3.tasks.forward import likeliest, right_padded
 from merge3.tasks.likelihoods import PlainRows, SharedRows
-from merge3.tasks.requests import Choices, Image, Likelihoods, Question, Start, Text, Texts, batches, share_prefix
+from merge3.tasks.requests import (
+    Choices,
+    Image,
+    Likelihoods,
+    Pass,
+    Question,
+    Start,
+    Text,
+    Texts,
+    batches,
+    one_by_one,
+    share_prefix,
+)
 from merge3.tasks.seq2seq import PairedRows, is_pair
 from merge3.tasks.shared_prefix import possible
 from merge3.tasks.state import state
@@ -176,7 +188,13 @@ class Heads:
     @torch.inference_mode()
     def __call__(self, model):
         """(index of a request, its logits [labels], None where they are NaN or infinite)"""
-        for indices, inputs in self.batches:
-            logits = model(**inputs).logits.cpu()
-            for index, row, best in zip(indices, logits, likeliest(logits).tolist()):
-                yield index, None if best < 0 else row
+        yield from one_by_one(self.passes(model))
+
+    def passes(self, model) -> list[Pass]:
+        """See InPasses: a batch each."""
+        return [Pass(partial(self._ask, model, indices, inputs)) for indices, inputs in self.batches]
+
+    def _ask(self, model, indices: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[tuple[int, Any]]:
+        logits = model(**inputs).logits.cpu()
+        bests = likeliest(logits).tolist()
+        return [(index, None if best < 0 else row) for index, row, best in zip(indices, logits, bests)]

@@ -7,8 +7,9 @@ how many positions it takes, and what for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +17,30 @@ MIN_PREFIX = 8  # shorter shared prefixes are not worth a forward of their own
 # Called with the live model, as often as its weights change: (index of a request, its result) as batches are done;
 # None is the result where the model's logits are NaN or infinite (see likeliest).
 Question = Callable[[Any], Iterator[tuple[int, Any]]]
+
+
+class Pass(NamedTuple):
+    """One forward of a live model. run: does it, and tells (index of a request, its result) of what it answers. around:
+    entered while this forward, and no other one, is under way."""
+
+    run: Callable[[], list[tuple[int, Any]]]
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+
+class InPasses(Protocol):
+    """A Question that is asked by a number of forwards, none of which waits for the end of another: each needs of those
+    before it what they left in the layer that it is in."""
+
+    def passes(self, model) -> list[Pass]:
+        """The forwards of this model, in their order."""
+
+
+def one_by_one(passes: Sequence[Pass]) -> Iterator[tuple[int, Any]]:
+    """What passes tell, each done before the next begins."""
+    for single in passes:
+        with single.around():
+            found = single.run()
+        yield from found
 
 
 @dataclass(frozen=True)

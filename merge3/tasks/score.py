@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from merge3.tasks.items import Item, place
 from merge3.tasks.kinds import KINDS, Kind, in_files, writes
 from merge3.tasks.lm import BATCH_TOKENS, HEADS, LM, has_head, who_answers
 from merge3.tasks.prompts import Reader, load_tokenizer, positions
-from merge3.tasks.requests import Question, taken
+from merge3.tasks.requests import Pass, Question, taken
 from merge3.tasks.seq2seq import is_pair
 from merge3.tasks.vision import refusal, sees, shapes_of
 
@@ -81,10 +81,22 @@ class Scorer:
 
     def ask(self, model) -> Answers:
         """What the model as it is now answers. Raises LogitsError where it has no answer."""
+        return self.judged(asked.question(model) for asked in self.asked)
+
+    def passes(self, model) -> list[list[Pass]] | None:
+        """The forwards that ask each question, what they tell being for `judged`; None where one of the questions waits
+        for answers before it goes on, as texts do that are written."""
+        if not all(hasattr(asked.question, "passes") for asked in self.asked):
+            return None
+        return [asked.question.passes(model) for asked in self.asked]
+
+    def judged(self, told: Iterable[Iterable[tuple[int, Any]]]) -> Answers:
+        """What answers are worth. told: of each question in turn, (index of a request, its result). Raises LogitsError
+        where there is none."""
         responses, raw, lengths = np.full(len(self.items), np.nan), {}, np.full(len(self.items), np.nan)
-        for asked in self.asked:
+        for asked, answered in zip(self.asked, told):
             results: list[Any] = [None] * len(asked.owners)
-            for at, result in asked.question(model):
+            for at, result in answered:
                 item = asked.items[asked.owners[at]]
                 if result is None:
                     what = "states" if asked.kind.asks == "embeddings" else "logits"

@@ -30,12 +30,12 @@ class SharedPrefix:
     """Keys and values of a prefix, [1, heads, tokens, width] of every layer, before a model's rows.
 
     Forwards inside `before_rows()` see it before every row's own tokens, and take 4D masks of their own over the
-    latter. Raises Unsupported at its end where a layer has not read the prefix.
+    latter. It can be left and entered again between layers.
     """
 
     def __init__(self, model, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]):
         _register()
-        self.layers, self.read = layers, set()
+        self.layers, self.read = layers, set()  # read: by which layers it was
         attending = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
         self._configs = list({id(m.config): m.config for m in attending}.values())
 
@@ -44,7 +44,6 @@ class SharedPrefix:
         """See SharedPrefix."""
         before = [config._attn_implementation for config in self._configs]
         token = _READING.set(self)
-        self.read.clear()
         try:
             for config in self._configs:
                 config._attn_implementation = NAME
@@ -53,6 +52,9 @@ class SharedPrefix:
             _READING.reset(token)
             for config, name in zip(self._configs, before):
                 config._attn_implementation = name
+
+    def check(self) -> None:
+        """After a forward. Raises Unsupported where a layer has not read the prefix."""
         if len(self.read) != len(self.layers):
             raise Unsupported(f"{len(self.read)} of {len(self.layers)} layers read the prefix")
 

@@ -9,7 +9,8 @@ import torch
 
 from merge3.tasks import recurrent, seq2seq
 from merge3.tasks.decoder import Continuations, Once, Padded, left_padded
-from merge3.tasks.forward import prefix_cache, right_padded
+from merge3.tasks.forward import right_padded
+from merge3.tasks.prefix import prefix_cache
 from merge3.tasks.requests import Start, batches, share_prefix
 from merge3.tasks.shared_prefix import possible
 from merge3.tasks.state import state

@@ -255,4 +255,4 @@ def test_a_path_and_what_is_learned_want_whole_experts(family):
     with pytest.raises(ConfigError, match="a path, with experts held as int8; expected full"):
         engine.space(definition)
     with pytest.raises(BadInput, match="experts: experts held as int8; expected full: what is learned"):
-        engine._to_learn(Registration(()), recipe_of("ties", names), {})
+        engine._learning.lessons(Registration(()), recipe_of("ties", names), {})

@@ -104,5 +104,20 @@ int main() {
       if (c.out[63] != 1.0f + weight * 4.0f) ++failures, std::printf("resident: %g\n", double(c.out[63]));
     }
   }
+  {  // Two merges of the same inputs at once, and one that has another size.
+    Case c, other;
+    other.tensor.experts[0] = c.tensor.experts[0], other.tensor.experts[1] = c.tensor.experts[1], other.tensor.base = c.tensor.base;
+    for (auto& x : c.coefficients) x.weight = 0.25f;
+    const merge3_prepared both[2] = {{&c.modes, nullptr, &c.tensor, nullptr, c.coefficients, &c.lambda},
+                                     {&other.modes, nullptr, &other.tensor, nullptr, other.coefficients, &other.lambda}};
+    expect("together", merge3_merge_together(&c.context, 2, 1, both), MERGE3_OK, "");
+    if (c.out[63] != 2.0f || other.out[63] == 2.0f) ++failures, std::printf("together: %g %g\n", double(c.out[63]), double(other.out[63]));
+    expect("none together", merge3_merge_together(&c.context, 0, 1, nullptr), MERGE3_OK, "");
+    other.tensor.numel = 32;
+    expect("sizes", merge3_merge_together(&c.context, 2, 1, both), MERGE3_INVALID_ARGUMENT,
+           "merges[1].table[0]: found 32 elements, expected 64, as in merges[0]");
+    other.modes.elect = 9;
+    expect("modes together", merge3_merge_together(&c.context, 2, 1, both), MERGE3_INVALID_ARGUMENT, "elect 9");
+  }
   return failures;
 }

@@ -128,7 +128,7 @@ def test_what_was_prepared_is_given_up_when_the_fit_ends(tiny_world, start, monk
 
     def fitting(self, *arguments, **more):
         found = prepared(self, *arguments, **more)
-        hosts.append((self, len(self._fits), [engine._fit[1] for engine in self._opened.values()]))
+        hosts.append((self, len(self._fits), [engine._learning.last[1] for engine in self._opened.values()]))
         return found
 
     forgotten = threading.Event()
@@ -140,7 +140,7 @@ def test_what_was_prepared_is_given_up_when_the_fit_ends(tiny_world, start, monk
     assert len({id(fitting) for _, _, (fitting,) in hosts}) == 1  # prepared once
     assert forgotten.wait(10)
     host = hosts[0][0]
-    assert not host._fits and [engine._fit for engine in host._opened.values()] == [(None, None)]
+    assert not host._fits and [engine._learning.last for engine in host._opened.values()] == [(None, None)]
 
 
 @pytest.mark.parametrize(

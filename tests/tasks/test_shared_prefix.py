@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from merge3.tasks.forward import prefix_cache
 from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.lm import LM
+from merge3.tasks.prefix import prefix_cache
 from merge3.tasks.requests import Choices
 from merge3.tasks.shared_prefix import SharedPrefix, Unsupported
 

@@ -143,6 +143,20 @@ merge3_status merge3_merge_resident(const merge3_context *context, const merge3_
                                     const merge3_block *blocks, const merge3_coefficient *coefficients,
                                     const float *lambda);
 
+/* Several of these at once, whose tensors have the same sizes in the same order: other coefficients and modes over the
+ * same inputs, into other outputs. On the CPU each chunk is merged for all of them in turn, so that what they have in
+ * common comes from memory once; on a GPU one merge follows the other. */
+typedef struct {
+  const merge3_modes *modes;
+  const merge3_plan *plan;
+  const merge3_tensor *table;
+  const merge3_block *blocks;
+  const merge3_coefficient *coefficients;
+  const float *lambda;
+} merge3_prepared;
+merge3_status merge3_merge_together(const merge3_context *context, int32_t count, int64_t tensors,
+                                    const merge3_prepared *merges);
+
 /* Gradient of the merge, one pass: table[t].out holds dL/dout (read). weight_gradient and
  * rescale_gradient [tensors, K], lambda_gradient [tensors]: host memory. What is kept and the elected
  * signs count as constants. Deterministic. */

@@ -69,6 +69,11 @@ int main() {
   const Call calls[] = {
       {"merge", true, [&] { return merge3_merge(&on, &modes, 1, &tensor, &c, &lambda); }},
       {"resident", false, [&] { return merge3_merge_resident(&on, &modes, 1, &plan, &tensor, &block, &c, &lambda); }},
+      {"together", false, [&] {
+         const merge3_prepared own{&modes, &plan, &tensor, &block, &c, &lambda};
+         const merge3_prepared both[2] = {own, own};
+         return merge3_merge_together(&on, 2, 1, both);
+       }},
       {"backward", true, [&] { return merge3_merge_backward(&on, &modes, 1, &tensor, &c, &lambda, x, x + 1, x + 2); }},
       {"elementwise", true, [&] { return merge3_elementwise(&on, MERGE3_UNIFY, 1, 1, &tensor, &lambda, &lambda); }},
       {"gram", true, [&] { return merge3_gram(&on, 1, 1, &tensor, x); }},
