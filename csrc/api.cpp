@@ -87,6 +87,7 @@ merge3_status merge3_merge_together(const merge3_context* context, int32_t count
                                     const merge3_prepared* merges) {
   return guarded([&]() -> merge3_status {
     if (merge3_status s = check_context(context)) return s;
+    if (count > 0 && !merges) return fail(MERGE3_INVALID_ARGUMENT, "merges is NULL");
     for (int32_t i = 0; i < count; ++i) {
       const merge3_prepared& own = merges[i];
       if (merge3_status s = check_modes(own.modes)) return s;

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from merge3.abreast import Groups
-from merge3.errors import BadInput, ConfigError
+from merge3.errors import BadInput, ConfigError, ResourceError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.export_task import check_router, merge_task
-from merge3.fitness import Answered, estimates, judged, lengths_needed
 from merge3.joined import joined, rehearsed
 from merge3.learn.fit import Fit, FitStep
 from merge3.learn.fitting import State
@@ -38,13 +38,16 @@ from merge3.program import tied_outputs
 from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Subject, Taken, Varied
 from merge3.recipe import Recipe
 from merge3.registration import Registration
-from merge3.rounds import Prepared, Round, Rounds, check_endpoint
+from merge3.rounds import Prepared, Round, Rounds, check_endpoint, evaluation
 from merge3.space import ParameterSpace, Space, SpaceDefinition
 from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
 
 __all__ = ["Engine", "Evaluation", "LocalEngine", "Operated", "PoolInfo", "Question", "Subject", "Taken", "Varied"]
+
+
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -93,7 +96,7 @@ class LocalEngine:
         """The space over this pool's layout, its statistics computed. Raises ConfigError where models do not fit it."""
         key = definition.hash()
         if key not in self._spaces:
-            self._spaces[key] = space_over(definition, self.slot)
+            self._spaces[key] = self._with_room(lambda: space_over(definition, self.slot))
         return self._spaces[key]
 
     def evaluate(self, registration: Registration, subjects: Sequence[Subject]) -> Iterator[Evaluation]:
@@ -101,7 +104,8 @@ class LocalEngine:
         left = list(enumerate(subjects))
         while left:
             genomes = takewhile(lambda entry: isinstance(entry[1], np.ndarray), left)
-            group = list(islice(genomes, self._groups.size())) or left[:1]
+            most = 1 if self._learning.prepared else self._groups.size()  # a fit between two steps has its room
+            group = list(islice(genomes, most)) or left[:1]
             del left[: len(group)]
             found = self._evaluate_together(registration, group) if len(group) > 1 else None
             yield from found or (self._evaluate_one(registration, index, subject) for index, subject in group)
@@ -118,11 +122,11 @@ class LocalEngine:
         if isinstance(subject, Recipe) and subject.method in VARIANTS:
             subject = Varied(subject)
         if isinstance(subject, Recipe):
-            joined(self.pool, subject)
+            self._with_room(lambda: joined(self.pool, subject))
         error = self._rounds.refused(registration, subject)
         if error is not None:
             hash_ = subject.subject.hash() if isinstance(subject.subject, Recipe) else ""
-            return _evaluation(registration, index, hash_, error, 1.0, 0.0)
+            return evaluation(registration, index, hash_, error, 1.0, 0.0)
         prepared = self._rounds.prepare(registration, subject, self.space)  # what is wrong with items is raised
         return self._evaluate(registration, prepared, index, subject, adapters, stored)
 
@@ -135,24 +139,29 @@ class LocalEngine:
             return None
         if any(round_.head is not None or round_.variant is not None for round_ in prepared.rounds):
             return None
+        rounds = [(round_.positions, round_.scorer) for round_ in prepared.rounds]
+        if not self._groups.takes(rounds):
+            return None
         start, compiled = time.perf_counter(), []
         try:
             for _, genome in genomes:
                 recipe = prepared.space.recipe(genome)
-                joined(self.pool, recipe)
+                self._with_room(lambda recipe=recipe: joined(self.pool, recipe))
                 compiled.append((recipe, self.slot.compile(recipe, "candidate")))
             with enough_memory(self.pool.device):
-                rounds = [(round_.positions, round_.scorer) for round_ in prepared.rounds]
                 programs = [program for _, program in compiled]
                 found = self._groups.ask(programs, rounds, len(asked.items), asked.seed)
         except BadInput:  # whose it is, is found by asking each for itself
+            return None
+        except ResourceError:
+            self._groups.fewer()
             return None
         if found is None:
             return None
         evaluations, seconds = [], (time.perf_counter() - start) / len(genomes)
         for (index, _), (recipe, _), answers in zip(genomes, compiled, found[0]):
             cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
-            told = _evaluation(asked, index, recipe.hash(), answers, cost, found[1] / len(genomes))
+            told = evaluation(asked, index, recipe.hash(), answers, cost, found[1] / len(genomes))
             evaluations.append(replace(told, seconds=seconds))
         return evaluations
 
@@ -161,8 +170,8 @@ class LocalEngine:
         waiting, index = deque(islice(questions, in_flight)), 0
         while waiting:
             registration, subject = waiting.popleft()
-            (evaluation,) = self.evaluate(registration, [subject])
-            yield replace(evaluation, index=index)
+            (found,) = self.evaluate(registration, [subject])
+            yield replace(found, index=index)
             waiting.extend(islice(questions, 1))
             index += 1
 
@@ -181,7 +190,7 @@ class LocalEngine:
             recipe = self._recipe(prepared.space, subject)
             recipe_hash = recipe.hash() if recipe is not None else ""
             if recipe is not None:
-                joined(self.pool.whole if stored else self.pool, recipe)
+                self._with_room(lambda: joined(self.pool.whole if stored else self.pool, recipe))
                 cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed, stored)
@@ -191,7 +200,7 @@ class LocalEngine:
             answers = LogitsError(at, problem.found, problem.expected, problem.hint)
         except BadInput as problem:
             answers = problem
-        told = _evaluation(asked, index, recipe_hash, answers, cost, swap)
+        told = evaluation(asked, index, recipe_hash, answers, cost, swap)
         return replace(told, seconds=time.perf_counter() - start)
 
     def fit(
@@ -204,6 +213,7 @@ class LocalEngine:
     ) -> Iterator[FitStep]:
         """See Engine. seconds: end with the first step that is done later, and say what it can be continued from; what
         was prepared for a fit is kept for when the same two objects are given again, or until `forget_fit`."""
+        self._groups.give_up()
         with enough_memory(self.pool.device):
             yield from self._learning.fit(registration, fit, state, told, seconds)
 
@@ -213,6 +223,7 @@ class LocalEngine:
 
     def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
         """See Engine."""
+        self._groups.give_up()
         return self._learning.operate(registration, recipe, surgery)
 
     def _recipe(self, space: Space | None, subject: Subject) -> Recipe | None:
@@ -275,6 +286,15 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing to give up: pool and slot go with the process."""
 
+    def _with_room(self, act: Callable[[], T]) -> T:
+        """What it does, if need be with the room that candidates abreast took of a budget."""
+        try:
+            return act()
+        except BadInput:
+            if not self._groups.give_up():
+                raise
+            return act()
+
     def _ask(
         self,
         rounds: list[Round],
@@ -295,23 +315,3 @@ class LocalEngine:
             responses[positions], lengths[positions] = answers.responses, answers.lengths
             raw |= {positions[at]: found for at, found in answers.raw.items()}
         return Answers(responses, raw, lengths), seconds
-
-
-def _evaluation(
-    asked: Registration, index: int, recipe_hash: str, answers: Answers | BadInput, cost: float, swap_seconds: float
-) -> Evaluation:
-    """What a subject's answers come to, or why there are none. cost: of the recipe, to a space that counts it."""
-    responses, raw, lengths, error = None, {}, None, None
-    values = stderrs = np.full(len(asked.objectives), np.nan)
-    try:
-        if isinstance(answers, BadInput):
-            raise answers
-        responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
-        if responses is None:
-            responses, raw = answers.responses, answers.raw
-        else:
-            values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
-    except BadInput as problem:
-        error = problem
-    found = recipe_hash, responses, asked.objectives, values, stderrs, 0.0, swap_seconds, error, raw, lengths
-    return Evaluation(index, *found)

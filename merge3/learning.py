@@ -25,6 +25,11 @@ class Learning:
         self.slot, self.pool, self._rounds = slot, slot.pool, rounds
         self.last: tuple[tuple[Registration, Fit] | None, Fitting | None] = None, None
 
+    @property
+    def prepared(self) -> bool:
+        """Whether room is kept for a fit that may go on."""
+        return self.last[1] is not None
+
     def fit(
         self,
         registration: Registration,

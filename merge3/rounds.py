@@ -6,17 +6,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from merge3.errors import BadInput
-from merge3.fitness import check_objectives
+from merge3.fitness import Answered, check_objectives, estimates, judged, lengths_needed
 from merge3.live.heads import own_heads
 from merge3.live.slot import Slot
 from merge3.packaging import chat_template, template_key
 from merge3.pool import Pool
-from merge3.protocol import Subject, Varied
+from merge3.protocol import Evaluation, Subject, Varied
 from merge3.recipe import Recipe, nearest
 from merge3.registration import Registration
 from merge3.space import Space, SpaceDefinition
 from merge3.tasks import Item, Scorer
+from merge3.tasks.score import Answers
 from merge3.variants import Variants
 
 _SCORERS = 64  # prepared sets of items kept: races and checks ask ever new ones
@@ -158,3 +161,23 @@ def check_endpoint(pool: Pool, where: str, name: str) -> None:
     """Raises BadInput for a name that is no endpoint's."""
     if name not in pool.endpoints:
         raise BadInput(where, f"found {name!r}", ", ".join(pool.endpoints))
+
+
+def evaluation(
+    asked: Registration, index: int, recipe_hash: str, answers: Answers | BadInput, cost: float, swap_seconds: float
+) -> Evaluation:
+    """What a subject's answers come to, or why there are none. cost: of the recipe, to a space that counts it."""
+    responses, raw, lengths, error = None, {}, None, None
+    values = stderrs = np.full(len(asked.objectives), np.nan)
+    try:
+        if isinstance(answers, BadInput):
+            raise answers
+        responses, lengths = judged(asked, answers), answers.lengths if lengths_needed(asked) else None
+        if responses is None:
+            responses, raw = answers.responses, answers.raw
+        else:
+            values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
+    except BadInput as problem:
+        error = problem
+    found = recipe_hash, responses, asked.objectives, values, stderrs, 0.0, swap_seconds, error, raw, lengths
+    return Evaluation(index, *found)

@@ -48,8 +48,17 @@ class Abreast:
         weights = {storage_of(tensor) for tensor in slot.placed().values()}
         # The prefix, where there is one, and rows after it.
         self._course = course_of(slot.model, self._layers(), weights, passes[:2])
-        self._stages = [self._stage(modules) for modules in self._course.stages()]
+        self._stages = [self._stage(tensors) for tensors in self._course.stages()]
         self._blocks: list[torch.Tensor] = []  # of each candidate: room for the largest stage
+
+    @property
+    def outputs(self) -> set[str]:
+        """Checkpoint names that a program has to write."""
+        return {name for stage in self._stages for name in stage.outputs}
+
+    def give_up(self) -> None:
+        """The room that blocks take."""
+        self._blocks.clear()
 
     @property
     def size(self) -> int:
@@ -99,17 +108,17 @@ class Abreast:
         for program, block in zip(programs, self._blocks):
             places = {name: _view(block, view) for name, view in stage.outputs.items()}
             outputs.append(program.outputs(places, self.slot.pool.statistics))
-        self.slot.write_together(outputs, seed)
+        with torch.inference_mode(False):  # what the pool reads now, it may keep
+            self.slot.write_together(outputs, seed)
 
-    def _stage(self, modules: Sequence[torch.nn.Module]) -> _Stage:
+    def _stage(self, used: Sequence[torch.Tensor]) -> _Stage:
         """Blocks are laid out storage by storage, so that what is a view of another tensor is one of a block too."""
         live: dict[int, dict[int, torch.Tensor]] = {}
         names: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in self.slot.placed().items():
             names.setdefault(storage_of(tensor), {})[name] = tensor
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                live.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
+        for tensor in used:
+            live.setdefault(storage_of(tensor), {})[id(tensor)] = tensor
         size, outputs, own = 0, {}, []
         for storage, tensors in live.items():
             written = names.get(storage, {})

@@ -29,9 +29,11 @@ class Course:
     def __str__(self) -> str:
         return f"{len(self.layers)} layers of a {self.model}"
 
-    def stages(self) -> list[list[torch.nn.Module]]:
-        """What is used together, in order. A module may be in the first and in the last of them."""
-        return [list(self.before), *([layer] for layer in self.layers), list(self.after)]
+    def stages(self) -> list[list[torch.Tensor]]:
+        """Parameters and buffers that are used together, in order. They may be in the first and in the last of them."""
+        inside = [[*layer.parameters(), *layer.buffers()] for layer in self.layers]
+        before, after = ([tensor for one in modules for tensor in _own(one)] for modules in (self.before, self.after))
+        return [before, *inside, after]
 
     def check_whole(self, written: Iterable[torch.Tensor], used: Iterable[torch.Tensor]) -> None:
         """Raises Unfit where tensors that recipes write are not all of what the model uses there."""
@@ -60,8 +62,11 @@ def course_of(
         handles.append(layer.register_forward_pre_hook(lambda *_, at=at: gone.append((at, False))))
         handles.append(layer.register_forward_hook(lambda *_, at=at: gone.append((at, True))))
     for module in outside:
-        note = lambda *_, own=used[id(module)]: own.add(phase())
-        handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
+        own, called = used[id(module)], []
+        enter = lambda *_, called=called: called.append(phase())
+        # What is around the stack has its weights at hand in every layer.
+        leave = lambda *_, own=own, called=called: own.add(now if (now := phase()) == called.pop() else _WITHIN)
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with torch.inference_mode():
             for single in passes:

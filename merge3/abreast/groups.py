@@ -12,12 +12,14 @@ from merge3.abreast.ask import Abreast
 from merge3.abreast.course import Unfit
 from merge3.errors import BadInput
 from merge3.live.slot import Slot
-from merge3.memory import FILE, HOST
+from merge3.memory import FILE, HOST, available
 from merge3.program import Program
 from merge3.tasks.requests import Pass
 from merge3.tasks.score import Answers, Scorer
 
 PAYS = 4  # candidates, where models are streamed: twice as many gain little, and take twice the room
+SHARE = 4  # of the memory that is free, one part in so many is for the states of forwards that wait
+_STATES = 4  # of a position that waits: what goes into a layer, and what is computed of it
 Rounds = Sequence[tuple[Sequence[int], Scorer]]  # whose positions among all items, and what asks them
 
 
@@ -36,22 +38,40 @@ class Groups:
         pays = PAYS if any(tier in (FILE, HOST) for tier, _ in away) else 1
         return min(self.wanted or pays, self._most)
 
+    def takes(self, rounds: Rounds) -> bool:
+        """Whether these questions can be asked so at all: none of them waits for answers before it goes on."""
+        return bool(rounds) and all(scorer.in_passes for _, scorer in rounds)
+
     def ask(
         self, programs: Sequence[Program], rounds: Rounds, count: int, seed: int
     ) -> tuple[list[Answers | BadInput], float] | None:
-        """(each candidate's answers, or why it has none; seconds of merging). count: of the items. None where these
-        questions cannot be asked so, or there is no room: they are to be asked one candidate after the other."""
+        """(each candidate's answers, or why it has none; seconds of merging). rounds: that it `takes`. count: of the
+        items. None where this model or these programs are not fit for it, or there is no room: they are to be asked one
+        candidate after the other."""
         self.slot.placed()  # its own layers: a path has others
+        if not self._fits(rounds[0][1]) or any(self._abreast.outputs - program.shapes.keys() for program in programs):
+            return None
         asking: list[list[list[Pass]]] = []  # of each candidate and question
         for _ in programs:
-            own = [scorer.passes(self.slot.model) for _, scorer in rounds]
-            if any(questions is None for questions in own):
-                return None
-            asking.append(list(chain.from_iterable(own)))
-        if not self._fits(rounds[0][1]) or not self._room(len(programs)):
+            asking.append(list(chain.from_iterable(scorer.passes(self.slot.model) for _, scorer in rounds)))
+        if not self._holds(list(chain.from_iterable(asking[0])), len(programs)) or not self._room(len(programs)):
             return None
         told, seconds = self._abreast.ask(programs, asking, seed)
         return [_answered(rounds, questions, count) for questions in told], seconds
+
+    def give_up(self) -> bool:
+        """Leave the room that candidates took to others, until the next group. Whether they took any."""
+        taken, self._reserved = self._reserved > 0, 0
+        if self._abreast is not None:
+            self._abreast.give_up()
+        if taken:
+            self.slot.pool.reserve(0)
+        return taken
+
+    def fewer(self) -> None:
+        """What so many take was not there: half of them from now on."""
+        self.give_up()
+        self._most = max(self.size() // 2, 1)
 
     def _fits(self, scorer: Scorer) -> bool:
         if self._abreast is None and self._most > 1:
@@ -61,13 +81,21 @@ class Groups:
                 self._most = 1
         return self._abreast is not None
 
+    def _holds(self, passes: Sequence[Pass], candidates: int) -> bool:
+        """Whether there is memory for the states of all forwards, which wait at once."""
+        settings = self.slot.model.config.get_text_config()
+        width, layers = getattr(settings, "hidden_size", 4096), self.slot.pool.searched.layers
+        itemsize = next(self.slot.model.parameters()).itemsize
+        states = sum((2 * layers if one.keeps else _STATES) * one.positions for one in passes)
+        return candidates * states * width * itemsize <= available(self.slot.pool.device) // SHARE
+
     def _room(self, candidates: int) -> bool:
-        """Whether a budget has room for so many blocks beside all else; if not, half of them are tried next."""
+        """Whether a budget has room for so many blocks beside all else."""
         self._reserved = max(self._reserved, candidates * self._abreast.size)
         try:
             self.slot.pool.reserve(self._reserved)
         except BadInput:
-            self._most, self._reserved = candidates // 2, 0
+            self.fewer()
             return False
         return True
 

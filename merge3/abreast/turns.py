@@ -65,11 +65,13 @@ def taking_turns(layers: Sequence[torch.nn.Module], turns: Sequence[Turn]) -> It
     try:
         yield
     finally:
-        for turn in turns:
-            if turn and not turn.dead:
-                turn.throw(GreenletExit)
-        for handle in handles:
-            handle.remove()
+        try:
+            for turn in turns:
+                if turn and not turn.dead:
+                    turn.throw(GreenletExit)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _wait(*_: Any) -> None:

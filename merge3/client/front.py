@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from merge3.engine import Engine
+from merge3.errors import BadInput
 from merge3.files import write_atomically
 from merge3.search.config import EvolveConfig
 from merge3.search.front import Front, Member
@@ -36,6 +37,17 @@ def write_front(directory: Path, config: EvolveConfig, front: Front) -> None:
             cells += [member.values[at], member.stderrs[at], *member.heldout["objectives"][name]]
         table.writerow([number, file_of(number), *(f"{cell:.6g}" for cell in cells)])
     write_atomically(directory / "front.csv", text.getvalue())
+
+
+def check_numbering(directory: Path, pick: str | None) -> None:
+    """Raises BadInput for a member's number of a front that an earlier version of this told, whose numbers were others:
+    those who left it on held-out items were among them."""
+    if pick is None or not pick.isdecimal() or not (directory / "result.json").exists():
+        return
+    front = read_result(directory).get("front")
+    if front and "left" not in front:
+        expected = "knee or an objective; or go on without --pick first, which tells the members anew"
+        raise BadInput("--pick", f"found {pick}, and {directory} tells a front of an earlier version", expected)
 
 
 def file_of(number: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge3.client.front import export_picked, front_summary, print_front, write_front
+from merge3.client.front import check_numbering, export_picked, front_summary, print_front, write_front
 from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
@@ -59,6 +59,7 @@ def evolve(
     """
     if resume and not (directory / "run.db").exists():
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
+    check_numbering(directory, pick)
     if target is not None:
         _check_fitting(config)
     check_loggers(config.logging)

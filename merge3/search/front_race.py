@@ -119,12 +119,15 @@ def still_running(
 
 
 def dominated(search: Search, answered: Sequence[np.ndarray], items: Sequence[Item]) -> list[bool]:
-    """Of each member, whether these answers alone, [.., items] each, settle that another one dominates it."""
+    """Of each member, whether these answers alone, [.., items] each, settle that another one dominates it. Fewer than
+    TIED items that all differ alike, or not at all, settle nothing."""
     values = [_estimates(search, answers, items)[0] for answers in answered]
 
     def beaten(c: int, other: int) -> bool:
-        gap = values[other] - values[c]
-        return not (gap < 0).any() and settled(gap, _estimates(search, answered[other] - answered[c], items)[1])
+        gap, errors = values[other] - values[c], _estimates(search, answered[other] - answered[c], items)[1]
+        if (gap < 0).any() or (len(items) < TIED and (errors == 0).any()):
+            return False
+        return settled(gap, errors)
 
     return [any(beaten(c, other) for other in range(len(values)) if other != c) for c in range(len(values))]
 

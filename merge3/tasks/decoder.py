@@ -111,7 +111,9 @@ class Once:
         """See Steps."""
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": self._mask()}
         with self._prefix.before_rows():
-            return last_logits(self.model, 1, **inputs, past_key_values=self._cache, use_cache=True)[:, -1]
+            found = last_logits(self.model, 1, **inputs, past_key_values=self._cache, use_cache=True)[:, -1]
+        self._prefix.check()
+        return found
 
     def append(self, tokens: torch.Tensor) -> None:
         """See Steps."""

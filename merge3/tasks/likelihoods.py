@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from merge3.tasks.forward import Places, right_padded
+from merge3.tasks.forward import Places, right_padded, without_cache
 from merge3.tasks.prefix import Prefix
 from merge3.tasks.requests import Choices, Likelihoods, Pass, batches, one_by_one
 from merge3.tasks.shared_prefix import SharedPrefix
@@ -64,11 +64,12 @@ class SharedRows:
     def passes(self, model) -> list[Pass]:
         """See InPasses: the prefix, then each batch of rows."""
         prefix = Prefix(model, self.prefix, self.device) if self.prefix else None
-        once = SharedPrefix(model, prefix) if self.once else None
-        passes = [Pass(prefix.read)] if self.prefix else []
+        shared = SharedPrefix(model, prefix) if self.once else None
+        passes = [Pass(prefix.read, positions=len(self.prefix), keeps=True)] if self.prefix else []
         for batch in self.batches:
-            at = Places(model, batch.places)
-            passes.append(Pass(partial(self._ask, batch, at, prefix, once), partial(_around, at, once)))
+            at, once = Places(model, batch.places), shared and shared.anew()
+            ask, around = partial(self._ask, batch, at, prefix, once), partial(_around, at, once)
+            passes.append(Pass(ask, around, batch.inputs["input_ids"].numel()))
         return passes
 
     def _ask(
@@ -168,14 +169,18 @@ class PlainRows:
 
     def passes(self, model) -> list[Pass]:
         """See InPasses: a batch of rows each."""
-        return [Pass(partial(self._ask, model, asked)) for asked in self.batches]
+        passes = []
+        for asked in self.batches:
+            positions = sum(len(request.choices) * (len(self.prefix) + request.length()[0]) for _, request in asked)
+            passes.append(Pass(partial(self._ask, model, asked), positions=positions))
+        return passes
 
     def _ask(self, model, asked: list[tuple[int, Choices]]) -> list[tuple[int, Likelihoods | None]]:
         starts = [(*self.prefix, *request.tokens) for _, request in asked]
         rows = []
         for start, (_, request) in zip(starts, asked):
             rows += [(*start, *choice) for choice in request.choices]
-        logits = model(**right_padded(rows, self.pad, self.device)).logits
+        logits = model(**right_padded(rows, self.pad, self.device), **without_cache(model)).logits
         log_p, results = iter(logits.float().log_softmax(-1).cpu()), []
         for start, (index, request) in zip(starts, asked):
             sums, greedy = [], []

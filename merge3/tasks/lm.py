@@ -192,9 +192,20 @@ class Heads:
 
     def passes(self, model) -> list[Pass]:
         """See InPasses: a batch each."""
-        return [Pass(partial(self._ask, model, indices, inputs)) for indices, inputs in self.batches]
+        passes = []
+        for indices, inputs in self.batches:
+            positions = inputs["input_ids"].numel() if "input_ids" in inputs else _patches(model.config) * len(indices)
+            passes.append(Pass(partial(self._ask, model, indices, inputs), positions=positions))
+        return passes
 
     def _ask(self, model, indices: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[tuple[int, Any]]:
         logits = model(**inputs).logits.cpu()
         bests = likeliest(logits).tolist()
         return [(index, None if best < 0 else row) for index, row, best in zip(indices, logits, bests)]
+
+
+def _patches(config: Any) -> int:
+    """How many positions an image takes, about."""
+    sides = getattr(config, "image_size", 224), getattr(config, "patch_size", 16)
+    image, patch = (side[0] if isinstance(side, list | tuple) else side for side in sides)
+    return (image // max(patch, 1)) ** 2 + 1

@@ -16,9 +16,9 @@ from merge3.tasks.forward import takes_logits_to_keep
 class Prefix(Sequence):
     """(keys, values) of each layer that has been read, [1, heads, tokens, width] each.
 
-        prefix = Prefix(model, tokens, device)
-        prefix.read()
-        model(**inputs, past_key_values=prefix.before(rows), use_cache=True)
+    prefix = Prefix(model, tokens, device)
+    prefix.read()
+    model(**inputs, past_key_values=prefix.before(rows), use_cache=True)
     """
 
     def __init__(self, model, tokens: tuple[int, ...], device: torch.device | str):
@@ -64,15 +64,15 @@ def prefix_cache(model, prefix: tuple[int, ...], device) -> list[tuple[torch.Ten
 
 
 def _behind(prefix: Prefix, layer: int, rows: int):
-    """A layer's cache that begins with the prefix in every row, which it takes when it is first given more."""
+    """A layer's cache that has the prefix in every row, and keeps nothing of what it is given: one forward reads it."""
     from transformers.cache_utils import DynamicLayer
 
     class Behind(DynamicLayer):
-        def lazy_initialization(self, key_states, value_states):
-            super().lazy_initialization(key_states, value_states)
-            self.keys, self.values = (part.expand(rows, -1, -1, -1) for part in prefix[layer])
+        def update(self, key_states, value_states, *args, **kwargs):
+            pairs = zip(prefix[layer], (key_states, value_states))
+            return tuple(torch.cat([before.expand(rows, -1, -1, -1), own], -2) for before, own in pairs)
 
         def get_seq_length(self):
-            return super().get_seq_length() if self.is_initialized else len(prefix.tokens)
+            return len(prefix.tokens)
 
     return Behind()

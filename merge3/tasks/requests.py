@@ -21,10 +21,13 @@ Question = Callable[[Any], Iterator[tuple[int, Any]]]
 
 class Pass(NamedTuple):
     """One forward of a live model. run: does it, and tells (index of a request, its result) of what it answers. around:
-    entered while this forward, and no other one, is under way."""
+    entered while this forward, and no other one, is under way. positions: that it computes, about; keeps: whether their
+    keys and values stay for other passes."""
 
     run: Callable[[], list[tuple[int, Any]]]
     around: Callable[[], AbstractContextManager] = nullcontext
+    positions: int = 0
+    keeps: bool = False
 
 
 class InPasses(Protocol):

@@ -83,11 +83,13 @@ class Scorer:
         """What the model as it is now answers. Raises LogitsError where it has no answer."""
         return self.judged(asked.question(model) for asked in self.asked)
 
-    def passes(self, model) -> list[list[Pass]] | None:
-        """The forwards that ask each question, what they tell being for `judged`; None where one of the questions waits
-        for answers before it goes on, as texts do that are written."""
-        if not all(hasattr(asked.question, "passes") for asked in self.asked):
-            return None
+    @property
+    def in_passes(self) -> bool:
+        """Whether no question waits for answers before it goes on, as texts do that are written."""
+        return all(hasattr(asked.question, "passes") for asked in self.asked)
+
+    def passes(self, model) -> list[list[Pass]]:
+        """The forwards that ask each question, where all are `in_passes`; what they tell is for `judged`."""
         return [asked.question.passes(model) for asked in self.asked]
 
     def judged(self, told: Iterable[Iterable[tuple[int, Any]]]) -> Answers:

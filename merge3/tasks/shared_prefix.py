@@ -8,6 +8,7 @@ arXiv 2402.05099, equation 3.) On the CPU, where torch's attention tells its lse
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -53,10 +54,17 @@ class SharedPrefix:
             for config, name in zip(self._configs, before):
                 config._attn_implementation = name
 
+    def anew(self) -> SharedPrefix:
+        """The same for another forward, whose layers are counted for themselves."""
+        other = copy.copy(self)
+        other.read = set()
+        return other
+
     def check(self) -> None:
-        """After a forward. Raises Unsupported where a layer has not read the prefix."""
-        if len(self.read) != len(self.layers):
-            raise Unsupported(f"{len(self.read)} of {len(self.layers)} layers read the prefix")
+        """After a forward. Raises Unsupported where a layer has not read the prefix in it."""
+        read, self.read = self.read, set()
+        if len(read) != len(self.layers):
+            raise Unsupported(f"{len(read)} of {len(self.layers)} layers read the prefix")
 
 
 def possible(model) -> bool:

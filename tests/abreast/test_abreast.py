@@ -1,6 +1,7 @@
 """Candidates asked abreast answer, to the last bit, what they answer one after the other."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 import yaml
 
 from merge3 import Pool, Recipe, Slot
-from merge3.abreast import Abreast, Unfit
+from merge3.abreast import Abreast, Unfit, groups
+from merge3.abreast.course import course_of, storage_of
 from merge3.abreast.turns import Turn, taking_turns
 from merge3.client import run
 from merge3.engine import LocalEngine
@@ -194,6 +196,94 @@ def test_a_budget_without_room_asks_one_after_the_other(chosen):
     genomes = genomes_of(engine, asked, 8)
     same(list(engine.evaluate(asked, genomes)), list(opened(config, 1).evaluate(asked, genomes)))
     assert engine._groups.size() < 4 and engine.pool.memory.total <= engine.pool.memory.budget
+
+
+def test_questions_too_large_to_wait_side_by_side_are_asked_one_after_the_other(chosen, monkeypatch):
+    config, asked = registered(chosen)
+    engine = opened(config, 4)
+    genomes = genomes_of(engine, asked, 4)
+    monkeypatch.setattr(groups, "available", lambda device: 1 << 16)
+    monkeypatch.setattr(Abreast, "ask", lambda *_: pytest.fail("asked abreast"))
+    assert len(list(engine.evaluate(asked, genomes))) == 4
+
+
+def test_memory_that_is_short_after_all_halves_the_group(chosen, monkeypatch):
+    config, asked = registered(chosen)
+    engine, asks, ask = opened(config, 4), [], Abreast.ask
+
+    def short(self, programs, *rest):
+        asks.append(len(programs))
+        if len(programs) > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 7 GiB")
+        return ask(self, programs, *rest)
+
+    monkeypatch.setattr(Abreast, "ask", short)
+    genomes = genomes_of(engine, asked, 8)
+    same(list(engine.evaluate(asked, genomes)), list(opened(config, 1).evaluate(asked, genomes)))
+    assert asks == [4, 2, 2]
+
+
+def test_a_merge_that_joins_has_the_room_that_candidates_took(chosen, monkeypatch):
+    """A group's blocks are in the budget; what comes next and needs it gets it."""
+    config, asked = registered(chosen)
+    budget = least(config) + (8 << 20)
+    engine = opened(config, 4, budget)
+    genomes = genomes_of(engine, asked, 4)
+    list(engine.evaluate(asked, genomes))
+    assert engine.pool._reserved > 0
+    merged = engine.space(asked.space).recipe(genomes[0])
+    models = [
+        {"model": "elite", "parameters": {"weight": 0.5}},
+        {"model": config.models[1], "parameters": {"weight": 0.5}},
+    ]
+    recipe = Recipe.parse({"merge_method": "linear", "models": models})
+    tried, add = [], Pool.add
+
+    def full(self, *model):
+        tried.append(self._reserved)
+        if self._reserved:
+            raise BadInput("memory_budget", "no room")
+        return add(self, *model)
+
+    monkeypatch.setattr(Pool, "add", full)
+    (found,) = engine.evaluate(replace(asked, space=None), [replace(recipe, merged={"elite": merged})])
+    assert found.error is None and len(tried) >= 2 and tried[0] > 0 == tried[-1]
+    list(engine.evaluate(asked, genomes))
+
+
+def test_a_program_that_does_not_write_all_of_the_model_is_run_alone(tmp_path):
+    """An output that is held apart for the sake of one endpoint, and that the others tie: a swap shares it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=64, num_hidden_layers=2)
+    for number, (name, tied) in enumerate((("base", True), ("e0", True), ("e1", True), ("apart", False))):
+        torch.manual_seed(number)
+        LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=tied)).save_pretrained(tmp_path / name)
+    base, *experts = (str(tmp_path / name) for name in ("base", "e0", "e1", "apart"))
+    slot = Slot(Pool.open(base, experts))
+    ids = torch.tensor([[1, 2, 3]])
+    abreast = Abreast(slot, [Pass(lambda: [(0, slot.model(input_ids=ids).logits)])])
+    models = [{"model": model, "parameters": {"weight": 0.4}} for model in experts[:2]]
+    program = slot.compile(Recipe.parse({"merge_method": "task_arithmetic", "base_model": base, "models": models}))
+    assert abreast.outputs - program.shapes.keys() == {"lm_head.weight"}
+
+
+def test_a_module_around_the_stack_with_weights_of_its_own_is_found_unfit():
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+            self.scale = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x) * self.scale
+            return x
+
+    model = Around()
+    weights = {storage_of(tensor) for tensor in model.parameters()}
+    with pytest.raises(Unfit, match="weights used beside the layers"):
+        course_of(model, model.layers, weights, [Pass(lambda: [(0, model(torch.ones(2)))])])
 
 
 def test_an_answer_that_is_none_is_its_candidates_own(chosen, monkeypatch):

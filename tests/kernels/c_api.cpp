@@ -113,6 +113,7 @@ int main() {
     expect("together", merge3_merge_together(&c.context, 2, 1, both), MERGE3_OK, "");
     if (c.out[63] != 2.0f || other.out[63] == 2.0f) ++failures, std::printf("together: %g %g\n", double(c.out[63]), double(other.out[63]));
     expect("none together", merge3_merge_together(&c.context, 0, 1, nullptr), MERGE3_OK, "");
+    expect("no merges", merge3_merge_together(&c.context, 1, 1, nullptr), MERGE3_INVALID_ARGUMENT, "merges is NULL");
     other.tensor.numel = 32;
     expect("sizes", merge3_merge_together(&c.context, 2, 1, both), MERGE3_INVALID_ARGUMENT,
            "merges[1].table[0]: found 32 elements, expected 64, as in merges[0]");

@@ -5,6 +5,7 @@ import json
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,22 +163,28 @@ def test_heldout_answers_say_who_is_dominated(scripted):
         np.stack([bad, np.full(200, 4.0)]),
     ]
     assert dominated(asking.search, answers, items) == [False, True, False]
+    few = items[:8]  # alike in all of them, and one writes more
+    alike = [np.stack([np.ones(8), np.full(8, length)]) for length in (5.0, 4.0)]
+    assert dominated(asking.search, alike, few) == [False, False]
+    alike = [np.stack([np.ones(200), np.full(200, length)]) for length in (5.0, 4.0)]
+    assert dominated(asking.search, alike, items) == [True, False]
 
 
 def test_whom_heldout_items_settle_to_be_dominated_leaves(scripted):
     """The search believed all four; on held-out items the third is worse and no shorter than the first."""
     believed = [(0.8, 5), (0.6, 3), (0.7, 4.9), (0.7, 4)]
-    asking, known, _ = scripted([3.0, 0.5, -2.0, 1.5], [5, 3, 5, 4], believed)
+    asking, known, engine = scripted([3.0, 0.5, -2.0, 1.5], [5, 3, 5, 4], believed)
+    engine.info = lambda: SimpleNamespace(experts="full")
     items = asking.search.questions.search[100:]
-    asking.search.exported = lambda recipe: recipe
+    search = replace(asking.search, questions=replace(asking.search.questions, heldout=items))
     baseline = {"objectives": {"a": (0.1, 0.0), "length": (12.0, 0.0)}}
-    front = measure_front(asking.search, known, None, {"model": baseline}, items)
+    front = measure_front(search, known, None, {"model": baseline}, items)
     assert [one.candidate.position for one in front.members] == [0, 3, 1]
     assert [one.candidate.position for one in front.left] == [2]
     assert front.pick() == 0 and front.pick("length") == 2 and front.pick("3") == 2
     with pytest.raises(BadInput, match="1 to 3"):
         front.pick("4")
-    whole = measure_front(asking.search, [known[at] for at in (0, 1, 3)], None, {"model": baseline}, items)
+    whole = measure_front(search, [known[at] for at in (0, 1, 3)], None, {"model": baseline}, items)
     assert whole.hypervolume["value"] == front.hypervolume["value"]
 
 
@@ -268,6 +275,18 @@ def test_one_more_call_picks_another_member(several, tmp_path):
     assert lengths[shortest["picked"] - 1] == min(lengths)
     with pytest.raises(BadInput, match=f"--pick: found {number + 1}; expected 1 to {number}, the front's members"):
         run.evolve(load_config(config), copy, resume=True, quiet=True, pick=str(number + 1))
+
+
+def test_a_number_of_an_earlier_versions_front_is_refused(several, tmp_path):
+    config, directory, result = several
+    copy = shutil.copytree(directory, tmp_path / "run")
+    told = json.loads((copy / "result.json").read_text())
+    del told["front"]["left"]
+    (copy / "result.json").write_text(json.dumps(told))
+    with pytest.raises(BadInput, match=r"--pick: found 1, and .* tells a front of an earlier version; expected knee"):
+        run.evolve(load_config(config), copy, resume=True, quiet=True, pick="1")
+    again = run.evolve(load_config(config), copy, resume=True, quiet=True, pick="knee")
+    assert again["front"]["members"] == result["front"]["members"]
 
 
 @pytest.mark.parametrize("name", ["nsga2", pytest.param("como", marks=pytest.mark.heavy)])
