@@ -246,7 +246,7 @@ def test_a_merge_that_joins_has_the_room_that_candidates_took(chosen, monkeypatc
         return add(self, *model)
 
     monkeypatch.setattr(Pool, "add", full)
-    (found,) = engine.evaluate(replace(asked, space=None), [replace(recipe, merged={"elite": merged})])
+    (found,) = engine.evaluate(replace(asked, space=None), [replace(recipe, merged={"elite": merged.to_dict()})])
     assert found.error is None and len(tried) >= 2 and tried[0] > 0 == tried[-1]
     list(engine.evaluate(asked, genomes))
 
