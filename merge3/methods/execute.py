@@ -140,10 +140,10 @@ def _gathered(group: Sequence[Output], get: Get) -> _Gathered:
             experts += side_by_side
         own = step.coefficients if step.split else step.coefficients[None]
         coefficients.append(own)
-        lambdas.append(np.broadcast_to(step.lambda_, len(own)))
+        lambdas += np.broadcast_to(step.lambda_, len(own)).tolist() if step.split else [float(step.lambda_)]
         tables += step.rank_tables
-    numbers = (torch.from_numpy(np.concatenate(values).astype(np.float32)) for values in (coefficients, lambdas))
-    return _Gathered(outs, bases, experts, tables, given, *numbers)
+    coefficients = torch.from_numpy(np.concatenate(coefficients).astype(np.float32))
+    return _Gathered(outs, bases, experts, tables, given, coefficients, torch.tensor(lambdas, dtype=torch.float32))
 
 
 def _ready(gathered: _Gathered, modes: kernels.Modes, prepared: OrderedDict) -> tuple[kernels.Prepared, kernels.Modes]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from merge3 import parameters as settings
@@ -118,12 +118,13 @@ def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[
 
 @dataclass(frozen=True)
 class _Rules:
-    """What one output becomes."""
+    """What one output becomes. constants: values of parameters that are the same for all tensors, as they are met."""
 
     recipe: Recipe
     method: Method
     view: View
     where: str
+    constants: dict[tuple, Any] = field(default_factory=dict)
 
     def output(self, name: str, part: Slice, refs: list[Ref], t: float) -> Iterator[Job | Rest | Kept | Tied]:
         """Merged, kept or tied; nothing where no source has it."""
@@ -162,7 +163,7 @@ class _Rules:
         shared, own = {}, []
         for parameter, spec in method.parameters.items():
             if spec.scope == "shared":
-                shared[parameter] = _value(method, parameter, common, name, t, f"{self.where}: parameters")
+                shared[parameter] = self._value(parameter, common, name, t, "parameters")
             else:
                 own.append(parameter)
         base_ref, sources, per_source = None, [], []
@@ -170,10 +171,20 @@ class _Rules:
             if source.model == base and method.base != "source":
                 base_ref = ref
                 continue
-            where, levels = f"{self.where}: {source.model}", (source.parameters, *common)
+            levels = (source.parameters, *common)
             sources.append(ref)
-            per_source.append({p: _value(method, p, levels, ref.tensor, t, where) for p in own})
+            per_source.append({p: self._value(p, levels, ref.tensor, t, source.model) for p in own})
         return Job(name, base_ref, tuple(sources), shared, tuple(per_source), shape)
+
+    def _value(self, parameter: str, levels: tuple, tensor: str, t: float, whose: Any) -> Any:
+        """Looked up once where no level tells tensors apart: a swap asks it of every tensor and model."""
+        key = (parameter, *map(id, levels))
+        if key in self.constants:
+            return self.constants[key]
+        value = _value(self.method, parameter, levels, tensor, t, f"{self.where}: {whose}")
+        if not any(isinstance(level.get(parameter), list | tuple | Mapping) for level in levels):
+            self.constants[key] = value
+        return value
 
     def _rows(self, refs: list[Ref], there: list[bool], anchor: Ref) -> int | None:
         """How many rows a table of words has in all sources, where one of them is in a tower and they are not equally
