@@ -28,6 +28,11 @@ from merge3.world.searched import make_searched  # noqa: E402
 from tests.worlds import shared  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest begins first: at the end nothing would be beside it."""
+    items.sort(key=lambda item: item.path.name != "test_emulated.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet():
     import transformers
