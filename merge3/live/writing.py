@@ -51,7 +51,7 @@ class Writer:
         streamed: list[tuple[Output, ...]] = []
         for outputs in zip(*candidates, strict=True):
             steps = [step for _, step, _ in outputs]
-            alike = all(step.refs == steps[0].refs for step in steps)
+            alike = all(step.refs == steps[0].refs for step in steps) and len({name for name, _, _ in outputs}) == 1
             alike = alike and all(in_place(out, name, rounded) for name, _, out in outputs)
             if alike and self.pool.resident(steps[0].refs) and all(map(together, steps)):
                 here.append(outputs)

@@ -21,9 +21,7 @@ from merge3.statistics import rows_of
 Get = Callable[[Any], torch.Tensor]
 Output = tuple[str, Step, torch.Tensor]  # tensor name, what to do, where to
 _PLACE = re.compile(r"\b(out|base|experts)\[(\d+)\]|\btensor (\d+)\b")  # in a kernel's message
-PREPARED = (
-    1024  # tables kept, a few kB each: one a swap, or one a layer and candidate where layers are merged one by one
-)
+PREPARED = 1024  # tables kept, a few kB each: one a swap, or one a candidate and layer that is merged by itself
 
 
 def execute(outputs: Iterable[Output], get: Get, seed: int = 0, prepared: OrderedDict | None = None) -> None:
