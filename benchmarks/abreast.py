@@ -3,8 +3,9 @@
 python benchmarks/abreast.py [--save]    a base and three experts of 100 million parameters in bfloat16, some minutes
 
 Four candidates merged layer by layer beside each other, and one after the other: seconds of merging, and of a candidate
-as a whole with some questions; once with all weights resident, once with room for a quarter of them, the rest streamed
-from files that the system has in memory. Answers are compared: they must be the same.
+as a whole with some questions; once with all weights resident, once with a budget for a quarter of them, of which the
+candidates' blocks take their room too, the rest streamed from files that the system has in memory. Answers are
+compared: they must be the same.
 """
 
 import argparse
