@@ -30,11 +30,15 @@ def tables() -> dict[str, str]:
     `other_methods`."""
     found = {file.stem: file.read_text().strip() for file in sorted(RESULTS.glob("*.md"))}
     # One of each GPU that gpu_check.py ran on.
-    gpus = [found.pop(name) for name in list(found) if name.startswith("gpu-")]
+    gpus = [f"### {gpu_of(name)}\n\n{found.pop(name)}" for name in list(found) if name.startswith("gpu-")]
     found["gpu"] = "\n\n".join(gpus) or "not measured yet"
     found["demo_short"] = demo_short(found["demo"], json.loads((RESULTS / "demo.json").read_text()))
     found |= {"methods": methods_table(), "parameters": parameters_table()}
     return found | {"other_methods": others_table()}
+
+
+def gpu_of(name: str) -> str:
+    return json.loads((RESULTS / f"{name}.json").read_text())["machine"]["gpu"]
 
 
 def demo_short(whole: str, data: dict) -> str:

@@ -17,15 +17,37 @@ constexpr uint32_t kPhilox0 = 0xD2511F53u, kPhilox1 = 0xCD9E8D57u;     // multip
 constexpr uint32_t kPhiloxKey0 = 0x9E3779B9u, kPhiloxKey1 = 0xBB67AE85u;  // what a round adds to the key
 constexpr uint32_t kUpperBytes = 0, kLowerBytes = 0x80000000u;          // which block, in the counter's second word
 
+MERGE3_HD void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  // One instruction: of a product of 64-bit numbers the compiler adds up the halves that are zero, too.
+  asm("{.reg .u64 product;\nmul.wide.u32 product, %2, %3;\nmov.b64 {%1, %0}, product;}" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+#else
+  const uint64_t product = uint64_t(a) * b;
+  high = uint32_t(product >> 32), low = uint32_t(product);
+#endif
+}
+
+MERGE3_HD uint32_t xor_of(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t x;
+  asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+#else
+  return a ^ b ^ c;
+#endif
+}
+
 MERGE3_HD void philox_block(uint64_t block, uint32_t which, uint32_t tensor, uint32_t expert, uint64_t seed,
                             uint32_t (&words)[4]) {
   uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32) | which, c2 = tensor, c3 = expert;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   MERGE3_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = uint64_t(c0) * kPhilox0, p1 = uint64_t(c2) * kPhilox1;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1, c3 = uint32_t(p0);
+    uint32_t high0, low0, high1, low1;
+    multiply_wide(c0, kPhilox0, high0, low0);
+    multiply_wide(c2, kPhilox1, high1, low1);
+    c0 = xor_of(high1, c1, k0), c1 = low1;
+    c2 = xor_of(high0, c3, k1), c3 = low0;
     k0 += kPhiloxKey0, k1 += kPhiloxKey1;
   }
   words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;

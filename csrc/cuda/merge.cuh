@@ -44,7 +44,8 @@ template <int K, int SPARSIFY, class T>
 constexpr int blocks_per_processor() {
   const int in_flight = kThreads * kDepthOf<SPARSIFY> * kInputsOf<K, SPARSIFY> * T::kBytes;
   const int wanted = (kInFlight * 1024 + in_flight - 1) / in_flight;
-  const int per_expert = SPARSIFY == MERGE3_KEEP_RANKED ? 24 : SPARSIFY == MERGE3_KEEP_RANDOM && T::kBytes == 32 ? 18 : 12;
+  constexpr bool kWide = T::kBytes == 32;
+  const int per_expert = SPARSIFY == MERGE3_KEEP_RANKED ? (kWide ? 28 : 24) : SPARSIFY == MERGE3_KEEP_RANDOM && kWide ? 18 : 12;
   const int possible = 65536 / kThreads / (32 + (kDepthOf<SPARSIFY> - 1) * 8 + per_expert * K);
   return wanted < possible ? wanted : possible < 1 ? 1 : possible;
 }
@@ -76,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   constexpr bool kBand = SPARSIFY == MERGE3_KEEP_BAND, kBounded = kBand || SPARSIFY == MERGE3_KEEP_MAGNITUDE;
   constexpr bool kSigns = SPARSIFY == MERGE3_SIGNS, kPacked = kSigns || SPARSIFY == MERGE3_KEEP_MASK;
   constexpr int kInputs = kInputsOf<K, SPARSIFY>, kDepth = kDepthOf<SPARSIFY>, kStep = kThreads * 8;
+  constexpr int kSide = kRanked ? 16 : 8;  // elements of a thread side by side, eight at a time
   constexpr int kPeriod = int(kTiePeriod), kGroup = kRanked && K > kRegistersForEight ? 4 : 8;
   const Span span = span_of(a.work);
   const merge3_tensor& tensor = span.tensor;
@@ -89,14 +91,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   const uint8_t* masks[kPacked ? K : 1];
   const float* quantiles[kRanked ? K : 1];
   from[0] = static_cast<const char*>(tensor.base) + span.begin / 8 * T::kBytes;
-  Spread spread[K];
-  int32_t threshold[K];
+  TableSpread spread[kRanked ? K : 1];
+  int32_t threshold[kRandom ? K : 1];
+  bool more = false;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if constexpr (!kSigns) from[k + 1] = static_cast<const char*>(tensor.experts[k]) + span.begin / 8 * T::kBytes;
     if constexpr (kPacked) masks[k] = reinterpret_cast<const uint8_t*>(tensor.masks[k]) + first / 8;
-    if constexpr (kRanked) quantiles[k] = tensor.rank_tables[k], spread[k] = make_spread(c[k]);
-    if constexpr (kRandom) threshold[k] = kept_draws(c[k]);
+    if constexpr (kRanked) quantiles[k] = tensor.rank_tables[k], spread[k] = in_tables(make_spread(c[k]));
+    if constexpr (kRandom) threshold[k] = kept_draws(c[k]), more = more || needs_more(threshold[k]);
   }
   const bool easy = divides_easily<K>(c, p.total);
 
@@ -115,19 +118,22 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   }
   const float* const own_limits = limits + (kBounded ? int(threadIdx.x) * 8 % kPeriod : 0);
 
+  // Rows are those of a warp, whose 512 elements nearly always lie in one.
+  const int32_t side_by_side = int32_t(threadIdx.x) * kSide, in_warp = int32_t(threadIdx.x % 32) * kSide;
   const int64_t columns = kRanked ? tensor.columns : 1;
-  Rows rows(kRanked ? first + int64_t(threadIdx.x) * 8 : 0, columns, kStep);
-  const bool row_of_warp = kRanked && columns % 256 == 0;  // a warp's elements lie in one row
-  using Drawn = Words<kRanked ? 4 : 1>;
+  Rows rows(kRanked ? first + side_by_side - in_warp : 0, columns, 2 * kStep);
+  using Drawn = Words<kRanked ? 4 : 2>;
   Drawn drawn[kDrawn ? K : 1], next[kDrawn ? K : 1];
-  bool odd_turn = false;
+  float quantile[kRanked ? K : 1];
+  [[maybe_unused]] bool second = false, row_of_warp = false;
+  [[maybe_unused]] Raw8<T> held;  // what comes out of the first of two turns
 
-  // Of kernels that draw, all threads of a warp go as far as its first: they hand each other what they drew.
-  const int32_t behind = kDrawn ? int32_t(threadIdx.x % 32) * 8 : 0;
-  for (int32_t start = int32_t(threadIdx.x) * 8; start - behind < size; start += kDepth * kStep) {
+  // Of kernels that draw, all threads go as far as the first, and take both turns: they hand each other what they look up
+  // and store. That they do is plain to the compiler from `begin`, which is the same for all.
+  for (int32_t begin = kDrawn ? 0 : side_by_side; begin < size;) {
+    const int32_t start = kDrawn ? begin + side_by_side + (kRanked && second ? 8 : 0) : begin;
     Raw8<T> raw[kDepth][kInputs];
     uint32_t bits[kDepth][kPacked ? K : 1];
-    float quantile[kRanked ? K : 1];
     const bool inside = !kDrawn || start < size;
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
@@ -143,30 +149,43 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
 #pragma unroll
         for (int k = 0; k < K; ++k) bits[d][k] = masks[k][at];
     }
-    if constexpr (kRanked)
+    if constexpr (kDrawn) {
+      if (second) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) quantile[k] = row_of_warp ? quantiles[k][rows.row * MERGE3_RANK_STRIDE + threadIdx.x % 32] : 0.0f;
+        for (int k = 0; k < K; ++k) drawn[k] = next[k];
+      } else {
+        if constexpr (kRanked) {
+          row_of_warp = __all_sync(0xffffffffu, start - in_warp < size && rows.column + 32 * kSide <= columns);
+#pragma unroll
+          for (int k = 0; k < K; ++k) quantile[k] = row_of_warp ? quantiles[k][rows.row * MERGE3_RANK_STRIDE + threadIdx.x % 32] : 0.0f;
+        }
+        const auto sixteen = [&](int k, auto any_more) {
+          if constexpr (kRanked) return drawn_halves(first + start, id, uint32_t(k), a.modes.seed);
+          else
+            return shared_draws(first + start, kStep, [&](int64_t element) {
+              return kept_halves(element, id, uint32_t(k), a.modes.seed, threshold[k], any_more);
+            });
+        };
+        const auto draw = [&](auto any_more) {
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            const auto made = sixteen(k, any_more);
+            drawn[k] = made.first, next[k] = made.second;
+          }
+        };
+        if (more) draw(Constant<1>());
+        else draw(Constant<0>());
+      }
+    }
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       const int32_t i = start + d * kStep;
       if (d > 0 && i >= size) break;
-      if constexpr (kDrawn)
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          const auto make = [&](int64_t element) {
-            if constexpr (kRanked) return drawn_halves(element, id, uint32_t(k), a.modes.seed);
-            else return kept_halves(element, id, uint32_t(k), a.modes.seed, threshold[k]);
-          };
-          if (odd_turn) {
-            drawn[k] = next[k];
-            continue;
-          }
-          const auto turns = two_turns<kRanked ? 4 : 1>(first + i, kStep, make);
-          drawn[k] = turns.now, next[k] = turns.next;
-        }
-      odd_turn = !odd_turn;
       float change[kGroup][K], out[8];
       const auto changes = [&](int group, auto of_lanes) {
+        [[maybe_unused]] int64_t own_row = 0;
+        if constexpr (kRanked && decltype(of_lanes)::value == 0)
+          if (inside) own_row = (rows.row + (rows.column + in_warp + (second ? 8 : 0)) / columns) * MERGE3_RANK_STRIDE;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           [[maybe_unused]] float lo[8], hi[8];
@@ -179,12 +198,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
             Keep<float, K> keep;
             if constexpr (kBounded) keep.lo[k] = lo[j];
             if constexpr (kBand) keep.hi[k] = hi[j];
-            if constexpr (kRanked && decltype(of_lanes)::value != 0)
-              keep.lo[k] = drawn_limit_of_lanes(spread[k], drawn_of(drawn[k], j), quantile[k]);
-            else if constexpr (kRanked)
-              keep.lo[k] = drawn_limit(spread[k], drawn_of(drawn[k], j), quantiles[k] + (inside ? rows.row : 0) * MERGE3_RANK_STRIDE);
-            if constexpr (kRandom) change[at][k] = kept_where(drawn[k], j, change_of<K, MERGE3_KEEP_ALL>(theta, expert, k, p, keep));
+            if constexpr (kDrawn) change[at][k] = change_of<K, MERGE3_KEEP_ALL>(theta, expert, k, p, keep);
             else change[at][k] = change_of<K, SPARSIFY>(theta, expert, k, p, keep);
+            if constexpr (kRandom) change[at][k] = kept_where(drawn[k], j, change[at][k]);
+            if constexpr (kRanked && decltype(of_lanes)::value != 0)
+              change[at][k] = keep_where(reaches_limit_of_lanes(spread[k], drawn_of(drawn[k], j), quantile[k], expert - theta),
+                                         change[at][k]);
+            else if constexpr (kRanked)
+              change[at][k] = keep_where(reaches_limit(make_spread(c[k]), drawn_of(drawn[k], j), quantiles[k] + own_row, expert - theta),
+                                         change[at][k]);
           }
         }
       };
@@ -237,9 +259,16 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
         }
       }
       // The address is read where it is used: two registers less.
-      if (inside) store_raw8<T>(static_cast<char*>(tensor.out) + (span.begin + i) / 8 * T::kBytes, out);
-      if constexpr (kRanked) rows.advance();
+      if constexpr (kRanked && T::kBytes == 16) {
+        if (second) store_two_turns<T>(static_cast<char*>(tensor.out) + span.begin / 8 * T::kBytes, i - 8, size, held, raw8_of<T>(out));
+        else held = raw8_of<T>(out);
+      } else if (inside) {
+        store_raw8<T>(static_cast<char*>(tensor.out) + (span.begin + i) / 8 * T::kBytes, raw8_of<T>(out));
+      }
     }
+    if (!kRanked) begin += kDepth * kStep;
+    else if (second) begin += 2 * kStep, rows.advance();
+    second = kDrawn && !second;
   }
 }
 

@@ -105,23 +105,27 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
 }
 
 template <class T>
-__device__ __forceinline__ void store_raw8(char* to, const float (&x)[8]) {
-  uint4 part[T::kBytes / 16];
+__device__ __forceinline__ Raw8<T> raw8_of(const float (&x)[8]) {
+  Raw8<T> raw;
   if constexpr (T::kBytes == 32) {
 #pragma unroll
     for (int q = 0; q < 2; ++q)
-      part[q] = make_uint4(as_uint(x[4 * q]), as_uint(x[4 * q + 1]), as_uint(x[4 * q + 2]), as_uint(x[4 * q + 3]));
+      raw.part[q] = make_uint4(as_uint(x[4 * q]), as_uint(x[4 * q + 1]), as_uint(x[4 * q + 2]), as_uint(x[4 * q + 3]));
   } else {
-    part[0] = make_uint4(pair_of<T>(x[0], x[1]), pair_of<T>(x[2], x[3]), pair_of<T>(x[4], x[5]), pair_of<T>(x[6], x[7]));
+    raw.part[0] = make_uint4(pair_of<T>(x[0], x[1]), pair_of<T>(x[2], x[3]), pair_of<T>(x[4], x[5]), pair_of<T>(x[6], x[7]));
   }
+  return raw;
+}
+template <class T>
+__device__ __forceinline__ void store_raw8(char* to, const Raw8<T>& x) {
 #pragma unroll
   for (int q = 0; q < T::kBytes / 16; ++q) {
 #if defined(__CUDA_ARCH__)
-    asm volatile(MERGE3_STORE " [%0], {%1,%2,%3,%4};" ::"l"(to + 16 * q), "r"(part[q].x), "r"(part[q].y),
-                 "r"(part[q].z), "r"(part[q].w)
+    asm volatile(MERGE3_STORE " [%0], {%1,%2,%3,%4};" ::"l"(to + 16 * q), "r"(x.part[q].x), "r"(x.part[q].y),
+                 "r"(x.part[q].z), "r"(x.part[q].w)
                  : "memory");
 #else
-    reinterpret_cast<uint4*>(to)[q] = part[q];
+    reinterpret_cast<uint4*>(to)[q] = x.part[q];
 #endif
   }
 }

@@ -12,12 +12,12 @@ import torch
 
 import tests.kernels.emulation.library  # noqa: F401 - puts its build in the place of merge3._C
 from merge3 import kernels
-from merge3.kernels import CHUNK, Modes
+from merge3.kernels import CHUNK, DENSITY, Modes
 from tests.kernels.test_merge import make_case, random_coefficients
 
 # Several chunks; the last one with an end inside a group of eight; rows that are no multiple of eight; rows that take a
 # warp of threads, or several; nearly nothing.
-SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), (11, 256), (3, 512), 8, 1]
+SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), (11, 256), (3, 512), (3, 1544), 8, 1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = [*itertools.product(kernels.SPARSIFY, kernels.ELECT, (False, True))]
 ELECTED = (("none", False), ("none", True), ("sum", True), ("count", False))
@@ -39,6 +39,9 @@ def main():
     for count, dtype in itertools.product(counts, DTYPES):
         base, experts = make_case(SIZES, count, dtype, seed=count)
         c, lam = random_coefficients(len(base), count, seed=count)
+        # Random keeps that need one block of the generator, two, or none.
+        c[::2, :, DENSITY] = (c[::2, :, DENSITY] * 256).round() / 256
+        c[2::4, -1, DENSITY] = 1
         tables, masks = kernels.rank_tables(base, experts, len(base))[0], kernels.pack(base, experts, len(base))[0]
         print(count, dtype, "made", digest(tables), digest(masks))
         for sparsify, elect, normalize in MODES + PACKED:

@@ -330,6 +330,7 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulation::Block::current()->shuffle(value, unsigned(lane));
 }
+inline bool __all_sync(unsigned, bool value) { return value; }  // asked only of what a warp agrees on
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int other) {
   return emulation::Block::current()->shuffle(value, emulation::thread_index.x ^ unsigned(other));
