@@ -85,7 +85,8 @@ class SharedRows:
         log_p = logits[batch.at, batch.tokens] - normalizer
         # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
         log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
-        sums = torch.zeros(len(batch.lengths), device=self.device).index_add_(0, batch.owner, log_p).cpu()
+        # A GPU adds in whatever order its threads come, and to other bits each time.
+        sums = torch.zeros(len(batch.lengths)).index_add_(0, batch.owner.cpu(), log_p.cpu())
         greedy = self._greedy(logits, batch)
         results, start = [], 0
         for index, request in batch.asked:
