@@ -1,6 +1,7 @@
 """What does one read of the models for several candidates save?
 
 python benchmarks/abreast.py [--save]    a base and three experts of 100 million parameters in bfloat16, some minutes
+python benchmarks/abreast.py --device cuda [--save]    of 400 million, where what is streamed comes from host memory
 
 Four candidates merged layer by layer beside each other, and one after the other: seconds of merging, and of a candidate
 as a whole with some questions; once with all weights resident, once with a budget for a quarter of them, of which the
@@ -21,7 +22,11 @@ from merge3.tasks.lm import LM
 from merge3.tasks.requests import Choices
 from merge3.world.family import make_family
 
-SHAPE = {"layers": 10, "hidden_size": 768, "intermediate_size": 2560, "vocab_size": 14_000}
+SHAPES = {
+    "cpu": {"layers": 10, "hidden_size": 768, "intermediate_size": 2560, "vocab_size": 14_000},
+    "cuda": {"layers": 24, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 32_000},
+}
+MODELS = {"cpu": "100 M parameters", "cuda": "400 M parameters"}
 METHODS = {"task_arithmetic": {}, "ties": {"density": 0.5}, "dare_ties": {"density": 0.5}}
 TOGETHER = 4
 
@@ -41,7 +46,7 @@ def recipes(method: str, models: list[str]) -> list[Recipe]:
 def questions(items: int, tokens: int) -> list[Choices]:
     """Of so many tokens, the first half of them in common, with two choices of two tokens."""
     random = torch.Generator().manual_seed(0)
-    draw = lambda count: tuple(torch.randint(5, SHAPE["vocab_size"], (count,), generator=random).tolist())
+    draw = lambda count: tuple(torch.randint(5, 14_000, (count,), generator=random).tolist())
     shared = draw(tokens // 2)
     return [Choices((*shared, *draw(tokens - tokens // 2)), (draw(2), draw(2))) for _ in range(items)]
 
@@ -70,10 +75,17 @@ def row(pool: Pool, method: str, models: list[str], items: int, tokens: int, rep
 
     whole = alternating({"one by one": one_by_one, "abreast": together}, repeats)
     assert answers["one by one"] == answers["abreast"]
-    swaps = alternating({"swap": lambda: [slot.swap(recipe) for recipe in asked]}, repeats)["swap"]
+
+    def swapped():
+        for recipe in asked:
+            slot.swap(recipe)
+        if pool.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    swaps = alternating({"swap": swapped}, repeats)["swap"]
     return {
         "method": method,
-        "streamed": pool.memory.file,
+        "streamed": pool.memory.file + pool.memory.host,
         "merge": median(swaps) / TOGETHER,
         "merge abreast": median(merging["abreast"][1:]),
         "candidate": median(whole["one by one"]) / TOGETHER,
@@ -88,29 +100,47 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--items", type=int, nargs="*", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--device", choices=list(SHAPES), default="cpu")
     arguments = parser.parse_args()
+    device = arguments.device
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_family(Path(folder), dtype=torch.bfloat16, scale=0.01, **SHAPE)
+        make_family(Path(folder), dtype=torch.bfloat16, scale=0.01, **SHAPES[device])
         models = [str(Path(folder) / name) for name in ("base", "e0", "e1", "e2")]
-        whole = Pool.open(models[0], models[1:]).memory
+        whole = Pool.open(models[0], models[1:], device).memory
         for budget in (None, whole.slot + (whole.total - whole.slot) // 4):
             for method in METHODS:
                 for items in arguments.items:
-                    pool = Pool.open(models[0], models[1:], memory_budget=budget)
+                    pool = Pool.open(models[0], models[1:], device, memory_budget=budget)
                     pool.read_all()
                     rows.append(row(pool, method, models, items, arguments.tokens, arguments.repeats))
                     print(rows[-1], flush=True)
-    columns = ("weights", "method", "merge, s", "abreast", "ratio", "items", "candidate, s", "abreast", "ratio")
+    merging = device == "cpu"  # work that is given to a GPU has not been done when the call returns
+    columns = (
+        "weights",
+        "method",
+        *(("merge, s", "abreast", "ratio") * merging),
+        "items",
+        "candidate, s",
+        "abreast",
+        "ratio",
+    )
     shown = []
     for one in rows:
         where = f"{one['streamed'] / 2**20:.0f} MiB streamed" if one["streamed"] else "resident"
-        merge, candidate = one["merge"] / one["merge abreast"], one["candidate"] / one["candidate abreast"]
-        first = f"{one['merge']:.3f}", f"{one['merge abreast']:.3f}", f"{merge:.2f}"
-        second = f"{one['candidate']:.3f}", f"{one['candidate abreast']:.3f}", f"{candidate:.2f}"
-        shown.append((where, one["method"], *first, one["items"], *second))
-    title = f"A candidate of K = 3 at 100 M parameters, bfloat16: one by one, and {TOGETHER} abreast"
-    report("abreast", table(title, columns, shown), {"rows": rows}, arguments.save)
+        line = [where, one["method"]]
+        for what in (["merge"] * merging) + ["candidate"]:
+            alone, abreast = one[what], one[f"{what} abreast"]
+            line += [one["items"]] * (what == "candidate") + [
+                f"{alone:.3f}",
+                f"{abreast:.3f}",
+                f"{alone / abreast:.2f}",
+            ]
+        shown.append(line)
+    of = MODELS[device] if device == "cpu" else f"{MODELS[device]} on {torch.cuda.get_device_name()}"
+    title = f"A candidate of K = 3 at {of}, bfloat16: one by one, and {TOGETHER} abreast"
+    name = "abreast" if device == "cpu" else "abreast_gpu"
+    report(name, table(title, columns, shown), {"rows": rows}, arguments.save)
 
 
 if __name__ == "__main__":
