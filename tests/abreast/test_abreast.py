@@ -113,7 +113,8 @@ def test_likelihoods_are_the_same_bits(chosen, monkeypatch, prefix):
     assert [parameter.data_ptr() for parameter in abreast.slot.model.parameters()] == before
     if prefix != "none":
         assert any(question.prefix for question in _questions(abreast, asked))
-        assert all(question.once == (prefix == "read once") for question in _questions(abreast, asked))
+        once = prefix == "read once" and abreast.pool.device.type == "cpu"  # a GPU's products differ with their rows
+        assert all(question.once == once for question in _questions(abreast, asked))
 
 
 def _questions(engine, asked):
@@ -167,7 +168,7 @@ def test_a_streamed_pool_is_read_once_for_four(chosen, monkeypatch):
         engine = opened(config, abreast, budget)
         engine.pool.reserve(6 << 20)  # as much is streamed either way
         monkeypatch.setattr(engine.pool, "reserve", lambda size: size <= 6 << 20 or pytest.fail(f"{size} bytes"))
-        assert engine.pool.memory.file > 1 << 20
+        assert engine.pool.memory.file + engine.pool.memory.host > 1 << 20  # host: of pools on a GPU
         genomes = genomes_of(engine, asked, 4)
         list(engine.evaluate(asked, [genomes[0]]))
         reads.clear()
