@@ -109,6 +109,7 @@ def tests(device: torch.device):
     """The kernel suite with its tensors on the GPU, then what only a GPU can show."""
     file = lambda name: str(ROOT / "tests" / "kernels" / f"test_{name}.py")
     suites = [file(name) for name in ("merge", "statistics", "backward", "packed")]
+    suites.append(f"{file('draws')}::test_a_keep_is_a_draw_below_the_density")
     # Other processes, other instruction sets, addresses that no GPU memory has, tables that stay on the device.
     skipped = ("instruction_set", "prepare", "bad_arguments", "threads", "opcheck", "build_step")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "MERGE3_TEST_TARGET": str(device)}

@@ -129,8 +129,11 @@ struct Keep {
   typename Lanes<F>::Kept drawn[K];  // random
 };
 
-// The draws, of 65536, that a random keep keeps: those below this.
-MERGE3_HD int32_t kept_draws(const merge3_coefficient& c) { return int32_t(c.density * 65536.0f + 0.5f); }
+// The draws, of 65536, that a random keep keeps: those below this. Densities beyond 1 are 1, below 0 and NaN: 0.
+MERGE3_HD int32_t kept_draws(const merge3_coefficient& c) {
+  const float kept = c.density * 65536.0f + 0.5f;
+  return kept >= 65536.0f ? 65536 : kept > 0.0f ? int32_t(kept) : 0;
+}
 
 // DELLA (Deep et al. 2024) keeps an element with probability density - epsilon + 2 epsilon rank, rank being that of its
 // magnitude within its row, 0 to 1. Turned round: a draw says how high the rank has to be, and a table of the row's

@@ -4,7 +4,8 @@
 //
 // A draw has sixteen bits, and its two bytes come from two blocks (of 128 bits), each of which serves sixteen
 // consecutive elements: the upper byte decides nearly all of them, so that the block of the lower bytes is made only
-// where an upper byte equals that of the threshold, one time in 256, and never for densities of n / 256.
+// where an upper byte equals that of the threshold, one time in 256 (on a GPU: for all blocks, as some thread of a warp
+// needs it), and never for densities of n / 256.
 // Of elements 16 b .. 16 b + 15 the even ones have the bytes of words 0 and 1 in turn, the odd ones of words 2 and
 // 3: vector loops of 16-bit floats work on even and odd elements apart.
 #pragma once

@@ -1,8 +1,9 @@
 // Draws for two turns at once, of eight elements each. A block of the generator serves sixteen consecutive elements:
 // either those of two neighbouring threads, which hand each other halves of what they draw (random keeps), or those of
 // one thread, which then exchanges what it is about to store, so that two threads store 32 consecutive bytes (ranks,
-// which come from twice as many words). The second way has fewer instructions and, of half as many loads in the first
-// turn and none that reach the memory in the second, fewer bytes in flight: what is bound by memory loses a tenth by it.
+// which come from twice as many words). The second way has fewer instructions, but of 16-bit floats the loads of the
+// second turn find in a cache what those of the first brought, so fewer bytes are in flight: what is bound by memory loses
+// a tenth by it.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ uint32_t bytes_equal(uint32_t x, uint32_t t) {
   return ~(((other & 0x7f7f7f7fu) + 0x7f7f7f7fu) | other);
 }
 
-// Whether a random keep's upper bytes do not say it all: of densities that are no n / 256, or one.
+// Whether a random keep's upper bytes do not say it all: of densities that are no n / 256, or one. threshold: 0 to 65536.
 __device__ __forceinline__ bool needs_more(int32_t threshold) { return (threshold & 0x100ff) != 0; }
 // Which elements of a block are kept: bit 7 of the bytes of even elements, and of odd ones. More: a Constant, whether any
 // threshold needs more.
@@ -68,8 +69,8 @@ __device__ __forceinline__ Halves<2> kept_halves(int64_t element, uint32_t tenso
   for (int w = 0; w < 4; ++w) below[w] = bytes_below(words[w], upper);
   if (More::value && needs_more(threshold)) {
     const uint32_t lower = permuted(uint32_t(threshold), 0, 0x0000);
-    uint32_t more[4];
-    philox_block(uint64_t(element) / 16, kLowerBytes, tensor, expert, seed, more);
+    uint32_t more[4] = {};
+    if (threshold <= 0xffff) philox_block(uint64_t(element) / 16, kLowerBytes, tensor, expert, seed, more);
 #pragma unroll
     for (int w = 0; w < 4; ++w)
       below[w] = threshold > 0xffff ? 0xffffffffu : below[w] | (bytes_equal(words[w], upper) & bytes_below(more[w], lower));
@@ -127,6 +128,7 @@ struct TableSpread {
   float step, start;
 };
 __device__ __forceinline__ TableSpread in_tables(const Spread& s) {
+  if (!(s.start == s.start)) return {0.0f, 1.0f};  // NaN, which saturates to zero: above all, as in drawn_limit
   return {s.step / float(MERGE3_RANK_BINS), s.start / float(MERGE3_RANK_BINS)};
 }
 __device__ __forceinline__ bool reaches_limit_of_lanes(const TableSpread& s, float drawn, float quantile, float tau) {

@@ -2,7 +2,7 @@
 //
 // Moves (K + 1) reads + 1 write per element, in 16-byte accesses; a thread asks for all its K + 1 inputs before it waits
 // for the first (of seven or more, in some modes, the assembler has it ask for six), and pointers and coefficients stay
-// in registers. No atomics; one barrier, after limits were put into shared memory. The arithmetic is that of merge_math.h,
+// in registers (but for ranks in rows that are shorter than what a warp takes). No atomics; one barrier, after limits were put into shared memory. The arithmetic is that of merge_math.h,
 // with fused multiply-add only where a quotient is corrected, so the bits equal the CPU's; how signs are elected and
 // whether sums are divided is asked once per eight elements. benchmarks/ptxas.py checks in the machine code what this
 // promises, benchmarks/gpu_check.py measures it.
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   }
   const float* const own_limits = limits + (kBounded ? int(threadIdx.x) * 8 % kPeriod : 0);
 
-  // Rows are those of a warp, whose 512 elements nearly always lie in one.
+  // Rows are those of a warp, whose 512 elements lie in one nearly always where rows are long.
   const int32_t side_by_side = int32_t(threadIdx.x) * kSide, in_warp = int32_t(threadIdx.x % 32) * kSide;
   const int64_t columns = kRanked ? tensor.columns : 1;
   Rows rows(kRanked ? first + side_by_side - in_warp : 0, columns, 2 * kStep);
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<K, SPARSIFY, T>
   [[maybe_unused]] bool second = false, row_of_warp = false;
   [[maybe_unused]] Raw8<T> held;  // what comes out of the first of two turns
 
-  // Of kernels that draw, all threads go as far as the first, and take both turns: they hand each other what they look up
-  // and store. That they do is plain to the compiler from `begin`, which is the same for all.
+  // Of kernels that draw, all threads go as far as the first: they hand each other what they draw, look up and store.
+  // That they do is plain to the compiler from `begin`, which is the same for all.
   for (int32_t begin = kDrawn ? 0 : side_by_side; begin < size;) {
     const int32_t start = kDrawn ? begin + side_by_side + (kRanked && second ? 8 : 0) : begin;
     Raw8<T> raw[kDepth][kInputs];

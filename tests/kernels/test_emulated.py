@@ -14,6 +14,7 @@ from tests.kernels.emulation.library import HERE, ROOT, SANITIZE, build, environ
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux")
 SUITES = ("test_merge.py", "test_statistics.py", "test_backward.py", "test_packed.py")
+DRAWS = "test_draws.py::test_a_keep_is_a_draw_below_the_density"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def library():
 @pytest.mark.timeout(2400)
 def test_kernel_suite_under_the_sanitizers(library):
     """cuda: csrc/cuda/*.cu, emulated; cpu: csrc/cpu, every loop that this processor has. Both at the same time."""
-    files = [str(Path(__file__).with_name(name)) for name in SUITES]
+    files = [str(Path(__file__).with_name(name)) for name in (*SUITES, DRAWS)]
     command = [
         sys.executable,
         "-m",

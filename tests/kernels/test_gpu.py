@@ -23,8 +23,8 @@ def on_gpu(tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sparsify,elect", itertools.product(kernels.SPARSIFY, kernels.ELECT))
 def test_cpu_and_gpu_give_the_same_bits(sparsify, elect, dtype):
-    # The last two: rows that take a warp of threads, or many warps and turns.
-    sizes = [*SIZES, (300, 256), (3, 4 * kernels.CHUNK + 512)]
+    # Rows that take half a warp of threads, one and a part of another, or many, to their end or past it.
+    sizes = [*SIZES, (300, 256), (300, 776), (3, 4 * kernels.CHUNK + 512), (40, 4104)]
     for count, normalize in ((1, True), (3, False), (3, True), (8, True)):
         base, experts = make_case(sizes, count, dtype, seed=count)
         c, lam = random_coefficients(len(base), count, seed=count)

@@ -170,6 +170,41 @@ def test_result_does_not_depend_on_threads_or_on_the_company_of_other_tensors():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsify", kernels.SPARSIFY)
+def test_output_may_be_the_base(sparsify, dtype):
+    base, experts = make_case([kernels.CHUNK + 40, (5, 776)], 2, dtype)
+    c, lam = random_coefficients(2, 2)
+    modes = Modes(sparsify, "sum", True, 3)
+    expected = run(base, experts, c, lam, modes, dtype)
+    tables = kernels.rank_tables(base, experts, len(base))[0] if sparsify == "ranked" else ()
+    inplace = [b.clone() for b in base]
+    kernels.merge_(inplace, inplace, experts, c, lam, modes, None, tables)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(inplace, expected))
+
+
+@pytest.mark.parametrize("density,kept", [(-0.5, 0), (float("nan"), 0), (1.5, 1), (2.0, 1), (3.0, 1)])
+def test_densities_that_are_none_keep_nothing_or_all(density, kept):
+    base, experts = make_case([64, (3, 512)], 2, torch.float32)
+    c, lam = kernels.coefficients(2, 2), torch.ones(2)
+    c[..., WEIGHT], c[..., DENSITY] = 0.5, 0.25
+    c[:, 0, DENSITY] = density
+    found = run(base, experts, c, lam, Modes("random"), torch.float32)
+    c[:, 0, WEIGHT], c[:, 0, DENSITY] = 0.5 * kept, 1
+    assert all(map(torch.equal, found, run(base, experts, c, lam, Modes("random"), torch.float32)))
+
+
+@pytest.mark.parametrize("field", [DENSITY, EPSILON])
+def test_ranks_by_what_is_no_number_keep_nothing(field):
+    base, experts = make_case([64, (3, 512)], 2, torch.float32)
+    c, lam = kernels.coefficients(2, 2), torch.ones(2)
+    c[..., WEIGHT], c[..., DENSITY], c[..., EPSILON] = 0.5, 0.5, 0.1
+    c[:, 0, field] = float("nan")
+    found = run(base, experts, c, lam, Modes("ranked"), torch.float32)
+    c[:, 0, WEIGHT], c[:, 0, field] = 0, 0.1
+    assert all(map(torch.equal, found, run(base, experts, c, lam, Modes("ranked"), torch.float32)))
+
+
 def test_output_may_be_the_base_but_not_an_expert():
     base, experts = make_case([1001], 2, torch.float32)
     c, lam = random_coefficients(1, 2)

@@ -15,9 +15,9 @@ from merge3 import kernels
 from merge3.kernels import CHUNK, DENSITY, Modes
 from tests.kernels.test_merge import make_case, random_coefficients
 
-# Several chunks; the last one with an end inside a group of eight; rows that are no multiple of eight; rows that take a
-# warp of threads, or several; nearly nothing.
-SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), (11, 256), (3, 512), (3, 1544), 8, 1]
+# Several chunks; the last one with an end inside a group of eight; rows that are no multiple of eight; rows that half a
+# warp takes, one, or several and a part of one; nearly nothing.
+SIZES = [2 * CHUNK + 48, CHUNK + 3, (40, 24), (37, 13), (11, 256), (3, 512), (5, 776), (3, 1544), 8, 1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MODES = [*itertools.product(kernels.SPARSIFY, kernels.ELECT, (False, True))]
 ELECTED = (("none", False), ("none", True), ("sum", True), ("count", False))
@@ -39,7 +39,7 @@ def main():
     for count, dtype in itertools.product(counts, DTYPES):
         base, experts = make_case(SIZES, count, dtype, seed=count)
         c, lam = random_coefficients(len(base), count, seed=count)
-        # Random keeps that need one block of the generator, two, or none.
+        # Random keeps that upper bytes decide, that need lower ones too, and that keep all.
         c[::2, :, DENSITY] = (c[::2, :, DENSITY] * 256).round() / 256
         c[2::4, -1, DENSITY] = 1
         tables, masks = kernels.rank_tables(base, experts, len(base))[0], kernels.pack(base, experts, len(base))[0]

@@ -330,7 +330,11 @@ template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulation::Block::current()->shuffle(value, unsigned(lane));
 }
-inline bool __all_sync(unsigned, bool value) { return value; }  // asked only of what a warp agrees on
+inline bool __all_sync(unsigned, bool value) {  // asked only of what a warp agrees on
+  if (__shfl_sync(0u, uint32_t(value), 0) == uint32_t(value)) return value;
+  fprintf(stderr, "emulation: threads of a warp disagree\n");
+  abort();
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int other) {
   return emulation::Block::current()->shuffle(value, emulation::thread_index.x ^ unsigned(other));

@@ -49,7 +49,9 @@ def build(folder: Path, jobs: int = os.cpu_count() or 2) -> Path:
         "-fPIC",
         *SANITIZE,
         '-DMERGE3_ARCHITECTURES="80 90 120"',
-        "-DMERGE3_CHUNK=2048",  # small ones: a tensor needs few elements to have several
+        # Small ones: a tensor needs few elements to have several chunks, and of a chunk a block takes several turns.
+        "-DMERGE3_CHUNK=2048",
+        "-DMERGE3_THREADS=64",
         "-DMERGE3_WITH_CUDA",
         "-DMERGE3_EMULATED",
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
