@@ -179,3 +179,15 @@ def test_every_tier_and_the_overlap_give_the_bits_of_the_cpu(wide, method, monke
             assert logits.isfinite().all()
             for name, weight in slot.model.named_parameters():
                 assert torch.equal(weight.cpu(), expected[name]), (budget, overlap, name)
+
+
+def test_likelihoods_are_the_same_bits_each_time(wide):
+    from merge3.tasks.lm import LM
+    from merge3.tasks.requests import Choices
+
+    slot = Slot(Pool.open(str(wide / "base"), [str(wide / "e0")], "cuda"))
+    choices = tuple(tuple(range(10 + 40 * at, 10 + 40 * at + 30)) for at in range(8))
+    question = LM(slot.model).loglikelihoods([Choices((1, 2, 3, 4 + at), choices) for at in range(40)])
+    sums = lambda: [found.sums.tolist() for _, found in sorted(question(slot.model), key=lambda told: told[0])]
+    first = sums()
+    assert all(sums() == first for _ in range(5))
