@@ -36,6 +36,7 @@ struct OrderResult {
   int64_t* nonzero;
 };
 
+namespace {  // of each instruction set's file its own: the linker would take one of them for all processors
 class RadixSelect {
  public:
   template <class Counter>
@@ -149,5 +150,6 @@ class RadixSelect {
   std::vector<Search> searches_;
   std::vector<uint32_t> prefixes_, slot_, child_;
 };
+}  // namespace
 
 }  // namespace merge3

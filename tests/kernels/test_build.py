@@ -4,6 +4,7 @@ No GPU and no CUDA build of torch is needed: the one symbol that libtorch_cuda h
 """
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -162,3 +163,22 @@ def test_refusals_do_not_go_through_streams():
     """An extension that has a C++ library of its own inside, as some toolchains link it, ends the process there."""
     sources = [f.read_text() for f in (ROOT / "csrc").rglob("*") if f.suffix in (".h", ".cpp", ".cu", ".cuh")]
     assert sources and not [s for s in sources if "STD_TORCH_CHECK(" in s or "stringstream" in s or "<iostream>" in s]
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("nm", "objdump"))), reason="needs binutils")
+def test_no_function_of_one_instruction_set_is_shared_with_others():
+    """Of an inline function that several files have, the linker takes one for all: were it that of the file for AVX2, a
+    processor without could not go on."""
+    objects = sorted((ROOT / "build" / "kernels").glob("*_avx*.o"))
+    if not objects:
+        pytest.skip("the kernels were not built in this directory for several instruction sets")
+    printed = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shared, vectors = [], 0
+    for path in objects:
+        weak = {line.split()[-1] for line in printed("nm", path).splitlines() if re.search(r" [WVu] ", line)}
+        for code in re.split(r"\n(?=[0-9a-f]+ <)", printed("objdump", "-d", "--no-show-raw-insn", path)):
+            if re.search(r"\t(v[a-z0-9]+|k(mov|and|or)[a-z]*) ", code):
+                vectors += 1
+                name = re.match(r"[0-9a-f]+ <(.+)>:", code)
+                shared += [f"{path.name}: {name[1]}"] * bool(name and name[1] in weak)
+    assert vectors and shared == []
