@@ -26,7 +26,7 @@ from merge3.tasks.shared_prefix import SharedPrefix
 class Batch:
     """inputs: of the model's forward. places: positions whose logits are needed, row after row. at, tokens, owner: per
     scored token, which of the places predicts it, the token, and which choice it belongs to; lengths: tokens per
-    choice, choices of all requests."""
+    choice, choices of all requests. owner and lengths lie on the CPU."""
 
     asked: list[tuple[int, Choices]]
     inputs: dict[str, torch.Tensor]
@@ -86,7 +86,7 @@ class SharedRows:
         # An infinite logit leaves the other tokens -inf, which is no likelihood. NaN is NaN already.
         log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
         # A GPU adds in whatever order its threads come, and to other bits each time.
-        sums = torch.zeros(len(batch.lengths)).index_add_(0, batch.owner.cpu(), log_p.cpu())
+        sums = torch.zeros(len(batch.lengths)).index_add_(0, batch.owner, log_p.cpu())
         greedy = self._greedy(logits, batch)
         results, start = [], 0
         for index, request in batch.asked:
@@ -101,8 +101,8 @@ class SharedRows:
         if not any(request.greedy for _, request in batch.asked):
             return None
         others = logits.argmax(-1)[batch.at] != batch.tokens
-        counts = torch.zeros(len(batch.lengths), dtype=torch.long, device=self.device)
-        return (counts.index_add_(0, batch.owner, others.long()) == 0).cpu()
+        counts = torch.zeros(len(batch.lengths), dtype=torch.long)
+        return counts.index_add_(0, batch.owner, others.long().cpu()) == 0
 
     def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
         past = len(self.prefix)
@@ -141,7 +141,7 @@ class SharedRows:
         to = lambda data: torch.as_tensor(data).to(self.device)
         inputs = {"input_ids": to(ids), "position_ids": to(position_ids), "attention_mask": to(mask[:, None])}
         places, at = torch.tensor(scored).unique(return_inverse=True)  # choices of a request begin at one place
-        return Batch(asked, inputs, to(places), to(at), to(tokens), to(owner), torch.tensor(lengths))
+        return Batch(asked, inputs, to(places), to(at), to(tokens), torch.tensor(owner), torch.tensor(lengths))
 
 
 class PlainRows:
