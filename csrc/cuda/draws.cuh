@@ -111,9 +111,12 @@ __device__ __forceinline__ Halves<4> drawn_halves(int64_t element, uint32_t tens
 // Element j's, as the last bits of a float beyond 2^23: no conversion, which a GPU does an eighth as often as additions.
 template <int WORDS>
 __device__ __forceinline__ float drawn_of(const Words<WORDS>& half, int j) {
-  if constexpr (WORDS < 4) return 0.0f;  // of what keeps no numbers
-  const uint32_t two = permuted(half.word[(2 + j % 2) % WORDS], half.word[j % 2], j / 4 ? 0x7362u : 0x5140u);
-  return as_float(permuted(two, 0x4b000000u, j / 2 % 2 ? 0x7432u : 0x7410u));
+  if constexpr (WORDS < 4) {
+    return 0.0f;  // of what keeps no numbers
+  } else {
+    const uint32_t two = permuted(half.word[2 + j % 2], half.word[j % 2], j / 4 ? 0x7362u : 0x5140u);
+    return as_float(permuted(two, 0x4b000000u, j / 2 % 2 ? 0x7432u : 0x7410u));
+  }
 }
 __device__ __forceinline__ int32_t draw_from(float drawn) { return int32_t(as_uint(drawn) & 0xffffu); }
 
