@@ -55,7 +55,7 @@ def _right(item: Item, request: Any, reader: Reader) -> Tokens | int:
 def _unlabelled(item: Item, request: Any, reader: Reader, written: Tokens | None) -> Asked:
     """Over choices or labels; of a text over each token that an expert wrote, or over the next one."""
     match request:
-        case Choices() if len(request.choices) > 1:
+        case Choices() if len(request.choices) > 1 and not request.margins:  # these are no rivals of one another
             return of_choices(item, request)
         case Start():
             return of_answer(item, request, written) if written else of_next(item, request)

@@ -53,6 +53,8 @@ def shown(
 
 def _tokens(item: Item, request: Choices | Start | Text | Texts) -> tuple[int, ...]:
     match request:
+        case Choices() if request.margins:  # what follows is the answer, which is not read
+            return request.tokens
         case Choices() if not request.image:
             return (*request.tokens, *request.choices[0])
         case Texts():

@@ -30,6 +30,15 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(logits.gather(-1, best[..., None])[..., 0].isfinite(), best, -1)
 
 
+def ahead(logits: torch.Tensor, at: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How far tokens are ahead of the likeliest other one, [n]: the logarithm of the odds between the two, 0 or more
+    where greedy decoding writes the token and 0 or less where it does not. logits: [places, vocabulary]; at: which
+    place predicts each token, tokens: their ids, int64 [n]."""
+    best, first = logits.topk(2)
+    rivals = torch.where(first[at, 0] == tokens, best[at, 1], best[at, 0])
+    return logits[at, tokens] - rivals
+
+
 def takes_logits_to_keep(model) -> bool:
     """Whether forward computes the head only where asked. It is most of a small model's work."""
     return _takes(type(model), "logits_to_keep")

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from merge3.tasks import choice, classify, generate, generate_until, loglikelihood, loglikelihood_rolling, rank
+from merge3.tasks import (
+    choice,
+    classify,
+    forced,
+    generate,
+    generate_until,
+    loglikelihood,
+    loglikelihood_rolling,
+    rank,
+)
 from merge3.tasks.documents import Raw
 from merge3.tasks.items import Item
 from merge3.tasks.prompts import Reader
@@ -75,6 +84,7 @@ KINDS: dict[str, Kind] = {
     "generate": _in_files(generate, ("max_tokens", "stop", "image"), "generate", target=generate.target),
     "classify": _in_files(classify, ("image",), "logits", resolve=classify.resolve, target=classify.target),
     "rank": _in_files(rank, ("choices",), "embeddings"),
+    "forced": _in_files(forced, (), "loglikelihoods"),
     "loglikelihood": _judged(loglikelihood, "loglikelihoods"),
     "loglikelihood_rolling": _judged(loglikelihood_rolling, "loglikelihoods"),
     "generate_until": _judged(generate_until, "generate"),

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from merge3.tasks.forward import Places, right_padded, without_cache
+from merge3.tasks.forward import Places, ahead, right_padded, without_cache
 from merge3.tasks.prefix import Prefix
 from merge3.tasks.requests import Choices, Likelihoods, Pass, batches, one_by_one
 from merge3.tasks.shared_prefix import SharedPrefix
@@ -87,12 +87,16 @@ class SharedRows:
         log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
         # A GPU adds in whatever order its threads come, and to other bits each time.
         sums = torch.zeros(len(batch.lengths)).index_add_(0, batch.owner, log_p.cpu())
-        greedy = self._greedy(logits, batch)
+        greedy, margins = self._greedy(logits, batch), self._margins(logits, batch)
         results, start = [], 0
         for index, request in batch.asked:
             own = slice(start, start + len(request.choices))
             start = own.stop
-            found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
+            found = Likelihoods(sums[own], batch.lengths[own])
+            if request.greedy:
+                found = replace(found, greedy=greedy[own])
+            if request.margins:
+                found = replace(found, margins=margins[own])
             results.append((index, None if found.sums.isnan().any() else found))
         return results
 
@@ -103,6 +107,13 @@ class SharedRows:
         others = logits.argmax(-1)[batch.at] != batch.tokens
         counts = torch.zeros(len(batch.lengths), dtype=torch.long)
         return counts.index_add_(0, batch.owner, others.long().cpu()) == 0
+
+    def _margins(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """See Likelihoods, float32 [choices]; None where no request asks."""
+        if not any(request.margins for _, request in batch.asked):
+            return None
+        margins = ahead(logits, batch.at, batch.tokens).cpu()
+        return torch.full((len(batch.lengths),), torch.inf).scatter_reduce_(0, batch.owner, margins, "amin")
 
     def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
         past = len(self.prefix)
@@ -184,15 +195,19 @@ class PlainRows:
         logits = model(**right_padded(rows, self.pad, self.device), **without_cache(model)).logits
         log_p, results = iter(logits.float().log_softmax(-1).cpu()), []
         for start, (index, request) in zip(starts, asked):
-            sums, greedy = [], []
+            sums, greedy, margins = [], [], []
             for choice, row in zip(request.choices, log_p):
                 own = row[len(start) - 1 : len(start) - 1 + len(choice)]
                 sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
                 greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
+                places = torch.arange(len(choice))
+                margins.append(request.margins and float(ahead(own, places, torch.tensor(choice)).min()))
             lengths = torch.tensor([len(choice) for choice in request.choices])
             found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
             if request.greedy:
                 found = replace(found, greedy=torch.tensor(greedy))
+            if request.margins:
+                found = replace(found, margins=torch.tensor(margins))
             # log_softmax makes a whole row NaN if a logit is NaN or +inf
             results.append((index, None if any(map(math.isnan, sums)) else found))
         return results

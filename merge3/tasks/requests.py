@@ -49,12 +49,14 @@ def one_by_one(passes: Sequence[Pass]) -> Iterator[tuple[int, Any]]:
 @dataclass(frozen=True)
 class Choices:
     """How likely is each choice after the prompt? tokens: the prompt's, at least one; choices: each one's, likewise.
-    greedy: whether to say, too, which choices greedy decoding would write. image: what the forward takes of an image in
-    the prompt beside its tokens, by name; see vision.py."""
+    greedy: whether to say, too, which choices greedy decoding would write; margins: by how much, of choices that are no
+    rivals of one another, after prompts without an image. image: what the forward takes of an image in the prompt
+    beside its tokens, by name; see vision.py."""
 
     tokens: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     greedy: bool = False
+    margins: bool = False
     image: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def length(self) -> tuple[int, str]:
@@ -120,11 +122,13 @@ class Texts:
 class Likelihoods:
     """sums: log-likelihoods of each choice's tokens in total, float32 or float64 [choices], -inf where it is
     impossible; lengths: how many tokens each has, int64 [choices]. greedy: whether each of its tokens is the likeliest
-    where it stands, bool [choices]; None where nobody asked."""
+    where it stands, bool [choices]; margins: the least of how far its tokens are ahead of the likeliest other one where
+    they stand, in natural logarithms of their odds, float32 [choices]. Both None where nobody asked."""
 
     sums: torch.Tensor
     lengths: torch.Tensor
     greedy: torch.Tensor | None = None
+    margins: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ of the choice alone, without special tokens around it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from merge3.errors import CheckpointError
-from merge3.tasks.forward import right_padded
+from merge3.errors import CheckpointError, ItemsError
+from merge3.tasks.forward import ahead, right_padded
 from merge3.tasks.requests import Choices, Likelihoods, batches
 
 
@@ -76,9 +76,13 @@ class Batch:
 
 class PairedRows:
     """Each prompt encoded once, each choice a row of the decoder. A Question whose results are Likelihoods, sums in
-    float32."""
+    float32. Raises ItemsError for margins of a model that writes a token first which nobody asks it for."""
 
     def __init__(self, requests: Sequence[Choices], model, device, batch_tokens: int, pad: int = 0):
+        first = _setting(model, "forced_bos_token_id")
+        if first is not None and any(request.margins for request in requests):
+            found = f"answers shown to a {type(model).__name__}, whose texts all begin with token {first}"
+            raise ItemsError("items", found, "items of kind generate")
         start = start_token(model)
         self.batches = [_prepared(asked, start, device, pad) for asked in batches(requests, _width, batch_tokens)]
 
@@ -101,12 +105,22 @@ class PairedRows:
             log_p = torch.where(normalizer == torch.inf, torch.nan, log_p)
             sums = torch.where(batch.tokens < 0, 0.0, log_p).sum(1).cpu()
             greedy = ((logits.argmax(-1) == batch.tokens) | (batch.tokens < 0)).all(1).cpu()
+            margins = _margins(logits, batch) if any(request.margins for _, request in batch.asked) else None
             begin = 0
             for index, request in batch.asked:
                 own = slice(begin, begin + len(request.choices))
                 begin = own.stop
                 found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
+                if request.margins:
+                    found = replace(found, margins=margins[own])
                 yield index, None if found.sums.isnan().any() else found
+
+
+def _margins(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """See Likelihoods, float32 [choices]. logits: float32 [choices, longest, vocabulary]."""
+    tokens = batch.tokens.clamp(min=0).flatten()
+    margins = ahead(logits.flatten(0, 1), torch.arange(len(tokens), device=tokens.device), tokens)
+    return margins.view(batch.tokens.shape).masked_fill(batch.tokens < 0, torch.inf).amin(1).cpu()
 
 
 def _prepared(asked: list[tuple[int, Choices]], start: int, device, pad: int) -> Batch:

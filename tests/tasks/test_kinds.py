@@ -78,7 +78,7 @@ def test_a_row_checks_and_names_its_own(world, tmp_path, first_token):
     for row, message in (
         ({"answer": 3}, "line 1: answer is 3; expected a word"),
         ({"metric": "exact"}, "line 1: metric is 'exact'; expected right, length"),
-        ({"kind": "last_token"}, "kind is 'last_token'; expected choice, generate, classify, rank, first_token"),
+        ({"kind": "last_token"}, "'last_token'; expected choice, generate, classify, rank, forced, first_token"),
     ):
         with pytest.raises(ItemsError, match=message):
             read_items(write(tmp_path / "t.jsonl", good | row))
@@ -98,6 +98,6 @@ def test_a_new_kind_for_a_head_is_refused_for_a_language_model(world, tmp_path, 
     folder, _, models = world
     monkeypatch.setitem(KINDS, "first_token", Kind((), {"right": right}, answer, request, "logits"))
     items = read_items(write(tmp_path / "t.jsonl", {"prompt": "w1 w2", "answer": "w3"}))
-    expected = "classify or first_token for classification heads, choice or generate for language models"
+    expected = "classify or first_token for classification heads, choice or generate or forced for language models"
     with pytest.raises(ItemsError, match=f"kind 'first_token' for a LlamaForCausalLM; expected {expected}"):
         Scorer(items, models["llama"], folder)

@@ -247,7 +247,7 @@ def test_what_cannot_be_embedded(encoders, world):
     with pytest.raises(ItemsError, match="apply_chat_template: item 'i' of task 'r' is embedded, not continued"):
         Scorer([item()], model, folder, chat=True)
     others, _, language = world
-    models = "classify for classification heads, choice or generate for language models, rank for encoders"
+    models = "classify for classification heads, choice or generate or forced for language models, rank for encoders"
     with pytest.raises(ItemsError, match=f"kind 'rank' for a LlamaForCausalLM; expected {models}"):
         Scorer([item()], language["llama"], others)
     with pytest.raises(ItemsError, match=f"kind 'choice' for a BertModel; expected {models}"):
