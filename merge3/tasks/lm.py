@@ -41,6 +41,8 @@ from merge3.tasks.vision import SeenChoices, SeenContinuations
 from merge3.tasks.writing import continuations
 
 BATCH_TOKENS = 4096  # padded tokens per forward
+# Of choices on a CPU: what a layer makes of more leaves its caches, which takes longer than what larger products save.
+CACHED_TOKENS = 1024
 IMAGES = 64  # per forward
 # Found once per live model: a search that renews its items prepares new ones every generation.
 _ROWS: WeakKeyDictionary = WeakKeyDictionary()  # model -> {has a prefix: what makes the rows of choices}
@@ -110,7 +112,8 @@ class LM:
         # With a mask of one's own a layer looks back beyond its window.
         shares = known.shares(max(request.length()[0] for request in requests))
         rows = self._rows(prefix, rest) if shares else PlainRows
-        return rows(prefix, rest, self.device, self.dtype, self.batch_tokens, self.pad)
+        limit = min(self.batch_tokens, CACHED_TOKENS) if self.device.type == "cpu" else self.batch_tokens
+        return rows(prefix, rest, self.device, self.dtype, limit, self.pad)
 
     def generate(self, requests: Sequence[Start]) -> Question:
         """What follows each prompt, greedily: results are Written. As above, all with an image or none."""
