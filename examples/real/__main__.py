@@ -46,14 +46,15 @@ DECODER: dict[str, Any] = {
         "base_model": "../smollm2",
         "models": [f"../smollm2+../{skill}" for skill in skills.SKILLS],
         "merge_method": "task_arithmetic",
+        "layer_granularity": 10,
         "bounds": {"weight": [0.0, 1.5]},
     },
     "tasks": [{"items": f"{skill}.jsonl"} for skill in skills.SKILLS],
-    "extract": {"method": "random", "size": 30, "renew": 0},  # the same for all: few candidates, compared item by item
-    "heldout": {"fraction": 0.1},  # the run's own table; the final one has items of its own
-    "optimizer": {"budget": 24, "population": 6, "sigma": 0.25, "seed": 0},
+    "extract": {"method": "all"},
+    "heldout": {"fraction": 0.1},  # the run's own table; the final one has items of its own, and answers are written
+    "optimizer": {"budget": 72, "population": 8, "sigma": 0.15, "seed": 0},
 }
-TRAINING, BATCH, SEARCH, TEST = 384, 8, 60, 60  # examples of each skill, and items
+TRAINING, BATCH, SEARCH, TEST = 384, 8, 100, 120  # examples of each skill, and items
 
 
 class Steps:
@@ -119,7 +120,7 @@ def decoder(root: Path, steps: Steps) -> Path:
     steps.take("decoder: smollm2", root / "smollm2", lambda: convert.decoder(root))
     for skill in skills.SKILLS:
         found = list(itertools.islice(skills.questions(skill, 0), TRAINING + SEARCH + TEST))
-        write_rows(folder / f"{skill}.jsonl", skills.rows(skill, found[TRAINING : TRAINING + SEARCH]))
+        write_rows(folder / f"{skill}.jsonl", skills.shown_rows(skill, found[TRAINING : TRAINING + SEARCH]))
         write_rows(folder / f"{skill}-test.jsonl", skills.rows(skill, found[TRAINING + SEARCH :]))
         act = lambda skill=skill, found=found: trained(root, skill, found[:TRAINING])
         steps.take(f"decoder: train {skill}", root / skill, act)

@@ -80,8 +80,16 @@ def questions(skill: str, seed: int) -> Iterator[Question]:
             yield question
 
 
+def shown_rows(skill: str, found: list[Question]) -> list[dict[str, Any]]:
+    """Questions as items whose answers are shown, to the end of their line: how surely would a model write them?"""
+    return [
+        {"id": f"{skill}-{i}", "kind": "forced", "metric": "margin", "prompt": prompt, "answer": f" {answer}\n"}
+        for i, (prompt, answer) in enumerate(found, 1)
+    ]
+
+
 def rows(skill: str, found: list[Question]) -> list[dict[str, Any]]:
-    """Questions as items."""
+    """Questions as items whose answers are written."""
     common = {"kind": "generate", "max_tokens": SKILLS[skill][1], "stop": ["\n"]}
     return [
         {"id": f"{skill}-{i}", "prompt": prompt, "answer": answer} | common
