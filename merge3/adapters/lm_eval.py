@@ -75,7 +75,19 @@ def _manager(paths: tuple[str, ...], defaults: bool):
     except ImportError as error:
         hint = "pip install 'merge3-gpu[lm-eval]'"
         raise Unavailable("tasks", f"lm-eval is not here ({error})", "lm-eval 0.4.13", hint) from None
+    _compile_once()
     return TaskManager(include_path=list(paths) or None, include_defaults=defaults)
+
+
+@functools.cache
+def _compile_once() -> None:
+    """lm-eval compiles a task's templates anew for every document that is built, and again whenever it is judged, which
+    was most of a judgement's time. A template is its text: from here on each is compiled once."""
+    from lm_eval.utils import env
+
+    anew = env.from_string
+    known = functools.lru_cache(1024)(anew)
+    env.from_string = lambda source, *more, **named: anew(source, *more, **named) if more or named else known(source)
 
 
 def _tasks(name: str, paths: tuple[str, ...]) -> dict[str, Any]:

@@ -309,3 +309,20 @@ def test_without_lm_eval(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(Unavailable, match=r"lm-eval is not here .*pip install 'merge3-gpu\[lm-eval\]'"):
         load_benchmark("arc_easy", Settings(), models / "base")
+
+
+def test_a_template_is_compiled_once(models, tasks, monkeypatch):
+    """However many documents it is applied to, and by whatever they say."""
+    from lm_eval.utils import apply_template, env
+
+    benchmark = load_benchmark("h_choice", Settings(), str(models / "base"), [str(tasks)])
+    compiled, compile_ = [], env.compile
+    monkeypatch.setattr(env, "compile", lambda source, *more, **named: compiled.append(source) or compile_(source))
+    raws = [tuple((-float(at), False) for at, _ in enumerate(item.asks)) for item in benchmark.items]
+    first = [benchmark.judge(item, raw) for item, raw in zip(benchmark.items, raws)]
+    assert len(compiled) <= 3 < len(benchmark.items) and 0 < sum(first) < len(first)
+    compiled.clear()
+    assert [benchmark.judge(item, raw) for item, raw in zip(benchmark.items, raws)] == first and not compiled
+    for value in ("a", "b"):
+        assert apply_template("never seen before: {{value}}", {"value": value}) == f"never seen before: {value}"
+    assert compiled == ["never seen before: {{value}}"]
