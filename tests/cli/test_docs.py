@@ -14,6 +14,7 @@ from merge3.client.study_config import StudyConfig, World, read_study
 from merge3.methods import LEARNED, METHODS, VARIANTS, ZIPPED
 from merge3.search.config import EvolveConfig, Genome, Task
 from merge3.tasks import read_items
+from merge3.tasks.kinds import in_files
 from merge3_server.cli import app as server_app
 from tests.cli.test_readme import blocks
 
@@ -201,7 +202,7 @@ def test_shown_commands_and_their_options_exist(command):
 def test_shown_items_are_items(tmp_path):
     shown = [block for block in blocks(ROOT / "docs" / "items.md") if block.language == "json"]
     (tmp_path / "items.jsonl").write_text("".join(block.text for block in shown))
-    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == {"choice", "generate", "classify", "rank"}
+    assert {item.kind for item in read_items(tmp_path / "items.jsonl")} == set(in_files())
 
 
 def test_shown_configurations_are_valid():
