@@ -1,7 +1,7 @@
 """How much faster does a real checkpoint write than by transformers' batched `generate`, and what is the floor?
 
-16 prompts of 60 tokens, 16 tokens written to each, float32. The floor: all operations at a large matrix product's rate,
-or, where that takes longer, all weights read once a step.
+16 prompts of 60 tokens, 16 tokens written to each, float32. The floor: products with the weights at the rate of a large
+matrix product, or, where that takes longer, all weights read once a step.
 
 python benchmarks/generation.py build/real/smollm2 [--save]       the checkpoint is what `make real` converts
 """
@@ -30,6 +30,7 @@ def prompts_of(tokenizer) -> list[str]:
         prompt = tokenizer.decode(tokens[start : start + LENGTH])
         if len(tokenizer(prompt)["input_ids"]) == LENGTH:
             found.append(prompt)
+    assert len(found) >= PROMPTS, f"{len(found)} prompts of {LENGTH} tokens"
     return found[:PROMPTS]
 
 
@@ -55,15 +56,14 @@ def main() -> None:
         return model.generate(**inputs, **how)[:, LENGTH:].tolist()
 
     ours = lambda: [written.tokens for _, written in sorted(asked.question(model))]
-    ends = asked.question.end
-    cut = lambda row: [token for at, token in enumerate(row) if not ends & set(row[: at + 1])]
+    cut = lambda row: [token for at, token in enumerate(row) if not asked.question.end & set(row[: at + 1])]
     same = sum(tuple(cut(row)) == found for row, found in zip(plain(), ours())) / len(prompts)
     times = alternating({"generate": plain, "merge3": ours}, options.repeats)
     t = {name: median(taken) for name, taken in times.items()}
-    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    head = model.get_output_embeddings().weight.numel()
-    body = parameters - model.get_input_embeddings().weight.numel()
-    body -= 0 if model.get_output_embeddings().weight is model.get_input_embeddings().weight else head
+    parameters = sum(p.numel() for p in model.parameters())
+    ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head = ends[1].numel()
+    body = parameters - sum(weight.numel() for weight in set(ends))  # one, where they are tied
     rate, weight = matrix_rate(), torch.ones(64 * 2**20)
     read = weight.nbytes / median(seconds(weight.sum, 9, 2))
     prefill = PROMPTS * 2 * (body * LENGTH + head) / rate

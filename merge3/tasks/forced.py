@@ -26,10 +26,13 @@ def answer(given, choices: Sequence[str], metric: str, where: str) -> tuple[str,
 def request(item: Item, reader: Reader) -> Choices:
     """The prompt's tokens, and each accepted text's as they follow it. Raises ItemsError where one has none."""
     text, tokens = reader.prompt(item)
-    found = dict.fromkeys(reader.following(text, tokens, accepted) for accepted in item.answer)
-    if () in found:
-        raise ItemsError(place(item), f"answer {shown(item.answer)} without tokens", "text the tokenizer knows")
-    return Choices(tokens, tuple(found), greedy=True, margins=True)
+    found: dict[tuple[int, ...], None] = {}
+    for accepted in item.answer:
+        more = reader.following(text, tokens, accepted)
+        if not more:
+            raise ItemsError(place(item), f"answer {shown(accepted)} without tokens", "text the tokenizer knows")
+        found[more] = None  # texts of the same tokens are one
+    return Choices(tokens, tuple(found), greedy=item.metric != "margin", margins=True)
 
 
 def exact(item: Item, found: Likelihoods) -> float:

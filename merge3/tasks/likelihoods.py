@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -92,11 +92,8 @@ class SharedRows:
         for index, request in batch.asked:
             own = slice(start, start + len(request.choices))
             start = own.stop
-            found = Likelihoods(sums[own], batch.lengths[own])
-            if request.greedy:
-                found = replace(found, greedy=greedy[own])
-            if request.margins:
-                found = replace(found, margins=margins[own])
+            said = greedy[own] if request.greedy else None, margins[own] if request.margins else None
+            found = Likelihoods(sums[own], batch.lengths[own], *said)
             results.append((index, None if found.sums.isnan().any() else found))
         return results
 
@@ -199,15 +196,13 @@ class PlainRows:
             for choice, row in zip(request.choices, log_p):
                 own = row[len(start) - 1 : len(start) - 1 + len(choice)]
                 sums.append(sum(float(own[j, token]) for j, token in enumerate(choice)))
-                greedy.append(request.greedy and own.argmax(-1).tolist() == list(choice))
-                places = torch.arange(len(choice))
-                margins.append(request.margins and float(ahead(own, places, torch.tensor(choice)).min()))
+                if request.greedy:
+                    greedy.append(own.argmax(-1).tolist() == list(choice))
+                if request.margins:
+                    margins.append(float(ahead(own, torch.arange(len(choice)), torch.tensor(choice)).min()))
             lengths = torch.tensor([len(choice) for choice in request.choices])
-            found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, None)
-            if request.greedy:
-                found = replace(found, greedy=torch.tensor(greedy))
-            if request.margins:
-                found = replace(found, margins=torch.tensor(margins))
+            said = torch.tensor(greedy) if greedy else None, torch.tensor(margins) if margins else None
+            found = Likelihoods(torch.tensor(sums, dtype=torch.float64), lengths, *said)
             # log_softmax makes a whole row NaN if a logit is NaN or +inf
             results.append((index, None if any(map(math.isnan, sums)) else found))
         return results

@@ -7,7 +7,7 @@ of the choice alone, without special tokens around it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -110,9 +110,8 @@ class PairedRows:
             for index, request in batch.asked:
                 own = slice(begin, begin + len(request.choices))
                 begin = own.stop
-                found = Likelihoods(sums[own], batch.lengths[own], greedy[own] if request.greedy else None)
-                if request.margins:
-                    found = replace(found, margins=margins[own])
+                said = greedy[own] if request.greedy else None, margins[own] if request.margins else None
+                found = Likelihoods(sums[own], batch.lengths[own], *said)
                 yield index, None if found.sums.isnan().any() else found
 
 
