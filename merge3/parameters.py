@@ -36,6 +36,15 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
     return (1 - fraction) * setting[low] + fraction * setting[high]
 
 
+def by_tensor(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The setting of tensors that have a value each, by their names. A filter is a part of a name, and the first that
+    fits counts: names that are parts of others come after them."""
+    names = list(values)
+    if any(name != other and name in other for name in names for other in names):
+        names.sort(key=lambda name: -len(name))
+    return [{"filter": name, "value": float(values[name])} for name in names]
+
+
 def lookup(name: str, levels: Iterable[Mapping[str, Setting]], tensor: str, t: float, default: Any = _MISSING) -> Any:
     """The first level that has a value for `name`, else the default; KeyError without one."""
     for level in levels:

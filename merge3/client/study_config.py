@@ -19,8 +19,8 @@ from merge3.methods.base import DERIVED, NOTHING, RECIPE, ForModels, for_models
 from merge3.parameters import scalars
 from merge3.recipe import DTYPES, ModelRef, Recipe, Slice, Source, load_yaml, nearest
 from merge3.search.baselines import defaults
-from merge3.search.config_files import model_path
 from merge3.search.genome import Section
+from merge3.search.places import model_path
 from merge3.search.seeds import seed_of
 
 

@@ -20,6 +20,7 @@ from merge3.learn.settings import FitSettings, read_fit
 from merge3.learn.weighted import Weighted, check_refs
 from merge3.live.slot import Slot
 from merge3.methods.learned import RESULT, Learned, learned_named
+from merge3.parameters import by_tensor
 from merge3.recipe import Recipe, Slice
 
 SAVED = 5.0  # seconds after which a step's state is told, at the latest
@@ -99,17 +100,13 @@ def merged_with(recipe: Recipe, weights: Mapping[str, float | Sequence[tuple[str
         if source.model == recipe.base_model:
             continue
         own = weights[str(source.model)]
-        sources.append(replace(source, parameters={"weight": own if isinstance(own, float) else _filters(own)}))
+        sources.append(replace(source, parameters={"weight": own if isinstance(own, float) else _weights(own)}))
     return replace(recipe, method=RESULT, slices=(Slice(tuple(sources)),), parameters={}, fit={}, surgery={})
 
 
-def _filters(weights: Sequence[tuple[str, float]]) -> list[dict]:
-    """A filter is a part of a name, and the first that fits counts: names that are parts of others come after them."""
-    names = [name for name, _ in weights]
-    if any(name != other and name in other for name in names for other in names):
-        weights = sorted(weights, key=lambda entry: -len(entry[0]))
+def _weights(weights: Sequence[tuple[str, float]]) -> list[dict]:
     # What is kept from the base has no weight here; other tools ask for one.
-    return [{"filter": name, "value": float(value)} for name, value in weights] + [{"filter": "*", "value": 0.0}]
+    return [*by_tensor(dict(weights)), {"filter": "*", "value": 0.0}]
 
 
 def fitted(fit: Fit, fitting: Fitting, weights: torch.Tensor) -> Recipe:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from merge3.errors import ConfigError
 from merge3.recipe import Recipe, load_yaml, nearest
 from merge3.search.config import EvolveConfig, Task
+from merge3.search.places import model_path
 
 
 def load_config(
@@ -64,15 +65,6 @@ def _resolved(config: EvolveConfig, path: Path, skip_too_long: bool, task_path: 
     if data["estimate"]["calibration"] != "auto":
         data["estimate"]["calibration"] = str((folder / data["estimate"]["calibration"]).resolve())
     return EvolveConfig.model_validate(data)
-
-
-def model_path(model: str, folder: Path) -> str:
-    """Local paths become absolute, hub ids stay; each side of `model+adapter` by itself."""
-    parts = []
-    for part in model.split("+"):
-        local = (folder / Path(part).expanduser()).resolve()
-        parts.append(str(local) if local.exists() or part.startswith((".", "/", "~")) else part)
-    return "+".join(parts)
 
 
 def _readable(path: Path, error: ValidationError) -> ConfigError:

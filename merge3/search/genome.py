@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ from merge3.errors import RecipeError
 from merge3.methods import METHODS, VARIANTS, gene_names
 from merge3.methods.averages import AS_IT_IS
 from merge3.recipe import Tokenizer, checks, nearest, read_tokenizer
-from merge3.space import PATH, PRESETS, SPACES, SpaceDefinition
+from merge3.search.places import read_start
+from merge3.space import AROUND, PATH, PRESETS, SPACES, SpaceDefinition
 
 _OTHER_NAMES = {"method": "merge_method", "base": "base_model", "kind": "space"}  # of a definition's fields
 
@@ -71,6 +73,8 @@ class Genome(Section):
                 raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(gene_names())}")
             if not low < high:
                 raise ValueError(f"bounds: {gene} from {low} to {high}, expected low < high")
+        if self.space == AROUND and self.start is None:
+            raise ValueError(f"space: {AROUND}, and no start: expected a recipe, such as the fitted.yaml of a fit")
         try:
             self.recipe_tokenizer()
             checks.chat_template(self.chat_template, "chat_template")
@@ -85,10 +89,13 @@ class Genome(Section):
         return found and replace(found, base=self.base_model is not None)
 
     def definition(self) -> SpaceDefinition:
-        """The section as a space is opened with."""
+        """The section as a space is opened with. Raises RecipeError for a start that it has to read and cannot."""
         names = [field.name for field in fields(SpaceDefinition)]
         values = {name: getattr(self, other) for name in names if hasattr(self, other := _OTHER_NAMES.get(name, name))}
         if tokenizer := self.recipe_tokenizer():
             values |= {"tokenizer_source": tokenizer.source, "tokens": tokenizer.tokens}
             values["pad_to_multiple_of"] = tokenizer.pad_to_multiple_of
+        if self.space == AROUND:
+            named = (*self.models, *([self.base_model] if self.base_model else []))
+            values["around"] = json.dumps(read_start(self.start, named).to_dict(), sort_keys=True)
         return SpaceDefinition(**values)

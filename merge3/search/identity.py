@@ -9,6 +9,7 @@ from importlib import metadata
 import numpy as np
 
 from merge3 import __version__
+from merge3.recipe import ModelRef, Recipe
 from merge3.search.context import Search
 from merge3.search.optimizers import OPTIMIZERS
 from merge3.search.steady import steady_identity
@@ -53,4 +54,9 @@ def _placeless(search: Search) -> SpaceDefinition:
     models = tuple(map(of, definition.models))
     tokens = tuple(replace(row, model=of(row.model)) for row in definition.tokens)
     source = of(definition.tokenizer_source)
-    return replace(definition, models=models, base=of(definition.base), tokenizer_source=source, tokens=tokens)
+    around = definition.around
+    if around:
+        recipe = Recipe.parse(json.loads(around)).renamed(lambda ref: ModelRef.parse(of(str(ref))))
+        around = json.dumps(recipe.to_dict(), sort_keys=True)
+    named = {"tokenizer_source": source, "tokens": tokens, "around": around}
+    return replace(definition, models=models, base=of(definition.base), **named)

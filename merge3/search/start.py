@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from merge3.errors import ConfigError, Merge3Warning, RecipeError, ResumeMismatch
-from merge3.recipe import ModelRef, Recipe
-from merge3.search.config_files import model_path
+from merge3.recipe import Recipe
 from merge3.search.context import Search
 from merge3.search.journal import Journal
+from merge3.search.places import read_start
 
 
 def started(search: Search) -> Search:
@@ -59,16 +57,6 @@ def check_start(search: Search, recipe: Recipe) -> None:
         raise ConfigError(f"{path}: {error.where}", error.found, error.expected, error.hint) from None
 
 
-def read_start(path: str | Path, models: Sequence[str]) -> Recipe:
-    """A recipe whose models bear the names they have in the configuration, where they are the same.
-
-    models: as load_config names them. A relative path means what lies beside the recipe, else, as for mergekit, beside
-    where the process runs. Raises RecipeError naming the file and key.
-    """
-    known = {str(ModelRef.parse(model)) for model in models}
-    return Recipe.from_yaml(path).renamed(lambda ref: _known(ref, Path(path).parent, known))
-
-
 def kept(journal: Journal, name: str, text: str, size: int) -> np.ndarray:
     """A number for every gene that a run began with, float64 [size], from its journal. name: of the entry."""
     found = np.array(json.loads(text), dtype=np.float64)
@@ -76,12 +64,3 @@ def kept(journal: Journal, name: str, text: str, size: int) -> np.ndarray:
         words = f"{name} is {found.size} numbers, was written when the run began", f"{size}, as a genome has"
         raise ResumeMismatch(journal.directory, *words, "start another run directory")
     return found
-
-
-def _known(ref: ModelRef, folder: Path, known: set[str]) -> ModelRef:
-    """A model by the name that is known, if one is."""
-    for place in (folder, Path.cwd()):
-        name = model_path(str(ref), place)
-        if name in known:
-            return ModelRef.parse(name)
-    return ref

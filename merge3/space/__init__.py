@@ -10,6 +10,7 @@ import numpy as np
 from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError
 from merge3.recipe import Recipe
+from merge3.space.around import AroundSpace
 from merge3.space.definition import SpaceDefinition
 from merge3.space.parameters import ParameterSpace
 from merge3.space.path import PathSpace
@@ -57,7 +58,11 @@ class Space(Protocol):
         """The recipe of `initial`."""
 
 
-PATH = "path"
-SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {"parameters": ParameterSpace, PATH: PathSpace}
+PATH, AROUND = "path", "around"
+SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {
+    "parameters": ParameterSpace,
+    AROUND: AroundSpace,
+    PATH: PathSpace,
+}
 
-__all__ = ["PATH", "PRESETS", "SPACES", "ParameterSpace", "PathSpace", "Space", "SpaceDefinition"]
+__all__ = ["AROUND", "PATH", "PRESETS", "SPACES", "ParameterSpace", "PathSpace", "Space", "SpaceDefinition"]

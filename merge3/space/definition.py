@@ -16,7 +16,7 @@ class SpaceDefinition:
     """What to search; see `genome:` in the evolve configuration. genes: empty for the method's usual ones;
     kind: a row of SPACES. tokenizer_source, tokens, pad_to_multiple_of: of the recipes' tokenizer, see there.
     repetitions, pinned, max_hops: of a path, see path.py; merged: JSON of the recipes that make those of `models` which
-    lie in no folder, as in Recipe.merged.
+    lie in no folder, as in Recipe.merged. around: JSON of a recipe, as Recipe.to_dict, see around.py.
 
         definition = SpaceDefinition(("./math", "./code"), "ties", "./base", genes=("weight", "density"))
     """
@@ -43,6 +43,7 @@ class SpaceDefinition:
     pinned: tuple[int, ...] = ()
     max_hops: int | None = None
     merged: str = ""
+    around: str = ""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -69,7 +70,7 @@ class SpaceDefinition:
             del data["kind"]
         if self.repetitions == SpaceDefinition.repetitions:
             del data["repetitions"]
-        later = ("tokens", "pad_to_multiple_of", "chat_template", "tower", "pinned", "max_hops", "merged")
+        later = ("tokens", "pad_to_multiple_of", "chat_template", "tower", "pinned", "max_hops", "merged", "around")
         for key in later:  # nor any of these
             if not data[key]:
                 del data[key]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from merge3.space.parameters import ParameterSpace
 
 
-class _Tensor(NamedTuple):
-    """part: the slice that it is in; t: its place in the slice, as plan.py counts."""
+class Tensor(NamedTuple):
+    """One that may be merged. part: the slice that it is in; t: its place in the slice, as plan.py counts."""
 
     name: str
     part: int
@@ -48,7 +48,7 @@ def project(space: ParameterSpace, recipe: Recipe, where: str, unmerged: Collect
     _check_models(space, recipe, where)
     ranges = _ranges(recipe, space.layout.layers, where)
     values = _Values(recipe, theirs, _tensors(space.layout, ranges, unmerged), where)
-    ours = _tensors(space.layout, [(0, space.layout.layers)] if space.whole else space.ranges, unmerged)
+    ours = [tensor for tensor in tensors_of(space) if tensor.name not in unmerged]
     _check_fixed(space, values, ours, alike)
     wanted = _wanted(space, values, ours, [gene for gene in space.genes if gene in alike])
     encoded = space.encoded(*wanted)
@@ -121,7 +121,7 @@ def _ranges(recipe: Recipe, layers: int, where: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _check_fixed(space: ParameterSpace, values: _Values, tensors: list[_Tensor], names: Sequence[str]) -> None:
+def _check_fixed(space: ParameterSpace, values: _Values, tensors: list[Tensor], names: Sequence[str]) -> None:
     """Refuse what no candidate has: of parameters that are not searched every candidate has the same value. tensors:
     as candidates have them."""
     ours = _Values(space.uniform_recipe(), space.method, tensors, "genome")
@@ -144,21 +144,21 @@ def _check_fixed(space: ParameterSpace, values: _Values, tensors: list[_Tensor],
 # -- what it says, tensor by tensor
 
 
-def _tensors(layout: Layout, ranges: Sequence[tuple[int, int]], unmerged: Collection[str]) -> list[_Tensor]:
+def _tensors(layout: Layout, ranges: Sequence[tuple[int, int]], unmerged: Collection[str]) -> list[Tensor]:
     """Every tensor that may be merged, in one order whatever the slices."""
     return [tensor for tensor in _all_tensors(layout, ranges) if tensor.name not in unmerged]
 
 
-def _all_tensors(layout: Layout, ranges: Sequence[tuple[int, int]]) -> Iterator[_Tensor]:
+def _all_tensors(layout: Layout, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
     for name in layout.pre:
-        yield _Tensor(name, 0, 0.0)
+        yield Tensor(name, 0, 0.0)
     for part, (first, last) in enumerate(ranges):
         for layer in range(first, last):
             t = (layer - first) / (last - first - 1) if last - first > 1 else 1.0
             for name in layout.layer_names:
-                yield _Tensor(layout.layer_tensor(layer, name), part, t)
+                yield Tensor(layout.layer_tensor(layer, name), part, t)
     for name in layout.post:
-        yield _Tensor(name, len(ranges) - 1, 0.0)
+        yield Tensor(name, len(ranges) - 1, 0.0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Values:
 
     recipe: Recipe
     method: Method
-    tensors: list[_Tensor]
+    tensors: list[Tensor]
     where: str
 
     def of(self, name: str, model: str | None) -> list[Any]:
@@ -196,7 +196,7 @@ class _Values:
 # -- and which genes that makes
 
 
-def _wanted(space: ParameterSpace, values: _Values, tensors: list[_Tensor], genes: Sequence[str]) -> tuple[dict, dict]:
+def _wanted(space: ParameterSpace, values: _Values, tensors: list[Tensor], genes: Sequence[str]) -> tuple[dict, dict]:
     """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing. tensors: as
     candidates have them."""
     governing = _governed(space, tensors)
@@ -205,15 +205,33 @@ def _wanted(space: ParameterSpace, values: _Values, tensors: list[_Tensor], gene
     models = [str(ModelRef.parse(model)) for model in space.definition.models]
     for name in genes:
         if name in shared:
-            shared[name][:] = _nearest(governing.sum(axis=-1), values.numbers(name, None))
+            shared[name][:] = nearest(governing.sum(axis=-1), values.numbers(name, None))
             continue
         for model in _experts(space):
-            found = _nearest(governing.reshape(len(governing), -1), values.numbers(name, model))
+            found = nearest(governing.reshape(len(governing), -1), values.numbers(name, model))
             found = found.reshape(space.groups, space.sets)
             if space.outside:  # there the last set has the value, the others go unused
                 found[[0, -1]] = found[[0, -1], -1:]
             own[name][:, models.index(model)] = found
     return own, shared
+
+
+def tensors_of(space: ParameterSpace) -> list[Tensor]:
+    """Every tensor of a space's layout, where its recipes have it."""
+    return _tensors(space.layout, [(0, space.layout.layers)] if space.whole else space.ranges, ())
+
+
+def by_tensor(space: ParameterSpace, recipe: Recipe, where: str) -> dict[tuple[int, str], np.ndarray]:
+    """(place of a model in the space, gene of every model) -> what a recipe that can be projected has for each of
+    tensors_of, float64 [tensors], NaN for none."""
+    theirs = method_named(recipe.method, f"{where}: merge_method")
+    alike = _alike(space.method, theirs, where)
+    values = _Values(recipe, theirs, _tensors(space.layout, _ranges(recipe, space.layout.layers, where), ()), where)
+    models, found = [str(ModelRef.parse(model)) for model in space.definition.models], {}
+    for gene in space.own:
+        if gene in alike:
+            found |= {(models.index(model), gene): values.numbers(gene, model) for model in _experts(space)}
+    return found
 
 
 def governed(space: ParameterSpace, names: Sequence[str]) -> np.ndarray:
@@ -227,7 +245,7 @@ def governed(space: ParameterSpace, names: Sequence[str]) -> np.ndarray:
     return found
 
 
-def _governed(space: ParameterSpace, tensors: list[_Tensor]) -> np.ndarray:
+def _governed(space: ParameterSpace, tensors: list[Tensor]) -> np.ndarray:
     """The same of tensors with their places."""
     cells = np.empty((space.groups, space.sets), dtype=object)
     for cell, unit in zip(np.ndindex(cells.shape), np.eye(cells.size)):
@@ -237,7 +255,7 @@ def _governed(space: ParameterSpace, tensors: list[_Tensor]) -> np.ndarray:
     return np.array(found).reshape(len(found), *cells.shape)
 
 
-def _nearest(governed: np.ndarray, values: np.ndarray) -> np.ndarray:
+def nearest(governed: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Float64 [genes] that come nearest to values [tensors]; NaN for those without any. governed: [tensors, genes]."""
     known = ~np.isnan(values)
     governed, values = governed[known], values[known]
