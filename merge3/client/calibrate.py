@@ -13,7 +13,7 @@ import numpy as np
 
 from merge3 import irt
 from merge3.client.terminal import bar
-from merge3.errors import BadInput
+from merge3.errors import BadInput, ConfigError
 from merge3.files import write_atomically
 from merge3.irt import read_responses
 from merge3.irt.diagnostics import fit_statistics
@@ -83,6 +83,9 @@ def _configured(
     from merge3.space import Space
 
     config = load_config(config_file, skip_too_long, task_path)
+    if config.fit is not None:
+        expected = "none: random merges lie around a start, such as the fitted.yaml of `merge3-client fit`"
+        raise ConfigError(f"{config_file}: fit", "in a calibration", expected)
     questions = load_questions(config)
     if not quiet:
         print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)

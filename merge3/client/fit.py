@@ -21,7 +21,8 @@ from merge3.client.fit_progress import chosen
 from merge3.client.fit_report import write_fit_report
 from merge3.client.fit_result import baselines, measure, other_run, summary
 from merge3.client.rewriting import PAGE, Rewriting
-from merge3.client.run import StopOnInterrupt, open_models
+from merge3.client.run import open_models
+from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine
 from merge3.errors import BadInput, RecipeError
 from merge3.files import write_atomically

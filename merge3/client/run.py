@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
 from merge3.client.rounds import export_elites, print_rounds, rounds_summary
+from merge3.client.stopping import StopOnInterrupt
 from merge3.client.terminal import bar, in_few_lines
 from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
@@ -71,7 +71,16 @@ def evolve(
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         stopping = StopOnInterrupt()
         with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
-            outcome = run(config, questions, engine, journal, resume, watched.beside(report), stopping, pick)
+            begun = config, 0
+            if config.fit is not None:
+                from merge3.client.fit_first import fit_first
+
+                begun = fit_first(config, questions, engine, journal, resume, quiet, as_json, stopping)
+            outcome = None
+            if begun is not None:
+                config, spent = begun
+                told = watched.beside(report)
+                outcome = run(config, questions, engine, journal, resume, told, stopping, pick, spent)
         if outcome is None:
             watched.end(None)
             print(
@@ -253,7 +262,7 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
         f"merging took {100 * result['swap_share']:.1f} % of the time"
     )
     ledger = result["ledger"]
-    stages = ("calibration", "search", "checks", "elites", "race")
+    stages = ("fit", "calibration", "search", "checks", "elites", "race")
     parts = ", ".join(f"{name} {ledger[name]:,}" for name in stages if ledger.get(name))
     console.print(
         f"item answers: {ledger['total']:,} ({parts}); a search on all items would take {ledger['full']:,}, "
@@ -292,25 +301,3 @@ def accuracy_table(
         cells += [column[at] for column in further.values()]
         table.add_row(name, *cells, style="bold" if name == ours else None)
     return table
-
-
-class StopOnInterrupt:
-    """Ctrl-C once: finish the candidate at hand and leave; twice: leave now."""
-
-    def __init__(self):
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def __enter__(self):
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *exc):
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge3 import __version__
-from merge3.client.run import StopOnInterrupt
+from merge3.client.stopping import StopOnInterrupt
 from merge3.client.study_cells import Cell, Opened, Questions, cells_of, key_of, read_questions
 from merge3.client.study_config import StudyConfig, read_study
 from merge3.client.study_journal import StudyJournal, unpacked

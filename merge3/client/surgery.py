@@ -19,7 +19,7 @@ from merge3.client.fit_items import Taught, load_items
 from merge3.client.fit_progress import chosen
 from merge3.client.fit_report import write_fit_report
 from merge3.client.fit_result import baselines, measure, other_run, peak_memory
-from merge3.client.run import StopOnInterrupt
+from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine, Operated
 from merge3.errors import BadInput, RecipeError
 from merge3.files import write_atomically

@@ -26,10 +26,13 @@ from merge3.search.sections import (
     RaceSettings,
     Stage,
     Task,
+    fit_section,
     forget_defaults,
 )
 from merge3.search.succession import check_settings
-from merge3.space import PATH, SpaceDefinition
+from merge3.space import AROUND, PATH, SpaceDefinition
+
+NEAR = 0.03  # sigma of a search that begins at a fit
 
 
 class EvolveConfig(Section):
@@ -47,6 +50,7 @@ class EvolveConfig(Section):
     heldout: Heldout = Heldout()
     objective: Literal[tuple(OBJECTIVES)] = ACCURACY
     objectives: tuple[str, ...] = ()  # rows of OBJECTIVES and tasks; none: `objective` alone
+    fit: dict[str, Any] | None = None  # what the search begins at, learned from its items; see fit_first.py
     random_init: bool = False  # instead of the uniform merge or `genome.start`
     # mergekit-evolve's lm-eval settings, of every task that has none of its own. limit: of each task's search items,
     # the first or (shuffle) random ones. task_path: folders of lm-eval tasks beside lm-eval's own.
@@ -67,6 +71,19 @@ class EvolveConfig(Section):
             return data
         return data | {key: [data[key]] for key in ("task_path", "logging") if isinstance(data.get(key), str)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _around_a_fit(cls, data: Any) -> Any:
+        """What a fit has found is kept, and left in small steps, where nothing else is said."""
+        if not isinstance(data, dict) or data.get("fit") is None or data.get("stages"):
+            return data
+        found = data | {"fit": fit_section(data["fit"])}
+        usual = ("genome", "space", AROUND), ("optimizer", "sigma", NEAR), ("race", "defend", True)
+        for section, key, value in usual:
+            if isinstance(said := data.get(section) or {}, dict) and said.get(key) is None:
+                found[section] = said | {key: value}
+        return found
+
     @field_validator("experts")
     @classmethod
     def _held(cls, text: str | None) -> str | None:
@@ -79,6 +96,18 @@ class EvolveConfig(Section):
     def _one_start(self):
         if self.random_init and self.genome.start is not None:
             raise ValueError(f"random_init: true beside genome.start ({self.genome.start}): expected one of them")
+        if self.genome.space == AROUND and self.genome.start is None and self.fit is None:
+            expected = "a recipe, such as the fitted.yaml of a fit, or `fit:`"
+            raise ValueError(f"genome.space: {AROUND}, and no start: expected {expected}")
+        if self.fit is None:
+            return self
+        for where, given in (("genome.start", self.genome.start), ("random_init", self.random_init or None)):
+            if given is not None:
+                raise ValueError(f"fit: beside {where}: expected one of them")
+        if self.stages or self.genome.space == PATH:
+            raise ValueError("fit: in a search for a path: expected a search over parameters")
+        if self.genome.base_model is None:
+            raise ValueError("fit: without genome.base_model, whose changes are weighed: expected one")
         return self
 
     @model_validator(mode="after")
@@ -170,7 +199,9 @@ class EvolveConfig(Section):
         data["genome"] |= {"tokenizer_source": None, "tokenizer": None}
         if tokenizer := self.genome.recipe_tokenizer():
             data["genome"] |= tokenizer.renamed(lambda model: place.get(model, model)).to_dict()
-        if self.genome.start is not None:
+        if self.fit is not None:  # it says what the start is
+            data["genome"]["start"] = None
+        elif self.genome.start is not None:
             data["genome"]["start"] = _content(Path(self.genome.start))
         for key in ("tokenizer", "chat_template", "tower", "start", "pinned", "max_hops"):  # as above
             if not data["genome"][key]:
@@ -178,6 +209,7 @@ class EvolveConfig(Section):
         forget_defaults(data["genome"], Genome, ("repetitions",))
         if not self.stages:
             del data["stages"]
+        forget_defaults(data, EvolveConfig, ("fit",))
         del data["task_path"], data["logging"], data["experts"]
         for task in data["tasks"]:
             task |= {"items": None, "head": place.get(task["head"], task["head"])}
@@ -185,6 +217,7 @@ class EvolveConfig(Section):
         if not self.objectives:
             del data["objectives"]
         forget_defaults(data["optimizer"], Optimizer, LATER_OF_OPTIMIZERS)
+        forget_defaults(data["race"], RaceSettings, ("defend",))
         for task in data["tasks"]:
             forget_defaults(task, Task, LATER)
         if self.estimate.calibration != "auto":
@@ -192,8 +225,11 @@ class EvolveConfig(Section):
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        """The whole configuration, defaults filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The whole configuration, defaults filled in; without the start that a fit has found."""
+        data = self.model_dump(mode="json")
+        if self.fit is not None:
+            data["genome"]["start"] = None
+        return yaml.safe_dump(data, sort_keys=False)
 
     @property
     def models(self) -> tuple[str, ...]:

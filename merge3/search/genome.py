@@ -73,8 +73,6 @@ class Genome(Section):
                 raise ValueError(f"bounds: unknown gene {gene!r}, expected one of {', '.join(gene_names())}")
             if not low < high:
                 raise ValueError(f"bounds: {gene} from {low} to {high}, expected low < high")
-        if self.space == AROUND and self.start is None:
-            raise ValueError(f"space: {AROUND}, and no start: expected a recipe, such as the fitted.yaml of a fit")
         try:
             self.recipe_tokenizer()
             checks.chat_template(self.chat_template, "chat_template")
@@ -95,7 +93,7 @@ class Genome(Section):
         if tokenizer := self.recipe_tokenizer():
             values |= {"tokenizer_source": tokenizer.source, "tokens": tokenizer.tokens}
             values["pad_to_multiple_of"] = tokenizer.pad_to_multiple_of
-        if self.space == AROUND:
+        if self.space == AROUND and self.start is not None:  # None: a fit will say it
             named = (*self.models, *([self.base_model] if self.base_model else []))
             values["around"] = json.dumps(read_start(self.start, named).to_dict(), sort_keys=True)
         return SpaceDefinition(**values)

@@ -3,7 +3,9 @@
 The best of many noisy estimates is partly the luckiest. So the best few answer further random items,
 the same for all; whoever falls two standard errors of the paired difference behind leaves, the search's
 own estimates counted in; the number of items doubles from round to round (successive halving: Jamieson
-and Talwalkar 2016), and the last round takes what the budget leaves.
+and Talwalkar 2016), and the last round takes what the budget leaves. Where the search began at a merge that is known to
+be good (`race.defend`), that one is the result unless the best of the others is two standard errors ahead of it in the
+race alone: of many neighbours some have seemed better in the search by luck.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 
 from merge3.fitness import Estimate, mean_over_tasks
 from merge3.search.asking import Asking
+from merge3.search.context import Search
 from merge3.search.journal import Candidate
 from merge3.tasks import Item, LogitsError, by_task
 
@@ -60,8 +63,10 @@ def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: boo
     search, settings = asking.search, asking.search.config.race
     top = list(ranked[: settings.candidates])
     last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
-    if favorite and last not in top:  # it races whatever its value
-        top = [*top[:-1], last]
+    start = _start(search, ranked) if settings.defend else None
+    racing = [one for one in (last if favorite else None, start) if one is not None]  # whatever their values
+    if len(missing := [one for one in racing if one not in top]) <= len(top):
+        top = [*top[: len(top) - len(missing)], *missing]
     unseen = asking.unseen()
     if len(top) < 2 or not unseen:
         return None
@@ -81,10 +86,16 @@ def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: boo
             return np.zeros(len(places))
 
     items, budget = [every[i] for i in unseen], int(settings.share * answers)
-    found = race(
-        contenders, items, ask, search.config.extract.size, budget, search.weights, search.seed("race"), search.stop
-    )
+    how = search.config.extract.size, budget, search.weights, search.seed("race"), search.stop
+    found = race(contenders, items, ask, *how, top.index(start) if start in top else None)
     return top[found.winner].candidate, found
+
+
+def _start(search: Search, ranked: Sequence[Ranked]) -> Ranked | None:
+    """Where the search began, if a start was given and it has been answered."""
+    if search.start is None:
+        return None
+    return next((one for one in ranked if np.array_equal(one.candidate.genome, search.start)), None)
 
 
 def race(
@@ -96,20 +107,26 @@ def race(
     weights: Mapping[str, float] | None = None,
     seed: int = 0,
     halt: Callable[[], bool] = lambda: False,
+    defender: int | None = None,
 ) -> Race:
     """Race them. items: what the search's last subset leaves out (earlier ones may overlap: then a few
     answers count twice); ask(contender, positions) -> responses.
 
-    size: items per task in the first round; budget: answers at most.
+    size: items per task in the first round; budget: answers at most; defender: the contender who stays to the end, and
+    wins unless it is beaten.
     """
 
     def left(running: list[int], answers: dict[int, np.ndarray], own: list[Item]) -> list[int]:
-        return _still_running(contenders, running, answers, own, weights)
+        stay = _still_running(contenders, running, answers, own, weights)
+        return [c for c in running if c in stay or c == defender]
 
     found = in_rounds(len(contenders), items, ask, size, budget, left, seed, halt)
     running = found.running
     final = {c: together(contenders[c], found.answers[c], found.items, weights) for c in running}
-    winner = max(running, key=lambda c: (final[c].value, -c))
+    others = [c for c in running if c != defender]
+    winner = max(others or running, key=lambda c: (final[c].value, -c))
+    if defender is not None and not _beaten(found, defender, winner, weights):
+        winner = defender
     return Race(winner, found.spent, found.rounds, len(running) == 1, *final[winner])
 
 
@@ -174,6 +191,13 @@ def _still_running(
         if c == leader or behind.value <= 2 * behind.stderr:
             kept.append(c)
     return kept
+
+
+def _beaten(race: Rounds, defender: int, other: int, weights: Mapping[str, float] | None) -> bool:
+    if defender == other or not race.items:
+        return False
+    ahead = mean_over_tasks(race.answers[other] - race.answers[defender], race.items, weights)
+    return ahead[0] > 2 * ahead[1]
 
 
 def _gap(a: Contender, b: Contender) -> Contender:

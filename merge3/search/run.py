@@ -27,6 +27,7 @@ from merge3.search.journal import Candidate, Journal
 from merge3.search.loop import search_generations
 from merge3.search.measure import Measured, measure, measure_all, possible_baselines
 from merge3.search.optimizers import Optimizer, check_installed
+from merge3.search.places import read_start
 from merge3.search.policy import Policy
 from merge3.search.prior import with_prior
 from merge3.search.questions import Questions
@@ -48,11 +49,12 @@ class Ledger:
     race: int
     full: int
     elites: int = 0
+    fit: int = 0
 
     @property
     def total(self) -> int:
         """All that was spent."""
-        return self.calibration + self.search + self.checks + self.race + self.elites
+        return self.calibration + self.search + self.checks + self.race + self.elites + self.fit
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def run(
     report: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], bool] = lambda: False,
     pick: str | None = None,
+    spent: int = 0,
 ) -> Outcome | None:
     """Search to the end of the budget. None if `stop` asked to leave early (the journal has it all). pick: see
-    Front.pick.
+    Front.pick; spent: answers that a fit took at which the search begins.
 
     Raises ResumeMismatch if the directory holds another run, or this one without `resume`, and BadInput for whatever
     merging, asking or exporting would refuse at the end, before the first candidate.
@@ -114,6 +117,8 @@ def run(
         check_start(search, start)
     search = with_prior(search)
     baselines = possible_baselines(search)
+    if config.fit is not None:
+        baselines.append(("fit", read_start(config.genome.start, config.models)))
     if journal.begin(identity(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(journal.directory / "config.yaml", config.to_yaml())
@@ -160,7 +165,7 @@ def run(
         seconds,
         sum(c.swap_seconds for c in candidates) / seconds if seconds else 0.0,
         questions.policy,
-        _ledger(asking, answers + found.answers, len(candidates)),
+        _ledger(asking, answers + found.answers, len(candidates), spent),
         found.race,
         asking.checks,
         asking.drifted,
@@ -289,8 +294,8 @@ def _stage(search: Search, stage: str, done: int = 0, best: Candidate | None = N
     search.report(progress)
 
 
-def _ledger(asking: Asking, answers: int, candidates: int) -> Ledger:
+def _ledger(asking: Asking, answers: int, candidates: int, spent: int) -> Ledger:
     search, journal = asking.search, asking.search.journal
     full = candidates * len(search.questions.search)
     beside = journal.answers("check"), journal.answers("race"), full, journal.answers(ELITES)
-    return Ledger(asking.answers, answers, *beside)
+    return Ledger(asking.answers, answers, *beside, spent)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from merge3.errors import RecipeError
+from merge3.learn.settings import read_fit
+from merge3.methods.learned import LEARNED, learned_named
 from merge3.search.genome import Section
 from merge3.search.optimizers import OPTIMIZERS
 from merge3.space import SPACES
@@ -14,6 +17,10 @@ from merge3.space import SPACES
 # Settings of a task that older runs did not know.
 LATER = ("apply_chat_template", "system_instruction", "num_fewshot", "fewshot_as_multiturn", "gen_kwargs")
 LATER_OF_OPTIMIZERS = ("prior", "asking", "rounds", "elites", "originals")
+
+
+# Settings of a recipe's `fit:` that are the search's to say.
+_NOT_A_FITS = ("items", "heldout", "seed", "apply_chat_template", "system_instruction", "check_every")
 
 
 class Task(Section):
@@ -87,10 +94,12 @@ class Estimate(Section):
 
 
 class RaceSettings(Section):
-    """The race among the best candidates at the end. share: of the search's answers it may cost at most."""
+    """The race among the best candidates at the end. share: of the search's answers it may cost at most. defend:
+    whether a start that was given takes part, and is the result unless it is beaten."""
 
     candidates: int = Field(8, ge=0)
     share: float = Field(0.1, ge=0, le=1)
+    defend: bool = False
 
 
 class Optimizer(Section):
@@ -149,6 +158,30 @@ class Stage(Section):
     @classmethod
     def _short(cls, data: Any) -> Any:
         return {"space": data} if isinstance(data, str) else data
+
+
+def fit_section(data: Any) -> dict[str, Any]:
+    """`fit:`, checked: `method`, and settings as in a recipe's. Raises ValueError naming the key."""
+    if isinstance(data, str):
+        data = {"method": data}
+    if not isinstance(data, Mapping):
+        raise ValueError(f"fit: found {type(data).__name__}, expected a learned method, or a mapping with `method`")
+    data = dict(data)
+    data["method"] = data.get("method", "supermerge")
+    for key in data:
+        if key in _NOT_A_FITS:
+            raise ValueError(f"fit.{key}: given, and the search says it: expected settings of how weights are learned")
+    if data.get("groups") is not None:
+        raise ValueError("fit.groups: in a search: expected none, or `merge3-client fit` and its fitted.yaml as start")
+    try:
+        method = learned_named(data["method"], "fit.method")
+        if method.survivors:
+            able = ", ".join(name for name, row in LEARNED.items() if not row.survivors)
+            raise ValueError(f"fit.method: {method.name} makes experts of its own: expected one of {able}")
+        read_fit({key: value for key, value in data.items() if key != "method"}, "fit").of(method)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    return data
 
 
 def forget_defaults(data: dict[str, Any], section: type[Section], keys: Sequence[str]) -> None:

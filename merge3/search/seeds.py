@@ -19,6 +19,7 @@ STREAMS: dict[str, Callable[..., Seed]] = {
     "race": lambda seed: seed,  # in which order contenders are asked items
     "study subset": lambda seed, count: [seed, 5, count],  # which experts a study merges
     "hypervolume": lambda seed: [seed, 4],  # which held-out items are drawn again for its interval
+    "fit": lambda seed: [seed, 8],  # which items a fit learns from that the search begins at
     "experts": lambda seed: [seed, 6],  # which items compacted experts are asked
     "elites": lambda seed, number: [seed, 6, number],  # which items a round's contenders are asked
     "race of rounds": lambda seed: [seed, 7],  # in which order the rounds' best are asked items

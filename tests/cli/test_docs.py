@@ -206,15 +206,16 @@ def test_shown_items_are_items(tmp_path):
 
 
 def test_shown_configurations_are_valid():
-    """The page's whole one, the part with a start, that of a path, those with stages, rounds, several objectives and
-    workers, and calibration's part in it."""
+    """The page's whole one, the parts with a start and with a fit, that of a path, those with stages, rounds, several
+    objectives and workers, and calibration's part in it."""
     pages = [ROOT / "docs" / "evolve.md", ROOT / "docs" / "calibration.md"]
     shown = [yaml.safe_load(block.text) for file in pages for block in blocks(file) if block.language == "yaml"]
-    whole, started, path, stages, rounds, several, workers, part = shown
+    whole, started, fitted, path, stages, rounds, several, workers, part = shown
     assert EvolveConfig.model_validate(whole | several).names == ("math", "length")
     assert EvolveConfig.model_validate(whole | workers).optimizer.asking == "steady"
     assert EvolveConfig.model_validate(whole | part).genome.models == ("./math", "./italian", "./code")
     assert EvolveConfig.model_validate(whole | started).genome.start == "./best-by-hand.yaml"
+    assert EvolveConfig.model_validate(whole | fitted).fit == fitted["fit"]
     assert started["genome"].items() > whole["genome"].items()
     assert EvolveConfig.model_validate(path).genome.definition().kind == "path"
     assert [stage.space for stage in EvolveConfig.model_validate(whole | stages).stages] == ["parameters", "path"]

@@ -238,7 +238,7 @@ def test_the_run_is_named_by_the_recipe_and_not_by_where_it_lies(own_world):
 
 
 def test_a_space_around_nothing_is_refused_with_the_configuration(own_world):
-    with pytest.raises(ConfigError, match="genome: space: around, and no start: expected a recipe, such as"):
+    with pytest.raises(ConfigError, match="genome.space: around, and no start: expected a recipe, such as"):
         configuration(own_world, start=None)
     with pytest.raises(BadInput, match=r"none\.yaml: No such file"):
         configuration(own_world, start="./none.yaml")

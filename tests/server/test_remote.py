@@ -59,6 +59,13 @@ VARIANTS = {
         "estimate": {"models": 4},
         "optimizer": {"budget": 6, "population": 6, "seed": 1},
     },
+    # what is learned first is learned there, and every tensor has a weight of its own
+    "fitted": {
+        "genome": {"merge_method": "task_arithmetic"},
+        "fit": {"steps": 3, "per_task": 4, "batch": 2},
+        "extract": {"method": "random", "size": 8},
+        "optimizer": {"budget": 12, "population": 6, "seed": 1},
+    },
     # DELLA refuses some densities: failed candidates fail with the same words
     "failing": {
         "genome": {"merge_method": "della", "genes": ["weight", "density"]},

@@ -1,0 +1,72 @@
+"""A fit that a search begins at (`fit:`): what it learns, from the search's own items, none of which are held out."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+
+from merge3.errors import ConfigError, Merge3Warning
+from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
+from merge3.learn.losses import LOSSES
+from merge3.recipe import Recipe
+from merge3.search.config import EvolveConfig
+from merge3.search.context import Search
+from merge3.search.questions import Questions, per_task
+from merge3.search.seeds import seed_of
+from merge3.space import SpaceDefinition
+from merge3.tasks import Item
+
+PASSES = 3  # answers that an item counts for which goes forward and backward
+
+
+def first_fit(config: EvolveConfig, questions: Questions) -> tuple[Fit, list[Item]]:
+    """(the fit of a configuration with `fit:`, the items it learns from). Raises ConfigError or RecipeError."""
+    genome, seed = config.genome, config.optimizer.seed
+    settings = {key: value for key, value in config.fit.items() if key != "method"} | {"seed": seed, "check_every": 0}
+    data = {"merge_method": config.fit["method"], "fit": settings}
+    data |= {"base_model": genome.base_model, "models": [{"model": m} for m in genome.models if m != genome.base_model]}
+    words = {"tokenizer": genome.recipe_tokenizer(), "chat_template": genome.chat_template, "tower": genome.tower}
+    recipe = replace(Recipe.parse({k: v for k, v in data.items() if v is not None}, "fit"), dtype=genome.dtype, **words)
+    check_learned(recipe, "fit")
+    fit = Fit(recipe)
+    items = per_task(questions.search, fit.settings.per_task, np.random.default_rng(seed_of("fit", seed)))
+    if not LOSSES[fit.method.loss].expert:
+        return fit, items
+    tasks, experts = list(dict.fromkeys(item.task for item in items)), experts_of(recipe)
+    if len(tasks) != len(experts):
+        found = f"{recipe.method}, which asks each task's own expert, and {len(tasks)} tasks of {len(experts)} models"
+        raise ConfigError("fit.method", found, "a task for every model, in their order; or another method")
+    return replace(fit, experts=dict(zip(tasks, experts))), items
+
+
+def check_first(search: Search, fit: Fit) -> None:
+    """Raise what the search would refuse once there is a fit. search: of the space of parameters."""
+    search.engine.prepare(search.asks([*search.questions.search, *search.questions.heldout]))
+    search.engine.check(search.space.uniform_recipe())
+    start = merged_with(fit.recipe, dict.fromkeys(experts_of(fit.recipe), float(fit.settings.start)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Merge3Warning)  # said when the search begins at what was learned
+        search.space.project(start, "fit", search.engine.info().unmerged)
+
+
+def without_fit(config: EvolveConfig) -> EvolveConfig:
+    """The same search from the uniform merge, over parameters: what is known of it before there is a fit."""
+    return config.model_copy(
+        update={"fit": None, "genome": config.genome.model_copy(update={"space": SpaceDefinition.kind})}
+    )
+
+
+def begun_at(config: EvolveConfig, file: str) -> EvolveConfig:
+    """The search that begins at what was fitted. file: of the recipe."""
+    return config.model_copy(update={"genome": config.genome.model_copy(update={"start": file})})
+
+
+def answers_of(fit: Fit, items: list[Item]) -> int:
+    """What a fit asks, in answers."""
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item.task] = counts.get(item.task, 0) + 1
+    each = sum(min(fit.settings.batch, count) for count in counts.values())
+    return PASSES * each * fit.settings.steps + (len(items) if fit.experts else 0)
