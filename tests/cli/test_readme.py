@@ -1,9 +1,12 @@
 """What README.md shows is typed as it stands, in order: its files saved, its commands and its Python run. A tiny world
-takes the place of the demo's models. In docs/*.md the same holds for blocks under a mark, `<!-- run -->`."""
+takes the place of the demo's models. In docs/*.md the same holds for blocks under a mark, `<!-- run -->`; there commands
+of ours run in this process, which spares them their imports."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.commands import client
 
 ROOT = Path(__file__).resolve().parents[2]
 # Commands that cannot run here, by how they begin, and why.
@@ -43,10 +48,11 @@ def blocks(file):
 
 
 class Reader:
-    """Somebody who types what a document shows, from `folder` on. skipped: entries of SKIPPED that were met."""
+    """Somebody who types what a document shows, from `folder` on. skipped: entries of SKIPPED that were met; here:
+    whether merge3-client runs in this process."""
 
-    def __init__(self, folder):
-        self.folder, self.skipped, self.printed = folder, set(), {}
+    def __init__(self, folder, here=False):
+        self.folder, self.skipped, self.printed, self.here = folder, set(), {}, here
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self.environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
         assert shutil.which("merge3-client", path=path), "merge3-client is not installed beside this Python"
@@ -81,7 +87,17 @@ class Reader:
         for beginning, flag in SHORTER.items():
             if command.startswith(beginning):
                 command += f" {flag}"
-        self.printed[command] = self.run(["bash", "-c", command], f"{where}: {command}")
+        run = self.run_here if self.here and command.startswith("merge3-client ") else self.run
+        self.printed[command] = run(["bash", "-c", command], f"{where}: {command}")
+
+    def run_here(self, arguments, where):
+        """The same of a command without anything that a shell reads."""
+        command = shlex.split(arguments[-1])
+        assert not set(arguments[-1]) & set("|&;<>$*`"), f"{where}: for a shell"
+        with contextlib.chdir(self.folder):
+            done = client(*command[1:])
+        assert done.returncode == 0, f"{where}\n{done.stdout}{done.stderr}"
+        return done.stdout
 
     def run(self, arguments, where):
         """Its output. A failure says where it stands."""
@@ -131,7 +147,7 @@ def test_marked_blocks_of_the_pages_work_as_typed(checkout):
         # One Python for all that follows each other on a page: imports are slow.
         for _, group in groupby(marked, key=lambda block: block.language):
             first, *others = group
-            Reader(models).follow(first._replace(text="\n".join([first.text, *(block.text for block in others)])))
+            Reader(models, here=True).follow(first._replace(text="\n".join([first.text, *(block.text for block in others)])))
         followed += len(marked)
     assert followed == 16
     exported, written = (models / name / "model.safetensors" for name in ("exported", "written"))
