@@ -1,6 +1,6 @@
 """What README.md shows is typed as it stands, in order: its files saved, its commands and its Python run. A tiny world
-takes the place of the demo's models. In docs/*.md the same holds for blocks under a mark, `<!-- run -->`; there commands
-of ours run in this process, which spares them their imports."""
+takes the place of the demo's models. In docs/*.md the same holds for blocks under a mark, `<!-- run -->`; commands of
+ours run in this process there, which spares them their imports."""
 
 import contextlib
 import json
@@ -147,7 +147,8 @@ def test_marked_blocks_of_the_pages_work_as_typed(checkout):
         # One Python for all that follows each other on a page: imports are slow.
         for _, group in groupby(marked, key=lambda block: block.language):
             first, *others = group
-            Reader(models, here=True).follow(first._replace(text="\n".join([first.text, *(block.text for block in others)])))
+            text = "\n".join([first.text, *(block.text for block in others)])
+            Reader(models, here=True).follow(first._replace(text=text))
         followed += len(marked)
     assert followed == 16
     exported, written = (models / name / "model.safetensors" for name in ("exported", "written"))

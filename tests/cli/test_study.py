@@ -155,6 +155,7 @@ def without_seconds(result):
     return result | {"cells": cells}
 
 
+@pytest.mark.heavy
 def test_a_killed_study_goes_on_to_the_same_result(worlds, tmp_path):
     """kill -9, a line that is half written, and again from there."""
     data = content(methods=["linear", "ties", {"merge_method": "dare_ties", "name": "dare"}, "breadcrumbs"])

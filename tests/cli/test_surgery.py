@@ -392,6 +392,7 @@ def test_merge_says_that_surgery_is_fitted_first(world):
     assert done.returncode == 2 and "`merge3-client fit RECIPE`" in done.stderr and not (world / "never").exists()
 
 
+@pytest.mark.heavy
 def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(world):
     """To the same bytes as one that was never stopped."""
     surgery = {"items": FILES, "steps": 400, "rank": 8}

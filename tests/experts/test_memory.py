@@ -92,7 +92,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("experts,width", [("residual:0.1", 640), pytest.param("int8", 768, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("experts,width", [("residual:0.1", 640), ("int8", 768)])
 def test_a_process_takes_what_the_plan_says(family, tmp_path, experts, width):
     """A process of its own with a base and three experts, 30 to 45 M parameters each in float32; recipe/test_memory.py
     has the same of experts as they are."""

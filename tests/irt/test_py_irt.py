@@ -31,7 +31,8 @@ def theirs(y: np.ndarray, dimensions: int, steps: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("dimensions", [1, pytest.param(2, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("dimensions", [1, 2])
 def test_abilities_agree(dimensions):
     g = np.random.default_rng(4)
     theta = g.normal(size=(60, dimensions))

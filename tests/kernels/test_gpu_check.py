@@ -28,6 +28,7 @@ def read(out):
     return json.loads((out / "rehearsal.json").read_text())["steps"]
 
 
+@pytest.mark.heavy
 def test_every_step_that_needs_no_gpu(tmp_path):
     steps = rehearse(tmp_path, "measure", "memcheck", "variants")
     assert list(steps) == ["bandwidth", "candidate", "eager", "overlap", "memcheck", "variants"]
@@ -48,6 +49,7 @@ def test_the_kernel_suite_with_travelling_tensors(tmp_path):
     assert own["check"] == "gpu only"
 
 
+@pytest.mark.heavy
 def test_a_run_that_is_killed_has_left_its_rows_and_the_next_call_adds_to_them(tmp_path):
     with subprocess.Popen(command(tmp_path, "bandwidth"), stdout=subprocess.PIPE, text=True) as running:
         for _ in range(3):

@@ -103,6 +103,7 @@ def test_another_run_is_not_continued(tiny_world, tmp_path):
     assert done.returncode == 2 and "no fit.json" in done.stderr and not (tmp_path / "none").exists()
 
 
+@pytest.mark.heavy
 def test_groups_hold_a_base_and_one_group_at_once(tiny_world, tmp_path, monkeypatch):
     """Copies are counted as tensors that are alive, whoever holds them, in bytes of their storages."""
     from merge3.learn.weighted import Weighted

@@ -183,6 +183,7 @@ print(json.dumps({"taken": status("VmHWM") - before, "plan": pool.memory.total, 
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_budget_bounds_resident_memory(family, tmp_path):
     """A process of its own holds a base and three experts, 50 M parameters each in float32, within 480 MiB."""

@@ -4,7 +4,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -23,6 +22,7 @@ from merge3.search.race import Contender, race
 from merge3.tasks import Item
 from tests.asking import answers
 from tests.commands import client
+from tests.killing import evolving, killed
 
 FIT = {"steps": 4, "per_task": 6, "batch": 4, "learning_rate": 0.05}
 TAKEN = 3 * 4 * 4 * 2  # passes an item, steps, items of a task, tasks
@@ -102,27 +102,24 @@ def test_each_tasks_expert_teaches_where_a_method_asks_experts(world):
         first_fit(fewer, load_questions(fewer))
 
 
-@pytest.mark.parametrize("while_it_fits", [True, False], ids=["in the fit", "in the search"])
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(whole, world, tmp_path, while_it_fits):
+@pytest.mark.parametrize("in_the_fit", [True, pytest.param(False, marks=pytest.mark.heavy)])
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(whole, world, tmp_path, in_the_fit):
     _, undisturbed, result = whole
-    command = [sys.executable, "-m", "merge3.client", "evolve", world / "begun.yaml", "--run-dir", tmp_path / "run"]
-    process = subprocess.Popen([*map(str, command), "--quiet"], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    state = tmp_path / "run" / "fit" / "state.safetensors"
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if state.exists() and (while_it_fits or len(rows(tmp_path / "run")) > 2):
-                break
+    config, cut = world / "begun.yaml", tmp_path / "run"
+    if in_the_fit:
+        process = subprocess.Popen(evolving(config, cut))
+        state, deadline = cut / "fit" / "state.safetensors", time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline and not state.exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
         process.wait()
-    again = run.evolve(load_config(world / "begun.yaml"), tmp_path / "run", resume=True, quiet=True)
-    assert rows(tmp_path / "run") == rows(undisturbed)
+    else:
+        killed(config, cut, (4,), 12)
+    again = run.evolve(load_config(config), cut, resume=True, quiet=True)
+    assert rows(cut) == rows(undisturbed)
     assert (again["heldout_detail"], again["ledger"]) == (result["heldout_detail"], result["ledger"])
     for file in ("best.yaml", "fit/fitted.yaml"):
-        assert (tmp_path / "run" / file).read_bytes() == (undisturbed / file).read_bytes()
+        assert (cut / file).read_bytes() == (undisturbed / file).read_bytes()
 
 
 def test_ctrl_c_in_the_fit_says_how_to_go_on(world, tmp_path, monkeypatch, capsys):

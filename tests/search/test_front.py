@@ -289,7 +289,8 @@ def test_a_number_of_an_earlier_versions_front_is_refused(several, tmp_path):
     assert again["front"]["members"] == result["front"]["members"]
 
 
-@pytest.mark.parametrize("name", ["nsga2", pytest.param("como", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["nsga2", "como"])
 def test_killed_runs_resume_to_the_same_bits(solving_world, tmp_path, name):
     """kill -9 in the search, then again; then the run to its end. Fewer candidates than the run above."""
     folder = shutil.copytree(solving_world, tmp_path / "world")

@@ -71,7 +71,8 @@ def test_a_search_for_a_path_leaves_a_recipe_and_a_model_that_are_the_winner(own
     assert "scales along the path" in page and "1: layer 0" in page
 
 
-@pytest.mark.parametrize("counts", [(15,), pytest.param((5, 18), marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("counts", [(15,), (5, 18)])
 def test_a_run_in_stages_that_is_killed_in_either_goes_on_to_the_same_bits(own_world, tmp_path, counts):
     file, directory = hybrid(own_world), tmp_path / "run"
     killed(file, directory, counts, 24)

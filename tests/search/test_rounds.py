@@ -115,7 +115,8 @@ def test_the_winner_is_a_recipe_that_merges_to_the_model(undisturbed, tmp_path):
         assert name not in there or same_weights(copy / "elites" / name, directory / "elites" / name)
 
 
-@pytest.mark.parametrize("counts", [(12,), pytest.param((4, 9, 12, 17, 20), marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("counts", [(12,), (4, 9, 12, 17, 20)])
 def test_a_run_that_is_killed_in_any_round_goes_on_to_the_same_bits(undisturbed, tmp_path, counts):
     directory, file, result = undisturbed
     aside = tmp_path / "aside"

@@ -99,6 +99,7 @@ def test_estimates_that_say_nothing_or_nonsense_end_no_run(spread):
     np.testing.assert_array_equal(value[:5], value[5:10])  # the same genome, the same belief
 
 
+@pytest.mark.heavy
 def test_assisted_cma_gets_further_than_plain_cma_on_the_same_noisy_answers():
     def reached(assisted, seed):
         rng = np.random.default_rng(seed)

@@ -145,7 +145,11 @@ def test_what_was_prepared_is_given_up_when_the_fit_ends(tiny_world, start, monk
 
 @pytest.mark.parametrize(
     ("how", "at"),
-    [("sigterm", 25), ("kill", 25), pytest.param("kill", 3, marks=pytest.mark.heavy)],  # 3: in the second turn
+    [
+        pytest.param("sigterm", 25, marks=pytest.mark.heavy),
+        ("kill", 25),
+        pytest.param("kill", 3, marks=pytest.mark.heavy),  # in the second turn
+    ],
 )
 def test_a_daemon_that_goes_away_in_the_middle(long, tiny_world, start_process, free_port, how, at):
     """Waited for, and the steps are those of a fit that was never interrupted, each told once."""

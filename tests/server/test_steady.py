@@ -91,7 +91,8 @@ def test_a_pool_says_how_many_workers_its_daemon_has(daemon, asked):
     assert RemoteEngine(daemon.address, models).info().workers == local.info().workers == 1
 
 
-@pytest.mark.parametrize("method", ["random", pytest.param("irt", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("method", ["random", "irt"])
 def test_kill_9_of_the_daemon_while_candidates_are_under_way(tiny_world, tmp_path, start_process, method):
     """What was under way is asked again in its order, so with one worker the run is the one in this process."""
     address = f"unix:{tmp_path}/merge3.sock"

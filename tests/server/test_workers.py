@@ -67,6 +67,7 @@ def test_both_work_and_the_answers_are_the_same(two, asked):
     assert len({w.pid for w in status.workers} | {two.process.pid}) == 3
 
 
+@pytest.mark.heavy
 def test_kill_9_of_a_worker_loses_no_candidate(two, asked):
     config, registration, genomes, expected = asked
     engine = RemoteEngine(two.address, config.models)
@@ -91,6 +92,7 @@ def test_a_search_by_generations_on_two_workers_has_the_embedded_journal(two, ti
     assert journal(tmp_path / "local") == journal(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_a_steady_search_on_two_workers_is_what_it_was_when_it_is_killed(two, tiny_world, tmp_path):
     """`auto` is steady there. What had come stands, in its order; and whoever takes it up asks what it would have."""
     config = variant(tiny_world, "on-two", extract={"method": "random", "size": 8}, optimizer={"budget": 40})
@@ -120,6 +122,7 @@ def test_a_steady_search_on_two_workers_is_what_it_was_when_it_is_killed(two, ti
     assert embedded["candidates"] == 40 and in_order(directory)[:20] == after[:20]
 
 
+@pytest.mark.heavy
 def test_turns_of_a_fit_run_anywhere_and_make_the_same_steps(two, tiny_world):
     """Also in a process that was not there when it began."""
     from tests.server.test_fit import learning, local, told
