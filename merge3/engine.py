@@ -218,7 +218,7 @@ class LocalEngine:
             yield from self._learning.fit(registration, fit, state, told, seconds)
 
     def forget_fit(self) -> None:
-        """Give up what was prepared for a fit, and the room it took: what experts said takes memory."""
+        """See Engine: what experts said takes memory."""
         self._learning.forget()
 
     def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:

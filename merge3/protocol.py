@@ -171,6 +171,9 @@ class Engine(Protocol):
         where a loss is no number, ResourceError where memory is too short.
         """
 
+    def forget_fit(self) -> None:
+        """Give up what was prepared for a fit and the room it took; an engine behind a wire does it by itself."""
+
     def operate(self, registration: Registration, recipe: Recipe, surgery: Surgery) -> Operation:
         """Adapters on a recipe's merge: the merge and the experts are asked the registration's items; the operation's
         steps then fit. In this process alone so far.

@@ -246,7 +246,8 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
     engine.check(merged_with(recipe, dict.fromkeys(experts_of(recipe), float(Fit(recipe).settings.start))))
     asked, held = (registration(items, taught, own_heads) for items in (taught.learned, taught.heldout))
     for question in (asked, held):
-        engine.prepare(question, recipe)
+        if question.items:
+            engine.prepare(question, recipe)
     what = Fit(recipe, taught.experts if LOSSES[Fit(recipe).method.loss].expert else {})
     steps, every = what.settings.steps, what.settings.measured_every
     counts = Counter(item.task for item in taught.learned)
@@ -261,7 +262,7 @@ def learned(engine: Engine, recipe: Recipe, taught: Taught, run: Run, own_heads:
         told = lambda line: run.quiet or print(line, file=sys.stderr)
         for step in engine.fit(asked, what, state, told):
             line: dict[str, Any] = {"step": step.number, "loss": step.loss, "losses": dict(step.losses)}
-            if step.number == steps or (every and step.number % every == 0):
+            if held.items and (step.number == steps or (every and step.number % every == 0)):
                 line["heldout"] = measure(engine, held, step.recipe)
             history.append(line)
             report(line)

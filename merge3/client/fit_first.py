@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from merge3.client.fit import Run, begin, learned
 from merge3.client.fit_files import IDENTITY, FitFiles
@@ -12,11 +11,9 @@ from merge3.engine import Engine
 from merge3.errors import ResumeMismatch
 from merge3.files import write_atomically
 from merge3.search.config import EvolveConfig
-from merge3.search.context import Search
-from merge3.search.fit_first import answers_of, begun_at, check_first, first_fit, without_fit
+from merge3.search.fit_first import answers_of, begun_at, check_first, first_fit
 from merge3.search.journal import Journal
 from merge3.search.questions import Questions
-from merge3.space import Space
 
 FOLDER = "fit"
 
@@ -30,26 +27,36 @@ def fit_first(
     quiet: bool,
     as_json: bool,
     stopping: Callable[[], bool],
+    pick: str | None = None,
 ) -> tuple[EvolveConfig, int] | None:
     """(the configuration of the search that begins there, the answers it took); None when interrupted.
 
     Raises ResumeMismatch where the directory holds another run, and BadInput for whatever the search would refuse.
     """
-    if journal.begun and not resume:
-        raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
+    _check_run(config, journal, resume)
+    check_first(config, questions, engine, journal, pick)
     fit, items = first_fit(config, questions)
-    plain = without_fit(config)
-    space = Space(plain.genome.definition(), engine.info().layout)
-    check_first(Search(plain, questions, engine, space, journal), fit)
     folder = journal.directory / FOLDER
     files = FitFiles(folder, resume and (folder / IDENTITY).exists())
-    taught = Taught(items, questions.heldout or questions.search, dict(fit.experts) or questions.heads, questions.chat)
-    run = Run(fit.recipe, taught, files, engine.info().device, None, None, quiet, as_json, stopping)
-    begin(run, engine.info().content_hashes)
-    outcome = learned(engine, fit.recipe, taught, run, engine.info().own_heads)
+    taught = Taught(items, [], dict(fit.experts) or questions.heads, questions.chat)
+    named, info = {"search": config.hash()}, engine.info()
+    run = Run(fit.recipe, taught, files, info.device, None, None, quiet, as_json, stopping, named)
+    begin(run, info.content_hashes)
+    outcome = learned(engine, fit.recipe, taught, run, info.own_heads)
     if outcome is None:
         return None
-    file = Path(folder / "fitted.yaml").resolve()
+    engine.forget_fit()
+    file = (folder / "fitted.yaml").resolve()
     write_atomically(file, outcome.recipe.to_yaml())
     files.tell(outcome.history)
     return begun_at(config, str(file)), answers_of(fit, items)
+
+
+def _check_run(config: EvolveConfig, journal: Journal, resume: bool) -> None:
+    """As search.run does, but before anything is fitted."""
+    if not journal.begun:
+        return
+    if not resume:
+        raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
+    if (before := journal.identity().get("config")) != config.hash():
+        raise ResumeMismatch(journal.directory, f"config is {config.hash()}", f"{before}, as when the run began")

@@ -20,8 +20,8 @@ from merge3.tasks import Item, read_items, split_heldout
 @dataclass(frozen=True)
 class Taught:
     """learned: the items of every task that are learned from; heldout: those that measure, all where none are held
-    out. experts: task -> its own
-    model; chat: task -> system message, of prompts that the chat template wraps."""
+    out; none where somebody else measures. experts: task -> its own model; chat: task -> system message, of prompts
+    that the chat template wraps."""
 
     learned: list[Item]
     heldout: list[Item]

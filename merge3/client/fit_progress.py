@@ -15,15 +15,21 @@ _EVERY = 2.0  # seconds between two lines where nothing is measured
 @contextmanager
 def chosen(as_json: bool, quiet: bool, steps: int, replayed: int):
     """A function that is told every line of the history. replayed: steps that the run had before."""
-    yield _silent if quiet else _machine if as_json else _lines(steps, replayed)
+    yield _silent if quiet else _machine(steps) if as_json else _lines(steps, replayed)
 
 
 def _silent(line: Mapping[str, Any]) -> None:
     pass
 
 
-def _machine(line: Mapping[str, Any]) -> None:
-    print(json.dumps(line), file=sys.stderr, flush=True)
+def _machine(steps: int) -> Callable[[Mapping[str, Any]], None]:
+    """Lines that stand beside a search's, which begins at the fit."""
+
+    def show(line: Mapping[str, Any]) -> None:
+        told = {"stage": "fit", "done": line["step"], "budget": steps} | dict(line)
+        print(json.dumps(told), file=sys.stderr, flush=True)
+
+    return show
 
 
 def _lines(steps: int, replayed: int) -> Callable[[Mapping[str, Any]], None]:

@@ -137,6 +137,9 @@ class RemoteEngine:
         check_free(directory)
         return self._persist(lambda: self._fetch(recipe, Path(directory), seed, task or ""))
 
+    def forget_fit(self) -> None:
+        """See Engine."""
+
     def close(self) -> None:
         """Give the pool up. What fails is not told: the daemon closes idle pools by itself."""
         with contextlib.suppress(grpc.RpcError):

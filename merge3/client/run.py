@@ -75,7 +75,7 @@ def evolve(
             if config.fit is not None:
                 from merge3.client.fit_first import fit_first
 
-                begun = fit_first(config, questions, engine, journal, resume, quiet, as_json, stopping)
+                begun = fit_first(config, questions, engine, journal, resume, quiet, as_json, stopping, pick)
             outcome = None
             if begun is not None:
                 config, spent = begun
@@ -270,7 +270,7 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     )
     for line in told_of_experts(result):
         console.print(line)
-    if result["race"]:
+    if result["race"] and result["race"]["rounds"]:
         end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
         console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")
     model = f"model {directory / 'model'}, " if (directory / "model").exists() else ""

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from merge3.errors import BadInput
 from merge3.experts import Experts
 from merge3.fitness import OBJECTIVES
+from merge3.methods.learned import RESULT
 from merge3.registration import ACCURACY
 from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
@@ -74,15 +75,20 @@ class EvolveConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _around_a_fit(cls, data: Any) -> Any:
-        """What a fit has found is kept, and left in small steps, where nothing else is said."""
+        """What a fit has found is kept, and left in small steps, where nothing else is said; and where the first
+        candidate is what it has found, it is defended."""
         if not isinstance(data, dict) or data.get("fit") is None or data.get("stages"):
             return data
-        found = data | {"fit": fit_section(data["fit"])}
-        usual = ("genome", "space", AROUND), ("optimizer", "sigma", NEAR), ("race", "defend", True)
+        data = data | {"fit": fit_section(data["fit"])}
+        genome = data.get("genome")
+        itself = isinstance(genome, dict) and genome.get("merge_method") == RESULT
+        itself = itself and genome.get("space") in (None, AROUND)
+        usual = ("genome", "space", AROUND), ("optimizer", "sigma", NEAR), ("race", "defend", itself)
         for section, key, value in usual:
-            if isinstance(said := data.get(section) or {}, dict) and said.get(key) is None:
-                found[section] = said | {key: value}
-        return found
+            said = {} if data.get(section) is None else data[section]
+            if isinstance(said, dict) and said.get(key) is None:
+                data[section] = said | {key: value}
+        return data
 
     @field_validator("experts")
     @classmethod
@@ -106,6 +112,8 @@ class EvolveConfig(Section):
                 raise ValueError(f"fit: beside {where}: expected one of them")
         if self.stages or self.genome.space == PATH:
             raise ValueError("fit: in a search for a path: expected a search over parameters")
+        if self.optimizer.rounds > 1:
+            raise ValueError(f"fit: beside optimizer.rounds ({self.optimizer.rounds}): expected one of them")
         if self.genome.base_model is None:
             raise ValueError("fit: without genome.base_model, whose changes are weighed: expected one")
         return self

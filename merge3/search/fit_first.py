@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 
 import numpy as np
 
+from merge3.engine import Engine
 from merge3.errors import ConfigError, Merge3Warning
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES
 from merge3.recipe import Recipe
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Search
+from merge3.search.front import check_pick
+from merge3.search.journal import Journal
+from merge3.search.optimizers import check_installed
 from merge3.search.questions import Questions, per_task
 from merge3.search.seeds import seed_of
-from merge3.space import SpaceDefinition
+from merge3.space import AROUND, Space, SpaceDefinition
 from merge3.tasks import Item
 
 PASSES = 3  # answers that an item counts for which goes forward and backward
@@ -35,27 +40,31 @@ def first_fit(config: EvolveConfig, questions: Questions) -> tuple[Fit, list[Ite
     if not LOSSES[fit.method.loss].expert:
         return fit, items
     tasks, experts = list(dict.fromkeys(item.task for item in items)), experts_of(recipe)
-    if len(tasks) != len(experts):
+    if set(questions.heads) == set(tasks):
+        return replace(fit, experts=dict(questions.heads)), items
+    if questions.heads or len(tasks) != len(experts):
         found = f"{recipe.method}, which asks each task's own expert, and {len(tasks)} tasks of {len(experts)} models"
         raise ConfigError("fit.method", found, "a task for every model, in their order; or another method")
     return replace(fit, experts=dict(zip(tasks, experts))), items
 
 
-def check_first(search: Search, fit: Fit) -> None:
-    """Raise what the search would refuse once there is a fit. search: of the space of parameters."""
-    search.engine.prepare(search.asks([*search.questions.search, *search.questions.heldout]))
-    search.engine.check(search.space.uniform_recipe())
+def check_first(
+    config: EvolveConfig, questions: Questions, engine: Engine, journal: Journal, pick: str | None = None
+) -> None:
+    """Raise what the search would refuse once there is a fit. pick: see search.run."""
+    check_installed(config.optimizer.name)
+    fit, _ = first_fit(config, questions)
     start = merged_with(fit.recipe, dict.fromkeys(experts_of(fit.recipe), float(fit.settings.start)))
+    layout, definition = engine.info().layout, config.genome.definition()
+    plain = Space(replace(definition, kind=SpaceDefinition.kind), layout)
+    search = Search(config, questions, engine, plain, journal)
+    check_pick(pick, search.objectives, search.fronts)
+    engine.prepare(search.asks([*questions.search, *questions.heldout]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Merge3Warning)  # said when the search begins at what was learned
-        search.space.project(start, "fit", search.engine.info().unmerged)
-
-
-def without_fit(config: EvolveConfig) -> EvolveConfig:
-    """The same search from the uniform merge, over parameters: what is known of it before there is a fit."""
-    return config.model_copy(
-        update={"fit": None, "genome": config.genome.model_copy(update={"space": SpaceDefinition.kind})}
-    )
+        plain.project(start, "fit", engine.info().unmerged)
+        around = replace(definition, around=json.dumps(start.to_dict()))
+        engine.check((Space(around, layout) if definition.kind == AROUND else plain).uniform_recipe())
 
 
 def begun_at(config: EvolveConfig, file: str) -> EvolveConfig:

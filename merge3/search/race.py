@@ -54,8 +54,11 @@ class Ranked(NamedTuple):
     stderr: float
 
 
-def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: bool) -> tuple[Candidate, Race] | None:
-    """The best candidates race on items that the last subset leaves out. None where there is nothing to settle.
+def settle(
+    asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: bool
+) -> tuple[Candidate, Race | None] | None:
+    """The best candidates race on items that the last subset leaves out; no race where all were asked all, or none is
+    wanted, and a start that is defended is compared by what it has answered. None where there is nothing to settle.
 
     ranked: best first; answers: of the search, of which the race may cost a share; favorite: whether the search's last
     candidate is its optimizer's favorite.
@@ -64,12 +67,15 @@ def settle(asking: Asking, ranked: Sequence[Ranked], answers: int, favorite: boo
     top = list(ranked[: settings.candidates])
     last = max(ranked, key=lambda r: (r.candidate.generation, r.candidate.position))
     start = _start(search, ranked) if settings.defend else None
-    racing = [one for one in (last if favorite else None, start) if one is not None]  # whatever their values
-    if len(missing := [one for one in racing if one not in top]) <= len(top):
-        top = [*top[: len(top) - len(missing)], *missing]
+    sure = [last] if favorite else []  # they race whatever their values
+    if start is not None and start not in sure:
+        sure.append(start)
+    if missing := [one for one in sure if one not in top]:
+        others = [one for one in top if one not in sure]
+        top = [one for one in top if one in sure or one in others[: max(1, len(others) - len(missing))]] + missing
     unseen = asking.unseen()
-    if len(top) < 2 or not unseen:
-        return None
+    if len(top) < 2 or settings.candidates < 2 or not unseen:
+        return None if start is None else (_unraced(asking, start.candidate, ranked[0].candidate), None)
     every = search.questions.search
     contenders = [Contender(f"{r.candidate.generation}-{r.candidate.position}", r.value, r.stderr) for r in top]
 
@@ -96,6 +102,15 @@ def _start(search: Search, ranked: Sequence[Ranked]) -> Ranked | None:
     if search.start is None:
         return None
     return next((one for one in ranked if np.array_equal(one.candidate.genome, search.start)), None)
+
+
+def _unraced(asking: Asking, start: Candidate, best: Candidate) -> Candidate:
+    """Where nothing races: the best one, if all have answered the same and the start is beaten."""
+    search = asking.search
+    if asking.unseen() or best is start:
+        return start
+    ahead = search.read(best.responses, len(asking.subset)), search.read(start.responses, len(asking.subset))
+    return best if _beaten(ahead[0].responses - ahead[1].responses, asking.subset, search.weights) else start
 
 
 def race(
@@ -125,8 +140,9 @@ def race(
     final = {c: together(contenders[c], found.answers[c], found.items, weights) for c in running}
     others = [c for c in running if c != defender]
     winner = max(others or running, key=lambda c: (final[c].value, -c))
-    if defender is not None and not _beaten(found, defender, winner, weights):
-        winner = defender
+    if defender is not None and winner != defender:
+        ahead = found.answers[winner] - found.answers[defender]
+        winner = winner if _beaten(ahead, found.items, weights) else defender
     return Race(winner, found.spent, found.rounds, len(running) == 1, *final[winner])
 
 
@@ -193,11 +209,15 @@ def _still_running(
     return kept
 
 
-def _beaten(race: Rounds, defender: int, other: int, weights: Mapping[str, float] | None) -> bool:
-    if defender == other or not race.items:
+def _beaten(ahead: np.ndarray, items: list[Item], weights: Mapping[str, float] | None) -> bool:
+    """Whether paired differences of responses, float64 [items], are two standard errors above zero: as if of each task
+    one more item had spoken for either, so that a few that happen to agree are no proof."""
+    if not items:
         return False
-    ahead = mean_over_tasks(race.answers[other] - race.answers[defender], race.items, weights)
-    return ahead[0] > 2 * ahead[1]
+    tasks = list(dict.fromkeys(item.task for item in items))
+    either = [next(item for item in items if item.task == task) for task in tasks for _ in range(2)]
+    mean, error = mean_over_tasks(np.concatenate([ahead, [1.0, -1.0] * len(tasks)]), [*items, *either], weights)
+    return mean > 2 * error
 
 
 def _gap(a: Contender, b: Contender) -> Contender:

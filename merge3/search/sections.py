@@ -168,6 +168,8 @@ def fit_section(data: Any) -> dict[str, Any]:
         raise ValueError(f"fit: found {type(data).__name__}, expected a learned method, or a mapping with `method`")
     data = dict(data)
     data["method"] = data.get("method", "supermerge")
+    if not isinstance(data["method"], str):
+        raise ValueError(f"fit.method: found {type(data['method']).__name__}, expected one of {', '.join(LEARNED)}")
     for key in data:
         if key in _NOT_A_FITS:
             raise ValueError(f"fit.{key}: given, and the search says it: expected settings of how weights are learned")

@@ -41,6 +41,7 @@ def check_settings(config: EvolveConfig) -> None:
     refused = {
         "beside stages: expected one of them": bool(config.stages),
         f"in a search of space {genome.space}: expected {SpaceDefinition.kind}": genome.space != SpaceDefinition.kind,
+        "beside race.defend: expected one of them": config.race.defend,
         f"beside objectives ({', '.join(config.names)}): expected {ACCURACY} alone": config.names != (ACCURACY,),
         "beside a tokenizer or tower of the genome's: expected models that share theirs": bool(
             genome.recipe_tokenizer() or genome.tower

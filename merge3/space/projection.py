@@ -199,16 +199,16 @@ class _Values:
 def _wanted(space: ParameterSpace, values: _Values, tensors: list[Tensor], genes: Sequence[str]) -> tuple[dict, dict]:
     """The values that genes should have, as Space.decoded has them; NaN where the recipe says nothing. tensors: as
     candidates have them."""
-    governing = _governed(space, tensors)
+    shares = governing(space, tensors)
     own = {name: np.full(space.shape[:-1], np.nan) for name in space.own}
     shared = {name: np.full(space.groups, np.nan) for name in space.shared}
     models = [str(ModelRef.parse(model)) for model in space.definition.models]
     for name in genes:
         if name in shared:
-            shared[name][:] = nearest(governing.sum(axis=-1), values.numbers(name, None))
+            shared[name][:] = nearest(shares.sum(axis=-1), values.numbers(name, None))
             continue
         for model in _experts(space):
-            found = nearest(governing.reshape(len(governing), -1), values.numbers(name, model))
+            found = nearest(shares.reshape(len(shares), -1), values.numbers(name, model))
             found = found.reshape(space.groups, space.sets)
             if space.outside:  # there the last set has the value, the others go unused
                 found[[0, -1]] = found[[0, -1], -1:]
@@ -216,17 +216,22 @@ def _wanted(space: ParameterSpace, values: _Values, tensors: list[Tensor], genes
     return own, shared
 
 
-def tensors_of(space: ParameterSpace) -> list[Tensor]:
-    """Every tensor of a space's layout, where its recipes have it."""
-    return _tensors(space.layout, [(0, space.layout.layers)] if space.whole else space.ranges, ())
+def tensors_of(space: ParameterSpace, beyond: Sequence[str] = ()) -> list[Tensor]:
+    """Every tensor of a space's layout, where its recipes have it. beyond: names of others, which follow the layers."""
+    ranges = [(0, space.layout.layers)] if space.whole else space.ranges
+    return [*_tensors(space.layout, ranges, ()), *(Tensor(name, len(ranges) - 1, 0.0) for name in beyond)]
 
 
-def by_tensor(space: ParameterSpace, recipe: Recipe, where: str) -> dict[tuple[int, str], np.ndarray]:
+def by_tensor(
+    space: ParameterSpace, recipe: Recipe, where: str, beyond: Sequence[str] = ()
+) -> dict[tuple[int, str], np.ndarray]:
     """(place of a model in the space, gene of every model) -> what a recipe that can be projected has for each of
     tensors_of, float64 [tensors], NaN for none."""
     theirs = method_named(recipe.method, f"{where}: merge_method")
     alike = _alike(space.method, theirs, where)
-    values = _Values(recipe, theirs, _tensors(space.layout, _ranges(recipe, space.layout.layers, where), ()), where)
+    ranges = _ranges(recipe, space.layout.layers, where)
+    others = [Tensor(name, len(ranges) - 1, 0.0) for name in beyond]
+    values = _Values(recipe, theirs, [*_tensors(space.layout, ranges, ()), *others], where)
     models, found = [str(ModelRef.parse(model)) for model in space.definition.models], {}
     for gene in space.own:
         if gene in alike:
@@ -241,12 +246,12 @@ def governed(space: ParameterSpace, names: Sequence[str]) -> np.ndarray:
     places = {tensor.name: tensor for tensor in _all_tensors(space.layout, ranges)}
     inside = [i for i, name in enumerate(names) if name in places]
     found = np.zeros((len(names), space.groups, space.sets))
-    found[inside] = _governed(space, [places[names[i]] for i in inside])
+    found[inside] = governing(space, [places[names[i]] for i in inside])
     return found
 
 
-def _governed(space: ParameterSpace, tensors: list[Tensor]) -> np.ndarray:
-    """The same of tensors with their places."""
+def governing(space: ParameterSpace, tensors: list[Tensor]) -> np.ndarray:
+    """The same of tensors with their places, in the layout or not."""
     cells = np.empty((space.groups, space.sets), dtype=object)
     for cell, unit in zip(np.ndindex(cells.shape), np.eye(cells.size)):
         cells[cell] = unit

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from merge3.checkpoint.layout import layout
 from merge3.client import run
@@ -168,11 +169,11 @@ def configuration(folder, name="around.yaml", **changes):
     return load_config(folder / name)
 
 
-def write_fit(folder):
-    """fits/fitted.yaml, whose models lie beside its folder."""
+def write_fit(folder, beyond=()):
+    """fits/fitted.yaml, whose models lie beside its folder. beyond: tensors that the base does not store."""
     pool = Pool.open(str(folder / "base"), [])
     own = pool.layouts[pool.base]
-    tensors = [*own.pre, *own.post]
+    tensors = [*own.pre, *own.post, *beyond]
     tensors += [own.layer_tensor(i, name) for i in range(own.layers) for name in own.layer_names]
     (folder / "fits").mkdir()
     recipe, _ = fitted([f"../{expert}" for expert in EXPERTS], tensors, base="../base")
@@ -204,6 +205,39 @@ def test_the_first_candidate_is_the_recipe_and_the_winner_is_written_with_all_it
     best = Recipe.from_yaml(tmp_path / "run" / "best.yaml")
     weights = {value for job in compile(best, pool).jobs for own in job.per_source for value in own.values()}
     assert best.to_dict() == outcome.recipe.to_dict() and len(weights) > 60  # tensors of a group stay apart
+
+
+def test_a_head_that_the_base_does_not_store_has_the_recipes_weight(own_world):
+    """It is merged, though the base's layout has no such tensor; other recipes give it what the layers' genes say."""
+    tensors = load_file(own_world / "base" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, own_world / "base" / "model.safetensors", {"format": "pt"})
+    said = json.loads((own_world / "base" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (own_world / "base" / "config.json").write_text(json.dumps(said))
+    file = write_fit(own_world, ["lm_head.weight"])
+    config = configuration(own_world)
+    pool = Pool.open(config.models[0], config.models[1:])
+    s = Space(config.genome.definition(), pool.layouts[pool.base])
+    (job,) = [job for job in compile(s.recipe(s.initial()), pool).jobs if job.name == "lm_head.weight"]
+    own = Recipe.from_yaml(file).slices[0].sources
+    for found, source in zip(job.per_source, own):
+        (weight,) = [c["value"] for c in source.parameters["weight"] if c["filter"] == "lm_head.weight"]
+        assert found["weight"] == pytest.approx(weight, abs=1e-15)
+    recipe = yaml.safe_load(file.read_text())
+    for source in recipe["models"]:
+        source["parameters"]["weight"] = [c for c in source["parameters"]["weight"] if c["filter"] != "lm_head.weight"]
+    file.write_text(yaml.safe_dump(recipe))
+    s = Space(configuration(own_world).genome.definition(), pool.layouts[pool.base])
+    assert "lm_head.weight" in {job.name for job in compile(s.recipe(s.initial()), pool).jobs}
+
+
+def test_what_is_never_merged_is_no_part_of_a_mean():
+    """A fit gives 0 to all that it has no weight for."""
+    recipe, _ = fitted(("a", "b"), [name for name in TENSORS if name != "lm_head.weight"], low=0.4, high=0.4)
+    s = space(recipe, bounds={"weight": (0.3, 1.0)})
+    assert np.allclose(s.initial(), 0.4, rtol=0, atol=1e-12)
+    found = dict(zip([t.name for t in s.tensors], by_tensor(s, s.recipe(s.initial()), "x")[0, "weight"]))
+    assert found["lm_head.weight"] == pytest.approx(0, abs=1e-12) and found[NAMES[0]] == pytest.approx(0.4)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits_where_its_folder_was_moved(own_world, tmp_path):

@@ -5,6 +5,8 @@ import signal
 import sqlite3
 import subprocess
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search.config_files import load_config
 from merge3.search.fit_first import answers_of, first_fit
+from merge3.search.journal import Candidate
 from merge3.search.questions import load_questions
-from merge3.search.race import Contender, race
+from merge3.search.race import Contender, Ranked, race, settle
 from merge3.tasks import Item
 from tests.asking import answers
 from tests.commands import client
@@ -161,6 +164,9 @@ REFUSED = {
     "groups": (dict(fit=FIT | {"groups": {"size": 2}}), "fit.groups: in a search: expected none"),
     "misspelt": (dict(fit=FIT | {"step": 1}), "fit.step: unknown key.*steps"),
     "no steps": (dict(fit=FIT | {"steps": 0}), "fit.steps: found 0"),
+    "no name": (dict(fit={"method": ["supermerge"]}), "fit.method: found list, expected one of supermerge"),
+    "rounds": (dict(optimizer={"rounds": 2, "budget": 20}), r"fit: beside optimizer.rounds \(2\): expected one of"),
+    "a race of nothing": (dict(race=[]), "race: "),
     "a list": (dict(fit=[1]), "fit: found list, expected a learned method, or a mapping"),
 }
 
@@ -183,6 +189,52 @@ def test_what_the_search_would_refuse_is_refused_before_the_fit(world, tmp_path)
         run.evolve(configuration(world), world / "run", quiet=True)
 
 
+def test_a_run_that_is_no_such_is_not_fitted(world, tmp_path):
+    """Neither what another search began, nor with prompts that are put otherwise, nor for a member that cannot be."""
+    plain = configuration(world, None, "before.yaml")
+    run.evolve(plain, tmp_path / "run", quiet=True, export=False)
+    with pytest.raises(ResumeMismatch, match="config is .*; expected .*, as when the run began"):
+        run.evolve(configuration(world), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(BadInput, match="--pick"):
+        run.evolve(configuration(world), tmp_path / "picked", quiet=True, pick="knee")
+    assert not (tmp_path / "run" / "fit").exists() and not (tmp_path / "picked" / "fit").exists()
+    config = configuration(world, FIT | {"steps": 5}, "put.yaml")
+    stop = pytest.MonkeyPatch()
+    with stop.context() as patch:
+        patch.setattr("merge3.learn.fit.SAVED", 0.0)
+        patch.setattr(run.StopOnInterrupt, "__call__", lambda self: True)
+        assert run.evolve(config, tmp_path / "put", quiet=True) is None
+    other = configuration(world, FIT | {"steps": 5}, "put.yaml", shuffle=True)
+    with pytest.raises(ResumeMismatch, match="fit: (search|learned items): found .*as this run began with"):
+        run.evolve(other, tmp_path / "put", resume=True, quiet=True)
+
+
+def test_heads_say_whose_task_is_whose(world):
+    config = configuration(world, FIT | {"method": "expert_kl"}, "headed.yaml")
+    questions = load_questions(config)
+    first, second = dict.fromkeys(item.task for item in questions.search)
+    fit, _ = first_fit(config, replace(questions, heads={first: "b", second: "a"}))
+    assert fit.experts == {first: "b", second: "a"}
+    with pytest.raises(ConfigError, match="fit.method: expert_kl"):
+        first_fit(config, replace(questions, heads={first: "a"}))
+
+
+def test_a_fit_leaves_its_room_to_the_search(world, tmp_path, monkeypatch):
+    """Else no candidates would be asked side by side."""
+    seen = []
+    whole_run = run.run
+    monkeypatch.setattr(run, "run", lambda *args: seen.append(args[2]._learning.prepared) or whole_run(*args))
+    run.evolve(configuration(world), tmp_path / "run", quiet=True, export=False)
+    assert seen == [False]
+
+
+def test_only_a_start_that_is_the_fit_is_defended(world):
+    """Another method's candidates keep less of it, and one in the space of parameters has its means."""
+    assert configuration(world).race.defend is True
+    for genome in ({"merge_method": "ties", "normalize": False}, {"space": "parameters"}):
+        assert configuration(world, FIT, "other.yaml", genome).race.defend is False
+
+
 def test_a_calibration_has_no_fit(world, tmp_path):
     done = client("calibrate", world / "begun.yaml", "--out", tmp_path / "calibrated")
     assert done.returncode == 2 and "begun.yaml: fit: in a calibration; expected none" in done.stderr
@@ -191,17 +243,60 @@ def test_a_calibration_has_no_fit(world, tmp_path):
 def test_a_defender_wins_unless_it_is_beaten_in_the_race_alone():
     """Whatever the search said of them; and it does not leave on the way."""
     items = [Item(str(i), "a", "generate", "p", "a") for i in range(400)]
-    g = np.random.default_rng(0)
-    draws = g.random(400)
-    solved = lambda chance: (draws < chance).astype(float)
+    draws = np.random.default_rng(0).random(400)
     lucky = [Contender("x", 0.90, 0.01), Contender("y", 0.88, 0.01), Contender("start", 0.60, 0.01)]
 
-    def won(chances, defender=2, count=400):
-        table = [solved(chance) for chance in chances]
+    def won(*chances, defender=2, count=400):
+        table = [(draws < chance).astype(float) for chance in chances]
         return race(lucky, items[:count], lambda c, at: table[c][at], 20, 10**6, defender=defender).winner
 
-    assert won((0.60, 0.60, 0.60)) == 2 and won((0.60, 0.60, 0.60), defender=None) == 0
-    assert won((0.61, 0.60, 0.60)) == 2  # within two standard errors
-    assert won((0.60, 0.80, 0.60)) == 0 or won((0.60, 0.80, 0.60)) == 1
-    assert won((0.80, 0.60, 0.60)) == 0
-    assert won((0.60, 0.60, 0.80)) == 2
+    assert won(0.60, 0.60, 0.60) == 2 and won(0.60, 0.60, 0.60, defender=None) == 0
+    assert won(0.605, 0.60, 0.60) == 2  # within two standard errors
+    assert won(0.80, 0.60, 0.60) == 0 and won(0.60, 0.60, 0.80) == 2
+    assert won(1.0, 1.0, 0.0, count=2) == 2  # two answers are no proof
+    assert won(1.0, 1.0, 0.0, count=20) == 0
+
+
+def candidate(generation, responses):
+    none = np.zeros(1)
+    return Candidate(generation, 0, np.full(2, float(generation)), "", responses, ("accuracy",), none, none, 0, 0, "")
+
+
+@pytest.mark.parametrize("candidates", [0, 1, 2, 3, 8])
+def test_start_and_favorite_race_whatever_is_thought_of_them(candidates):
+    """Beside the best that the search has seen; where nothing races, the start stays."""
+    known = [candidate(generation, np.ones(4)) for generation in range(6)]
+    ranked = [Ranked(known[g], value, 0.1) for g, value in ((3, 0.9), (2, 0.8), (1, 0.7), (4, 0.6), (0, 0.2), (5, 0.1))]
+    items = [Item(str(i), "a", "generate", "p", "a") for i in range(40)]
+    raced = {}
+
+    def remember(kind, name, places, answer):
+        raced[name.split()[0]] = True
+        return np.ones(len(places))
+
+    settings = SimpleNamespace(candidates=candidates, share=1.0, defend=True)
+    config = SimpleNamespace(race=settings, extract=SimpleNamespace(size=2))
+    search = SimpleNamespace(
+        config=config, start=known[0].genome, journal=SimpleNamespace(remember=remember), weights=None,
+        questions=SimpleNamespace(search=items), seed=lambda stream: 0, stop=lambda: False,
+    )  # fmt: skip
+    asking = SimpleNamespace(search=search, unseen=lambda: list(range(4, 40)), subset=items[:4])
+    winner, found = settle(asking, ranked, 60, favorite=True)
+    assert winner is known[0]
+    if candidates < 2:
+        assert found is None and not raced
+    else:
+        assert {"0-0", "3-0", "5-0"} <= raced.keys() and len(raced) == max(3, min(candidates, 6))
+
+
+@pytest.mark.parametrize("ahead,wins", [(1, False), (12, True)])
+def test_where_all_have_answered_all_a_start_is_compared_by_that(ahead, wins):
+    items = [Item(str(i), "a", "generate", "p", "a") for i in range(40)]
+    responses = np.r_[np.ones(ahead), np.zeros(40 - ahead)]
+    best, start = candidate(1, responses), candidate(0, np.zeros(40))
+    read = lambda answers, count: SimpleNamespace(responses=answers)
+    settings = SimpleNamespace(candidates=8, share=0.1, defend=True)
+    search = SimpleNamespace(config=SimpleNamespace(race=settings), start=start.genome, weights=None, read=read)
+    asking = SimpleNamespace(search=search, unseen=lambda: [], subset=items)
+    winner, found = settle(asking, [Ranked(best, 0.5, 0.1), Ranked(start, 0.4, 0.1)], 60, favorite=False)
+    assert found is None and winner is (best if wins else start)
