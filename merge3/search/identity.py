@@ -25,7 +25,7 @@ def identity(search: Search) -> dict[str, str]:
         "cma": metadata.version("cma"),
         "numpy": np.__version__,
         "scipy": metadata.version("scipy"),
-        "genome": _placeless(search).hash(),
+        "genome": (placeless := _placeless(search)).hash(),
         "optimizer": config.optimizer.identity(),
         "search items": items_hash(questions.search),
         "held-out items": items_hash(questions.heldout),
@@ -34,7 +34,9 @@ def identity(search: Search) -> dict[str, str]:
     }
     for package in OPTIMIZERS[config.optimizer.name].packages:
         found[package] = metadata.version(package)
-    if search.start is not None:  # a resumed run reads it here
+    if placeless.around:  # a resumed run reads it here, and its start
+        found["around"] = placeless.around
+    if search.start is not None:
         found["start"] = json.dumps(search.start.tolist())
     if search.steps is not None:
         found["steps"] = json.dumps(search.steps.tolist())

@@ -33,7 +33,7 @@ from merge3.search.prior import with_prior
 from merge3.search.questions import Questions
 from merge3.search.race import Race, Ranked, settle
 from merge3.search.stages import FOLDER, Winner, check_stages, generations, second, winner_of
-from merge3.search.start import check_start, near_start
+from merge3.search.start import check_start, definition_of, near_start
 from merge3.search.steady import begun_with, in_flight, search_steadily
 from merge3.search.successive import check_rounds, of_round, race_rounds
 from merge3.space import Space
@@ -103,7 +103,7 @@ def run(
     merging, asking or exporting would refuse at the end, before the first candidate.
     """
     check_installed(config.optimizer.name)
-    space = Space(config.genome.definition(), engine.info().layout)
+    space = Space(definition_of(config, journal), engine.info().layout)
     # A start that no genome is near to is refused before anything is read for the search.
     search = begun_with(Search(config.of_stage(0), questions, engine, space, journal, report, stop))
     search, start = near_start(search)

@@ -9,10 +9,25 @@ from dataclasses import replace
 import numpy as np
 
 from merge3.errors import ConfigError, Merge3Warning, RecipeError, ResumeMismatch
-from merge3.recipe import Recipe
+from merge3.recipe import ModelRef, Recipe
+from merge3.search.config import EvolveConfig
 from merge3.search.context import Search
 from merge3.search.journal import Journal
 from merge3.search.places import read_start
+from merge3.space import SpaceDefinition
+
+
+def definition_of(config: EvolveConfig, journal: Journal) -> SpaceDefinition:
+    """What is searched. A run that has begun keeps the recipe that its space is around, wherever its models lie by now.
+
+    Raises RecipeError for a start that is no recipe.
+    """
+    definition, known = config.genome.definition(), journal.identity()
+    if not (journal.begun and known.get("config") == config.hash() and "around" in known):
+        return definition
+    models = {f"model {i}": ModelRef.parse(model) for i, model in enumerate(config.models)}
+    recipe = Recipe.parse(json.loads(known["around"])).renamed(lambda ref: models.get(str(ref), ref))
+    return replace(definition, around=json.dumps(recipe.to_dict(), sort_keys=True))
 
 
 def started(search: Search) -> Search:

@@ -240,8 +240,13 @@ def test_what_is_never_merged_is_no_part_of_a_mean():
     assert found["lm_head.weight"] == pytest.approx(0, abs=1e-12) and found[NAMES[0]] == pytest.approx(0.4)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_where_its_folder_was_moved(own_world, tmp_path):
-    write_fit(own_world)
+@pytest.mark.parametrize("written", ["beside", "absolute"])
+def test_a_stopped_run_goes_on_to_the_same_bits_where_its_folder_was_moved(own_world, tmp_path, written):
+    """Also where the recipe names places that are no more, as a fit's does: the run has kept it."""
+    file = write_fit(own_world)
+    if written == "absolute":
+        text = file.read_text().replace("model: ../", f"model: {own_world}/")
+        file.write_text(text)
     config = configuration(own_world)
     undisturbed, expected = search(tmp_path / "undisturbed", config)
     asked = iter(range(100))
@@ -249,6 +254,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits_where_its_folder_was_moved(own_w
     moved = own_world.rename(tmp_path / "moved")
     outcome, rows = search(moved / "run", load_config(moved / "around.yaml"), resume=True)
     assert rows == expected and len(rows) == 12 and outcome.heldout == undisturbed.heldout
+    if written == "absolute":  # a new run has nothing to go by
+        with pytest.raises(ConfigError, match="genome: start: base_model: found .*; expected .*/moved/base, as in"):
+            search(tmp_path / "new", load_config(moved / "around.yaml"))
 
 
 def test_the_run_is_named_by_the_recipe_and_not_by_where_it_lies(own_world):
