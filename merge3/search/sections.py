@@ -167,7 +167,7 @@ def fit_section(data: Any) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"fit: found {type(data).__name__}, expected a learned method, or a mapping with `method`")
     data = dict(data)
-    data["method"] = data.get("method", "supermerge")
+    data["method"] = data.get("method", next(iter(LEARNED)))
     if not isinstance(data["method"], str):
         raise ValueError(f"fit.method: found {type(data['method']).__name__}, expected one of {', '.join(LEARNED)}")
     for key in data:
