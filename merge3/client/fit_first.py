@@ -34,8 +34,8 @@ def fit_first(
     Raises ResumeMismatch where the directory holds another run, and BadInput for whatever the search would refuse.
     """
     _check_run(config, journal, resume)
-    check_first(config, questions, engine, journal, pick)
     fit, items = first_fit(config, questions)
+    check_first(fit, config, questions, engine, journal, pick)
     folder = journal.directory / FOLDER
     files = FitFiles(folder, resume and (folder / IDENTITY).exists())
     taught = Taught(items, [], dict(fit.experts) or questions.heads, questions.chat)
@@ -49,7 +49,7 @@ def fit_first(
     file = (folder / "fitted.yaml").resolve()
     write_atomically(file, outcome.recipe.to_yaml())
     files.tell(outcome.history)
-    return begun_at(config, str(file)), answers_of(fit, items)
+    return begun_at(config, str(file)), answers_of(fit, outcome.asked, items)
 
 
 def _check_run(config: EvolveConfig, journal: Journal, resume: bool) -> None:

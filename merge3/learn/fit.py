@@ -105,8 +105,10 @@ def merged_with(recipe: Recipe, weights: Mapping[str, float | Sequence[tuple[str
 
 
 def _weights(weights: Sequence[tuple[str, float]]) -> list[dict]:
+    first = dict(reversed(weights))  # of a name twice the first counts, as among conditions
+    named = by_tensor({name: first[name] for name, _ in weights})
     # What is kept from the base has no weight here; other tools ask for one.
-    return [*by_tensor(dict(weights)), {"filter": "*", "value": 0.0}]
+    return [*named, {"filter": "*", "value": 0.0}]
 
 
 def fitted(fit: Fit, fitting: Fitting, weights: torch.Tensor) -> Recipe:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 
 import numpy as np
 
 from merge3.engine import Engine
-from merge3.errors import ConfigError, Merge3Warning
+from merge3.errors import ConfigError
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES
 from merge3.recipe import Recipe
@@ -21,6 +20,7 @@ from merge3.search.optimizers import check_installed
 from merge3.search.questions import Questions, per_task
 from merge3.search.seeds import seed_of
 from merge3.space import AROUND, Space, SpaceDefinition
+from merge3.space.projection import projected
 from merge3.tasks import Item
 
 PASSES = 3  # answers that an item counts for which goes forward and backward
@@ -49,22 +49,19 @@ def first_fit(config: EvolveConfig, questions: Questions) -> tuple[Fit, list[Ite
 
 
 def check_first(
-    config: EvolveConfig, questions: Questions, engine: Engine, journal: Journal, pick: str | None = None
+    fit: Fit, config: EvolveConfig, questions: Questions, engine: Engine, journal: Journal, pick: str | None = None
 ) -> None:
     """Raise what the search would refuse once there is a fit. pick: see search.run."""
     check_installed(config.optimizer.name)
-    fit, _ = first_fit(config, questions)
     start = merged_with(fit.recipe, dict.fromkeys(experts_of(fit.recipe), float(fit.settings.start)))
     layout, definition = engine.info().layout, config.genome.definition()
     plain = Space(replace(definition, kind=SpaceDefinition.kind), layout)
     search = Search(config, questions, engine, plain, journal)
     check_pick(pick, search.objectives, search.fronts)
     engine.prepare(search.asks([*questions.search, *questions.heldout]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Merge3Warning)  # said when the search begins at what was learned
-        plain.project(start, "fit", engine.info().unmerged)
-        around = replace(definition, around=json.dumps(start.to_dict()))
-        engine.check((Space(around, layout) if definition.kind == AROUND else plain).uniform_recipe())
+    projected(plain, start, "fit", engine.info().unmerged)  # what bounds change is said when the search begins
+    around = replace(definition, around=json.dumps(start.to_dict()))
+    engine.check((Space(around, layout) if definition.kind == AROUND else plain).uniform_recipe())
 
 
 def begun_at(config: EvolveConfig, file: str) -> EvolveConfig:
@@ -72,10 +69,6 @@ def begun_at(config: EvolveConfig, file: str) -> EvolveConfig:
     return config.model_copy(update={"genome": config.genome.model_copy(update={"start": file})})
 
 
-def answers_of(fit: Fit, items: list[Item]) -> int:
-    """What a fit asks, in answers."""
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.task] = counts.get(item.task, 0) + 1
-    each = sum(min(fit.settings.batch, count) for count in counts.values())
-    return PASSES * each * fit.settings.steps + (len(items) if fit.experts else 0)
+def answers_of(fit: Fit, asked: int, items: list[Item]) -> int:
+    """What a fit took, in answers. asked: items that went forward and backward; items: those it learned from."""
+    return PASSES * asked + (len(items) if fit.experts else 0)

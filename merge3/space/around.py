@@ -9,7 +9,6 @@ Of parameters other than weights, which have limits, only the means are taken.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -47,9 +46,8 @@ class AroundSpace(ParameterSpace):
         for number in range(1 if self.whole else len(self.ranges)):
             own = {tensor.name: i for i, tensor in enumerate(self.tensors) if tensor.part == number}
             self._inside[number] = [own[entry["filter"]] for entry in by_tensor(dict.fromkeys(own, 0.0))]
-        with warnings.catch_warnings():  # a search says what bounds have changed when it begins there
-            warnings.simplefilter("ignore")
-            self._start = self._plain.project(_without_rest(self.around, weights), WHERE)
+        # A search says what bounds have changed when it begins there.
+        self._start, _ = projection.projected(self._plain, _without_rest(self.around, weights), WHERE)
         own, _ = self.decoded(self._start)
         self.apart = {}
         for at, values in projection.by_tensor(self, self.around, WHERE, self._beyond).items():

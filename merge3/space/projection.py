@@ -38,8 +38,18 @@ class Tensor(NamedTuple):
 
 
 def project(space: ParameterSpace, recipe: Recipe, where: str, unmerged: Collection[str] = ()) -> np.ndarray:
-    """The genome nearest to a recipe, inside the bounds: float64 [size]. One warning says what bounds have changed,
-    another what a recipe of a method that is only alike does not say. unmerged: tensors that no merge changes.
+    """The genome nearest to a recipe, inside the bounds: float64 [size]; a warning for each line of `projected`."""
+    genome, lines = projected(space, recipe, where, unmerged)
+    for line in lines:
+        warnings.warn(line, Merge3Warning, stacklevel=3)
+    return genome
+
+
+def projected(
+    space: ParameterSpace, recipe: Recipe, where: str, unmerged: Collection[str] = ()
+) -> tuple[np.ndarray, list[str]]:
+    """(the genome nearest to a recipe, float64 [size], lines to tell). One says what bounds have changed, another what
+    a recipe of a method that is only alike does not say. unmerged: tensors that no merge changes.
 
     Raises ConfigError for another method, base or models, layers out of place, and parameters that no candidate has.
     """
@@ -53,16 +63,16 @@ def project(space: ParameterSpace, recipe: Recipe, where: str, unmerged: Collect
     wanted = _wanted(space, values, ours, [gene for gene in space.genes if gene in alike])
     encoded = space.encoded(*wanted)
     genome = np.where(np.isnan(encoded), space.initial(), np.clip(encoded, *space.bounds()))
+    lines: list[str] = []
     if theirs is not space.method:
         taken, others = ([g for g in space.genes if (g in alike) == known] for known in (True, False))
         rest = f"; begun as usual: {', '.join(others)}" if others else ""
-        line = f"{where}: a {theirs.name} merge, not {space.method.name}: taken from it: {', '.join(taken)}{rest}"
-        warnings.warn(line, Merge3Warning, stacklevel=3)
+        found = f"a {theirs.name} merge, not {space.method.name}: taken from it: {', '.join(taken)}{rest}"
+        lines.append(f"{where}: {found}")
     if changed := list(_changed(space, wanted, genome)):
         more = f", and {len(changed) - 1} more genes" if len(changed) > 1 else ""
-        line = f"{where}: outside what the search may vary: {changed[0]}{more}"
-        warnings.warn(line, Merge3Warning, stacklevel=3)
-    return genome
+        lines.append(f"{where}: outside what the search may vary: {changed[0]}{more}")
+    return genome, lines
 
 
 # -- what a recipe must be like
