@@ -3,7 +3,8 @@
 A row holds one request: its prompt after the shared prefix, then all its choices side by side. A mask lets
 each choice see the prefix, its prompt and itself, and position ids restart at each choice, so one row
 gives what a plain loop computes in as many rows as there are choices. The last token of a choice is
-never an input: nothing follows it. Masks and ids are made once per run.
+never an input: nothing follows it. Ids are made once per run. Masks are made for each forward: they take rows x
+width², which over all of a benchmark's items would be more than the models.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from merge3.tasks.requests import Choices, Likelihoods, Pass, batches, one_by_on
 from merge3.tasks.shared_prefix import SharedPrefix
 
 
+_LEFT, _RIGHT = -2, -1  # padding
+
+
 @dataclass
 class Batch:
-    """inputs: of the model's forward. places: positions whose logits are needed, row after row. at, tokens, owner: per
-    scored token, which of the places predicts it, the token, and which choice it belongs to; lengths: tokens per
+    """inputs: of the model's forward, but for the mask; part: what each position belongs to, int16 [rows, width]: 0 the
+    prompt, 1, 2, .. a choice, and padding. places: positions whose logits are needed, row after row. at, tokens, owner:
+    per scored token, which of the places predicts it, the token, and which choice it belongs to; lengths: tokens per
     choice, choices of all requests. owner and lengths lie on the CPU."""
 
     asked: list[tuple[int, Choices]]
     inputs: dict[str, torch.Tensor]
+    part: torch.Tensor
     places: torch.Tensor
     at: torch.Tensor
     tokens: torch.Tensor
@@ -54,7 +60,8 @@ class SharedRows:
         once: bool = False,
     ):
         self.prefix, self.device, self.once = prefix, device, once and bool(prefix)
-        self.batches = [self._prepare(batch, dtype, pad) for batch in batches(requests, _width, batch_tokens)]
+        self.dtype = dtype
+        self.batches = [self._prepare(batch, pad) for batch in batches(requests, _width, batch_tokens)]
 
     @torch.inference_mode()
     def __call__(self, model) -> Iterator[tuple[int, Likelihoods | None]]:
@@ -78,7 +85,7 @@ class SharedRows:
         how = {"use_cache": False}
         if prefix is not None and once is None:
             how = {"use_cache": True, "past_key_values": prefix.before(len(batch.asked))}
-        logits = at.logits(**how, **batch.inputs)
+        logits = at.logits(**how, **batch.inputs, attention_mask=self._mask(batch))
         if once is not None:
             once.check()
         normalizer = logits.logsumexp(-1)[batch.at]
@@ -112,44 +119,53 @@ class SharedRows:
         margins = ahead(logits, batch.at, batch.tokens).cpu()
         return torch.full((len(batch.lengths),), torch.inf).scatter_reduce_(0, batch.owner, margins, "amin")
 
-    def _prepare(self, asked: list[tuple[int, Choices]], dtype: torch.dtype, pad: int) -> Batch:
+    def _prepare(self, asked: list[tuple[int, Choices]], pad: int) -> Batch:
         past = len(self.prefix)
-        seen = 0 if self.once else past  # of the prefix's positions, in the mask
         left = max(len(request.tokens) for _, request in asked)
         right = max(_choice_inputs(request) for _, request in asked)
         width = left + right
         ids = torch.full((len(asked), width), pad)
         position_ids = torch.zeros(len(asked), width, dtype=torch.long)
-        # Padding sees itself alone: a row of nothing but masked scores would be NaN.
-        visible = torch.zeros(len(asked), width, seen + width, dtype=torch.bool)
-        visible[:, torch.arange(width), seen + torch.arange(width)] = True
+        part = torch.full((len(asked), width), _RIGHT, dtype=torch.int16)
         scored, tokens, owner, lengths = [], [], [], []
         for row, (_, request) in enumerate(asked):
             start = left - len(request.tokens)
             ids[row, start:left] = torch.tensor(request.tokens)
             position_ids[row, start:left] = past + torch.arange(len(request.tokens))
-            visible[row, start:, :seen] = True
-            visible[row, start:left, seen + start : seen + left] = _causal(left - start)
+            part[row, :start], part[row, start:left] = _LEFT, 0
             at = left
-            for choice in request.choices:
+            for number, choice in enumerate(request.choices, 1):
                 inner = len(choice) - 1
                 if inner:
                     own = slice(at, at + inner)
                     ids[row, own] = torch.tensor(choice[:-1])
                     position_ids[row, own] = past + len(request.tokens) + torch.arange(inner)
-                    visible[row, own, seen + start : seen + left] = True
-                    visible[row, own, seen + at : seen + at + inner] = _causal(inner)
+                    part[row, own] = number
                 # Token 0 is predicted by the prompt's last position, token j by the choice's j - 1.
                 scored += [row * width + position for position in (left - 1, *range(at, at + inner))]
                 tokens += choice
                 owner += [len(lengths)] * len(choice)
                 lengths.append(len(choice))
                 at += inner
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         to = lambda data: torch.as_tensor(data).to(self.device)
-        inputs = {"input_ids": to(ids), "position_ids": to(position_ids), "attention_mask": to(mask[:, None])}
+        inputs = {"input_ids": to(ids), "position_ids": to(position_ids)}
         places, at = torch.tensor(scored).unique(return_inverse=True)  # choices of a request begin at one place
-        return Batch(asked, inputs, to(places), to(at), to(tokens), torch.tensor(owner), torch.tensor(lengths))
+        scored = to(places), to(at), to(tokens), torch.tensor(owner)
+        return Batch(asked, inputs, to(part), *scored, torch.tensor(lengths))
+
+    def _mask(self, batch: Batch) -> torch.Tensor:
+        """What each position sees, as scores to add: of the model's dtype, [rows, 1, width, prefix + width]."""
+        part, width = batch.part, batch.part.shape[1]
+        at = torch.arange(width, device=self.device)
+        own, other = part[:, :, None], part[:, None]  # of who sees, of what is seen
+        visible = (own >= 0) & ((other == 0) | (other == own)) & (at <= at[:, None])
+        # Padding sees itself alone: a row of nothing but masked scores would be NaN.
+        visible |= at == at[:, None]
+        if self.prefix and not self.once:
+            before = (own > _LEFT).expand(-1, -1, len(self.prefix))
+            visible = torch.cat([before, visible], -1)
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)[:, None]
 
 
 class PlainRows:
@@ -212,11 +228,6 @@ class PlainRows:
 def _around(at: Places, once: SharedPrefix | None) -> Iterator[None]:
     with at.picked(), once.before_rows() if once is not None else nullcontext():
         yield
-
-
-def _causal(tokens: int) -> torch.Tensor:
-    """What each of so many tokens sees of them: bool [tokens, tokens]."""
-    return torch.ones(tokens, tokens).tril().bool()
 
 
 def _choice_inputs(request: Choices) -> int:

@@ -110,6 +110,17 @@ def test_room_grows_where_answers_are_long(monkeypatch):
     assert scant == ample and len(set(moved)) > 1
 
 
+def test_what_is_prepared_grows_with_the_tokens_asked_not_with_their_squares():
+    """A benchmark's prompts are all prepared before the first is asked: masks of theirs would be gigabytes."""
+    asked = [Choices((*range(1, 40),) * 20, ((1, 2), (3, 4))) for _ in range(40)]
+    rows = SharedRows((), asked, "cpu", torch.float32, 4096)
+    held = 0
+    for batch in rows.batches:
+        tensors = [*batch.inputs.values(), *(value for value in vars(batch).values() if torch.is_tensor(value))]
+        held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert held < 32 * sum(len(request.tokens) for request in asked)
+
+
 def test_what_greedy_decoding_writes_is_known_as_such():
     """The likeliest token after a prompt, two of them, and the same with another last one."""
     live = model(LlamaForCausalLM, LlamaConfig)
