@@ -39,7 +39,7 @@ from merge3.protocol import Engine, Evaluation, Operated, PoolInfo, Question, Su
 from merge3.recipe import Recipe
 from merge3.registration import Registration
 from merge3.rounds import Prepared, Round, Rounds, check_endpoint, evaluation
-from merge3.space import ParameterSpace, Space, SpaceDefinition
+from merge3.space import ParameterSpace, Space, SpaceDefinition, cost_of
 from merge3.space.norms import relative_norms
 from merge3.tasks import LogitsError
 from merge3.tasks.score import Answers
@@ -160,7 +160,7 @@ class LocalEngine:
             return None
         evaluations, seconds = [], (time.perf_counter() - start) / len(genomes)
         for (index, _), (recipe, _), answers in zip(genomes, compiled, found[0]):
-            cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
+            cost = cost_of(prepared.space, recipe)
             told = evaluation(asked, index, recipe.hash(), answers, cost, found[1] / len(genomes))
             evaluations.append(replace(told, seconds=seconds))
         return evaluations
@@ -191,7 +191,7 @@ class LocalEngine:
             recipe_hash = recipe.hash() if recipe is not None else ""
             if recipe is not None:
                 self._with_room(lambda: joined(self.pool.whole if stored else self.pool, recipe))
-                cost = prepared.space.cost(recipe) if hasattr(prepared.space, "cost") else 1.0
+                cost = cost_of(prepared.space, recipe)
             with enough_memory(self.pool.device):
                 show = self._showing(recipe, subject, asked.seed, stored)
                 answers, swap = self._ask(prepared.rounds, len(asked.items), adapters, show)

@@ -75,12 +75,14 @@ class Answered(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """what: its values in words. value: (registration, answered) -> Estimate. lower: whether less is better. needs: of
-    NEEDS, without which no candidate has such a value, or all have the same."""
+    NEEDS, without which no candidate has such a value, or all have the same. exact: whether no items are needed to know
+    it."""
 
     what: str
     value: Callable[[Registration, Answered], Estimate]
     lower: bool = False
     needs: str = ""
+    exact: bool = False
 
 
 def accuracy(asked: Registration, answered: Answered) -> Estimate:
@@ -139,7 +141,7 @@ NEEDS: dict[str, tuple[Callable[[Registration], bool], str, str]] = {
 OBJECTIVES: dict[str, Objective] = {
     ACCURACY: Objective("accuracy, the mean over tasks", accuracy),
     "length": Objective("tokens of a written answer", length, lower=True, needs="texts"),
-    "cost": Objective("forwards of the base", cost, lower=True, needs="paths"),
+    "cost": Objective("forwards of the base", cost, lower=True, needs="paths", exact=True),
 }
 
 

@@ -63,7 +63,8 @@ class Evaluation:
     index: of the subject. responses: float64 [items]. objectives: names of values and stderrs, each float64
     [objectives], NaN where there are no responses; error: why not. raw: position -> what the asks of a document came
     to, where its judge is not here (whose response is then NaN). lengths: tokens written for each item, float64
-    [items], NaN where one asks for no text; None where no objective needs them.
+    [items], NaN where one asks for no text; None where no objective needs them. cost: of a forward, in those of the
+    base.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Evaluation:
     error: Merge3Error | None = None
     raw: Mapping[int, Raw] = field(default_factory=dict)
     lengths: np.ndarray | None = None
+    cost: float = 1.0
 
     @property
     def value(self) -> float:

@@ -179,5 +179,5 @@ def evaluation(
             values, stderrs = estimates(asked, Answered(responses, answers.lengths, cost))
     except BadInput as problem:
         error = problem
-    found = recipe_hash, responses, asked.objectives, values, stderrs, 0.0, swap_seconds, error, raw, lengths
+    found = recipe_hash, responses, asked.objectives, values, stderrs, 0.0, swap_seconds, error, raw, lengths, cost
     return Evaluation(index, *found)

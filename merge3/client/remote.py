@@ -229,7 +229,7 @@ class RemoteEngine:
             return replace(evaluation, responses=None, raw={}, error=error)
         if responses is None:
             return evaluation
-        values, stderrs = estimates(registration, Answered(responses, evaluation.lengths))
+        values, stderrs = estimates(registration, Answered(responses, evaluation.lengths, evaluation.cost))
         return replace(evaluation, responses=responses, values=values, stderrs=stderrs, raw={})
 
     def _fetch(self, recipe: Recipe, directory: Path, seed: int, task: str) -> dict:

@@ -209,6 +209,7 @@ def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker:
         queue_seconds=queue_seconds,
         worker=worker,
         lengths=() if e.lengths is None else e.lengths,
+        cost=e.cost,
     )
     for name, value, stderr in zip(e.objectives, e.values, e.stderrs):
         message.estimates.add(objective=name, value=value, stderr=stderr)
@@ -256,6 +257,7 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
         error,
         {raw.item: raw_from(raw) for raw in m.raw},
         np.array(m.lengths) if m.lengths else None,
+        m.cost,
     )
 
 

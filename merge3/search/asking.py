@@ -119,7 +119,7 @@ def check(asking: Asking, generation: int, genomes: Sequence[np.ndarray], answer
         answers = search.journal.remember("check", f"{generation}", positions, lambda: search.answered(recipe, asked))
     except LogitsError:  # it has no answer to these items: nothing to compare its estimate with
         return False
-    means = estimates(search.asks(asked), search.read(answers, len(asked)))
+    means = estimates(search.asks(asked), search.read(answers, len(asked), recipe))
     for name, *pair in zip(candidate.objectives, candidate.values, candidate.stderrs, *means):
         asking.checks.append(SpotCheck(generation, *map(float, pair), name))
     since, three = asking.drifted[-1] if asking.drifted else -1, 3 * len(candidate.objectives)

@@ -16,7 +16,7 @@ from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
 from merge3.search.questions import Questions
 from merge3.search.seeds import Seed, seed_of
-from merge3.space import Space
+from merge3.space import Space, cost_of
 from merge3.tasks import Item, LogitsError
 
 
@@ -137,7 +137,9 @@ class Search:
         responses = evaluation.answers()
         return np.stack([responses, evaluation.lengths]) if lengths_needed(asked) else responses
 
-    def read(self, answers: np.ndarray, count: int) -> Answered:
-        """What was `answered` to that many items."""
+    def read(self, answers: np.ndarray, count: int, subject: Subject | None = None) -> Answered:
+        """What the subject `answered` to that many items. None: one that costs as much as the base."""
         rows = answers.reshape(-1, count)
-        return Answered(rows[0], rows[1] if len(rows) > 1 else None)
+        recipe = subject.subject if isinstance(subject, Taken) else subject
+        cost = cost_of(self.space, recipe) if isinstance(recipe, Recipe) else 1.0
+        return Answered(rows[0], rows[1] if len(rows) > 1 else None, cost)

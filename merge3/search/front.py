@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from merge3.errors import BadInput
-from merge3.fitness import estimates
+from merge3.fitness import estimates, objective
 from merge3.recipe import Recipe
 from merge3.search.context import Search
 from merge3.search.front_race import Believed, FrontRace, dominated
@@ -87,6 +87,9 @@ def believed(search: Search, candidates: Sequence[Candidate], optimizer: Optimiz
     values, stderrs = (np.reshape(column, (len(known), -1)) for column in found)
     # A surrogate that sees no differences is sure of it; that is no proof, and a race must be able to find some.
     stderrs = np.maximum(stderrs, np.median([c.stderrs for c in known], axis=0) / 4)
+    exact = np.array([objective(name).exact for name in search.objectives])  # and of what is known it need not believe
+    values[:, exact] = (search.signs * np.array([c.values for c in known]))[:, exact]
+    stderrs[:, exact] = 0.0
     return [Believed(c, *pair) for c, *pair in zip(known, values, stderrs)]
 
 
@@ -103,15 +106,15 @@ def measure_front(
     recipes = [search.space.recipe(one.candidate.genome) for one in members]
     answers = [search.answered(search.exported(recipe), items) for recipe in recipes]
     unseen = bool(search.questions.heldout)  # else these are what the search saw, and settled already
-    beaten = dominated(search, answers, items) if unseen else [False] * len(members)
+    beaten = dominated(search, recipes, answers, items) if unseen else [False] * len(members)
     stay, left = [], []
     for one, recipe, own, loses in zip(members, recipes, answers, beaten):
         detail = measured(search.read(own, len(items)).responses, items, search.weights)
-        detail |= {"objectives": valued(search, own, items)}
+        detail |= {"objectives": valued(search, own, items, recipe)}
         member = Member(one.candidate, recipe, search.signs * one.values, one.stderrs, detail)
         (left if loses else stay).append(member)
     answers = [own for own, loses in zip(answers, beaten) if not loses]
-    covered = _covered(search, answers, items, _reference(search, baselines))
+    covered = _covered(search, stay, answers, items, _reference(search, baselines))
     return Front(search.objectives, search.signs, stay, race, covered, left)
 
 
@@ -121,10 +124,16 @@ def _reference(search: Search, baselines: Mapping[str, Measured]) -> np.ndarray:
     return (search.signs * np.array(rows)).min(0)
 
 
-def _covered(search: Search, answers: Sequence[np.ndarray], items: Sequence[Item], reference: np.ndarray) -> dict:
+def _covered(
+    search: Search,
+    members: Sequence[Member],
+    answers: Sequence[np.ndarray],
+    items: Sequence[Item],
+    reference: np.ndarray,
+) -> dict:
     """The front's hypervolume and its interval: items are drawn again, with replacement, within every task."""
     asked, rng = search.asks(items), np.random.default_rng(search.seed("hypervolume"))
-    read = [search.read(own, len(items)) for own in answers]
+    read = [search.read(own, len(items), member.recipe) for own, member in zip(answers, members)]
 
     def volume(at: np.ndarray) -> float:
         values = np.array([estimates(asked, one.at(at))[0] for one in read])

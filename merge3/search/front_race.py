@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merge3.fitness import estimates, lengths_needed
+from merge3.fitness import estimates, lengths_needed, objective
+from merge3.recipe import Recipe
 from merge3.search.asking import Asking
 from merge3.search.context import Search
 from merge3.search.journal import Candidate
@@ -78,7 +79,7 @@ def settle_front(asking: Asking, known: Sequence[Believed], answers: int) -> tup
     for at in found.running:
         candidate, values, stderrs = top[at]
         if found.items:
-            means = _estimates(search, found.answers[at], found.items)
+            means = _estimates(search, found.answers[at], found.items, search.space.recipe(candidate.genome))
             values, stderrs = together((values, stderrs), means)
         members.append(Believed(candidate, values, stderrs))
     ahead = {id(one.candidate) for one, first in zip(known, front) if first}
@@ -104,7 +105,8 @@ def still_running(
     items: Sequence[Item],
 ) -> list[int]:
     """Those whom no other one settles to be dominated. answered: [.., items] of each."""
-    values = {c: _estimates(search, answered[c], items)[0] for c in running}
+    recipes = {c: search.space.recipe(top[c].candidate.genome) for c in running}
+    values = {c: _estimates(search, answered[c], items, recipes[c])[0] for c in running}
 
     def beaten(c: int, other: int) -> bool:
         believed, found = top[other].values - top[c].values, values[other] - values[c]
@@ -118,14 +120,17 @@ def still_running(
     return [c for c in running if not any(beaten(c, other) for other in running if other != c)]
 
 
-def dominated(search: Search, answered: Sequence[np.ndarray], items: Sequence[Item]) -> list[bool]:
+def dominated(
+    search: Search, recipes: Sequence[Recipe], answered: Sequence[np.ndarray], items: Sequence[Item]
+) -> list[bool]:
     """Of each member, whether these answers alone, [.., items] each, settle that another one dominates it. Fewer than
     TIED items that all differ alike, or not at all, settle nothing."""
-    values = [_estimates(search, answers, items)[0] for answers in answered]
+    values = [_estimates(search, answers, items, recipe)[0] for answers, recipe in zip(answered, recipes)]
+    asked = np.array([not objective(name).exact for name in search.objectives])
 
     def beaten(c: int, other: int) -> bool:
         gap, errors = values[other] - values[c], _estimates(search, answered[other] - answered[c], items)[1]
-        if (gap < 0).any() or (len(items) < TIED and (errors == 0).any()):
+        if (gap < 0).any() or (len(items) < TIED and (errors[asked] == 0).any()):
             return False
         return settled(gap, errors)
 
@@ -145,8 +150,10 @@ def together(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray])
     return (p * np.where(p > 0, a[0], 0.0) + q * b[0]) / (p + q), (p + q) ** -0.5
 
 
-def _estimates(search: Search, answers: np.ndarray, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
-    values, stderrs = estimates(search.asks(items), search.read(answers, len(items)))
+def _estimates(
+    search: Search, answers: np.ndarray, items: Sequence[Item], recipe: Recipe | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    values, stderrs = estimates(search.asks(items), search.read(answers, len(items), recipe))
     return search.signs * values, stderrs
 
 

@@ -30,12 +30,12 @@ def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured
         return measured(search.answers(subject, items), items, search.weights)
     answers = search.answered(subject, items)
     found = measured(search.read(answers, len(items)).responses, items, search.weights)
-    return found | {"objectives": valued(search, answers, items)}
+    return found | {"objectives": valued(search, answers, items, subject)}
 
 
-def valued(search: Search, answers: np.ndarray, items: Sequence[Item]) -> dict[str, list[float]]:
-    """Objective -> [value, standard error] of answers, as `Search.answered` gives them."""
-    pairs = zip(*estimates(search.asks(items), search.read(answers, len(items))))
+def valued(search: Search, answers: np.ndarray, items: Sequence[Item], subject: Subject) -> dict[str, list[float]]:
+    """Objective -> [value, standard error] of a subject's answers, as `Search.answered` gives them."""
+    pairs = zip(*estimates(search.asks(items), search.read(answers, len(items), subject)))
     return {name: [float(value), float(stderr)] for name, (value, stderr) in zip(search.objectives, pairs)}
 
 

@@ -65,4 +65,10 @@ SPACES: dict[str, Callable[[SpaceDefinition, Layout], Space]] = {
     PATH: PathSpace,
 }
 
-__all__ = ["AROUND", "PATH", "PRESETS", "SPACES", "ParameterSpace", "PathSpace", "Space", "SpaceDefinition"]
+
+def cost_of(space: Space | None, recipe: Recipe) -> float:
+    """What a forward through the recipe's merge takes, in those of the base: 1 where the space does not count it."""
+    return space.cost(recipe) if hasattr(space, "cost") else 1.0
+
+
+__all__ = ["AROUND", "PATH", "PRESETS", "SPACES", "ParameterSpace", "PathSpace", "Space", "SpaceDefinition", "cost_of"]

@@ -162,12 +162,27 @@ def test_heldout_answers_say_who_is_dominated(scripted):
         np.stack([bad, np.full(200, 5.0)]),
         np.stack([bad, np.full(200, 4.0)]),
     ]
-    assert dominated(asking.search, answers, items) == [False, True, False]
+    assert dominated(asking.search, [None] * 3, answers, items) == [False, True, False]
     few = items[:8]  # alike in all of them, and one writes more
     alike = [np.stack([np.ones(8), np.full(8, length)]) for length in (5.0, 4.0)]
-    assert dominated(asking.search, alike, few) == [False, False]
+    assert dominated(asking.search, [None] * 2, alike, few) == [False, False]
     alike = [np.stack([np.ones(200), np.full(200, length)]) for length in (5.0, 4.0)]
-    assert dominated(asking.search, alike, items) == [True, False]
+    assert dominated(asking.search, [None] * 2, alike, items) == [True, False]
+
+
+def test_a_merge_that_takes_less_is_not_dominated_by_one_that_knows_more(scripted):
+    asking, *_ = scripted([0.0], [1], [(0.5, 1)])
+    recipes = [Recipe.parse({"merge_method": "passthrough", "models": [{"model": name}]}) for name in "abc"]
+    costs = dict(zip("abc", (1.0, 0.5, 1.25)))
+    config = asking.search.config.model_copy(update={"objectives": ["accuracy", "cost"]})
+    space = SimpleNamespace(definition=None, cost=lambda recipe: costs[recipe.models()[0].path])
+    search = replace(asking.search, config=config, space=space)
+    items, g = search.questions.search[:200], np.random.default_rng(1)
+    good, bad = (g.random(200) < 0.9).astype(float), (g.random(200) < 0.4).astype(float)
+    assert dominated(search, recipes, [good, bad, bad], items) == [False, False, True]
+    assert dominated(search, recipes, [good, bad, good], items) == [False, False, True]
+    few = good[:8], np.zeros(8), np.zeros(8)  # alike for all, which settles nothing
+    assert dominated(search, recipes, [np.ones(8), *few[1:]], items[:8]) == [False, False, False]
 
 
 def test_whom_heldout_items_settle_to_be_dominated_leaves(scripted):

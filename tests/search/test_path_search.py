@@ -1,5 +1,6 @@
 """Searches for a path, and from a merge on for one: found, resumed, exported, on a daemon too."""
 
+import csv
 import json
 import shutil
 import sqlite3
@@ -69,6 +70,24 @@ def test_a_search_for_a_path_leaves_a_recipe_and_a_model_that_are_the_winner(own
     )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "scales along the path" in page and "1: layer 0" in page
+
+
+def test_what_a_path_takes_is_an_objective_to_the_end(solving_world, tmp_path):
+    """Through the race and on held-out items too."""
+    optimizer = {"name": "nsga2", "budget": 24, "population": 6, "seed": 3}
+    how = {"objectives": ["accuracy", "cost"], "optimizer": optimizer, "race": {"candidates": 6, "share": 1.0}}
+    how |= {"extract": {"method": "random", "size": 4}, "estimate": {"method": "mean"}, "heldout": {"fraction": 0.5}}
+    file = written(shutil.copytree(solving_world, tmp_path / "world"), "costs", PATH | {"pinned": [0, 0]}, **how)
+    result = run.evolve(load_config(file), tmp_path / "run", quiet=True)
+    members = list(csv.DictReader((tmp_path / "run" / "front.csv").open()))
+    for member in members:
+        pieces = Recipe.from_yaml(tmp_path / "run" / member["recipe"]).slices
+        ranges = [piece.sources[0].layer_range for piece in pieces]
+        layers = sum(end - begin for begin, end in ranges)
+        told = [float(member[f"cost{what}"]) for what in ("", "_se", "_heldout", "_heldout_se")]
+        assert told == pytest.approx([layers / 4, 0, layers / 4, 0], abs=1e-3)
+    assert {member["cost"] for member in members} > {"1"}
+    assert result["front"]["hypervolume"]["reference"]["cost"] == 1.0
 
 
 @pytest.mark.heavy
