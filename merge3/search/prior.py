@@ -44,4 +44,3 @@ def steps_of(norms: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         steps = np.median(moving) / norms
     return np.clip(np.where(np.isnan(steps), 1.0, steps), 1 / FURTHEST, FURTHEST)
-

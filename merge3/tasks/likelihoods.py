@@ -22,7 +22,6 @@ from merge3.tasks.prefix import Prefix
 from merge3.tasks.requests import Choices, Likelihoods, Pass, batches, one_by_one
 from merge3.tasks.shared_prefix import SharedPrefix
 
-
 _LEFT, _RIGHT = -2, -1  # padding
 
 

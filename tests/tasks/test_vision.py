@@ -94,8 +94,9 @@ def test_it_is_what_transformers_says_item_by_item(sights, items, model, process
 
 
 def test_a_chat_template_writes_the_image_itself(sights, items, model, processor):
-    text = lambda item: "how " + item.prompt.replace("<image>", "<image>\n").join(
-        ["" if "<image>" in item.prompt else "<image>\n", " which "]
+    text = lambda item: (
+        "how "
+        + item.prompt.replace("<image>", "<image>\n").join(["" if "<image>" in item.prompt else "<image>\n", " which "])
     )
     by_hand = lambda item: text(item).removeprefix("<s>")
     scorer = Scorer(items, model, sights / "base", chat=True)
