@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from merge3.cgroups import memory_left
 from merge3.errors import BadInput, ResourceError, Unavailable
 from merge3.kernels import CHUNK, MAX_EXPERTS
 
@@ -141,11 +142,17 @@ def pinnable() -> int:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that are free on a device; on the CPU in memory."""
+    """Bytes that are free on a device, those that torch holds and does not use too; on the CPU in memory, as far as
+    the process's control groups let it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min([_free_memory(), *memory_left()])
+
+
+def _free_memory() -> int:
     try:
-        with open("/proc/meminfo") as lines:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux: free pages, without those that caches would give back
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -173,5 +180,5 @@ def enough_memory(device: torch.device):
         raise ResourceError(
             str(device),
             f"out of memory: {wanted[1] if wanted else 'more'} needed{free}",
-            "fewer experts, or shorter items",
+            "a smaller --memory-budget, fewer experts, or shorter items",
         ) from None

@@ -11,7 +11,10 @@ import torch
 
 from merge3.checkpoint.layout import Ref
 from merge3.checkpoint.read import combine_hashes
-from merge3.memory import MemoryPlan, plan_memory
+from merge3.errors import BadInput
+from merge3.memory import MemoryPlan, available, pinnable, plan_memory, shown_size
+
+FORWARDS = 2 << 30  # bytes that a GPU keeps for forwards at least, where nobody says what models may take
 
 
 def plan_pool(pool: Any, budget: int | None, host: int, streamed: bool = False) -> MemoryPlan:
@@ -37,6 +40,28 @@ def plan_pool(pool: Any, budget: int | None, host: int, streamed: bool = False) 
     plan = plan_memory(groups, slot, str(pool.device), budget, host, compacted.sizes, streamed, joined)
     shared = {alias: plan.away[ref] for alias, ref in compacted.aliases.items()}
     return replace(plan, away={**plan.away, **shared}) if shared else plan
+
+
+def limits(pool: Any, budget: int | None) -> tuple[int | None, int]:
+    """(the budget that a pool works with, bytes of host memory that it may pin). A pool that was given none and is more
+    than what its GPU has free gets one, and says so. Raises BadInput for a budget of memory that is not free there."""
+    device = pool.device
+    if device.type != "cuda":
+        return budget, 0
+    total = plan_pool(pool, budget, 0).total
+    if budget is not None and total > available(device):
+        free = shown_size(available(device))
+        raise BadInput("memory_budget", f"found {shown_size(budget)}, and {free} are free on {device}", "what is free")
+    if budget is None:
+        room = available(device) - max(FORWARDS, available(device) // 10)
+        if total <= room:
+            return None, 0
+        budget = max(0, room)
+        pool.warnings.append(
+            f"{device} has {shown_size(available(device))} free, and these models with the live one take "
+            f"{shown_size(total)}: {shown_size(budget)} are used, and what does not fit is streamed (--memory-budget)"
+        )
+    return budget, pinnable()
 
 
 def common_dtype(pool: Any, ref: Ref) -> torch.dtype:

@@ -26,8 +26,8 @@ from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError
 from merge3.experts import FULL, Compacted, Experts
 from merge3.lineage import differences
-from merge3.memory import MemoryPlan, parse_size, pinnable, usable
-from merge3.planning import common_dtype, hash_endpoints, plan_pool
+from merge3.memory import MemoryPlan, parse_size, usable
+from merge3.planning import common_dtype, hash_endpoints, limits, plan_pool
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.residence import Residence
 from merge3.statistics import Statistics
@@ -99,7 +99,7 @@ class Pool:
 
         dtype: convert every endpoint to it (default: as stored, promoted where endpoints differ).
         memory_budget: bytes, or a size such as "20GiB", that the live model and the weights may take on the
-        device (on the CPU: of resident memory); what does not fit is streamed. Default: everything is resident.
+        device (on the CPU: of resident memory); what does not fit is streamed. Default: all; see planning.limits.
         locate: from a path as named to where it lies; endpoints keep the names they were given.
         drop: patterns of tensors that experts have and the base lacks, and that may be lost.
         derived_folder: where derived models are kept, and found by the next run (default: they go with the pool).
@@ -123,8 +123,8 @@ class Pool:
         for name in list(pool.endpoints)[1:]:
             told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
             pool.warnings += differences(*told, vocabulary is None, name in towers)
-        pool._limits = budget, pinnable() if pool.device.type == "cuda" and budget is not None else 0
         pool.compacted = Compacted(pool, held, pool._ties.stored)
+        pool._limits = limits(pool, budget)
         pool._plan()
         pool.notes += pool.compacted.pack()
         return pool

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from merge3 import cgroups
 from merge3.errors import BadInput
 
 MOST = 1024
@@ -41,10 +42,11 @@ def threads_option(text: str | None) -> int | None:
     return count
 
 
-def available(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+def available(groups: Path = cgroups.GROUPS, mount: Path = cgroups.MOUNT) -> int:
     """Cores that this process may use: by its affinity, and by the CPU quota of every cgroup above it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(groups, mount))]))
+    quotas = [quota for folder in cgroups.folders("cpu", groups, mount) for quota in _quota(folder)]
+    return max(1, min([cores, *map(math.ceil, quotas)]))
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -72,27 +74,6 @@ def configure(threads: int | None = None) -> None:
 # KMP_BLOCKTIME: of the OpenMP runtime that torch has on other systems.
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(_SPINS), "KMP_BLOCKTIME": "0"}
 _NUMPY = {"OPENBLAS_NUM_THREADS": "1"}
-
-
-def _quotas(groups: Path, mount: Path) -> Iterator[float]:
-    """Cores' worth of time that each cgroup allows. In a container the paths may be the host's, while its mount
-    begins at its own group: what is not there is skipped, and the mount itself is always asked."""
-    try:
-        lines = groups.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = (line + "::").split(":")[:3]
-        if controllers == "":
-            mounts = (mount, mount / "unified")
-        elif "cpu" in controllers.split(","):
-            mounts = (mount / controllers, mount / "cpu")
-        else:
-            continue
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        for root in mounts:
-            for depth in range(len(parts) + 1):
-                yield from _quota(root.joinpath(*parts[:depth]))
 
 
 def _quota(group: Path) -> Iterator[float]:

@@ -26,6 +26,7 @@ from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
 from merge3.experts import Experts
 from merge3.files import write_atomically
+from merge3.memory import enough_memory
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Tokenizer
 from merge3.search.compaction import told_of_experts
@@ -126,8 +127,11 @@ def open_pool(
         print(pool.memory.describe(), file=sys.stderr)
         if pool.vocabulary is not None:
             print(pool.vocabulary.describe(), file=sys.stderr)
+        if pool.device.type == "cpu" and torch.cuda.is_available():
+            print("there is a GPU that this does not use: --device cuda", file=sys.stderr)
     _warn(pool.warnings)
-    pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
+    with enough_memory(pool.device):
+        pool.read_all(lambda done, total: quiet or bar("reading models", done, total))
     _say_kept(pool.notes, pool.kept, quiet)
     return pool
 

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge3 import Pool, Recipe, Slot
+from merge3 import Pool, Recipe, Slot, cgroups, planning
 from merge3.checkpoint.layout import Ref
 from merge3.errors import BadInput
 from merge3.live.overlap import Overlap
@@ -54,6 +55,43 @@ def test_a_plan_keeps_to_its_budgets_and_places_every_tensor_once(sizes, slot, b
         assert total == sum(size for group in groups for key, size in group.items() if plan.tier(key) == tier)
     assert all(len({plan.tier(key) for key in group}) == 1 for group in groups)
     assert all(plan.streamed(group) <= plan.window for group in groups)
+
+
+def test_a_gpu_without_room_for_all_gets_a_budget(wide_family, monkeypatch):
+    """Without a GPU: plans read headers alone. Some of what is free is left for forwards."""
+    base, *experts = (str(wide_family / name) for name in ("base", "e0", "e1"))
+    pool = replace(Pool.open(base, experts), device=torch.device("cuda", 0))
+    total = planning.plan_pool(pool, None, 0).total
+    monkeypatch.setattr(planning, "FORWARDS", total // 4)
+    free = lambda size: monkeypatch.setattr(planning, "available", lambda device: size)
+    free(2 * total)
+    assert planning.limits(pool, None) == (None, 0) and not pool.warnings
+    free(total)
+    budget, host = planning.limits(pool, None)
+    assert budget == total - total // 4 and host > 0
+    assert planning.plan_pool(pool, budget, host).total <= budget
+    (said,) = pool.warnings
+    assert "--memory-budget" in said and "cuda:0" in said
+    free(total // 2)
+    with pytest.raises(BadInput, match="memory_budget: found .*, and .* are free on cuda:0"):
+        planning.limits(pool, 4 * total)
+    assert planning.limits(replace(pool, device=torch.device("cpu")), None) == (None, 0)
+
+
+def test_free_memory_is_that_of_the_container(tmp_path):
+    (tmp_path / "groups").write_text("0::/job/step\n")
+    job, step = tmp_path / "mount/job", tmp_path / "mount/job/step"
+    step.mkdir(parents=True)
+    (job / "memory.max").write_text("1000\n"), (job / "memory.current").write_text("700\n")
+    (job / "memory.stat").write_text("anon 400\ninactive_file 250\n")
+    (step / "memory.max").write_text("max\n"), (step / "memory.current").write_text("700\n")
+    assert cgroups.memory_left(tmp_path / "groups", tmp_path / "mount") == [550]
+    (tmp_path / "old").write_text("3:memory:/x\n")
+    old = tmp_path / "mount/memory/x"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("90\n"), (old / "memory.usage_in_bytes").write_text("100\n")
+    assert cgroups.memory_left(tmp_path / "old", tmp_path / "mount") == [0]
+    assert cgroups.memory_left(tmp_path / "none") == []
 
 
 @pytest.fixture(scope="module")
