@@ -68,6 +68,17 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def token_bytes(model) -> int:
+    """Bytes of the keys and values of one token, as a decoder's configuration has them; 0 where it does not say."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    if not (heads and layers and hidden):
+        return 0
+    width = getattr(config, "head_dim", None) or hidden // heads
+    return 2 * layers * (getattr(config, "num_key_value_heads", None) or heads) * width * model.dtype.itemsize
+
+
 def roomy_cache(config, room: int, start: Layers = ()) -> DynamicCache:
     """A cache for rows that begin with a prefix. Layers with a window of their own stay transformers'."""
     cache = DynamicCache() if start else DynamicCache(config=config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,9 +12,13 @@ from merge3.tasks.decoder import Continuations, Once, Padded, left_padded
 from merge3.tasks.forward import right_padded
 from merge3.tasks.prefix import prefix_cache
 from merge3.tasks.requests import Start, batches, share_prefix
+from merge3.tasks.roomy import token_bytes
 from merge3.tasks.shared_prefix import possible
 from merge3.tasks.state import state
 
+KEPT = (
+    2 << 30
+)  # bytes of keys and values that a batch on a GPU may keep; a fixed number, so that answers are the same bits
 _ONCE: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether prompts read a prefix where it lies
 
 
@@ -41,8 +45,10 @@ def continuations(
     steps = Padded
     if prefix and known.shares(len(prefix) + max(map(_width, rest))):
         steps = Once if _reads_once(model, prefix, rest[:2], device, pad) else Padded
-    begins = []
-    for asked in batches(rest, _width, batch_tokens):
+    begins, width = [], _width
+    if steps is Padded and torch.device(device).type != "cpu":
+        width = _with_copies(len(prefix), batch_tokens, token_bytes(model))
+    for asked in batches(rest, width, batch_tokens):
         batch = left_padded(asked, len(prefix), device, pad)
         begins.append((asked, lambda model, kept, batch=batch: steps(model, batch, kept)))
     return Continuations(begins, tokenizer, end, prefix, device)
@@ -74,3 +80,10 @@ def _reads_once(model, prefix: tuple[int, ...], requests: Sequence[Start], devic
 
 def _width(request: Start) -> int:
     return len(request.tokens) + request.max_tokens
+
+
+def _with_copies(prefix: int, batch_tokens: int, each: int) -> Callable[[Start], int]:
+    """The width of a row that brings its copy of a prefix, so that a batch keeps at most KEPT bytes. each: bytes of
+    keys and values of one token."""
+    most = max(1, KEPT // max(1, each))
+    return lambda request: max(_width(request), -(-(prefix + _width(request)) * batch_tokens // most))

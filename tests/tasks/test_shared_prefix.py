@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from merge3.tasks import roomy, writing
 from merge3.tasks.likelihoods import PlainRows, SharedRows
 from merge3.tasks.lm import LM
 from merge3.tasks.prefix import prefix_cache
-from merge3.tasks.requests import Choices
+from merge3.tasks.requests import Choices, Start
 from merge3.tasks.shared_prefix import SharedPrefix, Unsupported
 
 SIZES = dict(
@@ -76,9 +77,6 @@ def test_attention_of_another_kind_is_noticed_and_answered_otherwise():
 
 
 def test_continuations_read_the_prefix_where_it_lies():
-    from merge3.tasks import writing
-    from merge3.tasks.requests import Start
-
     live = model(LlamaForCausalLM, LlamaConfig, num_key_value_heads=2)
     asked = [Start((*PREFIX, *tokens), 3 + at) for at, tokens in enumerate([(5, 9, 2), (31,), (6, 6, 6, 6, 8)])]
     question = writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)
@@ -95,9 +93,6 @@ class _Words:
 
 
 def test_room_grows_where_answers_are_long(monkeypatch):
-    from merge3.tasks import roomy, writing
-    from merge3.tasks.requests import Start
-
     live = model(LlamaForCausalLM, LlamaConfig)
     asked = [Start((*PREFIX, *tokens), 25 + at) for at, tokens in enumerate([(5, 9, 2), (31,)])]
     ample = {at: w.tokens for at, w in writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)(live)}
@@ -108,6 +103,22 @@ def test_room_grows_where_answers_are_long(monkeypatch):
     monkeypatch.setattr(roomy.RoomyLayer, "_move", counted)
     scant = {at: w.tokens for at, w in writing.continuations(live, asked, _Words(), frozenset(), "cpu", 4096)(live)}
     assert scant == ample and len(set(moved)) > 1
+
+
+def test_rows_that_bring_copies_of_a_prefix_are_few_enough_for_their_keys(monkeypatch):
+    """On a GPU; of a device without storage here, as only batches are looked at."""
+    live = model(LlamaForCausalLM, LlamaConfig)
+    with torch.inference_mode():
+        cache = live(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert roomy.token_bytes(live) == held // 3
+    asked = [Start((*PREFIX, *range(4, 4 + n)), 3) for n in (1, 2, 3, 4, 5, 6)]
+    monkeypatch.setattr(writing, "_reads_once", lambda *_: False)
+    monkeypatch.setattr(writing, "KEPT", 2 * roomy.token_bytes(live) * (len(PREFIX) + 9))
+    sizes = lambda device: [
+        len(batch) for batch, _ in writing.continuations(live, asked, _Words(), frozenset(), device, 4096).batches
+    ]
+    assert sizes("cpu") == [6] and sizes("meta") == [2, 2, 2]
 
 
 def test_what_is_prepared_grows_with_the_tokens_asked_not_with_their_squares():
