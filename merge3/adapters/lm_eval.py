@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from merge3.adapters.judging import Benchmark, Document, fitness_metric
 from merge3.errors import ConfigError, ItemsError, Unavailable
 from merge3.tasks import Item
 from merge3.tasks.prompts import load_tokenizer
 from merge3.tasks.reading import make_document
 
-FEWSHOT_SEED = 1234  # simple_evaluate's
+FEWSHOT_SEED = SEED = 1234  # simple_evaluate's
 MAX_TOKENS = 256  # of a generation that names no limit, as in HFLM
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one setting; the first counts
 _IDLE = {"temperature", "top_p", "top_k", "min_p", "do_sample", "use_cache"}  # without effect on greedy decoding
@@ -51,7 +55,7 @@ def load_benchmark(
     """
     if settings.fewshot_as_multiturn and not settings.apply_chat_template:
         raise ConfigError(f"task {name!r}: fewshot_as_multiturn", "without apply_chat_template", "both, or neither")
-    with _quiet():
+    with _quiet(), _seeded():
         tasks = _tasks(name, tuple(map(str, paths)))
         template = _Template(folder) if settings.apply_chat_template else None
         documents: dict[str, Document] = {}
@@ -211,6 +215,21 @@ class _Template:
             hint = "a template without system messages takes no system_instruction, and no task's description"
             found = f"the chat template fails: {reason}"
             raise ItemsError("apply_chat_template", found, f"one for {roles}", hint) from None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers as simple_evaluate seeds them: some tasks shuffle their documents or choices when they are loaded."""
+    before, also = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(SEED)
+    try:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(also)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -19,12 +20,23 @@ WORDS = TEXT.split()
 COUNT = 12  # documents of every task
 
 PYTHON = '''
+import random
 from difflib import SequenceMatcher
 
 
 def likeness(doc, results):
     """How much of the text is right: a value of its own for every document."""
     return {"likeness": SequenceMatcher(None, results[0], doc["last"]).ratio()}
+
+
+def shuffled(documents):
+    """Choices in an order that is drawn when they are first loaded, as some tasks of lm-eval have them."""
+
+    def change(doc):
+        order = random.sample(range(3), 3)
+        return {"options": [doc["options"][i] for i in order], "label": order.index(doc["label"])}
+
+    return documents.map(change)
 '''
 
 
@@ -70,7 +82,8 @@ def make_models(folder: Path) -> None:
 
 
 def make_tasks(folder: Path) -> None:
-    """A folder for --task-path: h_choice, h_plural, h_inputs, h_words, h_pages, h_texts, h_like; group h_both."""
+    """A folder for --task-path: h_choice, h_plural, h_inputs, h_words, h_pages, h_texts, h_like, h_shuffled; group
+    h_both."""
     rng = random.Random(1)
     for split, count in (("train", 8), ("test", COUNT)):
         lines = []
@@ -147,9 +160,10 @@ def make_tasks(folder: Path) -> None:
         },
         "h_like": texts | {"metric_list": mean("likeness"), "process_results": "!function code.likeness"},
     }
+    tasks["h_shuffled"] = choice | {"process_docs": "!function code.shuffled", "tag": "h_drawn"}
     for name, task in tasks.items():
         text = yaml.safe_dump({"task": name} | data | task, sort_keys=False)
-        (folder / f"{name}.yaml").write_text(text.replace("'!function code.likeness'", "!function code.likeness"))
+        (folder / f"{name}.yaml").write_text(re.sub(r"'(!function code.\w+)'", r"\1", text))
     both = {"group": "h_both", "task": ["h_choice", "h_plural"]}
     both["aggregate_metric_list"] = [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}]
     (folder / "h_both.yaml").write_text(yaml.safe_dump(both))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 
 import numpy as np
 import pytest
@@ -100,6 +101,19 @@ def test_documents_are_scored_as_by_lm_eval(engine, models, tasks, own, manager,
     for name in TASKS:
         benchmark = load_benchmark(name, WAYS[way], models / "e0", [tasks], fitness=False)
         check_documents(engine, models, benchmark, expected, results)
+
+
+def test_what_a_task_draws_when_it_is_loaded_is_drawn_as_by_lm_eval(engine, models, tasks, own, tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    random.seed(99)
+    state = random.getstate()
+    benchmark = load_benchmark("h_shuffled", Settings(), models / "e0", [tasks], fitness=False)
+    assert random.getstate() == state
+    make_tasks(tmp_path)  # the same in another folder: what was drawn is kept beside the data
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    expected, results = samples(own, manager, ["h_shuffled"], Settings())
+    check_documents(engine, models, benchmark, expected, results)
 
 
 def check_documents(engine, models, benchmark, expected, results):
