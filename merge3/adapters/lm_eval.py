@@ -219,7 +219,7 @@ class _Template:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Random numbers as simple_evaluate seeds them: some tasks shuffle their documents or choices when they are loaded."""
+    """Random numbers as simple_evaluate seeds them: some tasks shuffle documents or choices when they are loaded."""
     before, also = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(SEED)

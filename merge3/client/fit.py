@@ -27,7 +27,7 @@ from merge3.engine import Engine
 from merge3.errors import BadInput, RecipeError
 from merge3.files import write_atomically
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
-from merge3.learn.losses import LOSSES
+from merge3.learn.losses import LOSSES, check_labels
 from merge3.learn.settings import located, read_fit
 from merge3.methods import ZIPPED
 from merge3.recipe import Recipe
@@ -130,8 +130,10 @@ def fitted_recipe(file: Path, as_json: bool = False, quiet: bool = False) -> Rec
 
 def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where: str, directory: Path) -> None:
     """Raises RecipeError for what only this process can do, asked of a daemon, and for groups that cannot be; BadInput
-    for a directory whose models no recipe could name."""
+    for a directory whose models no recipe could name, ItemsError for items without the labels that are learned."""
     what = Fit(recipe)
+    if LOSSES[what.method.loss].target is not None:
+        check_labels(taught.learned)
     if (what.method.survivors or what.settings.groups is not None) and set("+@") & set(str(directory.resolve())):
         found = f"{str(directory)!r}, where models are made, and recipes read + and @ in a path as more than that"
         raise BadInput("--run-dir", found, "a path without them")

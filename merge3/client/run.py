@@ -65,6 +65,10 @@ def evolve(
         _check_fitting(config)
     check_loggers(config.logging)
     questions = load_questions(config)  # bad items are found before any model is opened
+    if config.fit is not None:
+        from merge3.search.fit_first import first_fit
+
+        first_fit(config, questions)
     watched = Watched(config, questions, directory, device, target)
     opened = open_engine(config, device, quiet, target, memory_budget, directory / "derived", abreast)
     with watched, closing(opened) as engine:

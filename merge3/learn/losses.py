@@ -7,7 +7,7 @@ Expert Merging (2509.25712): the divergence from what the task's own expert says
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,15 @@ def _labels(item: Item, request: Any, reader: Reader) -> torch.Tensor:
 
 
 def _right(item: Item, request: Any, reader: Reader) -> Tokens | int:
-    target = KINDS[item.kind].target
-    if target is None:
-        raise ItemsError(place(item), f"kind {item.kind!r}, which has no label to learn", _named())
-    return target(item, request, reader)
+    check_labels([item])
+    return KINDS[item.kind].target(item, request, reader)
+
+
+def check_labels(items: Iterable[Item]) -> None:
+    """Raises ItemsError for the first item without a label to learn."""
+    for item in items:
+        if KINDS[item.kind].target is None:
+            raise ItemsError(place(item), f"kind {item.kind!r}, which has no label to learn", _named())
 
 
 def _unlabelled(item: Item, request: Any, reader: Reader, written: Tokens | None) -> Asked:

@@ -10,7 +10,7 @@ import numpy as np
 from merge3.engine import Engine
 from merge3.errors import ConfigError
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
-from merge3.learn.losses import LOSSES
+from merge3.learn.losses import LOSSES, check_labels
 from merge3.recipe import Recipe
 from merge3.search.config import EvolveConfig
 from merge3.search.context import Search
@@ -37,6 +37,8 @@ def first_fit(config: EvolveConfig, questions: Questions) -> tuple[Fit, list[Ite
     check_learned(recipe, "fit")
     fit = Fit(recipe)
     items = per_task(questions.search, fit.settings.per_task, np.random.default_rng(seed_of("fit", seed)))
+    if LOSSES[fit.method.loss].target is not None:
+        check_labels(items)
     if not LOSSES[fit.method.loss].expert:
         return fit, items
     tasks, experts = list(dict.fromkeys(item.task for item in items)), experts_of(recipe)

@@ -1,5 +1,6 @@
 """`fit:` in an evolve configuration: a search begins at what its own items teach, and keeps it unless it is beaten."""
 
+import json
 import os
 import signal
 import sqlite3
@@ -14,7 +15,7 @@ import yaml
 
 from merge3.client import run
 from merge3.engine import LocalEngine
-from merge3.errors import BadInput, ConfigError, ResumeMismatch
+from merge3.errors import BadInput, ConfigError, ItemsError, ResumeMismatch
 from merge3.pool import Pool
 from merge3.recipe import Recipe
 from merge3.search.config_files import load_config
@@ -179,7 +180,17 @@ def test_what_cannot_be_is_refused_with_the_configuration(own_world, case):
     assert "\n" not in str(error.value)
 
 
-def test_what_the_search_would_refuse_is_refused_before_the_fit(world, tmp_path):
+def test_items_without_labels_are_refused_before_any_model_is_opened(own_world, tmp_path, monkeypatch):
+    """As lm-eval's documents are; of a method that learns labels."""
+    lines = [json.dumps({"id": f"{n}", "kind": "forced", "prompt": f"{n}", "answer": f" {n}"}) for n in range(40)]
+    (own_world / "english.jsonl").write_text("\n".join(lines) + "\n")
+    config = configuration(own_world)
+    monkeypatch.setattr(run, "open_engine", lambda *_: pytest.fail("models were opened"))
+    with pytest.raises(ItemsError, match="english.jsonl.*kind 'forced', which has no label to learn"):
+        run.evolve(config, tmp_path / "run", quiet=True)
+
+
+def test_what_the_search_would_refuse_is_refused_before_the_fit(world, whole, tmp_path):
     config = configuration(world, FIT, "ties.yaml", {"merge_method": "ties"})
     with pytest.raises(BadInput, match="fit: normalize: False for .*; expected True, which every candidate has"):
         run.evolve(config, tmp_path / "run", quiet=True)
