@@ -38,7 +38,7 @@ REGISTRATIONS = 64  # that a host keeps loaded; others are fetched and prepared 
 @dataclass(frozen=True)
 class PoolSpec:
     """models: as drivers name them, base first. places: path as named -> where it lies. tokenizer: of every recipe.
-    tower, experts: see Pool.open."""
+    tower, experts: see Pool.open. stamp: of the files as they are; another where one was changed."""
 
     pool_id: str
     models: tuple[str, ...]
@@ -49,6 +49,7 @@ class PoolSpec:
     tokenizer: Tokenizer | None = None
     tower: dict[str, str] = field(default_factory=dict)
     experts: Experts = FULL
+    stamp: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from merge3 import __version__
+from merge3.checkpoint.beside import speaking_files
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.experts import Experts
@@ -71,6 +73,7 @@ class Pools:
         held = Experts.parse(experts) if experts else self.settings.experts
         spec = self._spec(models, dtype, tokenizer, dict(tower or {}), held)
         if spec.pool_id not in self._open:
+            await self._leave_stale(spec)
             await self._make_room()
         if spec.pool_id not in self._open:  # nobody opened it while room was made
             entry = self._open[spec.pool_id] = Open(spec)
@@ -115,11 +118,20 @@ class Pools:
         self.catalog.forget_pool(entry.spec.pool_id)
         await self.scheduler.broadcast(OPERATOR, "close", entry.spec.pool_id)
 
+    async def _leave_stale(self, spec: PoolSpec) -> None:
+        """Close pools of these models whose files are others by now, where nobody has used them for long."""
+        for entry in self.list():
+            if entry.spec.places == spec.places and entry.spec.stamp != spec.stamp and self._idle(entry):
+                await self._free(entry)
+
+    def _idle(self, entry: Open) -> bool:
+        return OPERATOR not in entry.holders and entry.used < time.monotonic() - self.settings.limits.idle
+
     async def _make_room(self) -> None:
         """At the limit, close the pool that nobody has used for longest: its drivers may have died."""
         limits = self.settings.limits
         while len(self._open) >= limits.pools:
-            idle = [e for e in self.list() if OPERATOR not in e.holders and e.used < time.monotonic() - limits.idle]
+            idle = [entry for entry in self.list() if self._idle(entry)]
             if not idle:
                 raise Busy(
                     "pools",
@@ -150,7 +162,8 @@ class Pools:
             for part in (ref, ref.lora):
                 if part is not None:
                     places[part.path] = self.roots.directory(part.path)
-        told: tuple = (names, sorted(places.items()), dtype)
+        stamp = _stamp(places.values())
+        told: tuple = (names, sorted(places.items()), dtype, stamp)
         if tokenizer is not None:
             tokenizer.check_models(names)
             told += (tokenizer,)
@@ -160,4 +173,16 @@ class Pools:
             told += (str(experts),)
         pool_id = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
         device, budget = self.settings.device, self.settings.memory_budget
-        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer, tower, experts)
+        return PoolSpec(pool_id, tuple(names), places, dtype, device, budget, tokenizer, tower, experts, stamp)
+
+
+def _stamp(places: Iterable[str]) -> str:
+    """Of the files that make these models, another one when a file is changed or replaced: who opens a pool gets what
+    lies there now, not what lay there when another driver opened it."""
+    found = []
+    for place in sorted(set(places)):
+        files = {*Path(place).glob("*.safetensors"), *Path(place).glob("*.json"), *speaking_files(Path(place))}
+        for file in sorted(filter(Path.is_file, files)):
+            status = file.stat()
+            found.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(found).encode()).hexdigest()

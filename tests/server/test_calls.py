@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import shutil
 import time
 
 import grpc
@@ -91,6 +92,23 @@ def test_a_pool_is_shared_counted_and_freed(daemon, tiny_world):
     for who, left in ((me, 1), (you, 0)):
         assert stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=who).holders == left
     refused(lambda: stub.ClosePool(pb.ClosePoolRequest(pool_id=first.pool_id), metadata=me), "NOT_FOUND", "is not open")
+
+
+def test_a_model_that_was_changed_is_not_served_as_it_was(start, tiny_world, tmp_path):
+    """Its last driver was killed, so that the pool is still held; what is opened then is what lies there now."""
+    for name in ("base", "sorting"):
+        shutil.copytree(tiny_world / name, tmp_path / name)
+    stub = start(tmp_path, limits={"idle": 0.0}).stub()
+    wanted = pb.OpenPoolRequest(models=["base", "sorting"])
+    killed, other = ((("merge3-driver", name),) for name in ("killed", "other"))
+    before = stub.OpenPool(wanted, metadata=killed)
+    assert stub.OpenPool(wanted, metadata=other).pool_id == before.pool_id
+    shutil.copy(tiny_world / "italian" / "model.safetensors", tmp_path / "new")
+    (tmp_path / "new").replace(tmp_path / "sorting" / "model.safetensors")
+    now = stub.OpenPool(wanted, metadata=other)
+    assert now.pool_id != before.pool_id and now.content_hashes["base"] == before.content_hashes["base"]
+    assert now.content_hashes["sorting"] != before.content_hashes["sorting"]
+    assert [p.pool_id for p in stub.ListPools(pb.ListPoolsRequest()).pools] == [now.pool_id]
 
 
 def test_a_pool_closed_under_those_who_wait_is_not_opened_again(daemon, tiny_world, world, by_hand):
