@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from merge3.errors import BadInput
 from merge3.irt.estimation import Estimator
 from merge3.space import SpaceDefinition
 from merge3.tasks import Item, places_by_task
@@ -49,3 +50,13 @@ class Registration:
     def tasks(self) -> dict[str, list[int]]:
         """Positions of every task's items, in order."""
         return places_by_task(self.items)
+
+
+def check_weights(weights: Mapping[str, float], tasks: Iterable[str]) -> None:
+    """Raises BadInput for a task's weight that is no number or below 0, which would ask for wrong answers, and where no
+    task counts. tasks: all that are asked; one without a weight has 1."""
+    for task, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise BadInput(f"weights: {task}", f"found {weight}", "a number, not negative")
+    if not sum(weights.get(task, 1.0) for task in tasks) > 0:
+        raise BadInput("weights", "none above zero", "a positive sum")

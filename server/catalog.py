@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.irt import ItemBank
 from merge3.irt.estimation import Estimator
-from merge3.registration import ACCURACY, Registration
+from merge3.registration import ACCURACY, Registration, check_weights
 from merge3.rpc import convert, spaces
 from merge3.rpc import merge3_pb2 as pb
 from merge3.tasks import Item
@@ -199,11 +199,7 @@ class Gathering:
         tasks: dict[str, int] = {}
         for item in items:
             tasks[item.task] = tasks.get(item.task, 0) + 1
-        for task, weight in self.header.weights.items():
-            if not 0 <= weight < float("inf"):
-                raise BadInput(f"weights: {task}", f"found {weight}", "a number, not negative")
-        if not sum(self.header.weights.get(task, 1.0) for task in tasks) > 0:
-            raise BadInput("weights", "none above zero", "a positive sum")
+        check_weights(dict(self.header.weights), tasks)
         for task, estimator in estimators.items():
             if len(estimator.subset.index) != tasks.get(task):
                 raise BadInput(

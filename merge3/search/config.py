@@ -14,7 +14,7 @@ from merge3.errors import BadInput
 from merge3.experts import Experts
 from merge3.fitness import OBJECTIVES
 from merge3.methods.learned import RESULT
-from merge3.registration import ACCURACY
+from merge3.registration import ACCURACY, check_weights
 from merge3.search.genome import Genome, Section
 from merge3.search.optimizers import OPTIMIZERS
 from merge3.search.sections import (
@@ -116,6 +116,12 @@ class EvolveConfig(Section):
             raise ValueError(f"fit: beside optimizer.rounds ({self.optimizer.rounds}): expected one of them")
         if self.genome.base_model is None:
             raise ValueError("fit: without genome.base_model, whose changes are weighed: expected one")
+        return self
+
+    @model_validator(mode="after")
+    def _weights(self):
+        weights = {f"tasks.{place}": task.weight for place, task in enumerate(self.tasks)}
+        check_weights(weights, weights)
         return self
 
     @model_validator(mode="after")

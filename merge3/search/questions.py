@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from merge3.errors import ConfigError
-from merge3.fitness import check_objectives
+from merge3.fitness import check_objectives, lengths_needed
 from merge3.registration import ACCURACY, Judge, Registration
 from merge3.search.config import EvolveConfig, Task
 from merge3.search.policy import Policy, decide
 from merge3.search.seeds import seed_of
 from merge3.search.words import AskedWith
 from merge3.tasks import Item, fit_to_model, read_items, split_heldout
+from merge3.tasks.kinds import writes
 
 if TYPE_CHECKING:
     from merge3.adapters.judging import Benchmark
@@ -77,7 +78,7 @@ def load_questions(config: EvolveConfig) -> Questions:
     seed = config.optimizer.seed
     search, heldout = split_heldout(items, config.heldout.fraction, seed_of("held-out", seed))
     search = _limited(search, limits, np.random.default_rng(seed_of("limit", seed)) if config.shuffle else None)
-    _check_objectives(config, search)
+    _check_objectives(config, search, weights)
     policy = decide(config, search)
     subset = search
     if policy.extract == "random":
@@ -97,10 +98,13 @@ def load_questions(config: EvolveConfig) -> Questions:
     )
 
 
-def _check_objectives(config: EvolveConfig, items: list[Item]) -> None:
+def _check_objectives(config: EvolveConfig, items: list[Item], weights: dict[str, float]) -> None:
     """Raises BadInput for objectives that these items or this space do not have, or two that are one."""
     asked = Registration(tuple(items), config.genome.definition(), objectives=config.names)
     check_objectives(asked)
+    if lengths_needed(asked) and not any(weights[item.task] for item in items if writes(item)):
+        found = "a length of texts, whose tasks all have weight 0"
+        raise ConfigError("objectives", found, "a weight above 0 for one of them")
     if ACCURACY in config.names and len(asked.tasks()) == 1 and set(asked.tasks()) & set(config.names):
         raise ConfigError("objectives", f"{' and '.join(config.names)}, which is one task", "values that can differ")
 

@@ -177,6 +177,12 @@ BAD_CONFIGS = {
     "unknown inner key": (dict(optimizer={"buget": 3}), "optimizer.buget: unknown key.*did you mean 'budget'"),
     "unknown method": (dict(genome={"models": ["./base"], "merge_method": "tis"}), "unknown method 'tis'"),
     "no tasks": (dict(tasks=[]), "tasks"),
+    "weight below 0": (
+        dict(tasks=[{"items": "a.jsonl"}, {"items": "b.jsonl", "weight": -2}]),
+        r"evolve.yaml: weights: tasks.1: found -2.0; expected a number, not negative",
+    ),
+    "weight of no number": (dict(tasks=[{"items": "a.jsonl", "weight": float("nan")}]), "tasks.0: found nan"),
+    "no weight": (dict(tasks=[{"items": "a.jsonl", "weight": 0}]), "weights: none above zero"),
     "fraction": (dict(heldout={"fraction": 1.5}), "heldout.fraction: found 1.5"),
     "estimator": (dict(estimate={"method": "best"}), "estimate.method: found 'best'; expected 'auto', 'mean'"),
     "bounds": (

@@ -117,6 +117,11 @@ REFUSED = {
         searched(["accuracy", "length"], name="nsga2") | {"tasks": [{"items": "choices.jsonl"}]},
         "objectives: length without an item that asks for a text; expected items that are answered with a text",
     ),
+    "texts of no weight": (
+        searched(["accuracy", "length"], name="nsga2")
+        | {"tasks": [{"items": "choices.jsonl"}, {"items": "english.jsonl", "weight": 0}]},
+        "objectives: a length of texts, whose tasks all have weight 0; expected a weight above 0 for one of them",
+    ),
     "the same": (
         searched(["english", "accuracy"], name="nsga2") | {"tasks": [{"items": "english.jsonl"}]},
         "objectives: english and accuracy, which is one task",
