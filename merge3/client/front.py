@@ -28,7 +28,9 @@ def write_front(directory: Path, config: EvolveConfig, front: Front) -> None:
     folder.mkdir(parents=True)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}{what}" for name in front.objectives for what in ("", "_se", "_heldout", "_heldout_se")]
+    measured = "heldout" if config.heldout.fraction else "searched"  # with none held out these are the search's own
+    told = "", "_se", f"_{measured}", f"_{measured}_se"
+    columns = [f"{name}{what}" for name in front.objectives for what in told]
     table.writerow(["member", "recipe", *columns])
     for number, member in enumerate(front.members, 1):
         write_atomically(directory / file_of(number), best_yaml(member.recipe, config))
@@ -96,11 +98,12 @@ def front_summary(front: Front, outcome: Outcome, pick: str | None) -> dict[str,
     }
 
 
-def print_front(front: Mapping[str, Any], console) -> None:
-    """The front as a table of rich's, and how much it covers."""
+def print_front(front: Mapping[str, Any], console, unseen: bool = True) -> None:
+    """The front as a table of rich's, and how much it covers. unseen: whether items were held out."""
     from rich.table import Table
 
-    table = Table(title="front: held-out values (what search and race believe)")
+    items = "held-out values" if unseen else "values on the search's own items"
+    table = Table(title=f"front: {items} (what search and race believe)")
     table.add_column("member")
     for name, better in front["objectives"].items():
         table.add_column(f"{name} ({better} is better)", justify="right")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge3.search.config import EvolveConfig
+from merge3.search.measure import unseen
 from merge3.search.watching import Seen
 
 
@@ -36,11 +37,12 @@ class TensorBoard:
         self._writer.flush()
 
     def end(self, result: Mapping[str, Any] | None) -> None:
-        """Held-out accuracies, of the winner and the baselines."""
+        """Held-out accuracies, of the winner and the baselines; `searched` where none were held out."""
         if result is not None:
-            self._scalar("heldout/evolved", result["heldout"], result["candidates"])
+            measured = "heldout" if unseen(result) else "searched"
+            self._scalar(f"{measured}/evolved", result["heldout"], result["candidates"])
             for name, value in result["baselines"].items():
-                self._scalar(f"heldout/{name}", value, result["candidates"])
+                self._scalar(f"{measured}/{name}", value, result["candidates"])
         self._writer.close()
 
     def _scalar(self, name: str, value: float | None, step: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge3.search.config import EvolveConfig
+from merge3.search.measure import unseen
 from merge3.search.watching import Seen
 
 
@@ -45,11 +46,12 @@ class Wandb:
             self._run.log({"generation/mean": mean}, step=candidates)
 
     def end(self, result: Mapping[str, Any] | None) -> None:
-        """Held-out accuracies, of the winner and the baselines, in the summary."""
+        """Held-out accuracies, of the winner and the baselines, in the summary; `searched` where none were held out."""
         if result is not None:
-            self._run.summary["heldout/evolved"] = result["heldout"]
+            measured = "heldout" if unseen(result) else "searched"
+            self._run.summary[f"{measured}/evolved"] = result["heldout"]
             for name, value in result["baselines"].items():
-                self._run.summary[f"heldout/{name}"] = value
+                self._run.summary[f"{measured}/{name}"] = value
         self._run.finish(exit_code=1 if result is None else 0)
 
 

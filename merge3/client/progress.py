@@ -17,6 +17,7 @@ STAGES = {
     "elites": "choosing elites: the round's contenders answer the same items",
     "race": "the best candidates race on more items",
     "held-out": "measuring the winner and the baselines on held-out items",
+    "own items": "measuring the winner and the baselines on the search's own items: none are held out",
 }
 
 

@@ -22,6 +22,7 @@ from merge3.hops import read_hops
 from merge3.recipe import Recipe
 from merge3.search.compaction import told_of_experts
 from merge3.search.journal import Candidate, Journal, read_result
+from merge3.search.measure import unseen
 from merge3.search.watching import JournalReader
 
 
@@ -48,7 +49,8 @@ def write_report(directory: str | Path) -> Path:
         tasks=list(result["heldout_detail"]["tasks"]),
         curve=fitness_curve(candidates, begun),
         maps=heat_maps(recipe),
-        bars=bars(rows),
+        unseen=unseen(result),
+        bars=bars(rows, "Held-out accuracy" if unseen(result) else "Accuracy on the search's own items"),
         checks=[(name, spot_checks(made)) for name, made in checks_by_objective(result["checks"]["made"]).items()],
         experts=told_of_experts(result),
         front=result.get("front"),
@@ -129,8 +131,8 @@ def spot_checks(made: list) -> str:
     return svg(parts, WIDTH, HEIGHT, "Spot checks")
 
 
-def bars(rows) -> str:
-    """Held-out accuracy of the winner and the baselines, with a standard error each way."""
+def bars(rows, title: str = "Held-out accuracy") -> str:
+    """Accuracy of the winner and the baselines, with a standard error each way."""
     height = 24 * len(rows) + 12
     scale = (WIDTH - 260) / max(0.01, max(d["accuracy"] + d["stderr"] for _, d, _ in rows))
     parts = []
@@ -143,7 +145,7 @@ def bars(rows) -> str:
             f'<line x1="{end - error:.1f}" x2="{end + error:.1f}" y1="{y + 9}" y2="{y + 9}" class="error"/>',
             f'<text x="{212 + length + error:.1f}" y="{y + 14}">{detail["accuracy"]:.3f}</text>',
         ]
-    return svg(parts, WIDTH, height, "Held-out accuracy")
+    return svg(parts, WIDTH, height, title)
 
 
 def heat_maps(recipe: Recipe) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from merge3.recipe import ModelRef, Tokenizer
 from merge3.search.compaction import told_of_experts
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
-from merge3.search.measure import items_name
+from merge3.search.measure import items_name, unseen
 from merge3.search.questions import Questions, load_questions
 from merge3.search.run import Outcome, run
 
@@ -235,6 +235,7 @@ def summary(config: EvolveConfig, questions: Questions, outcome: Outcome, pick: 
         "recipe_hash": outcome.best.recipe_hash,
         "heldout_items": len(questions.heldout or questions.search),
         "heldout_name": items_name(questions.heldout) if questions.heldout else "",
+        "measured_on": "held-out items" if questions.heldout else "the search's own items: none were held out",
         "heldout_detail": outcome.heldout,
         "baselines_detail": outcome.baselines,
         "method": ", then ".join([config.genome.merge_method, *(stage.space for stage in config.stages[1:])]),
@@ -259,10 +260,12 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     rows += sorted(result["baselines_detail"].items(), key=lambda row: -row[1]["accuracy"])
     console = Console()
     if "front" in result:
-        print_front(result["front"], console)
+        print_front(result["front"], console, unseen(result))
     if "rounds" in result:
         print_rounds(result["rounds"], result["race_of_rounds"], console)
-    console.print(accuracy_table(rows, result["heldout_items"], "the search", "evolved"))
+    items = result["heldout_items"]
+    title = "" if unseen(result) else f"accuracy on the {items} items of the search itself: none were held out"
+    console.print(accuracy_table(rows, items, "the search", "evolved", title=title))
     gain = result["heldout"] - result["baselines"][result["best_baseline"]]
     console.print(
         f"{result['candidates']} candidates in {result['seconds']:.0f} s, "
@@ -291,15 +294,16 @@ def accuracy_table(
     unseen_by: str,
     ours: str,
     further: Mapping[str, Sequence[str]] | None = None,
+    title: str = "",
 ):
     """(name, accuracy with its tasks) of several merges as a table of rich's; the row `ours` stands out. unseen_by: who
-    never saw the items; empty where nobody learned. further: column -> what it says of each row."""
+    never saw the items; empty where nobody learned. further: column -> what it says of each row. title: another one."""
     from rich.table import Table
 
     tasks = list(rows[0][1]["tasks"])
     further = further or {}
-    unseen = f"held-out accuracy, {items} items {unseen_by} never saw"
-    table = Table(title=unseen if unseen_by else f"accuracy on {items} items")
+    heldout = f"held-out accuracy, {items} items {unseen_by} never saw"
+    table = Table(title=title or (heldout if unseen_by else f"accuracy on {items} items"))
     table.add_column("merge")
     for name in ("mean", "± se", *tasks, *further):
         table.add_column(name, justify="right")

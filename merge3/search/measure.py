@@ -94,6 +94,11 @@ def short_names(models: Sequence[str], taken: Collection[str] = ()) -> dict[str,
     return {m: n if last.count(n) == 1 else m for m, n in zip(models, last)}
 
 
+def unseen(result: Mapping[str, Any]) -> bool:
+    """Whether result.json's numbers are of items that the search never saw; with none held out they are of its own."""
+    return result.get("heldout_name") != ""
+
+
 def items_name(items: Sequence[Item]) -> str:
     """Names a set of items whatever their order: measurements of the same can stand side by side."""
     return items_hash(sorted(items, key=lambda item: (item.task, item.id)))

@@ -60,10 +60,10 @@ class Ledger:
 @dataclass(frozen=True)
 class Outcome:
     """What a finished search found. best: the winner as the search saw it; race: what settled it, if anything did;
-    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items. below: of a
-    run in stages, the first one's winner. front: of several objectives, of which `best` is the member picked.
-    compaction: of experts that are not held as they are. rounds: of a run in rounds, all but the last; between: the
-    race of each one's best."""
+    swap_share: of the candidates' seconds, spent merging; heldout, baselines: accuracy on held-out items, where none
+    are on the search's own. below: of a run in stages, the first one's winner. front: of several objectives, of which
+    `best` is the member picked. compaction: of experts that are not held as they are. rounds: of a run in rounds, all
+    but the last; between: the race of each one's best."""
 
     best: Candidate
     recipe: Recipe
@@ -144,7 +144,7 @@ def run(
         return None
     baselines += [(f"round {one.number}", one.recipe) for one in over if one.best is not found.best]
     candidates, measured = journal.candidates(), questions.heldout or questions.search
-    _stage(asking.search, "held-out", len(candidates), found.best)
+    _stage(asking.search, "held-out" if questions.heldout else "own items", len(candidates), found.best)
     others, front, best = measure_all(asking.search, baselines, measured), None, found.best
     if found.members is not None:
         front = measure_front(search, found.members, found.race, others, measured)

@@ -23,6 +23,7 @@ from merge3.world.numbers import ENGLISH, make_items
 from merge3.world.tokenizer import make_tokenizer
 from tests.asking import answers
 from tests.classifiers import make_classifier
+from tests.commands import client
 
 SMALL = {"optimizer": {"budget": 4, "population": 4, "seed": 3}}
 
@@ -69,6 +70,24 @@ def test_spaces(own_world, tmp_path, name):
     found = answers(exported, exported.pool.base, questions.subset)
     assert any(np.array_equal(found, responses) for _, responses in rows)
     assert mean_over_tasks(found, questions.subset)[0] == result["search_value"]
+
+
+def test_with_no_items_held_out_it_is_said_that_all_is_measured_on_those_searched(own_world, tmp_path):
+    """On the terminal, the page, in result.json and in front.csv: nowhere are they called held-out."""
+    both = {"objectives": ["english", "length"], "optimizer": SMALL["optimizer"] | {"name": "nsga2"}}
+    config = configuration(own_world, limit=6, heldout={"fraction": 0}, **both)
+    done = client("evolve", own_world / "changed.yaml", "--run-dir", tmp_path / "run", "--no-export")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())  # the terminal's width breaks lines anywhere
+    assert "on the 12 items of the search itself: none were held out" in said
+    assert "values on the search's own items" in said and "held-out" not in said and "never saw" not in said
+    assert "the search's own items: none are held out" in done.stderr
+    page = (tmp_path / "run" / "report.html").read_text().split("<h2>The configuration")[0]
+    assert "12 items of the search itself" in page and "never saw" not in page and "eld-out" not in page
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["measured_on"] == "the search's own items: none were held out" and result["heldout_items"] == 12
+    assert len(load_questions(config).search) == 12
+    assert "english_searched" in (tmp_path / "run" / "front.csv").read_text().splitlines()[0]
 
 
 def test_a_random_start(own_world, tmp_path):
