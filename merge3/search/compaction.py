@@ -19,7 +19,8 @@ from merge3.errors import Merge3Warning
 from merge3.experts import ExpertLoss
 from merge3.recipe import Recipe
 from merge3.search.context import Search
-from merge3.search.measure import Measured, measured
+from merge3.search.journal import Candidate
+from merge3.search.measure import Measured, measured, name_of, remembered
 from merge3.search.questions import per_task
 from merge3.tasks import Item, LogitsError, places_by_task
 
@@ -107,14 +108,17 @@ def check_held(search: Search) -> list[Held]:
     return found
 
 
-def compaction(search: Search, checks: Sequence[Held], recipe: Recipe, items: Sequence[Item]) -> Compaction | None:
-    """What there is to say at the end; None where experts are held as they are. recipe: the winner."""
+def compaction(
+    search: Search, checks: Sequence[Held], best: Candidate, recipe: Recipe, items: Sequence[Item]
+) -> Compaction | None:
+    """What there is to say at the end; None where experts are held as they are. best, recipe: the winner."""
     info = search.engine.info()
     if info.experts == "full":
         return None
     searched = None
     if any(loss.error > 0 for loss in info.losses):
-        searched = measured(search.answers(recipe, items), items, search.weights)
+        answers = remembered(search, f"{name_of(best)} as searched", recipe, items)
+        searched = measured(search.read(answers, len(items)).responses, items, search.weights)
     return Compaction(info, checks, search.journal.answers(STAGE), searched)
 
 

@@ -15,7 +15,7 @@ from merge3.recipe import Recipe
 from merge3.search.context import Search
 from merge3.search.front_race import Believed, FrontRace, dominated
 from merge3.search.journal import Candidate
-from merge3.search.measure import Measured, measured, valued
+from merge3.search.measure import Measured, detailed, name_of, remembered
 from merge3.search.optimizers import Optimizer
 from merge3.search.pareto import hypervolume, knee
 from merge3.tasks import Item
@@ -60,8 +60,7 @@ class Front:
             return knee(values)
         if said in self.objectives:
             return int(np.argmax(values[:, self.objectives.index(said)]))
-        if not 1 <= int(said) <= len(self.members):
-            raise BadInput("--pick", f"found {said}", f"1 to {len(self.members)}, the front's members")
+        check_member(said, len(self.members))
         return int(said) - 1
 
 
@@ -73,8 +72,14 @@ def check_pick(said: str | None, objectives: Sequence[str], fronts: bool) -> Non
         raise BadInput(
             "--pick", f"found {said!r}, and a search for one objective", "`objectives:` in the configuration"
         )
-    if said != KNEE and said not in objectives and not said.isdecimal():
+    if said != KNEE and said not in objectives and not (said.isdecimal() and int(said) > 0):
         raise BadInput("--pick", f"found {said!r}", f"a member's number, {KNEE}, {', '.join(objectives)}")
+
+
+def check_member(said: str | None, count: int) -> None:
+    """Raises BadInput for the number of a member, if it is one, that none of so many has."""
+    if said is not None and said.isdecimal() and not 1 <= int(said) <= count:
+        raise BadInput("--pick", f"found {said}", f"1 to {count}, the front's members")
 
 
 def believed(search: Search, candidates: Sequence[Candidate], optimizer: Optimizer) -> list[Believed]:
@@ -99,18 +104,21 @@ def measure_front(
     race: FrontRace | None,
     baselines: Mapping[str, Measured],
     items: Sequence[Item],
-) -> Front:
+) -> Front | None:
     """Ask every member the held-out items; whom these settle to be dominated leaves. baselines: of the same items,
-    measured."""
+    measured. None if stopped."""
     members = sorted(members, key=lambda one: (-one.values[0], one.candidate.generation, one.candidate.position))
     recipes = [search.space.recipe(one.candidate.genome) for one in members]
-    answers = [search.answered(search.exported(recipe), items) for recipe in recipes]
+    answers = []
+    for one, recipe in zip(members, recipes):
+        if search.stop():
+            return None
+        answers.append(remembered(search, name_of(one.candidate), search.exported(recipe), items))
     unseen = bool(search.questions.heldout)  # else these are what the search saw, and settled already
     beaten = dominated(search, recipes, answers, items) if unseen else [False] * len(members)
     stay, left = [], []
     for one, recipe, own, loses in zip(members, recipes, answers, beaten):
-        detail = measured(search.read(own, len(items)).responses, items, search.weights)
-        detail |= {"objectives": valued(search, own, items, recipe)}
+        detail = detailed(search, own, items, recipe)
         member = Member(one.candidate, recipe, search.signs * one.values, one.stderrs, detail)
         (left if loses else stay).append(member)
     answers = [own for own, loses in zip(answers, beaten) if not loses]

@@ -16,21 +16,39 @@ from merge3.fitness import estimates, mean_over_tasks
 from merge3.recipe import Recipe
 from merge3.search.baselines import default_merges
 from merge3.search.context import Search
+from merge3.search.journal import Candidate
 from merge3.tasks import Item, LogitsError, items_hash
 
+STAGE = "held-out"  # in the journal
 # {"accuracy", "stderr", "tasks": {task: accuracy}}; of several objectives "objectives": {name: [value, stderr]} too
 Measured = dict[str, Any]
 Baseline = tuple[str, Recipe | str]  # its name, and the recipe or endpoint
 
 
-def measure(search: Search, subject: Subject, items: Sequence[Item]) -> Measured:
-    """Accuracy of one subject, as it is exported. Raises LogitsError where it has no answers."""
+def remembered(search: Search, name: str, subject: Subject, items: Sequence[Item]) -> np.ndarray:
+    """A subject's answers to all of the items a run ends with, the journal's where it has them: float64 [.., items], as
+    `Search.read` reads them. name: in the journal, which knows no paths; of a candidate see `name_of`. Raises
+    LogitsError where it has no answers."""
+    ask = search.answered if search.fronts else search.answers
+    found = search.journal.remember(STAGE, name, range(len(items)), lambda: ask(subject, items))
+    return found.reshape(-1, len(items))
+
+
+def name_of(candidate: Candidate) -> str:
+    """A candidate's, in the journal."""
+    return f"{candidate.generation}-{candidate.position}"
+
+
+def measure(search: Search, name: str, subject: Subject, items: Sequence[Item]) -> Measured:
+    """Accuracy of one subject, as it is exported. name: see `remembered`. Raises LogitsError if it has no answers."""
     subject = search.exported(subject)
-    if not search.fronts:
-        return measured(search.answers(subject, items), items, search.weights)
-    answers = search.answered(subject, items)
+    return detailed(search, remembered(search, name, subject, items), items, subject)
+
+
+def detailed(search: Search, answers: np.ndarray, items: Sequence[Item], subject: Subject) -> Measured:
+    """What a subject's answers come to, of several objectives their values too. answers: as they are `remembered`."""
     found = measured(search.read(answers, len(items)).responses, items, search.weights)
-    return found | {"objectives": valued(search, answers, items, subject)}
+    return found | ({"objectives": valued(search, answers, items, subject)} if search.fronts else {})
 
 
 def valued(search: Search, answers: np.ndarray, items: Sequence[Item], subject: Subject) -> dict[str, list[float]]:
@@ -48,13 +66,16 @@ def measured(responses: np.ndarray, items: Sequence[Item], weights: Mapping[str,
     return {"accuracy": value, "stderr": stderr, "tasks": tasks}
 
 
-def measure_all(search: Search, baselines: Sequence[Baseline], items: Sequence[Item]) -> dict[str, Measured]:
+def measure_all(search: Search, baselines: Sequence[Baseline], items: Sequence[Item]) -> dict[str, Measured] | None:
     """Accuracy of every baseline that has answers; one without is named and left out, as the search has its winner.
-    Raises LogitsError if none has."""
+    None if stopped. Raises LogitsError if none has."""
     found: dict[str, Measured] = {}
     for number, (name, subject) in enumerate(baselines, 1):
+        if search.stop():
+            return None
+        known_as = f"model {search.config.models.index(subject)}" if isinstance(subject, str) else name
         try:
-            found[name] = measure(search, subject, items)
+            found[name] = measure(search, known_as, subject, items)
         except LogitsError as error:
             if number == len(baselines) and not found:
                 raise

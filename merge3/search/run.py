@@ -20,12 +20,12 @@ from merge3.search.config import EvolveConfig
 from merge3.search.context import Progress, Search
 from merge3.search.elites import FOLDER as ELITES
 from merge3.search.elites import Over, close
-from merge3.search.front import Front, believed, check_pick, measure_front
+from merge3.search.front import Front, believed, check_member, check_pick, measure_front
 from merge3.search.front_race import Believed, FrontRace, settle_front
 from merge3.search.identity import identity
 from merge3.search.journal import Candidate, Journal
 from merge3.search.loop import search_generations
-from merge3.search.measure import Measured, measure, measure_all, possible_baselines
+from merge3.search.measure import Measured, measure, measure_all, name_of, possible_baselines
 from merge3.search.optimizers import Optimizer, check_installed
 from merge3.search.places import read_start
 from merge3.search.policy import Policy
@@ -145,14 +145,22 @@ def run(
     baselines += [(f"round {one.number}", one.recipe) for one in over if one.best is not found.best]
     candidates, measured = journal.candidates(), questions.heldout or questions.search
     _stage(asking.search, "held-out" if questions.heldout else "own items", len(candidates), found.best)
+    if found.members is not None:
+        check_member(pick, len(found.members))  # some may leave when they are measured
     others, front, best = measure_all(asking.search, baselines, measured), None, found.best
+    if others is None:
+        return None
     if found.members is not None:
         front = measure_front(search, found.members, found.race, others, measured)
+        if front is None:
+            return None
         picked = front.members[front.pick(pick)]
         best, found = picked.candidate, found._replace(recipe=picked.recipe, race=None)
         heldout = picked.heldout
+    elif search.stop():
+        return None
     else:
-        heldout = measure(asking.search, found.recipe, measured)
+        heldout = measure(asking.search, name_of(best), found.recipe, measured)
     written = replace(found.recipe, merged={})  # what was merged for it will lie in a folder
     held = engine.info().experts
     write_atomically(journal.directory / "best.yaml", best_yaml(written, config, below, over, held))
@@ -173,7 +181,7 @@ def run(
         others,
         below,
         front,
-        compaction(asking.search, checks, found.recipe, measured),
+        compaction(asking.search, checks, best, found.recipe, measured),
         over,
         between,
     )
