@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import tempfile
+import warnings
 from pathlib import Path
+from typing import IO
 
-from merge3.errors import ResourceError
+from merge3.errors import Merge3Warning, ResourceError
+
+LOCK = ".lock"  # in a run directory; it stays when a run has ended
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -35,6 +40,29 @@ def folder_beside(path: Path) -> tempfile.TemporaryDirectory:
         return tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent)
     except OSError as error:
         raise resource_error(path, error) from None
+
+
+def hold(directory: Path) -> IO[bytes]:
+    """A handle, until whose closing no other process can hold this directory, which is made where there is none. The
+    system lets go of what a process held that dies, however it does. Raises ResourceError where another one is there.
+
+        with hold(Path("runs/first")):
+            print("alone")
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = open(directory / LOCK, "ab")
+    except OSError as error:
+        raise resource_error(directory, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            handle.close()
+            raise ResourceError(directory, "in use by another process", "one at a time in a run directory") from None
+        found = f"its file system has no locks ({error.strerror})"
+        warnings.warn(f"{directory}: {found}: let no second process work there", Merge3Warning, stacklevel=2)
+    return handle
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from merge3 import irt
 from merge3.client.terminal import bar
 from merge3.errors import BadInput, ConfigError
-from merge3.files import write_atomically
+from merge3.files import hold, write_atomically
 from merge3.irt import read_responses
 from merge3.irt.diagnostics import fit_statistics
 from merge3.irt.extraction import Subset
@@ -96,7 +96,7 @@ def _configured(
     engine = open_engine(config, device, quiet)
     space = Space(config.genome.definition(), engine.info().layout)
     # What was answered before a kill is not asked again.
-    with closing(Journal(out)) as journal:
+    with hold(out), closing(Journal(out)) as journal:
         identity = {f"checkpoint {name}": digest for name, digest in engine.info().content_hashes.items()}
         journal.begin({"calibration of": config.hash()} | identity)
         show = lambda done, total: quiet or bar("models answering", done, total)

@@ -25,7 +25,7 @@ from merge3.client.run import open_models
 from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine
 from merge3.errors import BadInput, RecipeError
-from merge3.files import write_atomically
+from merge3.files import hold, write_atomically
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES, check_labels
 from merge3.learn.settings import located, read_fit
@@ -77,29 +77,30 @@ def fit(
     check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run, taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
-    with StopOnInterrupt() as stopping:
-        run = Run(recipe, taught, files, device, target, memory_budget, quiet, as_json, stopping)
-        outcome = fitted_host(run)
-    if outcome is None:
-        return say_stopped(file, directory)
-    fitted = outcome.recipe
-    with closing(outcome.engine) as engine:
-        write_atomically(directory / "fitted.yaml", fitted.to_yaml())
-        files.tell(outcome.history)  # of groups it is the last one's
-        held = registration(taught.heldout, outcome.taught, engine.info().own_heads)
-        measurement = measure(engine, held, fitted)
-        if export and not (directory / "model").exists():
-            engine.export(fitted, directory / "model")
-        beside = {} if outcome.elsewhere else baselines(engine, recipe, held)
-    if outcome.elsewhere:
-        with closing(run.open(recipe)) as engine:
-            held = registration(taught.heldout, taught, engine.info().own_heads)
-            beside = baselines(engine, recipe, held)
-    cost = {"merges": outcome.steps, "items": outcome.asked}
-    result = summary(recipe, taught, outcome.history, cost, measurement, beside, others, outcome.seconds)
-    write_atomically(directory / "result.json", json.dumps(result, indent=2))
-    write_fit_report(directory)
-    return result
+    with hold(directory):
+        with StopOnInterrupt() as stopping:
+            run = Run(recipe, taught, files, device, target, memory_budget, quiet, as_json, stopping)
+            outcome = fitted_host(run)
+        if outcome is None:
+            return say_stopped(file, directory)
+        fitted = outcome.recipe
+        with closing(outcome.engine) as engine:
+            write_atomically(directory / "fitted.yaml", fitted.to_yaml())
+            files.tell(outcome.history)  # of groups it is the last one's
+            held = registration(taught.heldout, outcome.taught, engine.info().own_heads)
+            measurement = measure(engine, held, fitted)
+            if export and not (directory / "model").exists():
+                engine.export(fitted, directory / "model")
+            beside = {} if outcome.elsewhere else baselines(engine, recipe, held)
+        if outcome.elsewhere:
+            with closing(run.open(recipe)) as engine:
+                held = registration(taught.heldout, taught, engine.info().own_heads)
+                beside = baselines(engine, recipe, held)
+        cost = {"merges": outcome.steps, "items": outcome.asked}
+        result = summary(recipe, taught, outcome.history, cost, measurement, beside, others, outcome.seconds)
+        write_atomically(directory / "result.json", json.dumps(result, indent=2))
+        write_fit_report(directory)
+        return result
 
 
 def say_stopped(file: Path, directory: Path) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from merge3.engine import Engine
 from merge3.errors import BadInput
 from merge3.files import write_atomically
 from merge3.search.config import EvolveConfig
-from merge3.search.front import Front, Member
+from merge3.search.front import Front, Member, check_member
 from merge3.search.journal import read_result
 from merge3.search.run import Outcome, best_yaml
 
@@ -24,8 +22,10 @@ def write_front(directory: Path, config: EvolveConfig, front: Front) -> None:
     """front/NN.yaml, a recipe of each member, and front.csv: member, file, and of each objective what is believed and
     what held-out items say, each with its standard error. Values are in the objectives' own units."""
     folder = directory / "front"
-    shutil.rmtree(folder, ignore_errors=True)  # of another pick of the same run
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.yaml"):
+        if file.stem.isdecimal() and int(file.stem) > len(front.members):  # of an earlier version's front
+            file.unlink()
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     measured = "heldout" if config.heldout.fraction else "searched"  # with none held out these are the search's own
@@ -42,33 +42,21 @@ def write_front(directory: Path, config: EvolveConfig, front: Front) -> None:
 
 
 def check_numbering(directory: Path, pick: str | None) -> None:
-    """Raises BadInput for a member's number of a front that an earlier version of this told, whose numbers were others:
-    those who left it on held-out items were among them."""
+    """Raises BadInput for a number that no member has of the front that result.json tells, and for any where an earlier
+    version told it, whose numbers were others: those who left it on held-out items were among them."""
     if pick is None or not pick.isdecimal() or not (directory / "result.json").exists():
         return
     front = read_result(directory).get("front")
     if front and "left" not in front:
         expected = "knee or an objective; or go on without --pick first, which tells the members anew"
         raise BadInput("--pick", f"found {pick}, and {directory} tells a front of an earlier version", expected)
+    if front:
+        check_member(pick, len(front["members"]))
 
 
 def file_of(number: int) -> str:
     """A member's recipe, in the run's directory."""
     return f"front/{number:02}.yaml"
-
-
-def export_picked(engine: Engine, outcome: Outcome, directory: Path, seed: int) -> None:
-    """model/ of the member picked; one of another pick makes room."""
-    model = directory / "model"
-    if model.exists():
-        known = read_result(directory)["recipe_hash"] if (directory / "result.json").exists() else None
-        if known == outcome.best.recipe_hash:
-            return
-    partial = directory / ".picked"
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    engine.export(outcome.recipe, partial, seed)
-    shutil.rmtree(model, ignore_errors=True)
-    partial.rename(model)
 
 
 def front_summary(front: Front, outcome: Outcome, pick: str | None) -> dict[str, Any]:

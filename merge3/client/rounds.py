@@ -7,21 +7,22 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from merge3.engine import Engine
 from merge3.recipe import Recipe
 from merge3.search.config import EvolveConfig
 from merge3.search.run import Outcome
 from merge3.search.succession import budget_of
 
 
-def export_elites(engine: Engine, recipe: Recipe, seed: int) -> None:
-    """Write the elites that a recipe names, each to the folder of its name, unless it is there. What those are made of
-    joins the models in memory."""
+def elites_of(recipe: Recipe) -> list[tuple[Recipe, Path]]:
+    """(recipe, folder of its name) of the elites that a recipe names; what those are made of joins the models in
+    memory."""
+    found = []
     for name in map(str, recipe.models()):
-        if name in recipe.merged and not Path(name).exists():
+        if name in recipe.merged:
             data = {key: value for key, value in recipe.merged[name].items() if key != "seed"}
             others = {other: content for other, content in recipe.merged.items() if other != name}
-            engine.export(Recipe.parse(data | {"merged": others}, f"{name}: merged"), Path(name), seed)
+            found.append((Recipe.parse(data | {"merged": others}, f"{name}: merged"), Path(name)))
+    return found
 
 
 def begun(config: EvolveConfig) -> list[int]:

@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge3.client.front import check_numbering, export_picked, front_summary, print_front, write_front
+from merge3.client.front import check_numbering, front_summary, print_front, write_front
 from merge3.client.loggers import check_loggers
 from merge3.client.progress import chosen
 from merge3.client.report import write_report
-from merge3.client.rounds import export_elites, print_rounds, rounds_summary
+from merge3.client.rounds import print_rounds, rounds_summary
+from merge3.client.run_directory import MODEL, check_directory, export_result, is_export
 from merge3.client.stopping import StopOnInterrupt
 from merge3.client.terminal import bar, in_few_lines
 from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
-from merge3.errors import BadInput, ConfigError, Merge3Warning, ResumeMismatch
+from merge3.errors import BadInput, ConfigError, Merge3Warning
 from merge3.experts import Experts
-from merge3.files import write_atomically
+from merge3.files import hold, write_atomically
 from merge3.memory import enough_memory
 from merge3.pool import Pool
-from merge3.recipe import ModelRef, Tokenizer
+from merge3.recipe import ModelRef, Recipe, Tokenizer
 from merge3.search.compaction import told_of_experts
 from merge3.search.config import EvolveConfig
 from merge3.search.journal import Journal
@@ -58,8 +59,7 @@ def evolve(
     target: the daemon that holds the models; None: this process does. pick: of several objectives, which member of the
     front is exported; see Front.pick. abreast: see LocalEngine.
     """
-    if resume and not (directory / "run.db").exists():
-        raise ResumeMismatch(directory, "no run.db", "a run directory to resume")
+    check_directory(directory, resume, export)
     check_numbering(directory, pick)
     if target is not None:
         _check_fitting(config)
@@ -71,11 +71,10 @@ def evolve(
         first_fit(config, questions)
     watched = Watched(config, questions, directory, device, target)
     opened = open_engine(config, device, quiet, target, memory_budget, directory / "derived", abreast)
-    with watched, closing(opened) as engine:
+    with watched, closing(opened) as engine, hold(directory), closing(Journal(directory)) as journal:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
-        stopping = StopOnInterrupt()
-        with closing(Journal(directory)) as journal, stopping, chosen(as_json, quiet) as report:
+        with StopOnInterrupt() as stopping, chosen(as_json, quiet) as report:
             begun = config, 0
             if config.fit is not None:
                 from merge3.client.fit_first import fit_first
@@ -92,20 +91,14 @@ def evolve(
                 f"stopped; continue with: merge3-client evolve CONFIG --run-dir {directory} --resume", file=sys.stderr
             )
             return None
-        if export and outcome.below is not None and not Path(outcome.below.name).exists():
-            engine.export(outcome.below.recipe, Path(outcome.below.name), config.optimizer.seed)
-        if export and outcome.rounds:
-            export_elites(engine, outcome.recipe, config.optimizer.seed)
         if outcome.front is not None:
             write_front(directory, config, outcome.front)
-        if export and outcome.front is not None:
-            export_picked(engine, outcome, directory, config.optimizer.seed)
-        elif export and not (directory / "model").exists():
-            engine.export(outcome.recipe, directory / "model", config.optimizer.seed)
-    result = summary(config, questions, outcome, pick)
-    write_atomically(directory / "result.json", json.dumps(result, indent=2))
-    watched.end(result)
-    write_report(directory)
+        result = summary(config, questions, outcome, pick)
+        write_atomically(directory / "result.json", json.dumps(result, indent=2))
+        if export:
+            export_result(engine, outcome, directory, config.optimizer.seed)
+        watched.end(result)
+        write_report(directory)
     return result
 
 
@@ -284,7 +277,8 @@ def print_result(result: dict[str, Any], directory: Path) -> None:
     if result["race"] and result["race"]["rounds"]:
         end = "settled" if result["race"]["settled"] else "not settled: items or budget ran out"
         console.print(f"final race: {' → '.join(map(str, result['race']['rounds']))} left, {end}")
-    model = f"model {directory / 'model'}, " if (directory / "model").exists() else ""
+    exported = is_export(directory / MODEL, Recipe.from_yaml(directory / "best.yaml"))
+    model = f"model {directory / MODEL}, " if exported else ""
     console.print(f"recipe {directory / 'best.yaml'}, {model}report {directory / 'report.html'}")
 
 

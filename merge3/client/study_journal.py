@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from merge3.errors import ResumeMismatch
-from merge3.files import resource_error, sync
+from merge3.files import hold, resource_error, sync
 
 JOURNAL = "study.jsonl"
 
@@ -31,10 +31,21 @@ class StudyJournal:
         if resume and not self.file.exists():
             raise ResumeMismatch(directory, f"no {JOURNAL}", "the directory of a study to resume")
         try:
-            if not resume and directory.exists() and any(directory.iterdir()):
-                expected = "a new directory, or --resume" if self.file.exists() else "a new or empty directory"
-                raise ResumeMismatch(directory, "not empty", expected)
-            directory.mkdir(parents=True, exist_ok=True)
+            there = [entry.name for entry in directory.iterdir()] if directory.exists() else []
+        except OSError as error:
+            raise resource_error(self.file, error) from None
+        if not resume and any(not name.startswith(".") for name in there):
+            expected = "a new directory, or --resume" if self.file.exists() else "a new or empty directory"
+            raise ResumeMismatch(directory, "not empty", expected)
+        self._held = hold(directory)
+        try:
+            self._open(directory, identity, resume)
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _open(self, directory: Path, identity: Mapping[str, Any], resume: bool) -> None:
+        try:
             lines = self._read() if resume else []
             self._handle = open(self.file, "a", encoding="utf-8")
             sync(directory)
@@ -68,8 +79,9 @@ class StudyJournal:
         return [line for line in self.found if line["world"] == world and kind in line]
 
     def close(self) -> None:
-        """Nothing is lost without."""
+        """Nothing is lost without, but no other process may go on."""
         self._handle.close()
+        self._held.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
         try:

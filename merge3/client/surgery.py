@@ -22,7 +22,7 @@ from merge3.client.fit_result import baselines, measure, other_run, peak_memory
 from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine, Operated
 from merge3.errors import BadInput, RecipeError
-from merge3.files import write_atomically
+from merge3.files import hold, write_atomically
 from merge3.learn.fit import Fit, check_learned
 from merge3.learn.lessons import TaskToLearn
 from merge3.learn.settings import SurgerySettings, located, read_fit, read_surgery
@@ -96,7 +96,7 @@ def fit_with_surgery(
     others = {str(run): other_run(run, asked.taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
     hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
-    with StopOnInterrupt() as stopping:
+    with hold(directory), StopOnInterrupt() as stopping:
         taught = asked.learned or asked.taught
         run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
         remove_partials(directory)
@@ -114,9 +114,9 @@ def fit_with_surgery(
             beside = {f"{recipe.method} alone": measure(engine, held, host.recipe)}
             beside |= baselines(engine, recipe, held)
             _write(host, outcome.adapters, directory, export)
-    result = _summary(asked, outcome, measured, beside, others) | host.told
-    write_atomically(directory / "result.json", json.dumps(result, indent=2))
-    write_fit_report(directory)
+        result = _summary(asked, outcome, measured, beside, others) | host.told
+        write_atomically(directory / "result.json", json.dumps(result, indent=2))
+        write_fit_report(directory)
     return result
 
 
