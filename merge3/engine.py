@@ -86,6 +86,7 @@ class LocalEngine:
             tied=tied_outputs(self.pool, self.pool.searched),
             experts=str(self.pool.compacted.experts),
             losses=tuple(self.pool.compacted.losses),
+            files=self.pool.words.files,
         )
 
     def prepare(self, registration: Registration, recipe: Recipe | None = None) -> None:

@@ -108,7 +108,8 @@ class PoolInfo:
     notes: where language models are merged into one with eyes or ears, and what is lost of compacted experts.
     own_heads: whether endpoints answer with heads of their own, which no recipe merges. tied: outputs that every
     endpoint ties to one other tensor. workers: subjects that are answered at once. experts: how they are held; losses:
-    of every one that is compacted.
+    of every one that is compacted. files: those beside the weights that answers depend on -> digests, see Words.files;
+    empty where a daemon says nothing of them.
     """
 
     endpoints: tuple[str, ...]
@@ -125,6 +126,7 @@ class PoolInfo:
     workers: int = 1
     experts: str = "full"
     losses: tuple[ExpertLoss, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unmerged(self) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from merge3.tasks.items import place, shown
 
 DEFAULT = ("acc", "none")  # mergekit-evolve's metric
 Metric = tuple[str, str]  # (name, filter)
+_RULES = ("doc_to_target", "doc_to_choice", "process_results", "filter_list", "metric_list")  # of a task's YAML
 
 
 class Document(NamedTuple):
@@ -43,6 +46,15 @@ class Benchmark:
             if filtered == wanted and name in values:
                 return _response(values[name], name, item)
         raise ItemsError(place(item), f"its task gives it no {','.join(self.metric)}", "a value for every document")
+
+    def digest(self) -> str:
+        """Of what says which answers are right: the documents, and what their tasks make of answers."""
+        tasks = {document.leaf: document.task for document in self.documents.values()}
+        rules = {leaf: {key: task.get_config(key) for key in _RULES} for leaf, task in tasks.items()}
+        documents = [[id, document.leaf, document.doc] for id, document in self.documents.items()]
+        named = lambda value: getattr(value, "__qualname__", type(value).__qualname__)  # a repr may say where it lies
+        told = json.dumps([rules, documents], default=named, skipkeys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def first(self, limit: int | None) -> list[Item]:
         """The first documents of every leaf task, as lm-eval's limit has them; None: all."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ PROCESSORS = ("config.json", "preprocessor_config.json", "processor_config.json"
 # One of these says which tokens there are; other tokenizer files only say how they are treated.
 _TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_NOT_TOLD = ("_name_or_path", "transformers_version")  # keys that say where a file comes from
 
 
 def speaking_files(folder: Path) -> list[Path]:
@@ -67,13 +70,37 @@ def read_json(file: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """File -> a digest of what it says, of those beside the weights that change what a model answers: tokenizer, chat
+    template, generation settings, configuration, processors."""
+    files = [*speaking_files(folder), *(folder / name for name in PROCESSORS)]
+    return {file.name: _digest(file) for file in sorted(set(files)) if file.is_file()}
+
+
+def _digest(file: Path) -> str:
+    content = file.read_bytes()
+    if file.name in (*PROCESSORS, GENERATION) and (said := read_json(file)):
+        content = json.dumps({key: said[key] for key in sorted(said) if key not in _NOT_TOLD}, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 class Words:
     """What a model is asked with: a folder's tokenizer, and the same under other chat templates, which are folders of
-    their own and go with this object. keep: what else has to stay as long."""
+    their own and go with this object. keep: what else has to stay as long; sources: folders that it was made of, the
+    base's first, where it is not that one's own."""
 
-    def __init__(self, folder: Path, keep: object = None):
+    def __init__(self, folder: Path, keep: object = None, sources: Sequence[Path] = ()):
         self._folders: dict[str | None, Path] = {None: folder}
-        self._keep = keep
+        self._keep, self._sources = keep, tuple(sources) or (folder,)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """`the base's FILE` -> its digest; where others' tokenizers count too, theirs as `model N's FILE`."""
+        found = {}
+        for place, folder in enumerate(self._sources):
+            whose = f"model {place}'s" if place else "the base's"
+            found |= {f"{whose} {name}": digest for name, digest in digests(folder).items()}
+        return found
 
     def folder(self, template: str | None = None) -> Path:
         """The folder with this chat template, with its own where that is None. Raises ResourceError."""

@@ -42,7 +42,8 @@ class Vocabulary:
     rows: of every tensor that has one for each token, those that pad included. own: endpoint -> its own row of each
     token, int64 [rows], -1 where it has none. numbers: endpoint -> text -> number, as its own tokenizer has them.
     folder: the output's tokenizer, generation settings and configuration; beside it is room for tensors. unused:
-    endpoint -> how many rows of its embedding no token has, which are left out. notes: what is seldom meant.
+    endpoint -> how many rows of its embedding no token has, which are left out. notes: what is seldom meant. sources:
+    the endpoints' own folders.
 
         vocabulary = open_vocabulary(open_endpoints(["base", "chat"])[0], Tokenizer("union"))
         vocabulary.own["chat"][vocabulary.tokens["<|im_end|>"]]
@@ -58,11 +59,12 @@ class Vocabulary:
     unused: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     temporary: object = field(default=None, repr=False)  # what removes the folder when nobody needs it any more
+    sources: tuple[Path, ...] = ()
 
     @cached_property
     def words(self) -> Words:
         """The output's tokenizer, under its own chat template or another."""
-        return Words(self.folder, self)
+        return Words(self.folder, self, self.sources)
 
     def describe(self) -> str:
         """One line: how many tokens, and whose."""
@@ -134,7 +136,8 @@ def open_vocabulary(endpoints: dict[str, Checkpoint], tokenizer: Tokenizer) -> V
     own = {model: _own_rows(tokens, numbers[model], rows) for model in endpoints}
     counts = {model: _row_count(checkpoint) - len(numbers[model]) for model, checkpoint in endpoints.items()}
     unused = {model: count for model, count in counts.items() if count}
-    made = Vocabulary(tokenizer, donor, tokens, rows, own, numbers, folder, unused, tuple(notes), keep)
+    folders = tuple(checkpoint.path for checkpoint in endpoints.values())
+    made = Vocabulary(tokenizer, donor, tokens, rows, own, numbers, folder, unused, tuple(notes), keep, folders)
     _check_rows_of_tokens(made, endpoints)
     config = made.describes(endpoints[base].config, endpoints[donor].config)
     (folder / "config.json").write_text(json.dumps(config, indent=2))  # for readers that ask it for the model's type

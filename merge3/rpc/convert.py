@@ -183,6 +183,7 @@ def pool_to(info: PoolInfo, **extra: Any) -> pb.Pool:
         workers=info.workers,
         experts=info.experts,
         losses=[pb.ExpertLoss(**loss._asdict()) for loss in info.losses],
+        files=info.files,
         layout=pb.Layout(prefix=at.prefix, layers=at.layers, layer_names=at.layer_names, pre=at.pre, post=at.post),
         **extra,
     )
@@ -195,7 +196,7 @@ def pool_from(m: pb.Pool, where: str) -> PoolInfo:
     hashes = {model: m.content_hashes[model] for model in m.models}  # base first: maps have no order on the wire
     losses = tuple(ExpertLoss(loss.model, loss.kept, loss.energy, loss.error) for loss in m.losses)
     said = tuple(m.warnings), tuple(m.notes), m.own_heads, tuple(m.tied), max(1, m.workers), m.experts or "full", losses
-    return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said)
+    return PoolInfo(tuple(m.models), hashes, m.parameters, dict(m.kept), m.device, layout, where, *said, dict(m.files))
 
 
 def evaluation_to(e: Evaluation, index: int, queue_seconds: float = 0.0, worker: str = "") -> pb.Evaluation:

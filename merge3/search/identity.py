@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +49,29 @@ def identity(search: Search) -> dict[str, str]:
     for place, name in enumerate(info.endpoints):
         found[f"checkpoint {place}"] = info.content_hashes[name]
     return found
+
+
+def beside(search: Search) -> dict[str, dict[str, str]]:
+    """What makes answers beside what `identity` names, {"files", "images", "documents"}: name -> digest each, empty
+    where nobody here knows. Runs of earlier versions have none of it."""
+    questions, info = search.questions, search.engine.info()
+    images: dict[str, Any] = {}
+    for item in (*questions.search, *questions.heldout) if info.host == "local" else ():
+        if item.image:
+            content = hashlib.sha256(Path(item.image).read_bytes()).digest()
+            images.setdefault(f"the images of task {item.task!r}", hashlib.sha256()).update(content)
+    return {
+        "files": dict(info.files),
+        "images": {name: found.hexdigest() for name, found in images.items()},
+        "documents": {f"what answers to {task} are held against": digest for task, digest in questions.judged.items()},
+    }
+
+
+def versions(search: Search) -> dict[str, str]:
+    """Of what computes in this process: others may answer otherwise in the last bit, or by much."""
+    if search.engine.info().host != "local":
+        return {}
+    return {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def _placeless(search: Search) -> SpaceDefinition:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from merge3.errors import ResourceError, ResumeMismatch
+from merge3.errors import Merge3Warning, ResourceError, ResumeMismatch
 
 _COLUMNS = "generation, position, genome, recipe_hash, responses, seconds, swap_seconds, engine, error"
 _CANDIDATES = """
@@ -109,27 +110,41 @@ class Journal:
         """Close the database."""
         self._db.close()
 
-    def begin(self, identity: dict[str, str]) -> bool:
+    def begin(
+        self,
+        identity: dict[str, str],
+        beside: Mapping[str, Mapping[str, str]] | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> bool:
         """Claim the run, or check that it is the same one. True if it already has candidates.
 
-        Raises ResumeMismatch naming the first entry of `identity` that differs.
+        beside: as identity.beside gives it; what a run does not know that an earlier version began is not compared.
+        versions: others are a Merge3Warning. Raises ResumeMismatch naming the first entry of the others that differs.
         """
-        stored = self.identity()
+        stored, beside, versions = self.identity(), beside or {}, versions or {}
         if not self.begun:  # one that ended before anything was asked leaves nothing to keep
+            told = {what: json.dumps(digests) for what, digests in beside.items()}
             with self._db:
                 self._db.execute("DELETE FROM run")
-                self._db.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
+                self._db.executemany("INSERT INTO run VALUES (?, ?)", (identity | told | dict(versions)).items())
             return False
         stored = _BEFORE | stored
         for key, value in identity.items():
-            if stored.get(key) != value:
-                raise ResumeMismatch(
-                    self.directory,
-                    f"{key} is {_short(value)}, was {_short(stored.get(key))} when the run began",
-                    "the same",
-                    "start another run directory",
-                )
+            self._same(key, stored.get(key), value)
+        for what, digests in beside.items():
+            before = json.loads(stored.get(what, "{}"))
+            for name in sorted({**before, **digests}) if before and digests else ():
+                self._same(name, before.get(name), digests.get(name))
+        for name, version in versions.items():
+            if (before := stored.get(name, version)) != version:
+                line = f"{self.directory}: {name} is {version}, was {before} when the run began: answers may differ"
+                warnings.warn(line, Merge3Warning, stacklevel=2)
         return self.count() > 0
+
+    def _same(self, key: str, before: str | None, now: str | None) -> None:
+        if before != now:
+            found = f"{key} is {_short(now)}, was {_short(before)} when the run began"
+            raise ResumeMismatch(self.directory, found, "the same", "start another run directory")
 
     @property
     def begun(self) -> bool:

@@ -28,7 +28,8 @@ _ASKED = ("num_fewshot", "apply_chat_template", "system_instruction", "fewshot_a
 class Questions:
     """search: what candidates may be asked; subset: what each is asked, unless calibration chooses it;
     heldout: never seen by the search. skipped, truncated: task -> how many items were too long, which is said in
-    `notes`. chat: task -> system message of prompts that the chat template wraps; judges: of lm-eval's tasks."""
+    `notes`. chat: task -> system message of prompts that the chat template wraps; judges: of lm-eval's tasks; judged:
+    those -> a digest of what they hold answers against."""
 
     search: list[Item]
     subset: list[Item]
@@ -41,12 +42,13 @@ class Questions:
     notes: tuple[str, ...] = ()
     chat: dict[str, str] = field(default_factory=dict)
     judges: dict[str, Judge] = field(default_factory=dict)
+    judged: dict[str, str] = field(default_factory=dict)
 
 
 def load_questions(config: EvolveConfig) -> Questions:
     """Read, split and subset the items of every task. What is too long is dealt with first, so that no later
     stage sees other items than another."""
-    items, weights, heads, limits, notes, chat, judges = [], {}, {}, {}, [], {}, {}
+    items, weights, heads, limits, notes, chat, judges, judged = [], {}, {}, {}, [], {}, {}, {}
     spoken = AskedWith(config)
     skipped, truncated = Counter(), Counter()
     for task in config.tasks:
@@ -54,7 +56,7 @@ def load_questions(config: EvolveConfig) -> Questions:
         if task.items is None:
             benchmark = _benchmark(config, task, spoken)
             own, wrapped, system = list(benchmark.items), False, ""  # lm-eval has applied it
-            judges[task.name] = benchmark.judge
+            judges[task.name], judged[task.name] = benchmark.judge, benchmark.digest()
         else:
             own = _from_file(task, wrapped, system)
         if task.too_long != "error":
@@ -95,6 +97,7 @@ def load_questions(config: EvolveConfig) -> Questions:
         tuple(notes),
         chat,
         judges,
+        judged,
     )
 
 

@@ -22,7 +22,7 @@ from merge3.search.elites import FOLDER as ELITES
 from merge3.search.elites import Over, close
 from merge3.search.front import Front, believed, check_member, check_pick, measure_front
 from merge3.search.front_race import Believed, FrontRace, settle_front
-from merge3.search.identity import identity
+from merge3.search.identity import beside, identity, versions
 from merge3.search.journal import Candidate, Journal
 from merge3.search.loop import search_generations
 from merge3.search.measure import Measured, measure, measure_all, name_of, possible_baselines
@@ -119,7 +119,7 @@ def run(
     baselines = possible_baselines(search)
     if config.fit is not None:
         baselines.append(("fit", read_start(config.genome.start, config.models)))
-    if journal.begin(identity(search)) and not resume:
+    if journal.begin(identity(search), beside(search), versions(search)) and not resume:
         raise ResumeMismatch(journal.directory, "this run has begun", "a new directory", "continue it with --resume")
     write_atomically(journal.directory / "config.yaml", config.to_yaml())
     if engine.info().experts != "full":
