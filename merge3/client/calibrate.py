@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def calibrate(
         raise BadInput("calibrate", "neither a configuration nor --responses", "one of them, or both")
     if config_file is None and skip_too_long:
         raise BadInput("--skip-too-long", "given without a configuration", "one, whose base says how long items may be")
-    groups, skipped = None, {}
+    groups, skipped, of = None, {}, ({}, ())
     if config_file is not None:
-        responses, groups, models, dimensions, seed, skipped = _configured(
+        responses, of, groups, models, dimensions, seed, skipped = _configured(
             config_file, responses_file, out, device, quiet, dimensions, skip_too_long, task_path
         )
         endpoints = endpoints or models
@@ -58,7 +59,7 @@ def calibrate(
     found = calibrations.calibrate(
         responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show
     )
-    save(found, out)
+    save(replace(found, asked=of[0], checkpoints=of[1]), out)
     tasks = {task: _described(found, task) for task in found.banks}
     return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": skipped}
 
@@ -76,7 +77,8 @@ def _configured(
     from merge3.client.run import open_engine
     from merge3.search.config_files import load_config
     from merge3.search.context import Search
-    from merge3.search.gathering import gather
+    from merge3.search.gathering import digests, gather
+    from merge3.search.identity import beside
     from merge3.search.journal import Journal
     from merge3.search.questions import load_questions
     from merge3.search.start import started
@@ -91,17 +93,20 @@ def _configured(
         print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)
     dimensions = max(dimensions, config.estimate.dimensions)
     settings = (keys_by_task(questions.search), config.models, dimensions, config.optimizer.seed, questions.skipped)
+    asked = digests(questions)
     if responses_file is not None:
-        return read_responses(responses_file), *settings
+        return read_responses(responses_file), (asked, ()), *settings
     engine = open_engine(config, device, quiet)
     space = Space(config.genome.definition(), engine.info().layout)
     # What was answered before a kill is not asked again.
     with hold(out), closing(Journal(out)) as journal:
-        identity = {f"checkpoint {name}": digest for name, digest in engine.info().content_hashes.items()}
-        journal.begin({"calibration of": config.hash()} | identity)
+        hashes, search = engine.info().content_hashes, Search(config, questions, engine, space, journal)
+        identity = {f"checkpoint {name}": digest for name, digest in hashes.items()}
+        also = {"asked": {f"what task {task!r} asks": digest for task, digest in asked.items()}}
+        journal.begin({"calibration of": config.hash()} | identity, beside(search) | also)
         show = lambda done, total: quiet or bar("models answering", done, total)
-        responses = gather(started(Search(config, questions, engine, space, journal)), show)
-    return responses, *settings
+        responses = gather(started(search), show)
+    return responses, (asked, list(hashes.values())), *settings
 
 
 def _described(found: calibrations.Calibration, task: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ file. Every task has its own item bank, because a merge's abilities differ betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge3.irt import ItemBank, Responses
@@ -21,12 +21,15 @@ from merge3.tasks import Item, by_task
 @dataclass(frozen=True)
 class Calibration:
     """Per task: the responses and the bank fitted to them. endpoints: names of rows that are endpoints;
-    answers: what it cost."""
+    answers: what it cost. asked: task -> a digest of its items, see gathering.digests; checkpoints: content hashes of
+    the endpoints; both empty of those that a file of responses does not tell, None where an earlier version made it."""
 
     responses: dict[str, Responses]
     banks: dict[str, ItemBank]
     endpoints: tuple[str, ...]
     answers: int
+    asked: Mapping[str, str] | None = None
+    checkpoints: Sequence[str] | None = None
 
 
 def calibrate(

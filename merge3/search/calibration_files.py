@@ -39,6 +39,7 @@ def save(calibration: Calibration, directory: str | Path) -> None:
         if pictures:
             plot(bank, calibration.responses[task], directory / f"diagnostics-{number}.png", task)
     described = {"tasks": list(calibration.banks), "endpoints": calibration.endpoints, "answers": calibration.answers}
+    described |= {"asked": dict(calibration.asked or {}), "checkpoints": list(calibration.checkpoints or ())}
     write_atomically(directory / "calibration.json", json.dumps(described, indent=1))
 
 
@@ -48,6 +49,7 @@ def load(directory: str | Path) -> Calibration:
     try:
         described = json.loads(path.read_text())
         tasks, endpoints, answers = (described[k] for k in ("tasks", "endpoints", "answers"))
+        of = described.get("asked"), described.get("checkpoints")
     except (OSError, ValueError, KeyError) as error:
         raise ResponsesError(
             path, f"{type(error).__name__}: {error}"[:200], "a folder made by `merge3-client calibrate`"
@@ -55,4 +57,4 @@ def load(directory: str | Path) -> Calibration:
     banks = {task: ItemBank.load(directory, f"bank-{number}") for number, task in enumerate(tasks)}
     responses = read_responses(Path(directory) / "responses.csv")
     own = {task: responses.only(bank.items).rows(bank.models) for task, bank in banks.items()}
-    return Calibration(own, banks, tuple(endpoints), answers)
+    return Calibration(own, banks, tuple(endpoints), answers, *of)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from merge3.errors import BadInput
+from merge3.errors import BadInput, Merge3Warning
 from merge3.irt import Responses, read_responses
 from merge3.irt.responses import ResponsesError
 from merge3.search.calibration import Calibration, calibrate
 from merge3.search.calibration_files import load
 from merge3.search.context import Progress, Search, under_way
+from merge3.search.questions import Questions
 from merge3.space import Space
-from merge3.tasks import item_key, keys_by_task
+from merge3.tasks import by_task, item_key, items_hash, keys_by_task
 
 
 def calibrated(search: Search) -> Calibration | None:
@@ -31,7 +34,7 @@ def calibrated(search: Search) -> Calibration | None:
     path = Path(settings.calibration)
     if not path.is_dir():
         return calibrate(read_responses(path), groups, search.config.models, settings.dimensions, seed, cost=0)
-    return _given(path, groups)
+    return _given(path, groups, search)
 
 
 def gather(search: Search, report: Callable[[int, int], None]) -> Responses | None:
@@ -85,11 +88,30 @@ def random_genomes(space: Space, start: np.ndarray, count: int, seed: int, sigma
     return genomes
 
 
-def _given(folder: Path, groups: dict[str, list[str]]) -> Calibration:
-    """One made by `merge3-client calibrate`, which costs the run nothing."""
+def digests(questions: Questions) -> dict[str, str]:
+    """Task -> a digest of its search items and of how they are put: what a calibration was asked, order included."""
+    found = {}
+    for task, items in by_task(questions.search).items():
+        asked = items_hash(items), questions.chat.get(task)
+        found[task] = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+    return found
+
+
+def _given(folder: Path, groups: dict[str, list[str]], search: Search) -> Calibration:
+    """One made by `merge3-client calibrate`, which costs the run nothing. Of an earlier version items are compared by
+    name alone."""
     found = load(folder)
     for task, keys in groups.items():
         if task not in found.banks or list(found.banks[task].items) != keys:
             other = f"a calibration of other items than the run's (task {task!r})"
             raise ResponsesError(folder, other, "one made with this configuration")
+    if found.asked is None:
+        line = "made by an earlier version, which does not say what its items and models held: nothing compares them"
+        warnings.warn(f"{folder}: {line}", Merge3Warning, stacklevel=2)
+    for task, digest in digests(search.questions).items():
+        if found.asked and found.asked.get(task) != digest:
+            other = f"made when the items of task {task!r}, or how they are put, were others"
+            raise ResponsesError(folder, other, "one made with this configuration as it is")
+    if found.checkpoints and sorted(found.checkpoints) != sorted(search.engine.info().content_hashes.values()):
+        raise ResponsesError(folder, "made with other models than the run's", "one made with these checkpoints")
     return Calibration(found.responses, found.banks, found.endpoints, answers=0)
