@@ -6,12 +6,14 @@ import sqlite3
 import sys
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from merge3.client import run
+from merge3.client.calibrate import calibrate
 from merge3.engine import Evaluation, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning
 from merge3.irt import Responses, read_responses
@@ -21,12 +23,12 @@ from merge3.search import asking, calibration, policy
 from merge3.search.calibration_files import save
 from merge3.search.config_files import load_config
 from merge3.search.context import Search
-from merge3.search.gathering import gather
+from merge3.search.gathering import calibrated, digests, gather
 from merge3.search.journal import Candidate, Journal
 from merge3.search.questions import load_questions
 from merge3.search.race import Contender, race
 from merge3.space import Space
-from merge3.tasks import Item, keys_by_task
+from merge3.tasks import Item, item_key, keys_by_task
 
 FEW = {
     "extract": {"method": "irt", "size": 4},
@@ -190,6 +192,44 @@ def test_a_response_file_replaces_the_questions(undisturbed, few, tmp_path):
     other.write_text(other.read_text().replace("translation/", "spelling/"))
     with pytest.raises(BadInput, match="task 'translation': none of its"):
         run.evolve(replace_estimate(config, calibration=str(other)), tmp_path / "bad", quiet=True, export=False)
+
+
+def test_a_calibration_is_of_the_items_and_checkpoints_that_it_was_made_with(few, tmp_path):
+    config, out = load_config(few), tmp_path / "bank"
+    questions, g = load_questions(config), np.random.default_rng(0)
+    keys = tuple(map(item_key, questions.search))
+    rows = Responses(tuple("abcdef"), keys, g.integers(0, 2, (6, len(keys))).astype(float))
+    found = calibration.calibrate(rows, keys_by_task(questions.search), ("a", "b"))
+    save(replace(found, asked=digests(questions), checkpoints=["x", "y"]), out)
+    config = replace_estimate(config, calibration=str(out))
+
+    def given(hashes=("y", "x"), **changes):
+        engine = SimpleNamespace(info=lambda: SimpleNamespace(content_hashes=dict(enumerate(hashes))))
+        return calibrated(Search(config, replace(questions, **changes), engine, None, None))
+
+    assert given().banks.keys() == found.banks.keys() and given().asked == digests(questions)
+    other = [replace(questions.search[0], prompt="one"), *questions.search[1:]]  # of the same name
+    with pytest.raises(BadInput, match="bank: made when the items of task 'english', or how they are put, were others"):
+        given(search=other)
+    with pytest.raises(BadInput, match="task 'english'"):
+        given(chat={"english": "Be short."})
+    with pytest.raises(BadInput, match="bank: made with other models than the run's; expected one made with these"):
+        given(hashes=("x", "z"))
+    told = json.loads((out / "calibration.json").read_text())
+    (out / "calibration.json").write_text(json.dumps({k: told[k] for k in ("tasks", "endpoints", "answers")}))
+    with pytest.warns(Merge3Warning, match="bank: made by an earlier version"):
+        given(search=other, hashes=("x", "z"))
+
+
+def test_calibrate_says_of_what_it_is(few, tmp_path):
+    data = yaml.safe_load(few.read_text()) | {"limit": 6}
+    data["estimate"]["models"] = 1
+    (few.parent / "fewer.yaml").write_text(yaml.safe_dump(data))
+    calibrate(tmp_path / "bank", few.parent / "fewer.yaml", None, (), 1, 0, "cpu", True)
+    told = json.loads((tmp_path / "bank" / "calibration.json").read_text())
+    config = load_config(few.parent / "fewer.yaml")
+    hashes = Pool.open(config.models[0], config.models[1:]).content_hashes()
+    assert told["checkpoints"] == list(hashes.values()) and told["asked"] == digests(load_questions(config))
 
 
 def replace_estimate(config, **changes):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from merge3.errors import ResumeMismatch
+from merge3.errors import Merge3Warning, ResumeMismatch
 from merge3.search.journal import Candidate, Journal
 
 BEFORE = """
@@ -69,6 +69,50 @@ def test_a_run_has_begun_when_something_was_asked(tmp_path):
             assert journal.begun
         with closing(Journal(tmp_path / stage)) as journal:
             assert journal.begun and journal.identity() == {"config": "x"}
+
+
+FILES = {"files": {"the base's config.json": "a", "the base's tokenizer.json": "b"}}
+
+
+def begun(directory, *told):
+    """A run that was told this when it began, and has a candidate."""
+    with closing(Journal(directory)) as journal:
+        journal.begin({"config": "x"}, *told)
+        journal.append(candidate(0, [0.5], [0.1], objectives=("accuracy",)))
+
+
+@pytest.mark.parametrize(
+    "now,message",
+    [
+        ({"the base's tokenizer.json": "c"}, "the base's tokenizer.json is c, was b when the run began"),
+        ({"the base's tokenizer.json": None}, "the base's tokenizer.json is nothing, was b when"),
+        ({"the base's chat_template.jinja": "d"}, "the base's chat_template.jinja is d, was nothing when"),
+    ],
+)
+def test_what_makes_answers_and_has_changed_is_named(tmp_path, now, message):
+    begun(tmp_path, FILES)
+    with closing(Journal(tmp_path)) as journal:
+        assert journal.begin({"config": "x"}, FILES)
+        with pytest.raises(ResumeMismatch, match=message) as error:
+            told = {name: digest for name, digest in (FILES["files"] | now).items() if digest}
+            journal.begin({"config": "x"}, {"files": told})
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_not_written_down_or_is_not_known_is_not_compared(tmp_path):
+    begun(tmp_path / "earlier")
+    begun(tmp_path / "now", FILES)
+    for directory, told in (("earlier", FILES), ("now", {"files": {}}), ("now", {})):
+        with closing(Journal(tmp_path / directory)) as journal:
+            assert journal.begin({"config": "x"}, told, {"torch": "2"})
+
+
+def test_another_version_of_what_computes_is_said(tmp_path):
+    begun(tmp_path, {}, {"torch": "2.1", "transformers": "5"})
+    with closing(Journal(tmp_path)) as journal:
+        with pytest.warns(Merge3Warning, match=r"torch is 2\.2, was 2\.1 when the run began") as said:
+            assert journal.begin({"config": "x"}, {}, {"torch": "2.2", "transformers": "5"})
+        assert len(said) == 1
 
 
 def test_candidates_are_told_in_their_order_and_in_that_in_which_they_came(tmp_path):

@@ -6,6 +6,8 @@ import shutil
 import signal
 import sqlite3
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +19,8 @@ from merge3.errors import BadInput, ResourceError, ResumeMismatch
 from merge3.files import hold
 from merge3.recipe import ModelRef, Recipe
 from merge3.search.config_files import load_config
+from merge3.search.identity import beside, versions
+from merge3.tasks import Item
 from tests.commands import client
 
 FEW = {"optimizer": {"budget": 4, "population": 4, "seed": 3}, "limit": 4, "heldout": {"fraction": 0.2}}
@@ -206,6 +210,61 @@ def test_a_process_that_is_killed_holds_nothing(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     hold(tmp_path).close()
+
+
+# -- what a journal is continued with
+
+
+def changed(file, **keys):
+    """A change that every reader would take, and that says something else."""
+    data = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(data | keys, indent=1))
+
+
+def test_a_base_that_is_read_otherwise_is_not_the_runs_any_more(own_world, tmp_path):
+    config = load_config(configured(own_world))
+    base, directory = own_world / "base", own_world / "run"
+    run.evolve(config, directory, quiet=True, export=False)
+    again = lambda: run.evolve(config, directory, resume=True, quiet=True, export=False)
+    changed(base / "config.json", transformers_version="0.0", _name_or_path="elsewhere")  # who wrote it, no more
+    again()
+    for name, keys in (
+        ("config.json", {"rope_theta": 7.0}),
+        ("generation_config.json", {"temperature": 0.5}),
+        ("tokenizer_config.json", {"model_max_length": 77}),
+        ("chat_template.json", {"chat_template": "{{ messages }}"}),
+    ):
+        before = (base / name).read_bytes() if (base / name).exists() else None
+        changed(base / name, **keys)
+        with pytest.raises(ResumeMismatch, match=rf"the base's {name} is .*, was .* when the run began; expected"):
+            again()
+        (base / name).write_bytes(before) if before is not None else (base / name).unlink()
+    again()
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(finished, copied):
+    config, _, expected = finished
+    with closing(sqlite3.connect(copied / "run.db")) as db:
+        db.execute("DELETE FROM run WHERE key IN ('files', 'images', 'documents', 'torch', 'transformers')")
+        db.execute("DELETE FROM answers")
+        db.commit()
+    assert run.evolve(config, copied, resume=True, quiet=True) == expected
+
+
+def test_images_count_by_what_is_in_them(tmp_path):
+    items = [Item(f"{i}", "dots", "classify", "", 0, image=str(tmp_path / f"{i}.png")) for i in range(3)]
+    for number, item in enumerate(items):
+        Path(item.image).write_bytes(bytes([number]))
+    questions = SimpleNamespace(search=items[:2], heldout=items[2:], judged={"sums": "d"})
+    info = SimpleNamespace(host="local", files={"the base's config.json": "a"})
+    search = SimpleNamespace(questions=questions, engine=SimpleNamespace(info=lambda: info))
+    first = beside(search)
+    assert first["files"] == info.files and set(first["images"]) == {"the images of task 'dots'"}
+    assert beside(search) == first
+    Path(items[2].image).write_bytes(b"other")
+    assert beside(search)["images"] != first["images"]
+    info.host = "elsewhere:50051"  # where the images lie, too
+    assert not beside(search)["images"] and set(versions(search)) == set()
 
 
 # -- held-out answers are kept
