@@ -68,7 +68,7 @@ def check_recipe(recipe: Recipe, pool: Pool, where: str = "recipe") -> None:
     """A dry run of the export: raises whatever `merge_to_disk` would, but for a full disk or an overflow, and but for
     a vocabulary that a pool of the recipe's own models would not have: that may be measured, and not exported."""
     prepared = prepare(recipe, pool, where)
-    check_output(prepared.config, prepared.specs, recipe, pool, where)
+    check_output(prepared.config, prepared.specs, prepared.program.origins, recipe, pool, where)
 
 
 def merge_to_disk(
@@ -152,7 +152,7 @@ def write_checkpoint(
     others are as of merge_to_disk."""
     # transformers is loaded for it, which takes seconds: meanwhile the first tensors are merged.
     with ThreadPoolExecutor(1) as aside:
-        checked = aside.submit(check_output, ready.config, ready.specs, recipe, pool, where)
+        checked = aside.submit(check_output, ready.config, ready.specs, ready.program.origins, recipe, pool, where)
         with CheckpointWriter(directory, ready.specs, shard_size, ready.parts) as writer:
             _write_tensors(writer, ready, pool, merge, progress, checked)
             _write_beside(writer, ready, recipe, pool, seed)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from merge3.checkpoint import open_checkpoint
-from merge3.checkpoint.architecture import loading, tied
+from merge3.checkpoint.architecture import configuration, loading, tied, why_not
 from merge3.checkpoint.beside import speaking_files, template_of
-from merge3.checkpoint.depth import depth_keys, per_layer_keys, stack_section
-from merge3.checkpoint.layout import Ref
+from merge3.checkpoint.depth import stack_section
+from merge3.checkpoint.layout import Layout, Ref
 from merge3.errors import CheckpointError
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe
+from merge3.stacking import Origins, check_kinds, stacked
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
@@ -58,18 +59,8 @@ def output_specs(recipe: Recipe, program: Program, pool: Pool) -> Specs:
 
 def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) -> dict[str, Any]:
     """config.json: the lead's, with the output's depth, dtype and whether its output is tied."""
-    config = json.loads(json.dumps(pool.endpoints[lead(recipe)].config))
-    stack = pool.layouts[lead(recipe)]
-    inner = stack_section(config, stack.prefix)
-    whole = tuple((lead(recipe), layer) for layer in range(stack.layers))
-    for key in depth_keys(inner, stack.prefix):
-        if inner[key] == stack.layers:
-            inner[key] = program.layers
-        elif program.origins != whole:  # it counts something else, such as layers without those that draft
-            found = f"config.json: {key} is {inner[key]}, and {stack.layers} layers are stored"
-            raise CheckpointError(lead(recipe), found, "as many, where layers are taken with `slices`")
-    for key in per_layer_keys(inner):
-        inner[key] = _of_layers(key, program, pool)
+    config = stacked(lead(recipe), program.origins, pool)
+    inner = stack_section(config, pool.layouts[lead(recipe)].prefix)
     dtype = next((d for d, _ in specs.values() if d.is_floating_point), None)
     nested = [part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict)]
     for section in (config, inner, *nested):
@@ -83,19 +74,11 @@ def output_config(recipe: Recipe, program: Program, specs: Specs, pool: Pool) ->
     return config
 
 
-def _of_layers(key: str, program: Program, pool: Pool) -> list:
-    """A setting that has one entry a layer: each output layer has that of the layer it is laid out after."""
-    values = []
-    for model, layer in program.origins:
-        own = stack_section(pool.endpoints[model].config, pool.layouts[model].prefix).get(key)
-        if not isinstance(own, list) or layer >= len(own):
-            raise CheckpointError(model, f"config.json: {key} has no entry for layer {layer}", "one entry per layer")
-        values.append(own[layer])
-    return values
-
-
-def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: Pool, where: str) -> None:
-    """Refuse an output that its own configuration does not describe: a parameter missing, one too many, another shape.
+def check_output(
+    config: Mapping[str, Any], specs: Specs, origins: Origins, recipe: Recipe, pool: Pool, where: str
+) -> None:
+    """Refuse an output that its own configuration does not describe: a parameter missing, one too many, another shape,
+    a layer of another kind. origins: of its layers, as a Program has them.
 
     What the lead itself stores beside its architecture (and transformers ignores) may stay. Architectures that this
     transformers does not know are compared with the lead's own tensors. Raises CheckpointError.
@@ -104,13 +87,9 @@ def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: 
     shapes = {name: shape for name, (_, shape) in specs.items()}
     said = loading(config, shapes)
     if said is None:
-        if len(pool.layouts[lead(recipe)].layer_names) and set(shapes) != set(base.tensors) and recipe.whole:
-            odd = sorted(set(shapes) ^ set(base.tensors))[0]
-            raise CheckpointError(
-                where,
-                f"tensor {odd!r} is in one of output and {lead(recipe)} only",
-                "the tensors of an unknown architecture",
-            )
+        _check_buildable(config, recipe, pool, where)
+        _check_unknown(shapes, recipe, pool, where)
+        check_kinds(lead(recipe), config, origins, pool, where)
         return
     if said.missing:
         name = said.missing[0]
@@ -130,6 +109,54 @@ def check_output(config: Mapping[str, Any], specs: Specs, recipe: Recipe, pool: 
         raise CheckpointError(
             where, f"tensor {extra[0]!r}{_more(extra)} is no parameter of {said.architecture}", "none too many"
         )
+    check_kinds(lead(recipe), config, origins, pool, where)
+
+
+def _check_buildable(config: Mapping[str, Any], recipe: Recipe, pool: Pool, where: str) -> None:
+    """What transformers makes of the lead it must make of the output: else its config.json says what cannot be."""
+    base = pool.endpoints[lead(recipe)]
+    known = configuration(base.config) is not None
+    reason = why_not(config) if known else ""
+    if reason or loading(base.config, {name: info.shape for name, info in base.tensors.items()}) is not None:
+        found = f"transformers cannot build the output from its config.json ({reason or 'as its class needs it'})"
+        raise CheckpointError(where, found, f"one as that of {lead(recipe)}, which it builds")
+
+
+def _check_unknown(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, pool: Pool, where: str) -> None:
+    """Compare tensors with the lead's: all of them where layers are in place. Else those outside the layers, and each
+    layer with the lead's at its place; where all of those are alike there may be more, or fewer."""
+    first = lead(recipe)
+    base, stack = pool.endpoints[first], pool.layouts[first]
+    own = {name: info.shape for name, info in base.tensors.items()}
+    if not stack.layer_names:
+        return
+    expected = "the tensors of an unknown architecture"
+    if not recipe.whole:
+        mine, layers = _by_layer(own, stack), _by_layer(shapes, stack)
+        alike = all(mine[layer] == mine[0] for layer in range(stack.layers))
+        for layer in range(len(layers)):
+            there = mine.get(0 if alike else layer)
+            if layers.get(layer) != there:
+                found = f"layer {layer} of the output has other tensors than layer {0 if alike else layer} of {first}"
+                raise CheckpointError(where, found, expected)
+        if not alike and len(layers) != len(mine):
+            raise CheckpointError(where, f"{len(layers)} layers, {len(mine)} of several kinds in {first}", expected)
+        own, shapes = ({n: s for n, s in found.items() if stack.layer_of(n) is None} for found in (own, shapes))
+    if odd := sorted(set(shapes) ^ set(own)):
+        raise CheckpointError(where, f"tensor {odd[0]!r} is in one of output and {first} only", expected)
+    for name, shape in shapes.items():
+        if shape != own[name]:
+            found = f"tensor {name!r} of shape {list(shape)}"
+            raise CheckpointError(where, found, f"{list(own[name])} as in {first}, of an unknown architecture")
+
+
+def _by_layer(shapes: Mapping[str, tuple[int, ...]], stack: Layout) -> dict[int, dict[str, tuple[int, ...]]]:
+    """layer -> what follows its number -> shape"""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if (layer := stack.layer_of(name)) is not None:
+            layers.setdefault(layer, {})[name.removeprefix(f"{stack.prefix}.{layer}.")] = shape
+    return layers
 
 
 def check_written(folder: Path, specs: Specs, config: Mapping[str, Any]) -> None:

@@ -7,23 +7,29 @@ so that renamed, fused, tied and ignored tensors count as they do when somebody 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from merge3 import __version__
 from merge3.errors import ResourceError
 from merge3.files import write_atomically
 
 Shape = tuple[int, ...]
+_NO_CONFIGURATION = (LookupError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
+# Attributes of a layer's modules that say where it stands, or that only training needs.
+_NO_KIND = re.compile(r"^_|layer_?(idx|id|index|number)|_idx$|drop|^training$")
 
 
 @dataclass(frozen=True)
@@ -44,19 +50,51 @@ def loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading |
     Importing transformers takes longer than a small merge, and the answer depends on nothing but what is asked: it is
     remembered in the user's cache folder ($XDG_CACHE_HOME/merge3, or ~/.cache/merge3).
     """
-    versions = [__version__, metadata.version("transformers"), torch.__version__]
-    question = [config, sorted(shapes.items()), versions]
+    return _remembered([config, sorted(shapes.items())], lambda: _loading(config, shapes), asdict, _read_loading)
+
+
+def ties(config: Mapping[str, Any]) -> list[list[str]]:
+    """Parameters that are one and the same in the architecture of a config.json, by their names in the model: the one
+    that is stored first, then those that share it. Empty where `loading` is None. Remembered as that is."""
+    return _ties_of(json.dumps(config, sort_keys=True, default=str))
+
+
+@functools.lru_cache(64)
+def _ties_of(text: str) -> list[list[str]]:
+    config = json.loads(text)
+    return _remembered(["ties", config], lambda: _ties(config), list, list) or []
+
+
+def _ties(config: Mapping[str, Any]) -> list[list[str]] | None:
+    built = _built(config, {})
+    if built is None:
+        return None
+    groups: dict[str, list[str]] = {}
+    for name, source in built[0].all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(name)
+    for source in [source for source in groups if any(source in group[1:] for group in groups.values())]:
+        other = next(group for group in groups.values() if source in group[1:])
+        other += [name for name in groups.pop(source) if name not in other]
+    return list(groups.values())
+
+
+def _remembered(question: list, ask: Callable[[], Any], said: Callable[[Any], Any], read: Callable[[Any], Any]) -> Any:
+    """The answer to a question, kept in a file of the cache where it is not None. said, read: to JSON and back."""
+    question = [*question, [__version__, metadata.version("transformers"), torch.__version__]]
     file = _cache() / f"{hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(file.read_text())
-        wrong = tuple((name, tuple(stored), tuple(own)) for name, stored, own in kept["mismatched"])
-        return Loading(kept["architecture"], tuple(kept["missing"]), tuple(kept["unexpected"]), wrong)
-    found = _loading(config, shapes)
+        return read(json.loads(file.read_text()))
+    found = ask()
     if found is not None:
         with contextlib.suppress(OSError, ResourceError):  # a memory that cannot be written is no reason to fail
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(asdict(found)))
+            write_atomically(file, json.dumps(said(found)))
     return found
+
+
+def _read_loading(kept: Mapping[str, Any]) -> Loading:
+    wrong = tuple((name, tuple(stored), tuple(own)) for name, stored, own in kept["mismatched"])
+    return Loading(kept["architecture"], tuple(kept["missing"]), tuple(kept["unexpected"]), wrong)
 
 
 def _cache() -> Path:
@@ -64,6 +102,23 @@ def _cache() -> Path:
 
 
 def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading | None:
+    built = _built(config, shapes)
+    if built is None:
+        return None
+    found = built[1]
+    mismatched = tuple(sorted((name, tuple(stored), tuple(own)) for name, stored, own in found["mismatched_keys"]))
+    wrong = {name for name, *_ in mismatched}
+    return Loading(
+        config["architectures"][0],
+        tuple(sorted(set(found["missing_keys"]) - wrong)),
+        tuple(sorted(found["unexpected_keys"])),
+        mismatched,
+    )
+
+
+def _built(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> tuple[Any, dict[str, Any]] | None:
+    """(the model of a config.json on the meta device, what was said of tensors of these names and shapes); None as of
+    `loading`."""
     import transformers
 
     architecture = (config.get("architectures") or [""])[0]
@@ -73,7 +128,7 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
     tensors = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes.items()}
     try:
         with _silence():
-            _, found = kind.from_pretrained(
+            return kind.from_pretrained(
                 None,
                 config=settings,
                 state_dict=tensors,
@@ -82,29 +137,61 @@ def _loading(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Loading 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+    except (ImportError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError):
         return None  # one that this transformers names and cannot build, such as for want of a package
-    mismatched = tuple(sorted((name, tuple(stored), tuple(own)) for name, stored, own in found["mismatched_keys"]))
-    wrong = {name for name, *_ in mismatched}
-    return Loading(
-        architecture,
-        tuple(sorted(set(found["missing_keys"]) - wrong)),
-        tuple(sorted(found["unexpected_keys"])),
-        mismatched,
-    )
+
+
+def layer_kinds(config: Mapping[str, Any], prefix: str) -> list[dict[str, Any]] | None:
+    """What the modules of each layer are and compute with, beside tensors: `self_attn.sliding_window` -> 512. Where a
+    layer stands is no part of it, nor what only training needs. prefix: what stands before the layers' numbers.
+
+    None where `loading` would be, or the model has no such stack.
+    """
+    built = _built(config, {})
+    if built is None:
+        return None
+    stacks = {name: m for name, m in built[0].named_modules() if isinstance(m, torch.nn.ModuleList)}
+    # A checkpoint may have a prefix more or less than the model, and names of old.
+    near = [name for name in stacks if f".{name}".endswith(f".{prefix}") or f".{prefix}".endswith(f".{name}")]
+    like = [name for name in stacks if name.rpartition(".")[2] == prefix.rpartition(".")[2]]
+    places = near or like
+    return [_kind(layer) for layer in stacks[places[0]]] if len(places) == 1 else None
+
+
+def _kind(layer: torch.nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        found[name] = type(module).__name__
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None) and not _NO_KIND.search(key):
+                found[f"{name}.{key}".removeprefix(".")] = value
+    return found
+
+
+def why_not(config: Mapping[str, Any]) -> str:
+    """In one line, why transformers makes no configuration object of a config.json; empty where it does."""
+    try:
+        _configured(config)
+    except _NO_CONFIGURATION as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[-1].strip()[:300]
+    return ""
 
 
 def configuration(config: Mapping[str, Any]):
     """The transformers configuration object of a config.json, defaults filled in; None for a type it does not know."""
-    from huggingface_hub.errors import StrictDataclassError
+    try:
+        return _configured(config)
+    except _NO_CONFIGURATION:
+        return None
+
+
+def _configured(config: Mapping[str, Any]):
     from transformers import AutoConfig
 
     settings = {k: _with_floats(v) for k, v in config.items() if k != "model_type"}
-    try:
-        with _silence():
-            return AutoConfig.for_model(config.get("model_type", ""), **settings)
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError):
-        return None
+    with _silence():
+        return AutoConfig.for_model(config.get("model_type", ""), **settings)
 
 
 def _with_floats(value: Any) -> Any:

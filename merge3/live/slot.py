@@ -24,6 +24,7 @@ from merge3.methods.execute import Output
 from merge3.pool import Pool
 from merge3.program import Program, compile
 from merge3.recipe import Recipe
+from merge3.stacking import check_live
 from merge3.variants import Head, Kept, Variants
 
 
@@ -241,9 +242,8 @@ class Slot:
         """What `swap` would run. Raises RecipeError for what it would refuse."""
         program = compile(recipe, self.pool, where)
         followed = self._hops(recipe) is not None
-        if program.layers != self._layout.layers and not followed:
-            expected = f"{self._layout.layers}, as in the base: a slot cannot grow"
-            raise RecipeError(where, f"{program.layers} layers", expected)
+        if not followed:
+            check_live(program.origins, self.pool, where)
         aside = {*self.pool.fixed, *self.pool.heads.get(self.pool.base, ())}
         for name in self._weights:  # what no source has would stay the last swap's
             if followed and self._layout.layer_of(name) is not None:
