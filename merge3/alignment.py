@@ -9,7 +9,7 @@ from typing import Any
 
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import loading
-from merge3.checkpoint.layout import Ref, layout
+from merge3.checkpoint.layout import Ref, layout, stack_of
 from merge3.checkpoint.naming import is_buffer
 from merge3.checkpoint.towers import Tower
 from merge3.errors import CheckpointError
@@ -118,11 +118,23 @@ def _find_missing(model, checkpoint, base_name, base, heads, has, tower, found: 
             found.kept[name] = f"not in {model}, a language model: it is beside the language tower"
             continue
         # A pooler, say, that the expert's own architecture does without. Inside layers nothing is optional.
+        if layer is None and (place := stack_of(name)) is not None:
+            _check_stack(model, checkpoint, base_name, base, *place)
         if layer is None and complete is None:
             complete = _complete(checkpoint)
         if layer is not None or not complete:
             raise CheckpointError(model, f"no tensor {name!r}", f"every tensor of the base {base_name}")
         found.kept[name] = f"not in {model}, whose architecture does without it"
+
+
+def _check_stack(model, checkpoint, base_name, base, prefix: str, number: int) -> None:
+    """A stack beside the main one, such as an encoder, is as deep in an expert as in the base, or not there at all."""
+    own, theirs = (
+        {place[1] for name in c.tensors if (place := stack_of(name)) is not None and place[0] == prefix}
+        for c in (base, checkpoint)
+    )
+    if theirs and number not in theirs:
+        raise CheckpointError(model, f"{prefix} has {len(theirs)} layers", f"{len(own)} as in the base {base_name}")
 
 
 def _find_extra(model, checkpoint, base_name, base, own, has, drop: tuple[str, ...], found: Alignment) -> None:

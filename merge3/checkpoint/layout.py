@@ -57,6 +57,13 @@ class Layout:
         return int(match[2]) if match and match[1] == self.prefix else None
 
 
+def stack_of(name: str) -> tuple[str, int] | None:
+    """The stack that a tensor is in, the main one or another, by what stands before the first number in its name, and
+    that number; None for a name without one."""
+    match = _INDEXED.match(name)
+    return (match[1], int(match[2])) if match else None
+
+
 def beside_text(name: str) -> bool:
     """Whether a tensor is of a model's eyes or ears, and not of its language model."""
     return bool(_SIDE.search(name))

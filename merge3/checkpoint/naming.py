@@ -3,10 +3,11 @@ the embedding. And some tensors are no weights at all."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from merge3.checkpoint.layout import EMBEDDING, layout
+from merge3.checkpoint.layout import EMBEDDING, layout, stack_of
 
 # Outputs that may share the weight of an input: a head's name -> what stores the shared tensor.
 _TIES = {
@@ -57,6 +58,14 @@ def tie_source(name: str, names: Iterable[str]) -> str | None:
 def tie_targets(names: Iterable[str]) -> list[str]:
     """The outputs among these names that a configuration may tie."""
     return [n for n in names if any(n == head or n.endswith(f".{head}") for head in _TIES)]
+
+
+def has_copies(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the largest table outside layers is there twice under names that are no known outputs: its model may tie
+    them, which its architecture has to be asked. shapes: of all tensors."""
+    known = set(tie_targets(shapes))
+    tables = [s for name, s in shapes.items() if len(s) == 2 and stack_of(name) is None and name not in known]
+    return bool(tables) and tables.count(max(tables, key=math.prod)) > 1
 
 
 def is_head(name: str) -> bool:

@@ -2,14 +2,16 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from merge3.errors import BadInput, CheckpointError, RecipeError
 from merge3.live.slot import Slot
 from merge3.pool import Pool
+from tests.families import FAMILIES, TEXT, Family, make, padded
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -181,6 +183,79 @@ def test_a_live_model_holds_the_head_that_is_exported(tied, method, models):
     equal(dict(loaded.state_dict()), dict(slot.model.state_dict()))
     slot.load(str(tied.root / "untied"))
     equal(dict(AutoModelForCausalLM.from_pretrained(tied.root / "untied").state_dict()), dict(slot.model.state_dict()))
+
+
+# -- tensors that a class ties beside its head
+
+EMBEDS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+SIZED = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"} | {"tie_word_embeddings": True}
+COPIES = {
+    "T5": (FAMILIES["T5"], dict.fromkeys(EMBEDS, "shared.weight")),
+    "BART": (FAMILIES["BART"], {f"model.{name}": "model.shared.weight" for name in EMBEDS}),
+    "Whisper": (FAMILIES["Whisper"], {"proj_out.weight": "model.decoder.embed_tokens.weight"}),
+    "ALBERT": (
+        Family(
+            "albert", "AlbertForMaskedLM", "AutoModelForMaskedLM", SIZED | {"embedding_size": 16}, padded, (),
+            "albert.encoder.albert_layer_groups",
+        ),
+        {"predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
+         "predictions.decoder.bias": "predictions.bias"},
+    ),
+    "ModernBERT": (
+        Family("modernbert", "ModernBertForMaskedLM", "AutoModelForMaskedLM", SIZED, padded, (), "model.layers"),
+        {"decoder.weight": "model.embeddings.tok_embeddings.weight"},
+    ),
+}  # fmt: skip
+
+
+def storing(workshop, name, copies):
+    """The same model with copies of what it ties, as files of older versions have them."""
+    return workshop.edited(name, f"{name}_twice", lambda t: t.update({n: t[of].clone() for n, of in copies.items()}))
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_what_a_class_ties_are_one_tensor_with_it(name, workshop):
+    """Random keeps would draw another mask for each, and an expert without them keep the base's."""
+    family, copies = COPIES[name]
+    assert make(family, workshop.root) is None
+    for model in ("base", "e0", "e1"):
+        storing(workshop, model, copies)
+    settings = dict(method="dare_linear", parameters={"density": 0.5})
+    _, expected = workshop.merge(["e0", "e1"], "base", **settings)
+    assert not copies.keys() & expected.keys()
+    for out, twice in (("a", ("base",)), ("b", ("e0",)), ("c", ("base", "e0", "e1"))):
+        base, *models = (f"{model}_twice" if model in twice else model for model in ("base", "e0", "e1"))
+        result, found = workshop.merge(models, base, out=out, **settings)
+        assert not copies.keys() & result["kept"].keys()
+        equal(found, expected)
+
+
+def test_a_head_beside_tied_embeddings_is_merged_as_its_own(workshop):
+    """T5 1.1 and Flan: config.json says that nothing is tied, and transformers ties the two embeddings all the same."""
+    family, copies = COPIES["T5"]
+    make(family, workshop.root)
+    for model in ("base", "e0"):
+        head = lambda t: t.update({HEAD: t["shared.weight"] * 0.5 + 0.1})
+        workshop.edited(model, f"{model}_headed", head, lambda c: c.update(tie_word_embeddings=False))
+    storing(workshop, "base_headed", copies)
+    _, expected = workshop.merge(["e0_headed"], "base_headed", out="plain")
+    result, found = workshop.merge(["e0_headed"], "base_headed_twice")
+    equal(found, expected)
+    assert result["kept"] == {} and HEAD in found and workshop.config("out") == workshop.config("plain")
+    slot = Slot(Pool.open(str(workshop.root / "base_headed_twice"), [str(workshop.root / "e0_headed")]))
+    slot.swap(workshop.recipe(["e0_headed"], "base_headed_twice"))
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(workshop.root / "out")
+    equal(dict(loaded.state_dict()), dict(slot.model.state_dict()))
+
+
+def test_a_stack_beside_the_main_one_is_as_deep_in_every_model(workshop):
+    """Decoders of equal depth are merged; an encoder's last blocks would stay the base's."""
+    family = FAMILIES["T5"]
+    make(family, workshop.root, models=1)
+    make(replace(family, settings=family.settings | {"num_layers": 2}), workshop.root / "shallow", models=1)
+    with pytest.raises(CheckpointError, match=r"base: encoder\.block has 2 layers; expected 4 as in the base .*base"):
+        workshop.merge(["shallow/base"], "base")
+    assert not (workshop.root / "out").exists()
 
 
 # -- the same model under other names
