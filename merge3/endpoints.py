@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,13 +24,21 @@ def open_endpoints(
     are merged into its language tower). locate: from a path as named to where it lies. tower: prefixes of a language
     model's names -> of the base's, where they are not to be found.
 
-    Raises CheckpointError where two tensors of one model would go by one name, or a language model fits nowhere.
+    Raises CheckpointError where two tensors of one model would go by one name, a language model fits nowhere, or one
+    model is there under two names.
     """
     opened: dict[str, Checkpoint] = {}
+    places: dict[tuple, str] = {}
     for model in models:
         ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
-        if str(ref) not in opened:
-            opened[str(ref)] = _open(ref, locate)
+        if str(ref) in opened:
+            continue
+        lora = ref.lora and replace(ref.lora, path=locate(ref.lora.path))
+        place = replace(ref, path=locate(ref.path), lora=lora).place
+        if place in places:  # it would be merged with itself, and a base be an expert
+            raise CheckpointError(str(ref), f"the model that is also written {places[place]}", "one way to write it")
+        places[place] = str(ref)
+        opened[str(ref)] = _open(ref, locate)
     endpoints: dict[str, Checkpoint] = {}
     towers: dict[str, Tower] = {}
     base = next(iter(opened))

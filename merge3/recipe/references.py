@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merge3.errors import RecipeError
@@ -35,6 +37,14 @@ class ModelRef:
             raise RecipeError(where, f"found {text!r}", "at most one `+adapter`")
         path, _, revision = model.partition("@")
         return ModelRef(path, revision or None, ModelRef.parse(lora[0], where) if lora else None)
+
+    @property
+    def place(self) -> tuple:
+        """Equal where two references name one model, however they are written: by where folders lie, and by the text of
+        what is no folder here."""
+        folder = Path(self.path).expanduser()
+        path = str(folder.resolve()) if folder.is_dir() else os.path.normpath(self.path)
+        return path, self.revision, self.lora and self.lora.place
 
     def __str__(self) -> str:
         text = self.path + (f"@{self.revision}" if self.revision else "")

@@ -58,6 +58,23 @@ def test_slices_may_take_layers_of_models_of_other_depths(workshop):
     assert not said["missing_keys"] and not said["unexpected_keys"]
 
 
+# -- one model by two names
+
+
+def test_one_folder_written_in_two_ways_is_refused(workshop, monkeypatch):
+    """The base would be an expert without changes, which elections of signs and averages count."""
+    workshop.model("base")
+    workshop.expert("base", "one")
+    monkeypatch.chdir(workshop.root)
+    (workshop.root / "link").symlink_to(workshop.root / "base")
+    for other in ("base/", "./base", str(workshop.root / "base"), "link"):
+        with pytest.raises(CheckpointError, match=rf"{other}: the model that is also written base; expected one way"):
+            Pool.open("base", ["one", other])
+    with pytest.raises(CheckpointError, match="one/: the model that is also written one; expected one way"):
+        Pool.open("base", ["one", "one/"])
+    assert list(Pool.open("base", ["one", "base"]).endpoints) == ["base", "one"]
+
+
 # -- what only one of two models has
 
 
