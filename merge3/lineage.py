@@ -3,6 +3,7 @@ a pretraining. What differs here has equal shapes, so a merge runs; it is seldom
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from merge3.checkpoint import Checkpoint
 from merge3.checkpoint.architecture import configuration
+from merge3.checkpoint.beside import has_tokenizer, read_json
 from merge3.checkpoint.layout import layout
 from merge3.checkpoint.modules import module_settings
 from merge3.checkpoint.vocabulary import embedding_of
@@ -56,14 +58,12 @@ def differences(
             lines.append(f"{model}: {found}; the merge has the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
-    if words and _other_words(base, other):
-        lines.append(
-            f"{model}: its tokenizer numbers tokens otherwise than that of the base {base_name}: "
-            "rows of embeddings do not match"
-        )
-    if words and not in_tower and (line := _other_rows(base_name, base, other)):
-        lines.append(f"{model}: {line}")
-    return lines
+    told = [_other_words(base_name, base, other)] if words else []
+    if words and not in_tower:
+        told.append(_other_rows(base_name, base, other))
+    if words and not any(told):  # either says as much
+        told.append(_lost_words(base, other))
+    return lines + [f"{model}: {line}" for line in told if line]
 
 
 def _language_model(base: Checkpoint) -> Checkpoint:
@@ -131,14 +131,32 @@ def _stranger(base: Checkpoint, other: Checkpoint) -> str:
     return ""
 
 
-def _other_words(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether a token has another number there. Tokens that only one of the two has are another matter."""
+def _other_words(base_name: str, base: Checkpoint, other: Checkpoint) -> str:
+    """A token that has another number there. Tokens that only one of the two has are another matter."""
     own, theirs = vocabulary(base.path), vocabulary(other.path)
-    return any(theirs.get(token, number) != number for token, number in own.items())
+    if not any(theirs.get(token, number) != number for token, number in own.items()):
+        return ""
+    return f"its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match"
+
+
+def _lost_words(base: Checkpoint, other: Checkpoint) -> str:
+    """Tokens that the output's tokenizer, which is the base's, takes apart: added in rows that padded, or renamed."""
+    if not has_tokenizer(base.path):
+        return ""
+    own, theirs = vocabulary(base.path), vocabulary(other.path) or _added(other.path)
+    if not own:  # a vocabulary that only sentencepiece reads: what was added to it can be compared
+        own, theirs = _added(base.path), _added(other.path)
+    lost = sorted((token for token in theirs if token not in own), key=theirs.__getitem__)
+    if not lost:
+        return ""
+    some = f"{'e.g. ' if len(lost) > 3 else ''}{', '.join(map(repr, lost[:3]))}"
+    said = f"{len(lost):,} of its tokens {'is' if len(lost) == 1 else 'are'} not in the output's tokenizer ({some})"
+    return f"{said}, which splits them; `tokenizer_source: union` in the recipe keeps them"
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
-    """token -> number of a folder's tokenizer.json, added tokens included; empty where there is none to read."""
+    """token -> number, added tokens included, of a folder's tokenizer.json, else of vocab.json or vocab.txt; empty
+    where there is none to read."""
     try:
         data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         words = data["model"]["vocab"]
@@ -146,4 +164,27 @@ def vocabulary(folder: Path) -> dict[str, int]:
         numbered = dict(words) if isinstance(words, dict) else {entry[0]: number for number, entry in enumerate(words)}
         return numbered | {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
     except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass
+    words = _numbers(read_json(folder / "vocab.json"))
+    if not words:
+        with contextlib.suppress(OSError, ValueError):
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+            words = {line.rstrip("\r"): number for number, line in enumerate(lines) if line}
+    if not words:
         return {}
+    kept = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    special = {}
+    for number, token in kept.items() if isinstance(kept, dict) else ():
+        if isinstance(token, dict) and number.isdigit():
+            special[token.get("content")] = int(number)
+    return words | _numbers(special) | _added(folder)
+
+
+def _added(folder: Path) -> dict[str, int]:
+    return _numbers(read_json(folder / "added_tokens.json"))
+
+
+def _numbers(words: Mapping[Any, Any]) -> dict[str, int]:
+    """What numbers texts; a file may have that name and hold something else."""
+    fits = all(isinstance(token, str) and isinstance(number, int) for token, number in words.items())
+    return dict(words) if fits else {}

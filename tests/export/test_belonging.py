@@ -9,6 +9,8 @@ import yaml
 
 from merge3.errors import CheckpointError, Merge3Warning
 from merge3.pool import Pool
+from merge3.recipe import Tokenizer
+from merge3.world.tokenizer import make_tokenizer
 from tests.commands import client
 
 SETTINGS = {
@@ -66,8 +68,6 @@ def test_two_pretrainings_of_one_architecture(workshop):
 
 
 def test_a_tokenizer_that_numbers_tokens_otherwise(workshop):
-    from merge3.world.tokenizer import make_tokenizer
-
     workshop.model("base")
     workshop.expert("base", "one")
     for name in ("base", "one"):
@@ -81,6 +81,76 @@ def test_a_tokenizer_that_numbers_tokens_otherwise(workshop):
     file.write_text(json.dumps(data))
     (line,) = opened().warnings
     assert "numbers tokens otherwise" in line
+
+
+@pytest.fixture
+def speaking(workshop):
+    """A base with rows to spare, two fine-tunes of it, and the tokenizer of all three."""
+    workshop.model("base", vocab_size=320)
+    for name in ("one", "two"):
+        workshop.expert("base", name)
+    for name in ("base", "one", "two"):
+        make_tokenizer().save_pretrained(workshop.root / name)
+    return workshop
+
+
+def warnings_of(workshop, *models, **settings):
+    return Pool.open(str(workshop.root / "base"), [str(workshop.root / model) for model in models], **settings).warnings
+
+
+def test_tokens_that_the_output_would_not_know_are_said_once_for_each_expert(speaking):
+    """Added in rows that padded, they are lost with equal numbers of rows."""
+    for model, tokens in (("one", [f"<|{i}|>" for i in range(5)]), ("two", ["<|0|>"])):
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.save_pretrained(speaking.root / model)
+    one, two = warnings_of(speaking, "one", "two")
+    assert re.search(r"one: 5 of its tokens are not in the output's tokenizer \(e\.g\. '<\|0\|>', '<\|1\|>'", one)
+    assert re.search(r"two: 1 of its tokens is not in the output's tokenizer \('<\|0\|>'\), which splits them", two)
+    assert "`tokenizer_source: union`" in one and "`tokenizer_source: union`" in two
+    assert not warnings_of(speaking, "one", "two", tokenizer=Tokenizer("union"))
+    tokenizer.save_pretrained(speaking.root / "base")  # it has the one that `two` added
+    (line,) = warnings_of(speaking, "one", "two")
+    assert "one: 4 of its tokens" in line
+
+
+def test_a_token_renamed_in_its_place_is_lost_too(speaking):
+    file = speaking.root / "one" / "tokenizer.json"
+    data = json.loads(file.read_text())
+    words = data["model"]["vocab"]
+    words["<|im_start|>"] = words.pop("two")
+    file.write_text(json.dumps(data))
+    (line,) = warnings_of(speaking, "one")
+    assert "1 of its tokens is not in the output's tokenizer ('<|im_start|>')" in line
+
+
+WORDS = {
+    "vocab.txt": lambda words: "\n".join(words),
+    "vocab.json": lambda words: json.dumps({word: number for number, word in enumerate(words)}),
+}
+
+
+@pytest.mark.parametrize("file", WORDS)
+def test_older_forms_of_vocabularies_are_compared_too(speaking, file):
+    words = [word for word, _ in sorted(make_tokenizer().get_vocab().items(), key=lambda pair: pair[1])]
+    for model in ("base", "one", "two"):
+        (speaking.root / model / "tokenizer.json").unlink()
+        (speaking.root / model / file).write_text(WORDS[file](words))
+    assert not warnings_of(speaking, "one", "two")
+    (speaking.root / "two" / file).write_text(WORDS[file]([*words[:5], words[6], words[5], *words[7:]]))
+    (speaking.root / "one" / "added_tokens.json").write_text(json.dumps({"<|im_end|>": len(words)}))
+    one, two = warnings_of(speaking, "one", "two")
+    assert "one: 1 of its tokens is not in the output's tokenizer ('<|im_end|>')" in one
+    assert "two: its tokenizer numbers tokens otherwise" in two
+
+
+def test_tokens_added_to_a_vocabulary_that_is_not_read_are_compared(speaking):
+    for model in ("base", "one", "two"):
+        (speaking.root / model / "tokenizer.json").unlink()
+        (speaking.root / model / "tokenizer.model").write_text("sentencepiece's own")
+    (speaking.root / "one" / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 300}))
+    (line,) = warnings_of(speaking, "one", "two")
+    assert "one: 1 of its tokens is not in the output's tokenizer ('<|im_end|>')" in line
 
 
 def test_strict_makes_warnings_errors_on_the_command_line(workshop):
