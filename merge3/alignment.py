@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Alignment:
     heads: endpoint -> tensors outside its backbone, which stay with their endpoint.
     left_out: other endpoints' tensors that no merge can take, with the reason.
     notes: rows that are not merged because only one of two models has them, one line for each tensor.
+    warnings: what is merged and may not be meant, one line each.
     """
 
     fixed: dict[str, str] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Alignment:
     heads: dict[str, list[str]] = field(default_factory=dict)
     left_out: dict[Ref, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def align(
@@ -63,6 +66,12 @@ def align(
         for model, checkpoint in experts:
             if not _same_question(name, base, checkpoint):
                 found.fixed[name] = f"the head of {base_name}; that of {model} answers another question"
+    alike = lambda other: base.config.get("finetuning_task") and len(_tasks(base, other)) == 1
+    unnamed = [model for model, other in experts if _labels(base) is None and not alike(other)]
+    if unnamed and any(name not in found.fixed for name in base_head):
+        more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
+        said = f"{unnamed[0]}{more}: heads whose labels have no names are merged with that of {base_name}"
+        found.warnings.append(f"{said} as if they answered one question; `label2id` in config.json tells them apart")
     found.kept.update(found.fixed)
     towers = towers or {}
     # Whole models first: what is kept for a language model's sake is compared in those that have it.
@@ -169,9 +178,28 @@ def _find_extra(model, checkpoint, base_name, base, own, has, drop: tuple[str, .
 
 
 def _same_question(name: str, base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether a tensor of the base's head has its counterpart in another's head with the same labels."""
-    theirs, labels = other.tensors.get(name), (base.config.get("label2id"), other.config.get("label2id"))
-    return theirs is not None and theirs.shape == base.tensors[name].shape and labels[0] == labels[1]
+    """Whether a tensor of the base's head has its counterpart in another's head with the same labels. Labels without
+    names are the same; then it is another question where both say of what task they were tuned, and it is not one."""
+    theirs = other.tensors.get(name)
+    if theirs is None or theirs.shape != base.tensors[name].shape:
+        return False
+    if base.config.get("label2id") != other.config.get("label2id"):
+        return False
+    return _labels(base) == _labels(other) and (_labels(base) is not None or len(_tasks(base, other) - {None}) < 2)
+
+
+def _tasks(*checkpoints: Checkpoint) -> set[Any]:
+    """What they were tuned for; None is among them where one does not say."""
+    return {checkpoint.config.get("finetuning_task") for checkpoint in checkpoints}
+
+
+def _labels(checkpoint: Checkpoint) -> frozenset | None:
+    """A classifier's labels by name and number; None where nobody named them."""
+    named = checkpoint.config.get("label2id") or {
+        label: number for number, label in (checkpoint.config.get("id2label") or {}).items()
+    }
+    names = frozenset((str(label), str(number)) for label, number in named.items())
+    return None if all(re.fullmatch(r"LABEL_\d+", label) for label, _ in names) else names
 
 
 def _complete(checkpoint: Checkpoint) -> bool:

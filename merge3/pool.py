@@ -119,7 +119,7 @@ class Pool:
         pool.tower, found = dict(tower or {}), align(pool.endpoints, pool.has, pool.shape, drop, towers)
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
-        pool.warnings += vocabulary.notes if vocabulary is not None else ()
+        pool.warnings += [*found.warnings, *(vocabulary.notes if vocabulary is not None else ())]
         for name in list(pool.endpoints)[1:]:
             told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
             pool.warnings += differences(*told, vocabulary is None, name in towers)

@@ -11,6 +11,7 @@ from merge3.errors import CheckpointError, Merge3Warning
 from merge3.pool import Pool
 from merge3.recipe import Tokenizer
 from merge3.world.tokenizer import make_tokenizer
+from tests.classifiers import make_classifier
 from tests.commands import client
 
 SETTINGS = {
@@ -151,6 +152,42 @@ def test_tokens_added_to_a_vocabulary_that_is_not_read_are_compared(speaking):
     (speaking.root / "one" / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 300}))
     (line,) = warnings_of(speaking, "one", "two")
     assert "one: 1 of its tokens is not in the output's tokenizer ('<|im_end|>')" in line
+
+
+# -- classifiers whose labels nobody named
+
+
+def classifiers(root, *tasks):
+    """Fine-tunes of one model, each with what its config.json says of its task; none names its labels."""
+    model = make_classifier(2)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for number, task in enumerate(tasks):
+        torch.manual_seed(number)
+        model.load_state_dict({name: value + 0.01 * torch.randn_like(value) for name, value in start.items()})
+        model.config.finetuning_task = task
+        model.save_pretrained(root / f"m{number}")
+    return str(root / "m0"), [str(root / f"m{number}") for number in range(1, len(tasks))]
+
+
+def test_heads_of_two_tasks_are_not_averaged_for_want_of_names(tmp_path):
+    pool = Pool.open(*classifiers(tmp_path, "sst2", "cola"))
+    assert "answers another question" in pool.fixed["score.weight"] and not pool.warnings
+
+
+@pytest.mark.parametrize("tasks", [(None, None, None), ("sst2", None, "sst2"), (None, "cola", "cola")])
+def test_heads_whose_labels_nobody_named_are_merged_aloud(tasks, tmp_path):
+    pool = Pool.open(*classifiers(tmp_path, *tasks))
+    (line,) = pool.warnings
+    more = " and 1 more" if tasks[0] is None else ""
+    expected = (
+        f"m1{more}: heads whose labels have no names are merged with that of {tmp_path / 'm0'} as if they answered"
+    )
+    assert expected in line and not pool.fixed
+
+
+def test_heads_of_one_task_need_no_names(tmp_path):
+    pool = Pool.open(*classifiers(tmp_path, "sst2", "sst2"))
+    assert not pool.warnings and not pool.fixed
 
 
 def test_strict_makes_warnings_errors_on_the_command_line(workshop):
