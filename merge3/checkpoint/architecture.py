@@ -62,7 +62,7 @@ def ties(config: Mapping[str, Any]) -> list[list[str]]:
 @functools.lru_cache(64)
 def _ties_of(text: str) -> list[list[str]]:
     config = json.loads(text)
-    return _remembered(["ties", config], lambda: _ties(config), list, list) or []
+    return _remembered(["of one tensor", config], lambda: _ties(config), list, list) or []
 
 
 def _ties(config: Mapping[str, Any]) -> list[list[str]] | None:
