@@ -37,9 +37,9 @@ def merge_task(
     """One task's model of a recipe that makes one for each: packed beside `directory`, and written from there. The
     arguments are as of merge_to_disk."""
     directory = Path(directory)
-    check_free(directory)
+    place = check_free(directory)
     check_task(recipe, task, where)
-    with folder_beside(directory) as folder:
+    with folder_beside(place) as folder:
         packed = Path(folder) / "packed"
         told = merge_to_disk(recipe, packed, pool, seed, shard_size, progress, where, drop)
         written = write_task(packed, task, directory, shard_size)

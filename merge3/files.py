@@ -65,6 +65,14 @@ def hold(directory: Path) -> IO[bytes]:
     return handle
 
 
+def put_in_place(made: Path, directory: Path) -> None:
+    """Give a whole folder its final name, which is free or an empty folder's. Raises OSError."""
+    if directory.exists():
+        directory.rmdir()  # empty, as was checked; refuses if it no longer is
+    os.rename(made, directory)
+    sync(directory.parent)
+
+
 def sync(path: Path) -> None:
     """Wait until a file or directory has reached the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -17,7 +17,7 @@ import torch
 
 from merge3.checkpoint.read import DTYPE_NAMES, INDEX, SINGLE
 from merge3.errors import BadInput, ResourceError
-from merge3.files import resource_error, sync
+from merge3.files import put_in_place, resource_error, sync
 
 SHARD_SIZE = 5_000_000_000  # bytes, the hub's customary limit
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -26,7 +26,7 @@ Spec = tuple[torch.dtype, tuple[int, ...]]
 class CheckpointWriter:
     """Context manager: `put` every tensor of `specs` in their order; leaving renames or cleans up.
 
-    directory: must not exist, or be empty. specs: name -> (dtype, shape). shard_size: bytes. beside: bytes of what
+    directory: as `check_free` wants it. specs: name -> (dtype, shape). shard_size: bytes. beside: bytes of what
     others write into the folder.
     Raises BadInput if the directory is taken, ResourceError when the disk is full or not writable.
 
@@ -54,14 +54,14 @@ class CheckpointWriter:
         return sum(_nbytes(spec) for spec in self.specs.values())
 
     def __enter__(self) -> CheckpointWriter:
-        check_free(self.directory)
+        self.place = check_free(self.directory)
         try:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.directory.parent).free
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.place.parent).free
             if free < (wanted := self.nbytes + self.beside):
                 raise ResourceError(self.directory, f"{free:,} bytes free", f"{wanted:,} for the model")
-            prefix = f".{self.directory.name}.partial-"
-            self.temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory.parent))
+            prefix = f".{self.place.name}.partial-"
+            self.temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.place.parent))
         except OSError as error:
             raise resource_error(self.directory, error) from None
         return self
@@ -129,10 +129,7 @@ class CheckpointWriter:
             os.chmod(self.temporary, 0o777 & ~mode)  # mkdtemp made it private
             for file in self.temporary.rglob("*"):
                 sync(file)
-            if self.directory.exists():
-                self.directory.rmdir()  # empty, as checked; refuses if it no longer is
-            os.rename(self.temporary, self.directory)
-            sync(self.directory.parent)
+            put_in_place(self.temporary, self.place)
         except (OSError, ResourceError) as error:
             self._abandon()
             raise error if isinstance(error, ResourceError) else resource_error(self.directory, error) from None
@@ -163,10 +160,16 @@ class CheckpointWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def check_free(directory: Path) -> None:
-    """Refuse a directory that is there and not empty."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+def check_free(directory: Path) -> Path:
+    """Refuse a directory that is there and not empty, or that nothing can be renamed to. Returns where it lies, links
+    followed: what becomes it is made beside."""
+    place = Path(os.path.realpath(directory))
+    if os.path.ismount(place):
+        found = "a mount point, to which no folder can be renamed when it is whole"
+        raise BadInput(directory, found, "a new or empty directory", f"such as {directory / 'model'}")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise BadInput(directory, "exists and is not empty", "a new or empty directory")
+    return place
 
 
 def _plan_shards(specs: dict[str, Spec], limit: int) -> dict[str, list[str]]:

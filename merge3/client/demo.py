@@ -51,10 +51,10 @@ def demo(
 
     steps: of training, of the base and of each expert; None: the base's until it is half trained. items: of every task.
     """
-    check_free(directory)
+    place = check_free(directory)
     began = time.perf_counter()
     # Trained beside, moved when whole: a killed demo leaves no half-made models under the final name.
-    partial = directory.with_name(f".{directory.name}.training")
+    partial = place.with_name(f".{place.name}.training")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
@@ -65,8 +65,9 @@ def demo(
             )
 
     make_models(partial, seed, *(steps or (None, EXPERT_STEPS)), items, progress)
-    (partial / "evolve.yaml").write_text(yaml.safe_dump(configuration(seed, budget), sort_keys=False))
-    directory.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(configuration(seed, budget), sort_keys=False)
+    (partial / "evolve.yaml").write_text(text, encoding="utf-8")
+    place.mkdir(parents=True, exist_ok=True)
     partial.rename(directory / "models")
     trained = time.perf_counter() - began
     config = load_config(directory / "models" / "evolve.yaml")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from merge3.errors import ResourceError
-from merge3.files import resource_error, sync
+from merge3.files import put_in_place, resource_error, sync
 from merge3.rpc import merge3_pb2 as pb
 
 
@@ -30,10 +30,7 @@ def fetched(begin: Callable[[], Iterator[pb.ExportResponse]], directory: Path) -
         result = received(begin(), partial)
         for file in partial.rglob("*"):
             sync(file)
-        if directory.exists():
-            directory.rmdir()  # empty, as was checked
-        partial.rename(directory)
-        sync(directory.parent)
+        put_in_place(partial, directory)
     except OSError as error:
         raise resource_error(directory, error) from None
     finally:

@@ -134,7 +134,7 @@ class RemoteEngine:
 
     def export(self, recipe: Recipe, directory: Path, seed: int = 0, task: str | None = None) -> dict:
         """Write the merged checkpoint here: the daemon merges, its files cross, the directory appears whole."""
-        check_free(directory)
+        check_free(Path(directory))
         return self._persist(lambda: self._fetch(recipe, Path(directory), seed, task or ""))
 
     def forget_fit(self) -> None:
@@ -242,7 +242,7 @@ class RemoteEngine:
             with self._translated():
                 yield from self._stub.Export(request, metadata=self._metadata)
 
-        result = fetched(begin, directory)
+        result = fetched(begin, check_free(directory))
         return {
             "path": str(directory),
             "tensors": result.tensors,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from merge3.checkpoint import check_free
 from merge3.errors import BadInput, RecipeError
-from merge3.files import folder_beside, resource_error, sync
+from merge3.files import folder_beside, put_in_place, resource_error
 from merge3.learn.router import Router, fit_router, load_router, save_router
 from merge3.learn.settings import RouterSettings, located, read_router
 from merge3.live.slot import Slot
@@ -61,8 +60,8 @@ def prompts(recipe: Recipe, file: Path) -> tuple[RouterSettings, dict[str, list[
 def with_router(recipe: Recipe, file: Path, out: Path, pack: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """A packed folder with a router beside, there whole or not at all. pack: writes it into a new folder."""
     settings, chosen = prompts(recipe, file)
-    check_free(out)
-    with folder_beside(out) as folder:
+    place = check_free(out)
+    with folder_beside(place) as folder:
         packed = Path(folder) / "packed"
         told = pack(packed)
         pool = Pool.open(str(packed), [])
@@ -70,10 +69,7 @@ def with_router(recipe: Recipe, file: Path, out: Path, pack: Callable[[Path], di
         slot.load(pool.base)
         save_router(_fitted(slot, pool.words.folder(), settings, chosen), packed)
         try:
-            if out.exists():
-                out.rmdir()  # empty, as was checked
-            os.rename(packed, out)
-            sync(out.parent)
+            put_in_place(packed, place)
         except OSError as error:
             raise resource_error(out, error) from None
     told["variants"]["folder"] = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

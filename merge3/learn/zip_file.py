@@ -15,7 +15,7 @@ import torch
 from merge3.checkpoint import check_free
 from merge3.checkpoint.beside import speaking_files
 from merge3.errors import BadInput
-from merge3.files import resource_error, sync
+from merge3.files import put_in_place, resource_error, sync
 from merge3.learn.zip import States, Zipped
 from merge3.packaging import MODEL_FILES
 
@@ -36,11 +36,11 @@ def save_zip(
 
     Raises BadInput for weights that are not finite in `dtype`, ResourceError for a disk; nothing is left then.
     """
-    check_free(directory)
+    final = check_free(directory)
     places = {name: Path() if zipped.one else Path(name) for name in models}
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
     except OSError as error:
         raise resource_error(directory, error) from None
     try:
@@ -55,10 +55,7 @@ def save_zip(
         mode = os.umask(0)
         os.umask(mode)
         os.chmod(temporary, 0o777 & ~mode)  # mkdtemp made it private
-        if directory.exists():
-            directory.rmdir()  # empty, as checked
-        os.rename(temporary, directory)
-        sync(directory.parent)
+        put_in_place(temporary, final)
     except OSError as error:
         raise resource_error(directory, error) from None
     finally:

@@ -165,6 +165,28 @@ def test_an_occupied_directory_is_left_alone(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "the only copy"
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "nothing yet"])
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "models").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "models")
+    put_all(tmp_path / "out", TENSORS)
+    assert (tmp_path / "out").is_symlink() and open_checkpoint(tmp_path / "disk" / "models").tensors.keys() == {*"abc"}
+    assert {p.name for p in (*tmp_path.iterdir(), *(tmp_path / "disk").iterdir())} == {"out", "disk", "models"}
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    for name in ("out", "link"):
+        with pytest.raises(BadInput, match=rf"{name}: a mount point, .* \(such as .*{name}/model\)"):
+            put_all(tmp_path / name, TENSORS)
+    assert not list((tmp_path / "out").iterdir()) and {p.name for p in tmp_path.iterdir()} == {"out", "link"}
+    put_all(tmp_path / "out" / "model", TENSORS)
+
+
 def test_nothing_stays_after_a_failure(tmp_path):
     with pytest.raises(ValueError, match="in the middle"):
         with CheckpointWriter(tmp_path / "out", {"a": (torch.float32, (2, 3))}) as writer:
