@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,11 @@ from merge3.checkpoint.read import Checkpoint, read_header
 from merge3.errors import CheckpointError
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX = "base_model.model."  # of every tensor in an adapter's file
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+# peft's `init_lora_weights` that leave the base as it is.
+_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+CONVERTED = "save it with peft's `path_initial_model_for_weight_conversion`, which makes it one of the base itself"
 
 
 class Factors(NamedTuple):
@@ -28,7 +33,7 @@ def read_factors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     """Tensor of the model -> what the peft adapter in a folder changes it by. shapes: of the model's matrices.
 
     Raises CheckpointError for adapters that are more than two factors a matrix (DoRA, trained embeddings or heads,
-    biases), or that do not fit the model.
+    biases), whose start changed the base, or that do not fit the model.
     """
     for file in (SETTINGS, FILE):
         if not (folder / file).exists():
@@ -42,7 +47,7 @@ def read_factors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         if not key.endswith(_A) or key.removesuffix(_A) + _B not in stored.tensors:
             expected = "lora_A and lora_B of matrices alone: no embeddings, heads, biases or magnitudes"
             raise CheckpointError(folder / FILE, f"tensor {key!r}", expected)
-        module = key.removesuffix(_A).removeprefix(_PREFIX)
+        module = key.removesuffix(_A).removeprefix(PREFIX)
         name = _name(module, shapes, folder / FILE)
         a, b = stored.get(key), stored.get(key.removesuffix(_A) + _B)
         rank = a.shape[0]
@@ -74,17 +79,34 @@ def _settings(file) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         found = "a DoRA adapter" if settings.get("use_dora") else f"peft_type {settings.get('peft_type')!r}"
         raise CheckpointError(file, found, "plain LoRA, whose change is a product of two factors")
+    if start := changed_by(settings):
+        found = f"init_lora_weights {start!r}: its factors are added to what that left of the base"
+        raise CheckpointError(file, found, "factors of the base itself", CONVERTED)
     return settings
 
 
-def _of_module(settings: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> float:
-    for ending, value in (settings.get(pattern) or {}).items():
-        if module == ending or module.endswith(f".{ending}"):
-            return float(value)
+def changed_by(settings: Mapping[str, Any]) -> str:
+    """How an adapter's training began, where that changed the base beneath it (pissa, olora, loftq, ..); else empty.
+    settings: of adapter_config.json."""
+    start = str(settings.get("init_lora_weights", True))
+    return "" if start.lower() in _STARTS else start
+
+
+def _of_module(settings: Mapping[str, Any], patterns: str, default: str, module: str, file: Path) -> float:
+    """As peft: of the first pattern that the module's name ends with, after a dot, each a regular expression."""
+    value, key = settings.get(default), default
+    for pattern, own in (settings.get(patterns) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value, key = own, f"{patterns}: {pattern}"
+                break
+        except re.error as error:
+            found = f"{patterns}: {pattern!r} ({error})"
+            raise CheckpointError(file, found, "a regular expression, or a module's name") from None
     try:
-        return float(settings[default])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(file, f"{default}: found {settings.get(default)!r}", "a number") from None
+        return float(value)
+    except (TypeError, ValueError):
+        raise CheckpointError(file, f"{key}: found {value!r}", "a number") from None
 
 
 def _name(module: str, shapes: Mapping[str, tuple[int, ...]], file) -> str:

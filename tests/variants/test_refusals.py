@@ -227,6 +227,17 @@ def test_ranks_larger_than_an_adapter_has(small, tmp_path, adapters):
     assert variants.parts.tensors["b/left/model.layers.0.self_attn.q_proj.weight"].shape == (32, 2)
 
 
+def test_scales_of_single_modules_are_found_as_peft_finds_them(small, tmp_path):
+    """Patterns are regular expressions for the end of a module's name, and the first that fits counts."""
+    patterns = {r"layers\.[0-1]\..*": 48.0, "down_proj": 3.0, "proj": 30.0}
+    with_adapter(tmp_path / "a", small / "base", rank=2, alpha_pattern=patterns)
+    model = f"{small / 'base'}+{tmp_path / 'a'}"
+    merge_to_disk(recipe_of(small / "base", [model], "byom_lora", {"rank": 2}), tmp_path / "packed")
+    variants, pool = Variants.open(tmp_path / "packed"), Pool.open(str(small / "base"), [model])
+    for name in variants.tasks["a"]["varied"]:
+        torch.testing.assert_close(variants.tensor(name, "a"), pool.endpoints[model].get(name), atol=1e-4, rtol=1e-4)
+
+
 def told(folder, **settings):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -241,6 +252,13 @@ def edited(folder, edit):
 ODD = {
     "DoRA": (lambda f: told(f, use_dora=True), "a DoRA adapter; expected plain LoRA"),
     "not LoRA": (lambda f: told(f, peft_type="IA3"), "peft_type 'IA3'; expected plain LoRA"),
+    "begun at the base's own directions": (
+        lambda f: told(f, init_lora_weights="pissa_niter_16"),
+        "init_lora_weights 'pissa_niter_16': .* expected factors of the base itself .*path_initial_model",
+    ),
+    "begun at a base of fewer bits": (lambda f: told(f, init_lora_weights="loftq"), "init_lora_weights 'loftq'"),
+    "no pattern": (lambda f: told(f, alpha_pattern={"q_(": 3}), r"alpha_pattern: 'q_\(' \(.*expected a regular"),
+    "no number of a pattern": (lambda f: told(f, alpha_pattern={"q_proj": "x"}), "alpha_pattern: q_proj: found 'x'"),
     "no alpha": (lambda f: told(f, lora_alpha=None), "lora_alpha: found None; expected a number"),
     "more than factors": (
         lambda f: edited(f, lambda t, a: t.update({"base_model.model.lm_head.weight": torch.ones(2)})),
