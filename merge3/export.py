@@ -206,7 +206,7 @@ def _write_beside(writer: CheckpointWriter, ready: Prepared, recipe: Recipe, poo
     writer.write_text("config.json", json.dumps(ready.config, indent=2))
     writer.write_text("README.md", model_card(recipe, [str(m) for m in recipe.models()], ready.program.copies, seed))
     writer.write_text("mergekit_config.yml", recipe.to_yaml())
-    writer.copy(side_files(recipe, pool))
+    writer.copy_as(side_files(recipe, pool))
     writer.copy_as(module_files(pool.endpoints[lead(recipe)].path))
     if (template := chat_template(recipe, pool)) is not None:
         writer.write_text("chat_template.jinja", template)

@@ -203,15 +203,16 @@ def template_key(recipe: Recipe | None) -> tuple | None:
     return recipe.chat_template, tuple(recipe.models()) if recipe.chat_template == "auto" else ()
 
 
-def side_files(recipe: Recipe, pool: Pool) -> list[Path]:
-    """Files to copy: the tokenizer's, generation settings, processors, and code that an `auto_map` names."""
+def side_files(recipe: Recipe, pool: Pool) -> dict[str, Path]:
+    """Name in the output -> file to copy: the tokenizer's, generation settings, processors, and code that an `auto_map`
+    names."""
     base, donor = pool.endpoints[lead(recipe)].path, tokenizer_folder(recipe, pool)
     found = speaking_files(donor)
-    found += [f for pattern in MODEL_FILES for f in base.glob(pattern)]
+    found |= {f.name: f for pattern in MODEL_FILES for f in base.glob(pattern) if f.is_file()}
     described = {json_file for folder in (base, donor) for json_file in folder.glob("*config.json")}
     for file in described:
-        found += _code(file)
-    return sorted({f.name: f for f in found if f.is_file()}.values())
+        found |= {f.name: f for f in _code(file)}
+    return found
 
 
 def _code(config_file: Path) -> list[Path]:

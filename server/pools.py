@@ -181,7 +181,7 @@ def _stamp(places: Iterable[str]) -> str:
     lies there now, not what lay there when another driver opened it."""
     found = []
     for place in sorted(set(places)):
-        files = {*Path(place).glob("*.safetensors"), *Path(place).glob("*.json"), *speaking_files(Path(place))}
+        files = {*Path(place).glob("*.safetensors"), *Path(place).glob("*.json"), *speaking_files(Path(place)).values()}
         for file in sorted(filter(Path.is_file, files)):
             status = file.stat()
             found.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))

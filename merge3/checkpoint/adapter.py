@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
-from merge3.checkpoint.beside import speaking_files
+from merge3.checkpoint.beside import copy_speaking
 from merge3.checkpoint.modules import copy_modules
 from merge3.checkpoint.read import Checkpoint, open_checkpoint, resolve
 from merge3.errors import CheckpointError, Unavailable
@@ -39,9 +38,7 @@ def open_with_adapter(
     # TemporaryDirectory objects live in the Checkpoint, so the files go when it does.
     keep = tempfile.TemporaryDirectory(prefix="merge3-adapter-")
     merged.save_pretrained(keep.name, safe_serialization=True)
-    for file in speaking_files(base.path):  # as the model it is an adapter of
-        if not (Path(keep.name) / file.name).exists():
-            shutil.copyfile(file, Path(keep.name) / file.name)
+    copy_speaking(base.path, Path(keep.name))  # as the model it is an adapter of
     copy_modules(base.path, Path(keep.name))
     checkpoint = open_checkpoint(keep.name)
     checkpoint.temporary, checkpoint.adapter = keep, directory

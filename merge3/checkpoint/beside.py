@@ -14,36 +14,48 @@ from typing import Any
 from merge3.checkpoint.modules import copy_modules
 from merge3.files import resource_error
 
+# Each of these says which tokens there are: `vocab_files_names` of transformers' tokenizers, and those of remote code.
+_TOKENS = (
+    "tokenizer.json", "tekken.json", "*.model", "*.spm", "*.tiktoken", "vocab*", "*vocab.json", "sentencepiece*",
+    "dict.txt", "prophetnet.tokenizer",
+)  # fmt: skip
+# Others only say how they are treated.
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "spiece.model",
-    "sentencepiece*",
-    "*.tiktoken",
-    "*.model",
-)
+    *_TOKENS, "tokenizer*", "audio_tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "bpe.codes", "byte_maps.json", "emoji.json", "normalizer.json", "word_shape.json", "word_pronunciation.json",
+    "chat_template.*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
 GENERATION = "generation_config.json"
 # What prepares prompts with images in them beside a tokenizer.
 PROCESSORS = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-# One of these says which tokens there are; other tokenizer files only say how they are treated.
-_TOKENS = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*", "*.tiktoken")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _NOT_TOLD = ("_name_or_path", "transformers_version")  # keys that say where a file comes from
+# What a snapshot of the hub is asked for: weights, settings, code, whatever a tokenizer has; and what it is not.
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.py", *TOKENIZER_FILES)
+NO_HUB_FILES = tuple(f"*{suffix}" for suffix in _WEIGHTS if suffix != ".safetensors")
 
 
-def speaking_files(folder: Path) -> list[Path]:
-    """The files that go with a tokenizer, generation settings included: they name its tokens."""
-    found = [file for pattern in (*TOKENIZER_FILES, GENERATION) for file in folder.glob(pattern)]
-    return [file for file in found if file.suffix not in _WEIGHTS]
+def speaking_files(folder: Path) -> dict[str, Path]:
+    """Name in a checkpoint -> file, of all that goes with a tokenizer, generation settings included: they name its
+    tokens."""
+    found = (file for pattern in (*TOKENIZER_FILES, GENERATION) for file in sorted(folder.glob(pattern)))
+    return {file.relative_to(folder).as_posix(): file for file in found if _speaks(file)}
+
+
+def copy_speaking(source: Path, target: Path) -> None:
+    """Lay speaking_files of one folder into another. Raises OSError where they cannot be written."""
+    for name, file in speaking_files(source).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has the files of a tokenizer."""
-    return any(file.suffix not in _WEIGHTS for pattern in _TOKENS for file in folder.glob(pattern))
+    return any(_speaks(file) for pattern in _TOKENS for file in folder.glob(pattern))
+
+
+def _speaks(file: Path) -> bool:
+    return file.is_file() and file.suffix not in _WEIGHTS
 
 
 def template_of(folder: Path) -> str | None:
@@ -73,8 +85,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def digests(folder: Path) -> dict[str, str]:
     """File -> a digest of what it says, of those beside the weights that change what a model answers: tokenizer, chat
     template, generation settings, configuration, processors."""
-    files = [*speaking_files(folder), *(folder / name for name in PROCESSORS)]
-    return {file.name: _digest(file) for file in sorted(set(files)) if file.is_file()}
+    files = speaking_files(folder) | {name: folder / name for name in PROCESSORS}
+    return {name: _digest(file) for name, file in sorted(files.items()) if file.is_file()}
 
 
 def _digest(file: Path) -> str:
@@ -108,8 +120,9 @@ class Words:
             base, made = self._folders[None], Path(self._temporary.name) / str(len(self._folders))
             try:
                 made.mkdir()
-                for file in [*speaking_files(base), *(f for name in PROCESSORS for f in base.glob(name))]:
+                for file in (f for name in PROCESSORS for f in base.glob(name)):
                     shutil.copyfile(file, made / file.name)
+                copy_speaking(base, made)
                 copy_modules(base, made)
                 (made / "chat_template.jinja").write_text(template, encoding="utf-8")
             except OSError as error:

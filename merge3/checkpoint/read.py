@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from merge3.checkpoint.beside import HUB_FILES, NO_HUB_FILES
 from merge3.checkpoint.quantized import quantized, refuse_quantized
 from merge3.errors import CheckpointError, ResourceError
 
@@ -152,9 +153,9 @@ def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+    wanted = {"allow_patterns": list(HUB_FILES), "ignore_patterns": list(NO_HUB_FILES)}
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(text, revision=revision, **wanted))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(text, f"no such directory, and no hub download ({reason})", "a checkpoint") from None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from merge3.checkpoint.beside import GENERATION, Words, has_tokenizer, speaking_files
+from merge3.checkpoint.beside import GENERATION, Words, copy_speaking, has_tokenizer
 from merge3.checkpoint.modules import copy_modules
 from merge3.checkpoint.naming import is_embedding
 from merge3.checkpoint.read import Checkpoint
@@ -122,8 +122,7 @@ def open_vocabulary(endpoints: dict[str, Checkpoint], tokenizer: Tokenizer) -> V
         if new:
             output = _extended(output, new, folder)
         else:
-            for file in speaking_files(endpoints[donor].path):
-                shutil.copyfile(file, folder / file.name)
+            copy_speaking(endpoints[donor].path, folder)
         if (settings := endpoints[donor].path / GENERATION).is_file():
             shutil.copyfile(settings, folder / GENERATION)
         copy_modules(endpoints[base].path, folder)  # what an encoder's states become is the model's, not the tokens'

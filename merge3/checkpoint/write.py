@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -83,20 +83,13 @@ class CheckpointWriter:
     def write_text(self, name: str, text: str) -> None:
         """Add a small file beside the weights."""
         try:
-            (self.temporary / name).write_text(text)
-        except OSError as error:
-            raise resource_error(self.directory, error) from None
-
-    def copy(self, files: Iterable[Path]) -> None:
-        """Copy files (tokenizer and the like) under their own names."""
-        try:
-            for file in files:
-                shutil.copyfile(file, self.temporary / file.name)
+            (self.temporary / name).write_text(text, encoding="utf-8")
         except OSError as error:
             raise resource_error(self.directory, error) from None
 
     def copy_as(self, files: Mapping[str, Path]) -> None:
-        """Copy files under the names given, which may lie in folders of the checkpoint (1_Pooling/config.json)."""
+        """Copy files (a tokenizer's and the like) under the names given, which may lie in folders of the checkpoint
+        (1_Pooling/config.json)."""
         try:
             for name, file in files.items():
                 target = self.temporary / name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from merge3.checkpoint import check_free
-from merge3.checkpoint.beside import speaking_files
+from merge3.checkpoint.beside import copy_speaking
 from merge3.errors import BadInput
 from merge3.files import put_in_place, resource_error, sync
 from merge3.learn.zip import States, Zipped
@@ -91,7 +91,7 @@ def _write(model: torch.nn.Module, folder: Path, target: Path, dtype: torch.dtyp
             raise BadInput(f"tensor {name!r}", f"infinite or NaN in {kind}", "finite weights", "another dtype")
     target.mkdir(exist_ok=True)
     model.save_pretrained(target)
-    beside = [*speaking_files(folder), *(file for pattern in MODEL_FILES for file in folder.glob(pattern))]
-    for file in beside:
+    copy_speaking(folder, target)
+    for file in (file for pattern in MODEL_FILES for file in folder.glob(pattern)):
         if file.is_file():
             shutil.copyfile(file, target / file.name)

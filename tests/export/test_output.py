@@ -1,11 +1,15 @@
 """What stands in the output beside merged weights, and what is refused for its values."""
 
+import ast
 import json
 import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
 
+from merge3.checkpoint.beside import HUB_FILES, TOKENIZER_FILES, Words
 from merge3.errors import BadInput, Merge3Warning, RecipeError
 from merge3.export import check_recipe, merge_to_disk
 from merge3.pool import Pool
@@ -64,6 +68,43 @@ def test_code_and_side_files_travel_with_the_output(workshop):
     written = {p.name: p for p in (workshop.root / "out").iterdir()}
     assert set(files) - set(written) == {"unrelated.py"}
     assert all(written[n].read_text() == text for n, text in files.items() if n in written)
+
+
+# Of Devstral, Marian, BERTweet, GPT-NeoX-Japanese, Whisper, Qwen and Kimi; and templates beside the first.
+SPOKEN = (
+    *("tekken.json", "source.spm", "target.spm", "bpe.codes", "emoji.json", "normalizer.json", "qwen.tiktoken"),
+    *("tiktoken.model", "additional_chat_templates/rag.jinja", "chat_template.jinja"),
+)
+
+
+@pytest.mark.parametrize("words", [{}, {"chat_template": "{{ messages }}"}], ids=["own", "another template"])
+def test_whatever_a_tokenizer_has_travels_with_the_output(workshop, words):
+    base = workshop.model("base")
+    workshop.expert("base", "one")
+    for name in SPOKEN:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(f"of {name}")
+    workshop.merge(["one"], "base", **words)
+    texts = {name: (workshop.root / "out" / name).read_text() for name in SPOKEN}
+    replaced = {"chat_template.jinja": "{{ messages }}"} if words else {}
+    assert texts == {name: f"of {name}" for name in SPOKEN} | replaced
+    folder = Words(base).folder("{{ messages }}")
+    assert all((folder / name).is_file() for name in SPOKEN)
+
+
+def test_every_file_that_transformers_names_as_a_vocabulary_is_a_tokenizers():
+    """`vocab_files_names` of all its tokenizers, read from their source: importing them takes longer."""
+    import transformers
+
+    names = set()
+    for file in Path(transformers.__file__).parent.glob("**/token*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            target = getattr(node, "targets", [None])[0]
+            if getattr(target, "id", "").lower() == "vocab_files_names" and isinstance(node.value, ast.Dict):
+                names |= {value.value for value in node.value.values if isinstance(value, ast.Constant)}
+    assert {"vocab.json", "source.spm", "bpe.codes", "normalizer.json"} <= names
+    for patterns in (TOKENIZER_FILES, HUB_FILES):
+        assert [name for name in sorted(names) if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 def test_padded_embeddings_keep_their_rows_unless_a_tokenizer_is_asked_for(workshop):
