@@ -218,7 +218,7 @@ def side_files(recipe: Recipe, pool: Pool) -> dict[str, Path]:
 def _code(config_file: Path) -> list[Path]:
     """The Python files that a configuration's auto_map names, and those they import from their own folder."""
     try:
-        names = json.dumps(json.loads(config_file.read_text()).get("auto_map") or {})
+        names = json.dumps(json.loads(config_file.read_text(encoding="utf-8")).get("auto_map") or {})
     except (OSError, ValueError, AttributeError):
         return []
     waiting = [config_file.parent / f"{module}.py" for module in re.findall(r'"(?:[^"]*--)?(\w+)\.\w+"', names)]
@@ -228,8 +228,7 @@ def _code(config_file: Path) -> list[Path]:
         if file in found or not file.is_file():
             continue
         found.append(file)
-        imported = re.findall(
-            r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", file.read_text(errors="replace"), re.MULTILINE
-        )
+        text = file.read_text(encoding="utf-8", errors="replace")
+        imported = re.findall(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))", text, re.MULTILINE)
         waiting += [file.parent / f"{name}.py" for pair in imported for name in pair if name]
     return found

@@ -80,7 +80,7 @@ def _quota(group: Path) -> Iterator[float]:
     """Of one cgroup, if it has any: version 2 writes `150000 100000` or `max 100000`; version 1 two files, -1: none."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
-            quota, period = (float(n) for name in names for n in (group / name).read_text().split())
+            quota, period = (float(n) for name in names for n in (group / name).read_text(encoding="utf-8").split())
         except (OSError, ValueError):  # not there, `max`, or not ours to read
             continue
         if quota > 0 and period > 0:

@@ -64,7 +64,7 @@ class Metrics:
 def resident_bytes() -> int:
     """Resident memory of this process, 0 where the system does not say."""
     try:
-        with open("/proc/self/statm") as handle:
+        with open("/proc/self/statm", encoding="utf-8") as handle:
             return int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

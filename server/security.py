@@ -117,7 +117,7 @@ class Tokens:
             if state != self._read:
                 self._known = dict(
                     _token_line(self.file, n, line)
-                    for n, line in enumerate(self.file.read_text().splitlines(), 1)
+                    for n, line in enumerate(self.file.read_text(encoding="utf-8").splitlines(), 1)
                     if line.strip() and not line.startswith("#")
                 )
                 self._read = state

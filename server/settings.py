@@ -99,7 +99,7 @@ def read_pool_file(file: Path) -> tuple[tuple[str, ...], str, Tokenizer | None]:
     """(models, dtype, tokenizer) of a pool to open at the start: `models: [base, expert, ..]`, `dtype: bfloat16`, and
     `tokenizer_source` or `tokenizer` as in a recipe."""
     try:
-        data = yaml.safe_load(file.read_text())
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(file, str(error).splitlines()[0], "a pool file") from None
     models = data.get("models") if isinstance(data, dict) else None

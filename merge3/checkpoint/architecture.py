@@ -83,7 +83,7 @@ def _remembered(question: list, ask: Callable[[], Any], said: Callable[[Any], An
     question = [*question, [__version__, metadata.version("transformers"), torch.__version__]]
     file = _cache() / f"{hashlib.sha256(json.dumps(question, sort_keys=True, default=str).encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return read(json.loads(file.read_text()))
+        return read(json.loads(file.read_text(encoding="utf-8")))
     found = ask()
     if found is not None:
         with contextlib.suppress(OSError, ResourceError):  # a memory that cannot be written is no reason to fail

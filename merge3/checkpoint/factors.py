@@ -72,7 +72,7 @@ def read_factors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 
 def _settings(file) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text())
+        settings = json.loads(file.read_text(encoding="utf-8"))
         assert isinstance(settings, dict)
     except (OSError, ValueError, AssertionError):
         raise CheckpointError(file, "not a JSON object", "peft's settings") from None

@@ -229,7 +229,7 @@ def _read_sharded(directory: Path, index: Path) -> dict[str, TensorInfo]:
 
 def _read_json(file: Path) -> dict:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise CheckpointError(file, f"unreadable JSON ({error})") from None
     if not isinstance(content, dict):

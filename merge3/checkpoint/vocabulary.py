@@ -139,7 +139,8 @@ def open_vocabulary(endpoints: dict[str, Checkpoint], tokenizer: Tokenizer) -> V
     made = Vocabulary(tokenizer, donor, tokens, rows, own, numbers, folder, unused, tuple(notes), keep, folders)
     _check_rows_of_tokens(made, endpoints)
     config = made.describes(endpoints[base].config, endpoints[donor].config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))  # for readers that ask it for the model's type
+    text = json.dumps(config, indent=2)  # for readers that ask it for the model's type
+    (folder / "config.json").write_text(text, encoding="utf-8")
     return made
 
 

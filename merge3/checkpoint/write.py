@@ -107,7 +107,7 @@ class CheckpointWriter:
                     "metadata": {"total_size": self.nbytes},
                     "weight_map": {name: shard for shard, names in self.shards.items() for name in names},
                 }
-                (self.temporary / INDEX).write_text(json.dumps(index, indent=2))
+                (self.temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         except OSError as error:
             raise resource_error(self.directory, error) from None
 

@@ -182,7 +182,7 @@ def estimate(directory: Path, subset_file: Path, responses_file: Path, method: s
 
 def _read_subset(path: Path) -> dict[str, Any]:
     try:
-        subset = json.loads(path.read_text())
+        subset = json.loads(path.read_text(encoding="utf-8"))
         for task in subset["tasks"].values():
             if len(task["items"]) != len(task["weights"]) or not task["items"]:
                 raise ValueError("as many weights as items")

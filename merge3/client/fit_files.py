@@ -75,7 +75,7 @@ class FitFiles:
             write_atomically(file, json.dumps(dict(found), indent=2))
             return
         with _readable(file):
-            before = dict(json.loads(file.read_text()))
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
         for key in sorted({*before, *found}):
             if before.get(key) != found.get(key):
                 where = f"{self.directory}: {key}"
@@ -103,7 +103,7 @@ class FitFiles:
         if not file.exists():
             return 0.0
         with _readable(file):
-            return float(json.loads(file.read_text()))
+            return float(json.loads(file.read_text(encoding="utf-8")))
 
     def save(self, state: State, lines: Iterable[Mapping[str, Any]], recipe: Recipe, seconds: float) -> None:
         """State, history and recipe, in an order in which none can lack what the state has. seconds: in all."""
@@ -124,7 +124,7 @@ class FitFiles:
         if not file.exists():
             return []
         with _readable(file):
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             return [line for line in lines if line["step"] <= until]
 
 

@@ -26,12 +26,12 @@ def write_fit_report(directory: str | Path) -> Path:
     directory = Path(directory)
     result = {}
     if (directory / "result.json").exists():
-        result = json.loads((directory / "result.json").read_text())
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     operated = "surgery" in result
     of_steps = directory / ("surgery.jsonl" if operated else "history.jsonl")
     if not result or not of_steps.exists():
         raise ResumeMismatch(directory, f"no result.json and {of_steps.name}", "the directory of a finished fit")
-    history = [json.loads(line) for line in of_steps.read_text().splitlines()]
+    history = [json.loads(line) for line in of_steps.read_text(encoding="utf-8").splitlines()]
     fitted = Recipe.from_yaml(directory / "fitted.yaml")
     rows = [("with surgery" if operated else "fitted", result["heldout_detail"], True)]
     rows += [(name, other["detail"], False) for name, other in result["others"].items()]

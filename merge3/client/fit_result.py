@@ -64,7 +64,7 @@ def _asked_as(model: str, recipe: Recipe, held: Registration) -> Recipe | str:
 def other_run(run: Path, heldout: Sequence[Item]) -> dict[str, Any]:
     """What another run's result.json says. Raises BadInput for one that is not readable, or was measured otherwise."""
     try:
-        result = json.loads((run / "result.json").read_text())
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         detail = result["heldout_detail"]
         numbers = [detail["accuracy"], detail["stderr"], *dict(detail["tasks"]).values()]
         readable = all(isinstance(number, (int, float)) for number in numbers)

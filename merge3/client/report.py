@@ -61,7 +61,7 @@ def write_report(directory: str | Path) -> Path:
         head=head() if charts else "",
         body=body({"kind": "search", "alive": False, "state": "done", "charts": charts}) if charts else "",
         charts=charts,
-        config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()), sort_keys=False),
+        config=yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")), sort_keys=False),
     )
     write_atomically(directory / "report.html", page)
     return directory / "report.html"

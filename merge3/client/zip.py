@@ -27,7 +27,7 @@ def merge_zip(file: Path, recipe: Recipe, directory: Path, as_json: bool = False
     ready = work(read(file, recipe), quiet=quiet or as_json)
     done = ready.zipped(ready.asked.row.match)
     save(ready, done, directory)
-    result = json.loads((directory / FILE).read_text())
+    result = json.loads((directory / FILE).read_text(encoding="utf-8"))
     print(json.dumps(result) if as_json else told_sizes(result, directory))
 
 

@@ -127,7 +127,8 @@ def print_zip(result: Mapping[str, Any], directory: Path) -> None:
         f"{before:.3f} before, {after:.3f} after; {result['learned_items']} unlabelled items, {result['seconds']:.0f} s"
     )
     if (directory / "model" / FILE).exists():
-        console.print(told_sizes(json.loads((directory / "model" / FILE).read_text()), directory / "model"))
+        said = json.loads((directory / "model" / FILE).read_text(encoding="utf-8"))
+        console.print(told_sizes(said, directory / "model"))
 
 
 def told_sizes(told: Mapping[str, Any], directory: Path) -> str:

@@ -82,7 +82,7 @@ class ItemBank:
 
         path = Path(directory) / f"{name}.json"
         try:
-            described = json.loads(path.read_text())
+            described = json.loads(path.read_text(encoding="utf-8"))
             arrays = load_file(path.with_suffix(".safetensors"))
             if described["format"] != _FORMAT:
                 raise ResponsesError(path, f"format {described['format']}", f"format {_FORMAT}")

@@ -49,7 +49,8 @@ def save_zip(
             if place not in written:
                 _write(models[name], folders[name], temporary / place, dtype)
                 written.add(place)
-        (temporary / FILE).write_text(json.dumps({**told, **contents(zipped, places, dtype)}, indent=2))
+        said = json.dumps({**told, **contents(zipped, places, dtype)}, indent=2)
+        (temporary / FILE).write_text(said, encoding="utf-8")
         for file in temporary.rglob("*"):
             sync(file)
         mode = os.umask(0)

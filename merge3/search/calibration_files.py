@@ -47,7 +47,7 @@ def load(directory: str | Path) -> Calibration:
     """Read what `save` wrote. Raises ResponsesError naming what is missing or damaged."""
     path = Path(directory) / "calibration.json"
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
         tasks, endpoints, answers = (described[k] for k in ("tasks", "endpoints", "answers"))
         of = described.get("asked"), described.get("checkpoints")
     except (OSError, ValueError, KeyError) as error:

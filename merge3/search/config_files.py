@@ -24,7 +24,7 @@ def load_config(
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(path, error.strerror or str(error), "an evolve configuration") from None
     data = load_yaml(text, str(path))

@@ -258,7 +258,7 @@ def read_result(directory: str | Path) -> dict:
     """result.json of a finished run."""
     file = Path(directory) / "result.json"
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResumeMismatch(directory, f"no readable result.json ({error})", "a finished run") from None
 

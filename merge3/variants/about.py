@@ -47,7 +47,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """What was written. Raises CheckpointError where it is not there, or not whole."""
     file = folder / ABOUT
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         told = {key: value for key, value in about.items() if key != "checksum"}
     except FileNotFoundError:
         raise CheckpointError(file.parent, f"no {ABOUT}", "a folder that `merge3-client merge` packed") from None

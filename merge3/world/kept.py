@@ -54,6 +54,6 @@ def _hash(make: Callable[..., None], arguments: dict[str, Any]) -> str:
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Until no other process is here. The system ends the wait when a process that was here dies."""
-    with open(file, "w") as handle:
+    with open(file, "w", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

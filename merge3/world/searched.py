@@ -25,4 +25,4 @@ def make_searched(folder: Path, base_steps: int, expert_steps: int) -> None:
         "tasks": [{"items": f"./{task}.jsonl"} for task in ("english", "translation")],
         "optimizer": {"budget": 24, "population": 6, "seed": 3},
     }
-    (folder / "evolve.yaml").write_text(yaml.safe_dump(config))
+    (folder / "evolve.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")

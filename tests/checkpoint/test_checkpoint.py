@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,6 +150,17 @@ def test_written_checkpoints_read_back(tmp_path):
     put_all(tmp_path / "out", TENSORS)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[n], t) for n, t in TENSORS.items())
+
+
+def test_text_beside_the_weights_is_utf_8_in_any_locale(tmp_path):
+    code = f"""
+from merge3.checkpoint import CheckpointWriter
+with CheckpointWriter({str(tmp_path / "out")!r}, {{}}) as writer:
+    writer.write_text("chat_template.jinja", "\\u00e9 \\u2581")
+"""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | plain, check=True)
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == "\u00e9 \u2581".encode()
 
 
 def test_shards_are_cut_at_the_limit(tmp_path):
