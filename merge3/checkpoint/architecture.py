@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from merge3 import __version__
-from merge3.errors import ResourceError
+from merge3.errors import CheckpointError, ResourceError
 from merge3.files import write_atomically
 
 Shape = tuple[int, ...]
@@ -211,6 +211,13 @@ def tied(config: Mapping[str, Any]) -> bool:
             return bool(section["tie_word_embeddings"])
     settings = configuration(config) if config.get("model_type") else None
     return bool(getattr(settings, "tie_word_embeddings", False))
+
+
+def refuse_made_up(where: object, model: torch.nn.Module, missing: Iterable[str]) -> None:
+    """Raises CheckpointError for parameters that transformers found no tensor for. where: the checkpoint."""
+    if names := sorted(missing):
+        found = f"no tensor {names[0]!r} (one of {len(names)}), and numbers would be made up for it"
+        raise CheckpointError(where, found, f"every parameter of {type(model).__name__}")
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     temporary: object = field(default=None, repr=False)  # a directory to remove when this goes
     adapter: Path | None = None  # the folder of the LoRA adapter that is merged in
+    warnings: tuple[str, ...] = ()  # what is read all the same, but seldom meant: one line each
     made: Mapping[Path, Callable[[], None]] = field(default_factory=dict, repr=False)  # files that are made when read
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
 
@@ -122,12 +123,15 @@ def open_checkpoint(path: str | os.PathLike, revision: str | None = None) -> Che
 
     Raises CheckpointError naming the file (and tensor) that is missing, truncated, corrupt or a pickle.
     """
-    directory = resolve(path, revision)
+    directory, warnings = resolve(path, revision), ()
     config = _read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     index = directory / INDEX
     try:
         if index.exists():
             tensors = _read_sharded(directory, index)
+            if (directory / SINGLE).exists() and SINGLE not in {info.file.name for info in tensors.values()}:
+                said = f"{directory}: {INDEX} and {SINGLE}, which it does not name: the files that it names are read"
+                warnings = (f"{said}, and transformers would read the other; remove the one that is old",)
         elif (directory / SINGLE).exists():
             tensors = read_header(directory / SINGLE)
         else:
@@ -137,7 +141,7 @@ def open_checkpoint(path: str | os.PathLike, revision: str | None = None) -> Che
     if not tensors:
         raise CheckpointError(directory, "no tensors", "at least one")
     refuse_quantized(directory, config, tensors)
-    return Checkpoint(directory, config, tensors)
+    return Checkpoint(directory, config, tensors, warnings=warnings)
 
 
 def resolve(path: str | os.PathLike, revision: str | None = None) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from merge3.checkpoint.architecture import configuration, tied
+from merge3.checkpoint.architecture import configuration, refuse_made_up, tied
 from merge3.checkpoint.layout import Ref
 from merge3.errors import CheckpointError
 from merge3.live.words import speak
@@ -67,10 +67,8 @@ def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
         hint = "its own code is never run" if base.config.get("auto_map") else ""
         found = f"transformers cannot load it ({reason})"
         raise CheckpointError(pool.base, found, "a supported architecture", hint) from None
-    made_up = [name for name in sorted(said["missing_keys"]) if not name.endswith(tuple(pool.outputs))]
-    if made_up:
-        found = f"no tensor {made_up[0]!r} (one of {len(made_up)}), and numbers would be made up for it"
-        raise CheckpointError(pool.base, found, f"every parameter of {type(model).__name__}")
+    missing = (name for name in said["missing_keys"] if not name.endswith(tuple(pool.outputs)))
+    refuse_made_up(pool.base, model, missing)
     if pool.vocabulary is not None:
         speak(model, pool)
     return model.to(pool.device).eval().requires_grad_(False)

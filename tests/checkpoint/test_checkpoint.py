@@ -321,19 +321,3 @@ def test_tied_heads_are_written_once(tied_family, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-
-
-def test_adapters_are_applied_by_peft(family, tmp_path):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(family / "base")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path / "adapter")
-    expected = adapted.merge_and_unload().state_dict()
-    pool = Pool.open(str(family / "base"), [f"{family / 'base'}+{tmp_path / 'adapter'}"])
-    from merge3.checkpoint.layout import Ref
-
-    name = "model.layers.0.self_attn.q_proj.weight"
-    found = pool.get(Ref(list(pool.endpoints)[1], name))
-    assert torch.allclose(found, expected[name]) and not torch.equal(found, pool.get(Ref(pool.base, name)))
