@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,30 @@ _HARMLESS = {
 }  # fmt: skip
 _SAMPLES, _ELEMENTS = 3, 1 << 20
 _FAR, _ALIGNED = 0.9, 0.2  # of a fine-tune, ‖τ‖/‖θ‖ is far below and the cosine of θ and its own weights near 1
+
+
+def doubts(endpoints: Mapping[str, Checkpoint], words: bool, towers: Iterable[str]) -> list[str]:
+    """One line for each thing about endpoints that can be merged and is seldom meant. endpoints: base first. words:
+    whether vocabularies count. towers: those that are merged into the language model inside the base."""
+    base, *others = endpoints
+    lines = [*dict.fromkeys(line for checkpoint in endpoints.values() for line in checkpoint.warnings)]
+    if words and (line := _wordless(endpoints)):
+        lines.append(line)
+    for model in others:
+        lines += differences(base, endpoints[base], model, endpoints[model], words, model in towers)
+    return lines
+
+
+def _wordless(endpoints: Mapping[str, Checkpoint]) -> str:
+    """A base that reads tokens and has no tokenizer, where another endpoint has one."""
+    base, *others = endpoints
+    if has_tokenizer(endpoints[base].path) or embedding_of(endpoints[base]) is None:
+        return ""
+    found = next((model for model in others if has_tokenizer(endpoints[model].path)), None)
+    if found is None:
+        return ""
+    said = f"{base}: no tokenizer files, so the output has none, and {found} has some"
+    return f"{said}; `tokenizer_source: {found}` in the recipe takes them"
 
 
 def differences(

@@ -25,7 +25,7 @@ from merge3.derived import Compute, Derived, Job, Survey
 from merge3.endpoints import Ties, open_endpoints
 from merge3.errors import BadInput, CheckpointError
 from merge3.experts import FULL, Compacted, Experts
-from merge3.lineage import differences
+from merge3.lineage import doubts
 from merge3.memory import MemoryPlan, parse_size, usable
 from merge3.planning import common_dtype, hash_endpoints, limits, plan_pool
 from merge3.recipe import ModelRef, Tokenizer
@@ -120,9 +120,7 @@ class Pool:
         pool.fixed, pool.kept, pool.heads, pool.left_out = found.fixed, found.kept, found.heads, found.left_out
         pool.notes += [place.describe(model, pool.base) for model, place in towers.items()] + found.notes
         pool.warnings += [*found.warnings, *(vocabulary.notes if vocabulary is not None else ())]
-        for name in list(pool.endpoints)[1:]:
-            told = pool.base, pool.base_checkpoint, name, pool.endpoints[name]
-            pool.warnings += differences(*told, vocabulary is None, name in towers)
+        pool.warnings += doubts(pool.endpoints, vocabulary is None, towers)
         pool.compacted = Compacted(pool, held, pool._ties.stored)
         pool._limits = limits(pool, budget)
         pool._plan()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from merge3.checkpoint.read import INDEX, SINGLE
 from merge3.client.fit_items import Taught, load_items
 from merge3.client.terminal import bar
-from merge3.errors import RecipeError
+from merge3.errors import CheckpointError, RecipeError
 from merge3.learn.settings import ZipSettings, located, read_zip
 from merge3.learn.zip import Seen, Zipped, built, measure_zip, same_question, zip_models
 from merge3.learn.zip_correlation import Batch, renew_statistics
@@ -98,6 +99,10 @@ def read(file: Path, recipe: Recipe) -> Asked:
 def work(asked: Asked, device: str = "cpu", quiet: bool = False) -> Work:
     """Open both models and show them the items. Raises BadInput for models that cannot be zipped."""
     pools = [Pool.open(source.model, (), device) for source in asked.recipe.slices[0].sources]
+    for pool in pools:
+        opened = pool.base_checkpoint
+        if opened.warnings and opened.adapter is None:  # transformers reads its weights here, and takes the other file
+            raise CheckpointError(pool.base, f"{INDEX} and {SINGLE}, which it does not name", "one of the two")
     folders = tuple(pool.words.folder() for pool in pools)
     name = asked.recipe.out_dtype or asked.recipe.dtype
     dtype = getattr(torch, name) if name else torch.promote_types(*(promoted(pool) for pool in pools))

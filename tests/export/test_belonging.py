@@ -190,6 +190,20 @@ def test_heads_of_one_task_need_no_names(tmp_path):
     assert not pool.warnings and not pool.fixed
 
 
+def test_a_base_without_a_tokenizer_where_another_model_has_one(workshop):
+    workshop.model("base", vocab_size=320)
+    for number in (1, 2):
+        workshop.expert("base", f"e{number}", seed=number)
+        make_tokenizer().save_pretrained(workshop.root / f"e{number}")
+    base, one, two = (str(workshop.root / name) for name in ("base", "e1", "e2"))
+    (line,) = Pool.open(base, [one, two]).warnings
+    assert line.startswith(f"{base}: no tokenizer files, so the output has none")
+    assert f"`tokenizer_source: {one}`" in line
+    recipe = workshop.recipe(["e1", "e2"], "base", tokenizer_source=one)
+    assert not any("so the output" in said for said in Pool.open(base, [one, two], tokenizer=recipe.tokenizer).warnings)
+    assert not Pool.open(one, [base, two]).warnings
+
+
 def test_strict_makes_warnings_errors_on_the_command_line(workshop):
     workshop.model("base")
     workshop.expert("base", "one")
