@@ -88,8 +88,8 @@ def test_whatever_a_tokenizer_has_travels_with_the_output(workshop, words):
     texts = {name: (workshop.root / "out" / name).read_text() for name in SPOKEN}
     replaced = {"chat_template.jinja": "{{ messages }}"} if words else {}
     assert texts == {name: f"of {name}" for name in SPOKEN} | replaced
-    folder = Words(base).folder("{{ messages }}")
-    assert all((folder / name).is_file() for name in SPOKEN)
+    asked_with = Words(base)
+    assert all((asked_with.folder("{{ messages }}") / name).is_file() for name in SPOKEN)
 
 
 def test_every_file_that_transformers_names_as_a_vocabulary_is_a_tokenizers():
