@@ -7,6 +7,7 @@ matches all, and no match falls through to the next level (source, slice, global
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 Setting = Any  # scalar | list of scalars | list of {"filter", "value"} | one such mapping
@@ -29,11 +30,20 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
         return None
     scaled = t * (len(setting) - 1)
     low = int(scaled)
-    if any(isinstance(v, (bool, str)) for v in setting):
+    values = [number(v) for v in setting]
+    if any(isinstance(v, (bool, str)) for v in values):
         return setting[low]  # labels select, numbers interpolate
     high = min(len(setting) - 1, low + 1)
     fraction = scaled - low
-    return (1 - fraction) * setting[low] + fraction * setting[high]
+    return (1 - fraction) * values[low] + fraction * values[high]
+
+
+def number(value: Any) -> Any:
+    """A text that is a number as that number, for YAML 1.1 reads `5e-1` as a text; anything else as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def by_tensor(values: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 from merge3.errors import RecipeError
 from merge3.kernels import DENSITY, FIELDS, HI, HI_SHARE, LO_SHARE, MAX_EXPERTS, RESCALE, WEIGHT, Modes
+from merge3.parameters import Setting, lookup
 from merge3.recipe import nearest
 from merge3.statistics import Statistics
 
@@ -79,14 +80,15 @@ class Parameter(NamedTuple):
                 raise RecipeError(where, f"found {value!r}", " or ".join(self.choices), nearest(value, self.choices))
             return value
         try:
-            number = self.kind(value) if not isinstance(value, bool) else None
-            unsaid = number is None or math.isnan(number)
+            number = value if isinstance(value, int) and self.kind is int else float(value)
+            unsaid = isinstance(value, bool) or math.isnan(number) or not (self.kind is float or number == int(number))
         except OverflowError:  # perhaps too long to be shown
             raise RecipeError(where, "found a number beyond float64", "a smaller one") from None
         except (TypeError, ValueError):
             unsaid = True
         if unsaid:
-            raise RecipeError(where, f"found {value!r}", "a number")
+            raise RecipeError(where, f"found {value!r}", "a whole number" if self.kind is int else "a number")
+        number = self.kind(number)
         if not (self.low <= number <= self.high) or (self.open_low and number == self.low):
             bracket = "(" if self.open_low else "["
             raise RecipeError(where, f"found {value!r}", f"a value in {bracket}{self.low:g}, {self.high:g}]")
@@ -286,6 +288,17 @@ class Method:
     def validate(self, name: str, value: Any, where: str) -> Any:
         """The value in the parameter's type, within its bounds."""
         return self.parameters[name].validate(value, f"{where}.{name}")
+
+    def looked_up(self, name: str, levels: Iterable[Mapping[str, Setting]], tensor: str, t: float, where: str) -> Any:
+        """What a tensor at position t has of a parameter, in its type: the first level's that says one, else the
+        default; REQUIRED where that is none. Between two whole numbers a gradient has the nearest one."""
+        parameter = self.parameters[name]
+        value = lookup(name, levels, tensor, t, parameter.default)
+        if value is parameter.default:
+            return value
+        if parameter.kind is int and isinstance(value, float):
+            value = round(value)
+        return self.validate(name, value, where)
 
 
 def _inputs(base: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -288,10 +288,7 @@ def _range(source: Source, whole: bool, view: View, where: str) -> tuple[int, in
 
 
 def _value(method: Method, name: str, levels: tuple, tensor: str, t: float, where: str) -> Any:
-    default = method.parameters[name].default
-    try:
-        value = settings.lookup(name, levels, tensor, t, *([] if default is REQUIRED else [default]))
-    except KeyError:
-        expected = f"a value, {method.name} needs one"
-        raise RecipeError(f"{where}.{name}", f"missing for tensor {tensor}", expected) from None
-    return value if value is default else method.validate(name, value, where)
+    value = method.looked_up(name, levels, tensor, t, where)
+    if value is REQUIRED:
+        raise RecipeError(f"{where}.{name}", f"missing for tensor {tensor}", f"a value, {method.name} needs one")
+    return value

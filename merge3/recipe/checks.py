@@ -137,8 +137,9 @@ def parameters(data: Any, where: str) -> dict[str, settings.Setting]:
         if trouble := settings.problem(setting):
             raise RecipeError(f"{where}.{name}", trouble)
         for value in settings.scalars(setting):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"{where}.{name}", f"found {value}", "a finite number")
+            found = settings.number(value)
+            if isinstance(found, float) and not math.isfinite(found):
+                raise RecipeError(f"{where}.{name}", f"found {value}"[:100], "a finite number")
     return data
 
 

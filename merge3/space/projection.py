@@ -22,7 +22,7 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError, Merge3Warning
 from merge3.methods import Method, method_named
 from merge3.methods.base import REQUIRED
-from merge3.parameters import evaluate, lookup
+from merge3.parameters import evaluate
 from merge3.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
@@ -182,16 +182,12 @@ class _Values:
 
     def of(self, name: str, model: str | None) -> list[Any]:
         """A parameter's values; REQUIRED where there is none but should be. model: whose; None for a shared one."""
-        parameter, found = self.method.parameters[name], []
-        levels = []
+        levels, found, at = [], [], f"{self.where}: {model or 'parameters'}"
         for part in self.recipe.slices:
             own = [source.parameters for source in part.sources if str(source.model) == model]
             levels.append((*own, part.parameters, self.recipe.parameters))
         for tensor in self.tensors:
-            value = lookup(name, levels[tensor.part], tensor.name, tensor.t, parameter.default)
-            if value is not parameter.default:
-                value = self.method.validate(name, value, f"{self.where}: {model or 'parameters'}")
-            found.append(value)
+            found.append(self.method.looked_up(name, levels[tensor.part], tensor.name, tensor.t, at))
         return found
 
     def numbers(self, name: str, model: str | None) -> np.ndarray:

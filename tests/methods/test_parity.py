@@ -57,6 +57,8 @@ def cases(root):
     yield "breadcrumbs_rescale", make("breadcrumbs", weights=w, density=0.4, gamma=0.02, rescale=True)
     for t in (0.0, 0.35, [0.0, 0.5, 1.0]):
         yield f"slerp_{t}".replace(" ", ""), make("slerp", experts=1, t=t)
+    yield "slerp_texts", make("slerp", experts=1, t=[0, "5e-1", 1])  # as YAML 1.1 reads 5e-1
+    yield "linear_texts", make("linear", base=False, weights=["5e-1", ["1e-1", "9e-1"], [0.2, "1"]])
     yield "nuslerp", make("nuslerp", experts=2, base=False, weights=[0.3, 0.9])
     yield "nuslerp_base", make("nuslerp", experts=2, weights=[0.3, 0.9])
     yield "nuslerp_rows", make("nuslerp", experts=2, base=False, weights=[0.6, 0.2], nuslerp_flatten=False)

@@ -63,6 +63,32 @@ def test_parameter_values_by_filter_and_layer():
     assert evaluate([True, False], "x", 0.9) is True
 
 
+def layers_of(family, method, text, parameter):
+    """What a recipe of two models has for each of four layers. text: of its `parameters`."""
+    models = "".join(f"  - model: {family / name}\n" for name in ("base", "e0"))
+    head = f"merge_method: {method}\nbase_model: {family / 'base'}\nmodels:\n{models}"
+    recipe = Recipe.parse(yaml.safe_load(f"{head}parameters:\n  {parameter}: {text}\n"))
+    jobs = {job.name: job for job in compile(recipe, Pool.open(str(family / "base"), [str(family / "e0")])).jobs}
+    return [jobs[f"model.layers.{i}.mlp.up_proj.weight"].shared[parameter] for i in range(4)]
+
+
+@pytest.mark.parametrize("text", ["[0, 5e-1, 1]", "[0, '0.5', 1.0]", '["0", 5E-1, "1e0"]', "[{value: [0, 5e-1, 1]}]"])
+def test_a_number_that_yaml_reads_as_a_text_is_a_number_in_a_list_too(family, text):
+    """As in mergekit; a list with a text in it chose one of its entries for every layer."""
+    assert layers_of(family, "slerp", text, "t") == layers_of(family, "slerp", "[0, 0.5, 1]", "t")
+    assert layers_of(family, "slerp", text, "t") == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_whole_numbers_are_not_cut(family):
+    for text in ("7.9", "'7.9'", "[5, 7.9]", "[{filter: mlp, value: 7.9}, {value: 5}]"):
+        with pytest.raises(RecipeError, match=r"max_iter: found '?7\.9'?; expected a whole number"):
+            layers_of(family, "karcher", text, "max_iter")
+    assert layers_of(family, "karcher", "7.0", "max_iter") == [7] * 4
+    assert layers_of(family, "karcher", "'1e1'", "max_iter") == [10] * 4
+    found = layers_of(family, "karcher", "[5, 10]", "max_iter")  # 6.67 and 8.33 between
+    assert found == [5, 7, 8, 10] and all(type(n) is int for n in found)
+
+
 BAD = {
     "unknown method": (dict(merge_method="tiess"), r"merge_method: unknown method 'tiess'.*did you mean 'ties'"),
     "unknown parameter": (
@@ -76,6 +102,8 @@ BAD = {
     "density in a filter": (dict(parameters={"density": [{"filter": "mlp", "value": -1}, {"value": 0.5}]}), "found -1"),
     "not a number": (dict(parameters={"density": "half"}), "density: found 'half'; expected a number"),
     "nan": (dict(parameters={"lambda": float("nan")}), "found nan; expected a finite number"),
+    "infinity in words": (dict(parameters={"lambda": "inf"}), "found inf; expected a finite number"),
+    "a text beyond float64": (dict(parameters={"lambda": [1, "1e400"]}), "found 1e400; expected a finite number"),
     "no flag": (dict(parameters={"normalize": 3}), "normalize: found 3; expected true or false"),
     "unknown key": (dict(modles=[]), "unknown key 'modles'.*did you mean 'models'"),
     "both": (dict(slices=[]), "both `models` and `slices`"),
