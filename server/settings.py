@@ -6,11 +6,9 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from merge3.errors import ConfigError
 from merge3.experts import FULL, Experts
-from merge3.recipe import DTYPES, Tokenizer, read_tokenizer
+from merge3.recipe import DTYPES, Tokenizer, load_yaml, read_tokenizer
 
 _POOL_KEYS = ("models", "dtype", "tokenizer_source", "tokenizer")
 
@@ -99,9 +97,10 @@ def read_pool_file(file: Path) -> tuple[tuple[str, ...], str, Tokenizer | None]:
     """(models, dtype, tokenizer) of a pool to open at the start: `models: [base, expert, ..]`, `dtype: bfloat16`, and
     `tokenizer_source` or `tokenizer` as in a recipe."""
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
         raise ConfigError(file, str(error).splitlines()[0], "a pool file") from None
+    data = load_yaml(text, str(file))
     models = data.get("models") if isinstance(data, dict) else None
     if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
         raise ConfigError(f"{file}: models", f"found {models!r}", "a list of models, base first")

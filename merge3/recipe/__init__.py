@@ -6,7 +6,7 @@ parameters a method takes: `Recipe` accepts any.
 
 from merge3.recipe.checks import CHAT_TEMPLATES, DTYPES, TOP_KEYS
 from merge3.recipe.references import ModelRef
-from merge3.recipe.text import load_yaml, nearest
+from merge3.recipe.text import built, load_yaml, nearest
 from merge3.recipe.tokenizer import BASE, UNION, Tokenizer, TokenRow, read_tokenizer
 from merge3.recipe.values import Parameters, Recipe, Slice, Source
 
@@ -23,6 +23,7 @@ __all__ = [
     "Source",
     "TokenRow",
     "Tokenizer",
+    "built",
     "load_yaml",
     "nearest",
     "read_tokenizer",

@@ -20,7 +20,7 @@ from merge3.irt import ItemBank
 from merge3.irt.estimation import METHODS as ESTIMATORS
 from merge3.irt.estimation import Estimator
 from merge3.irt.extraction import Subset
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, built
 from merge3.rpc import merge3_pb2 as pb
 from merge3.rpc.statuses import error_of, error_to
 from merge3.tasks.documents import Raw
@@ -267,11 +267,18 @@ def recipe_to(recipe: Recipe) -> str:
     return json.dumps(recipe.to_dict())
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")  # YAML, of which JSON is a part, says which one
+    return found
+
+
 def recipe_from(text: str, where: str = "recipe") -> Recipe:
     """JSON, or YAML. Without aliases, a few of which, nested, would unfold to gigabytes, and not nested so deeply
     that reading it would never end; both are seen in the stream of events, before anything is built."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         try:
             depth = 0
@@ -281,7 +288,7 @@ def recipe_from(text: str, where: str = "recipe") -> Recipe:
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > _MAX_DEPTH:
                     raise errors.RecipeError(where, "nested too deeply", "a recipe")
-            data = yaml.load(text, _Loader)
+            data = built(text, where, _Loader)
         except errors.RecipeError:
             raise
         except (yaml.YAMLError, RecursionError, ValueError) as error:

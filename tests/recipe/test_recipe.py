@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge3.errors import RecipeError
+from merge3.errors import BadInput, RecipeError
 from merge3.export import merge_to_disk
 from merge3.methods import METHODS, VARIANTS
 from merge3.methods.variants import MERGER
@@ -203,6 +203,52 @@ def test_not_yaml(tmp_path):
         Recipe.from_yaml(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match="No such file"):
         Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+TWICE = {
+    "a section": ("models:\n- model: a\n  parameters: {weight: 1}\n  parameters: {density: 1}\n", 5, "parameters", 4),
+    "a value": ("models:\n- model: a\n  parameters:\n    weight: 0.7\n    weight: 0.3\n", 6, "weight", 5),
+    "in one line": ("models: [{model: a, parameters: {weight: 1, 'weight': 2}}]\n", 2, "weight", 2),
+    "at the top": ("models: [{model: a}]\ndtype: float16\nmodels: [{model: b}]\n", 4, "models", 2),
+    "numbers": ("models: [{model: a}]\nfit: {16: a, 0x10: b}\n", 3, 16, 3),
+    "behind an anchor": ("fit: {groups: &a {b: 1, b: 2}, others: *a}\nmodels: [{model: a}]\n", 2, "b", 2),
+}
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_a_key_that_is_there_twice_is_refused_with_both_lines(tmp_path, case):
+    """YAML takes the last, and the first is lost."""
+    text, line, key, first = TWICE[case]
+    (tmp_path / "r.yaml").write_text("merge_method: linear\n" + text)
+    with pytest.raises(RecipeError, match=rf"r\.yaml, line {line}: key {key!r} twice, first in line {first}; expected"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+def test_anchors_and_merge_keys_are_no_key_twice(tmp_path):
+    text = """
+merge_method: linear
+models:
+- {model: a, parameters: &first {weight: 0.5, normalize: true}}
+- {model: b, parameters: &second {<<: *first, weight: 0.25}}
+- {model: c, parameters: {<<: *second, weight: 0.125, "<<": 1}}
+- {model: d, parameters: {<<: [*first, {density: 1}]}}
+- {model: e, parameters: *second}
+"""
+    (tmp_path / "r.yaml").write_text(text)
+    found = [source.parameters for source in Recipe.from_yaml(tmp_path / "r.yaml").slices[0].sources]
+    assert found == [model["parameters"] for model in yaml.safe_load(text)["models"]]
+    assert [own["weight"] for own in found] == [0.5, 0.25, 0.125, 0.5, 0.25]
+
+
+def test_every_file_that_users_write_is_read_so(tmp_path):
+    from merge3.client.study_config import read_study
+    from merge3.search.config_files import load_config
+    from merge3_server.settings import read_pool_file
+
+    (tmp_path / "some.yaml").write_text("models: [a]\ngenome: {}\nmodels: [b]\n")
+    for read in (Recipe.from_yaml, load_config, read_study, read_pool_file):
+        with pytest.raises(BadInput, match=r"some\.yaml, line 3: key 'models' twice, first in line 1"):
+            read(tmp_path / "some.yaml")
 
 
 def test_every_method_documents_itself():

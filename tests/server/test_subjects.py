@@ -57,6 +57,8 @@ def test_candidates_that_cannot_be(world):
         ("{}", "merge_method"),
         ("[" * 100_000, "recipe"),
         ("a: &a [x]\nb: [*a, *a]", "an alias"),
+        ("merge_method: ties\nmerge_method: dare", "line 2: key 'merge_method' twice"),
+        ('{"merge_method": "ties", "dtype": "float16", "dtype": "bfloat16"}', "line 1: key 'dtype' twice"),
         (recipe(world).to_yaml().replace(world.config.models[1], "/etc"), "'/etc' is not in the pool"),
         ("\x00", "recipe"),
         (json.dumps({"merge_method": "ties", "models": [{"model": "m"}] * 3}), "recipe"),
