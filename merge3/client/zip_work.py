@@ -99,7 +99,8 @@ def read(file: Path, recipe: Recipe) -> Asked:
 def work(asked: Asked, device: str = "cpu", quiet: bool = False) -> Work:
     """Open both models and show them the items. Raises BadInput for models that cannot be zipped."""
     pools = [Pool.open(source.model, (), device) for source in asked.recipe.slices[0].sources]
-    for pool in pools:
+    for source, pool in zip(asked.recipe.slices[0].sources, pools):
+        source.check_depth(pool.layouts[str(source.model)].layers, "models")
         opened = pool.base_checkpoint
         if opened.warnings and opened.adapter is None:  # transformers reads its weights here, and takes the other file
             raise CheckpointError(pool.base, f"{INDEX} and {SINGLE}, which it does not name", "one of the two")

@@ -96,7 +96,8 @@ def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[
     for name in _all(names.pre for names in layouts):
         yield from rules.output(name, slices[0], [Ref(m, name) for m in models[0]], 0.0)
     for index, part in enumerate(slices):
-        ranges = [_range(s, recipe.whole, view, f"{where}: slices[{index}]") for s in part.sources]
+        at = f"{where}: models" if recipe.whole else f"{where}: slices[{index}]"
+        ranges = [_range(s, recipe.whole, view, at) for s in part.sources]
         if recipe.whole:
             _check_depths(models[index], ranges, part.base_model or recipe.base_model, where)
         firsts, count = [first for first, _ in ranges], ranges[0][1] - ranges[0][0]
@@ -281,6 +282,7 @@ def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice
 
 def _range(source: Source, whole: bool, view: View, where: str) -> tuple[int, int]:
     layers = view.layouts[str(source.model)].layers
+    source.check_depth(layers, where)
     first, last = (0, layers) if whole or source.layer_range is None else source.layer_range
     if last > layers:
         raise RecipeError(f"{where}: layer_range", f"[{first}, {last}) of {source.model}", f"at most {layers} layers")

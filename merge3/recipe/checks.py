@@ -33,6 +33,7 @@ PARAMETERS = (  # names of method parameters: where they stand by mistake, the m
     "merger", "share", "rank", "binary",
 )  # fmt: skip
 CHAT_TEMPLATES = ("auto", "chatml")
+ALL_LAYERS = ("[0, depth], which is all layers", "layer ranges belong in `slices`")  # expected of `models`, and a hint
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -126,6 +127,14 @@ def layer_range(value: Any, where: str) -> tuple[int, int]:
     if not whole or not 0 <= value[0] <= value[1]:
         raise RecipeError(where, f"found {value!r}", "[first, last) with first <= last")
     return tuple(value)
+
+
+def depth(value: Any, where: str) -> int:
+    """How many layers a range is of that leaves out none: `models` merges models as a whole."""
+    first, last = layer_range(value, where)
+    if first:
+        raise RecipeError(where, f"found {[first, last]} under `models`", *ALL_LAYERS)
+    return last
 
 
 def parameters(data: Any, where: str) -> dict[str, settings.Setting]:

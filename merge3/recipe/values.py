@@ -21,11 +21,19 @@ Parameters = Mapping[str, Setting]
 
 @dataclass(frozen=True)
 class Source:
-    """One input of a slice. layer_range: [first, last) in that model; None: all layers."""
+    """One input of a slice. layer_range: [first, last) in that model; None: all layers. depth: how many that is, where
+    an entry of `models` says it; another number is refused when the model is met."""
 
     model: ModelRef
     layer_range: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
+    depth: int | None = None
+
+    def check_depth(self, layers: int, where: str) -> None:
+        """layers: that its model has. Raises RecipeError where `depth` is another number."""
+        if self.depth not in (None, layers):
+            found = f"[0, {self.depth}] under `models`, and {self.model} has {layers} layers"
+            raise RecipeError(f"{where}: layer_range", found, *checks.ALL_LAYERS)
 
 
 @dataclass(frozen=True)
@@ -200,11 +208,14 @@ def _sources(data: Any, where: str, ranged: bool) -> tuple[Source, ...]:
     for i, entry in enumerate(checks.entries(data, where)):
         at = f"{where}[{i}]"
         entry = checks.mapping(entry, at)
-        # mergekit-evolve writes a layer_range into `models` too, where it means nothing
         checks.known_keys(entry, ("model", "layer_range", "parameters"), at)
-        layers = checks.layer_range(entry.get("layer_range"), f"{at}: layer_range") if ranged else None
+        layers, depth = entry.get("layer_range"), None
+        if ranged:
+            layers = checks.layer_range(layers, f"{at}: layer_range")
+        elif layers is not None:  # mergekit-evolve writes it here too, always that of all layers
+            layers, depth = None, checks.depth(layers, f"{at}: layer_range")
         model = ModelRef.parse(entry.get("model"), f"{at}: model")
-        sources.append(Source(model, layers, checks.parameters(entry.get("parameters"), f"{at}: parameters")))
+        sources.append(Source(model, layers, checks.parameters(entry.get("parameters"), f"{at}: parameters"), depth))
     return tuple(sources)
 
 
@@ -234,6 +245,8 @@ def _source_dict(source: Source) -> dict:
     data: dict[str, Any] = {"model": str(source.model)}
     if source.layer_range is not None:
         data["layer_range"] = list(source.layer_range)
+    if source.depth is not None:
+        data["layer_range"] = [0, source.depth]
     if source.parameters:
         data["parameters"] = plain(source.parameters)
     return data

@@ -35,10 +35,8 @@ def world(strangers, tmp_path_factory):
 
 
 def write(world, name="zip.yaml", method="zipit", models=tuple(TASKS), **sections):
-    data = {
-        "merge_method": method,
-        "models": [{"model": model if model[0] == "/" else f"./{model}"} for model in models],
-    }
+    entry = lambda model: {"model": model if model[0] == "/" else f"./{model}"}
+    data = {"merge_method": method, "models": [m if isinstance(m, dict) else entry(m) for m in models]}
     (world / name).write_text(yaml.safe_dump(data | {"fit": FIT} | sections))
     return world / name
 
@@ -217,6 +215,7 @@ def test_what_is_refused(world, tmp_path, family):
         ({"models": ("low",)}, "1 of them; expected two: zipit merges pairs"),
         ({"models": ("low", "low")}, "a model twice; expected two"),
         ({"models": ("low", "high", "low/../high")}, "3 of them; expected two"),
+        ({"models": ({"model": "./low", "layer_range": [0, 1]}, "high")}, "layer_range: [0, 1] under `models`, and "),
         ({"base_model": "./low"}, "base_model: found"),
         ({"parameters": {"alpha": 0.3}}, "parameters: alpha: given with zipit; expected settings of `fit:`"),
         ({"surgery": FIT}, "surgery: found with zipit"),

@@ -189,6 +189,32 @@ def test_layer_ranges_are_checked(family):
     assert compile(slices([0, 3], [1, 4]), pool).layers == 6
 
 
+def test_a_range_of_layers_under_models_is_all_of_them_or_belongs_in_slices(family, tmp_path):
+    """mergekit takes every layer whatever it says; mergekit-evolve writes that of all layers there."""
+
+    def whole(*ranges):
+        models = [{"model": str(family / f"e{i}"), "layer_range": r} for i, r in enumerate(ranges)]
+        return Recipe.parse({"merge_method": "karcher", "models": models})
+
+    pool = Pool.open(str(family / "e0"), [str(family / "e1")])
+    without = Recipe.parse({"merge_method": "karcher", "models": [{"model": str(family / f"e{i}")} for i in (0, 1)]})
+    for recipe in (whole([0, 4], [0, 4]), whole(None, [0, 4])):
+        assert recipe.whole and compile(recipe, pool) == compile(without, pool)
+        assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    hint = r"expected \[0, depth\], which is all layers \(layer ranges belong in `slices`\)"
+    for recipe in (whole([0, 2], [0, 2]), whole([0, 4], [0, 3]), whole([0, 4], [0, 9])):
+        for sent in (recipe, Recipe.parse(recipe.to_dict())):  # to a daemon, too
+            with pytest.raises(RecipeError, match=rf"models: layer_range: \[0, [239]\] .*e[01] has 4 layers; {hint}"):
+                compile(sent, pool)
+    with pytest.raises(RecipeError, match=rf"models\[1\]: layer_range: found \[2, 4\] under `models`; {hint}"):
+        whole([0, 4], [2, 4])
+    with pytest.raises(RecipeError, match="layer_range: found 'all'"):
+        whole("all", [0, 4])
+    with pytest.raises(RecipeError, match=hint):
+        merge_to_disk(whole([0, 2], [0, 2]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_number_of_models_is_checked(family):
     pool = Pool.open(str(family / "base"), [str(family / f"e{i}") for i in range(3)])
     models = [{"model": str(family / f"e{i}")} for i in range(2)]
