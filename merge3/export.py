@@ -23,6 +23,7 @@ from merge3.checkpoint.modules import check_modules, module_files
 from merge3.checkpoint.write import SHARD_SIZE
 from merge3.errors import BadInput, Merge3Warning, RecipeError
 from merge3.methods import VARIANTS, Job, execute, method_named
+from merge3.methods.filters import check_filters
 from merge3.packaging import (
     Specs,
     chat_template,
@@ -53,9 +54,10 @@ def prepare(recipe: Recipe, pool: Pool, where: str = "recipe") -> Prepared:
     """Compile a merge and plan everything around it, without reading or writing weights.
 
     Raises RecipeError or CheckpointError for whatever would be refused at the end, but for what only the architecture
-    can say; that is `check_output`.
+    can say; that is `check_output`. A filter that fits no tensor is a Merge3Warning.
     """
     program = compile(recipe, pool, where)
+    check_filters(recipe, pool.layouts.values(), where)
     specs = output_specs(recipe, program, pool)
     first = lead(recipe)  # whose files the output has
     others = [str(model) for model in recipe.models() if str(model) != first]

@@ -70,6 +70,9 @@ def problem(setting: Setting) -> str | None:
     if isinstance(setting, Mapping):
         if set(setting) - {"filter", "value"} or "value" not in setting:
             return f"found keys {sorted(map(str, setting))}, expected `filter` and `value`"
+        pattern = setting.get("filter")
+        if pattern is not None and not isinstance(pattern, str):
+            return f"found filter {pattern!r}"[:100] + ", expected one text, a part of tensors' names"
         return problem(setting["value"])
     if isinstance(setting, (list, tuple)):
         if not setting:
@@ -84,6 +87,16 @@ def problem(setting: Setting) -> str | None:
     if setting is None or isinstance(setting, (bool, int, float, str)):
         return None
     return f"found {type(setting).__name__}"
+
+
+def filters(setting: Setting) -> list[str]:
+    """Every filter inside a setting, in its order."""
+    if isinstance(setting, Mapping):
+        pattern = setting.get("filter")
+        return ([] if pattern is None else [pattern]) + filters(setting.get("value"))
+    if isinstance(setting, (list, tuple)):
+        return [pattern for s in setting for pattern in filters(s)]
+    return []
 
 
 def scalars(setting: Setting) -> list[Any]:

@@ -25,6 +25,7 @@ from merge3.fitness import mean_over_tasks
 from merge3.learn.surgery import load
 from merge3.learn.surgery_file import FILE
 from merge3.live.hooks import Adapter
+from merge3.methods.filters import check_filters
 from merge3.packaging import chat_template
 from merge3.pool import Pool
 from merge3.recipe import Recipe, load_yaml
@@ -176,6 +177,7 @@ def _opened(
         settings |= {"tokenizer": subject.tokenizer, "tower": subject.tower}
         pool = Pool.open(models[0], models[1:], device, **settings)
         dtype = subject.out_dtype or subject.dtype
+        check_filters(subject, pool.layouts.values(), str(what))
     for line in pool.warnings:
         warnings.warn(line, Merge3Warning, stacklevel=2)
     for note in pool.notes:

@@ -20,6 +20,7 @@ from merge3.client.study_journal import packed
 from merge3.engine import LocalEngine
 from merge3.errors import ConfigError, Merge3Error
 from merge3.live.heads import own_heads
+from merge3.methods.filters import check_filters
 from merge3.pool import Pool
 from merge3.registration import Registration
 from merge3.search.seeds import seed_of
@@ -132,7 +133,8 @@ class Opened:
                 seen.add(key)
                 for parameters in self.config.settings(cell.method, len(cell.subset)):
                     recipe = recipe_of(self.config, cell.method, self.world, cell.subset, parameters)
-                    self.engine.slot.compile(recipe, f"{self.where}: {cell.method.label}")
+                    self.engine.slot.compile(recipe, where := f"{self.where}: {cell.method.label}")
+                    check_filters(recipe, self.engine.pool.layouts.values(), where)
 
     def alone(self, task: str | None) -> dict[str, Any]:
         """The journal's line of an expert, on its own task, or (None) of the base, on all. Raises ConfigError where it

@@ -233,12 +233,7 @@ def _check_depths(models: list[str], ranges: list[tuple[int, int]], base: ModelR
 
 
 def _check(recipe: Recipe, method: Method, where: str) -> None:
-    levels = [(recipe.parameters, f"{where}: parameters")]
-    for i, part in enumerate(recipe.slices):
-        at = f"{where}: models" if recipe.whole else f"{where}: slices[{i}].sources"
-        levels.append((part.parameters, f"{where}: slices[{i}].parameters"))
-        levels += [(s.parameters, f"{at}[{j}].parameters") for j, s in enumerate(part.sources)]
-    for names, at in levels:
+    for names, at in recipe.levels(where):
         for name, setting in names.items():
             if name not in method.parameters:
                 _unknown(name, method, at)

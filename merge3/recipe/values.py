@@ -84,6 +84,15 @@ class Recipe:
         """Where the output's tokenizer comes from: union, base, a model; None where nothing is said of it."""
         return self.tokenizer.source if self.tokenizer else None
 
+    def levels(self, where: str) -> list[tuple[Parameters, str]]:
+        """All its parameters, and where each of them stand."""
+        found = [(self.parameters, f"{where}: parameters")]
+        for i, part in enumerate(self.slices):
+            at = f"{where}: models" if self.whole else f"{where}: slices[{i}].sources"
+            found.append((part.parameters, f"{where}: slices[{i}].parameters"))
+            found += [(s.parameters, f"{at}[{j}].parameters") for j, s in enumerate(part.sources)]
+        return found
+
     def models(self) -> list[ModelRef]:
         """Every model named, base first, then in order of appearance."""
         found = [self.base_model] if self.base_model else []

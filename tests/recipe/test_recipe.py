@@ -120,6 +120,12 @@ BAD = {
         dict(parameters={"density": [{"filter": "mlp", "value": [[0.5], [1]]}, {"value": 0.5}]}),
         "density: a list with more in it than plain values",
     ),
+    "several filters in one": (
+        dict(parameters={"density": [{"filter": ["q_proj", "k_proj"], "value": 1}, {"value": 0.5}]}),
+        r"parameters\.density: found filter \['q_proj', 'k_proj'\], expected one text, a part of tensors' names",
+    ),
+    "a number as a filter": (dict(parameters={"density": {"filter": 12, "value": 1}}), "density: found filter 12, exp"),
+    "yes as a filter": (dict(parameters={"density": [{"filter": True, "value": 1}]}), "density: found filter True, ex"),
     "nothing in a list": (dict(parameters={"density": [0.5, None, 1]}), "density: a list with more in it than plain"),
     "huge weight": (dict(parameters={"density": 10**400}), r"parameters\.density: found a number of 333 hex"),
     "huge in a list": (dict(parameters={"density": [0.5, 10**400]}), r"parameters\.density\[1\]: found a number of"),
