@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 Setting = Any  # scalar | list of scalars | list of {"filter", "value"} | one such mapping
-_MISSING = object()
+_MANY = 32  # conditions, from which on an index is sooner made than they are tried
+_HEAD = 8  # characters by which filters are found; shorter ones are tried
 
 
 def evaluate(setting: Setting, tensor: str, t: float) -> Any:
@@ -23,11 +24,8 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
     if not setting:
         return None
     if isinstance(setting[0], Mapping):
-        for condition in setting:
-            pattern = condition.get("filter")
-            if pattern is None or pattern == "*" or pattern in tensor:
-                return evaluate(condition["value"], tensor, t)
-        return None
+        place = setting.first(tensor) if isinstance(setting, _Indexed) else _first(setting, tensor)
+        return None if place is None else evaluate(setting[place]["value"], tensor, t)
     scaled = t * (len(setting) - 1)
     low = int(scaled)
     values = [number(v) for v in setting]
@@ -36,6 +34,52 @@ def evaluate(setting: Setting, tensor: str, t: float) -> Any:
     high = min(len(setting) - 1, low + 1)
     fraction = scaled - low
     return (1 - fraction) * values[low] + fraction * values[high]
+
+
+def _first(conditions: Iterable[Mapping[str, Any]], tensor: str) -> int | None:
+    """The place of the first condition that fits."""
+    for place, condition in enumerate(conditions):
+        pattern = condition.get("filter")
+        if pattern is None or pattern == "*" or pattern in tensor:
+            return place
+    return None
+
+
+class _Indexed(tuple):
+    """Many conditions, as a fit writes them for every tensor: `first` finds what `_first` does without trying each."""
+
+    def __new__(cls, conditions: Iterable[Mapping[str, Any]]) -> _Indexed:
+        self = super().__new__(cls, conditions)
+        self.short = []  # places of those that are tried one by one
+        self.places: dict[str, int] = {}
+        self.lengths: dict[str, set[int]] = {}  # of all filters that begin with these characters
+        for place, condition in enumerate(self):
+            pattern = condition.get("filter")
+            if pattern is None or len(pattern) < _HEAD:
+                self.short.append(place)
+            elif pattern not in self.places:
+                self.places[pattern] = place
+                self.lengths.setdefault(pattern[:_HEAD], set()).add(len(pattern))
+        return self
+
+    def first(self, tensor: str) -> int | None:
+        """The place of the first condition that fits."""
+        place = _first((self[place] for place in self.short), tensor)
+        found = [] if place is None else [self.short[place]]
+        for start in range(len(tensor) - _HEAD + 1):
+            for length in self.lengths.get(tensor[start : start + _HEAD], ()):
+                if (place := self.places.get(tensor[start : start + length])) is not None:
+                    found.append(place)
+        return min(found, default=None)
+
+
+def indexed(parameters: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The same settings, to be looked up for many tensors: with as many conditions as tensors, trying each is slow."""
+
+    def many(setting: Setting) -> bool:
+        return isinstance(setting, (list, tuple)) and len(setting) >= _MANY and isinstance(setting[0], Mapping)
+
+    return {name: _Indexed(setting) if many(setting) else setting for name, setting in parameters.items()}
 
 
 def number(value: Any) -> Any:
@@ -49,19 +93,18 @@ def number(value: Any) -> Any:
 def by_tensor(values: Mapping[str, float]) -> list[dict[str, Any]]:
     """The setting of tensors that have a value each, by their names. A filter is a part of a name, and the first that
     fits counts: names that are parts of others come after them."""
-    names = list(values)
-    if any(name != other and name in other for name in names for other in names):
+    names, rising = list(values), sorted(values, key=len)
+    shortest = _Indexed({"filter": name} for name in rising)
+    if any(shortest.first(name) != place for place, name in enumerate(rising)):
         names.sort(key=lambda name: -len(name))
     return [{"filter": name, "value": float(values[name])} for name in names]
 
 
-def lookup(name: str, levels: Iterable[Mapping[str, Setting]], tensor: str, t: float, default: Any = _MISSING) -> Any:
-    """The first level that has a value for `name`, else the default; KeyError without one."""
+def lookup(name: str, levels: Iterable[Mapping[str, Setting]], tensor: str, t: float, default: Any) -> Any:
+    """The first level that has a value for `name`, else the default."""
     for level in levels:
         if name in level and (value := evaluate(level[name], tensor, t)) is not None:
             return value
-    if default is _MISSING:
-        raise KeyError(name)
     return default
 
 

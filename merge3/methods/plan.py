@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from merge3 import parameters as settings
@@ -90,6 +90,7 @@ def resolve(recipe: Recipe, method: Method, view: View, where: str) -> Iterator[
         if str(model) not in view.layouts:
             raise RecipeError(where, f"model {str(model)!r} is not in the pool", ", ".join(view.layouts))
     slices = [_with_base(part, recipe, method, f"{where}: slices[{i}]") for i, part in enumerate(recipe.slices)]
+    recipe, slices = replace(recipe, parameters=settings.indexed(recipe.parameters)), [_indexed(p) for p in slices]
     models = [[str(s.model) for s in part.sources] for part in slices]
     rules = _Rules(recipe, method, view, where)
     layouts, layer = list(view.layouts.values()), 0
@@ -273,6 +274,11 @@ def _with_base(part: Slice, recipe: Recipe, method: Method, where: str) -> Slice
         what = "models" if method.base == "source" else "models beside the base"
         raise RecipeError(where, f"{len(others)} {what}", f"{expected} for {method.name}")
     return part
+
+
+def _indexed(part: Slice) -> Slice:
+    sources = tuple(replace(source, parameters=settings.indexed(source.parameters)) for source in part.sources)
+    return replace(part, sources=sources, parameters=settings.indexed(part.parameters))
 
 
 def _range(source: Source, whole: bool, view: View, where: str) -> tuple[int, int]:

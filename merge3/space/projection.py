@@ -22,7 +22,7 @@ from merge3.checkpoint.layout import Layout
 from merge3.errors import ConfigError, Merge3Warning
 from merge3.methods import Method, method_named
 from merge3.methods.base import REQUIRED
-from merge3.parameters import evaluate
+from merge3.parameters import evaluate, indexed
 from merge3.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class _Values:
         levels, found, at = [], [], f"{self.where}: {model or 'parameters'}"
         for part in self.recipe.slices:
             own = [source.parameters for source in part.sources if str(source.model) == model]
-            levels.append((*own, part.parameters, self.recipe.parameters))
+            levels.append([indexed(level) for level in (*own, part.parameters, self.recipe.parameters)])
         for tensor in self.tensors:
             found.append(self.method.looked_up(name, levels[tensor.part], tensor.name, tensor.t, at))
         return found

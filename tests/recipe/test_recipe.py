@@ -9,7 +9,7 @@ from merge3.errors import BadInput, RecipeError
 from merge3.export import merge_to_disk
 from merge3.methods import METHODS, VARIANTS
 from merge3.methods.variants import MERGER
-from merge3.parameters import evaluate
+from merge3.parameters import evaluate, indexed
 from merge3.pool import Pool
 from merge3.program import compile
 from merge3.recipe import ModelRef, Recipe
@@ -61,6 +61,26 @@ def test_parameter_values_by_filter_and_layer():
     assert evaluate(setting, "layers.1.attn.q", 0.25) == 7
     assert evaluate([{"filter": "mlp", "value": 1}], "attn", 0.0) is None
     assert evaluate([True, False], "x", 0.9) is True
+
+
+words = st.sampled_from(("model", "layers", "0", "1", "10", "mlp", "q_proj", "weight"))
+names = st.lists(st.lists(words, min_size=1, max_size=6).map(".".join), min_size=1, max_size=30)
+
+
+@given(names, st.data())
+def test_many_conditions_are_looked_up_as_few_are(names, data):
+    """The first that fits counts, be it a whole name, a part of one, or for every tensor."""
+    parts = st.sampled_from(names).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, 30), st.integers(0, 40)))
+    pattern = st.one_of(st.sampled_from(names), parts.map(lambda p: p[0][p[1] : p[2]] or "no part of any name"))
+    patterns = data.draw(st.lists(pattern, min_size=32, max_size=60))
+    conditions = [{"filter": pattern, "value": i} for i, pattern in enumerate(patterns)]
+    for entry in data.draw(st.sampled_from([[], [{"value": -1}], [{"filter": "*", "value": -1}]])):
+        conditions.insert(data.draw(st.integers(0, len(conditions))), entry)
+    quick = indexed({"weight": conditions})["weight"]
+    assert quick is not conditions and list(quick) == conditions
+    for name in [*names, "another.name", ""]:
+        fitting = (c["value"] for c in conditions if c.get("filter") in (None, "*") or c["filter"] in name)
+        assert evaluate(quick, name, 0.0) == evaluate(conditions, name, 0.0) == next(fitting, None)
 
 
 def layers_of(family, method, text, parameter):
