@@ -9,7 +9,7 @@ from merge3.errors import BadInput, RecipeError
 from merge3.export import merge_to_disk
 from merge3.methods import METHODS, VARIANTS
 from merge3.methods.variants import MERGER
-from merge3.parameters import evaluate, indexed
+from merge3.parameters import by_tensor, evaluate, indexed
 from merge3.pool import Pool
 from merge3.program import compile
 from merge3.recipe import ModelRef, Recipe
@@ -81,6 +81,14 @@ def test_many_conditions_are_looked_up_as_few_are(names, data):
     for name in [*names, "another.name", ""]:
         fitting = (c["value"] for c in conditions if c.get("filter") in (None, "*") or c["filter"] in name)
         assert evaluate(quick, name, 0.0) == evaluate(conditions, name, 0.0) == next(fitting, None)
+
+
+@given(names)
+def test_names_that_are_parts_of_others_come_after_them(names):
+    names = list(dict.fromkeys(names))
+    apart = not any(one != other and one in other for one in names for other in names)
+    found = [entry["filter"] for entry in by_tensor(dict.fromkeys(names, 0.5))]
+    assert found == (names if apart else sorted(names, key=lambda name: -len(name)))
 
 
 def layers_of(family, method, text, parameter):
