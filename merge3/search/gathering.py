@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,4 +115,4 @@ def _given(folder: Path, groups: dict[str, list[str]], search: Search) -> Calibr
             raise ResponsesError(folder, other, "one made with this configuration as it is")
     if found.checkpoints and sorted(found.checkpoints) != sorted(search.engine.info().content_hashes.values()):
         raise ResponsesError(folder, "made with other models than the run's", "one made with these checkpoints")
-    return Calibration(found.responses, found.banks, found.endpoints, answers=0)
+    return replace(found, answers=0)
