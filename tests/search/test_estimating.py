@@ -221,7 +221,8 @@ def test_a_calibration_is_of_the_items_and_checkpoints_that_it_was_made_with(few
         given(search=other, hashes=("x", "z"))
 
 
-def test_calibrate_says_of_what_it_is(few, tmp_path):
+def test_calibrate_says_of_what_it_is(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("merge3.search.calibration_files.plot", lambda *drawn: None)
     data = yaml.safe_load(few.read_text()) | {"limit": 6}
     data["estimate"]["models"] = 1
     (few.parent / "fewer.yaml").write_text(yaml.safe_dump(data))
