@@ -107,6 +107,8 @@ def sound() -> dict[str, torch.Tensor]:
 ASKED = ("choice", "generate")
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
 MAMBA = dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2, mamba_n_groups=1, mamba_d_head=8, mamba_chunk_size=8)
+# Heads whose labels have no names are merged with a warning.
+NAMED = dict(id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
 BIASED = dict(pos_att_type=["c2p", "p2c"], relative_attention=True)
 PAIR = dict(
     vocab_size=64,
@@ -172,11 +174,11 @@ FAMILIES: dict[str, Family] = {
     "BERT": _encoder("bert", "BertModel", "encoder.layer", ("rank",)),
     "BERT, masked": _encoder("bert", "BertForMaskedLM", "bert.encoder.layer", tie_word_embeddings=True),
     "BERT, classifier": _encoder(
-        "bert", "BertForSequenceClassification", "bert.encoder.layer", ("classify",), num_labels=3
+        "bert", "BertForSequenceClassification", "bert.encoder.layer", ("classify",), **NAMED
     ),
     "RoBERTa": _encoder("roberta", "RobertaForMaskedLM", "roberta.encoder.layer", tie_word_embeddings=True),
     "DeBERTa": _encoder(
-        "deberta", "DebertaForSequenceClassification", "deberta.encoder.layer", ("classify",), num_labels=3, **BIASED
+        "deberta", "DebertaForSequenceClassification", "deberta.encoder.layer", ("classify",), **NAMED, **BIASED
     ),
     "DeBERTa-v2": _encoder("deberta-v2", "DebertaV2ForMaskedLM", "deberta.encoder.layer", position_buckets=8, **BIASED),
     "T5": Family(
@@ -189,12 +191,12 @@ FAMILIES: dict[str, Family] = {
         ASKED, "model.decoder.layers",
     ),
     "ViT": Family(
-        "vit", "ViTForImageClassification", "AutoModelForImageClassification", VISION | {"num_labels": 3}, picture,
+        "vit", "ViTForImageClassification", "AutoModelForImageClassification", VISION | NAMED, picture,
         ("classify",), "vit.encoder.layer", RENAMED,
     ),
     "ResNet": Family(
         "resnet", "ResNetForImageClassification", "AutoModelForImageClassification",
-        dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", num_labels=3), picture,
+        dict(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", **NAMED), picture,
         ("classify",), "resnet.encoder.stages", "a stage counts as a layer; `num_batches_tracked` is the base's",
     ),
     "CLIP": Family(
