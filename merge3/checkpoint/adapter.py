@@ -44,8 +44,8 @@ def open_with_adapter(
     if not (directory / FILE).exists():
         raise CheckpointError(directory, f"no {FILE}", "an adapter in safetensors")
     start = changed_by(read_json(directory / SETTINGS))
-    if start in ("corda", "lora_ga"):  # peft makes the others again: pissa, olora, loftq
-        found = f"init_lora_weights {start!r}, which changed the base by data that are not here"
+    if start in ("corda", "lora_ga") or "_niter_" in start:  # peft makes the others again: pissa, olora, loftq
+        found = f"init_lora_weights {start!r}, which changed the base by data or numbers that are not here"
         raise CheckpointError(directory / SETTINGS, found, "an adapter of the base itself", CONVERTED)
     # TemporaryDirectory objects live in the Checkpoint, so the files go when it does.
     keep = tempfile.TemporaryDirectory(prefix="merge3-adapter-")

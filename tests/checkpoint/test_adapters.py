@@ -112,6 +112,10 @@ UNFIT = {
         lambda f: told(f, init_lora_weights="lora_ga"),
         "init_lora_weights 'lora_ga', which changed the base .*path_initial_model_for_weight_conversion",
     ),
+    "of a base that random numbers changed": (
+        lambda f: told(f, init_lora_weights="pissa_niter_16"),
+        "init_lora_weights 'pissa_niter_16', which changed the base",
+    ),
     "with a pattern that is none": (lambda f: told(f, alpha_pattern={"q_(": 3}), r"does not fit .* \(missing \)"),
     "cut short": (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-9]),
@@ -128,6 +132,13 @@ def test_adapters_that_do_not_attach_whole_are_refused(family, tmp_path, name):
     with pytest.raises(CheckpointError, match=pattern) as found:
         open_with_adapter(family / "base", tmp_path / "adapter")
     assert "adapter" in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_base_that_an_adapters_start_changed_is_made_again(family, tmp_path, start):
+    expected = trained(family / "base", tmp_path / "adapter", init_lora_weights=start)
+    found = open_with_adapter(family / "base", tmp_path / "adapter")
+    assert torch.equal(found.get(Q), expected[Q])
 
 
 def test_a_head_that_the_base_has_not_is_refused(family, tmp_path):

@@ -246,6 +246,16 @@ def test_what_is_refused(world, tmp_path, family):
         assert "learns nothing" in refused(world, *command, method="linear")
 
 
+def test_two_checkpoints_in_one_folder_are_refused(world, tmp_path):
+    """transformers would read the other one than everything else here."""
+    both = shutil.copytree(world / "low", tmp_path / "both")
+    shutil.copyfile(both / "model.safetensors", both / "model-1.safetensors")
+    index = {"weight_map": {name: "model-1.safetensors" for name in load_file(both / "model.safetensors")}}
+    (both / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refused(world, "merge", tmp_path / "out", models=(str(both), "high"))
+    assert "model.safetensors.index.json and model.safetensors, which it does not name" in line
+
+
 def test_a_task_that_is_nobodys(world):
     """Two results, and one file of all items: matched all the same, and not measured."""
     lines = (world / "low.jsonl").read_text() + (world / "high.jsonl").read_text()
