@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc proto -type f 2>/dev/null)
+# Modules are compiled when they are first imported: of most packages few ever are, and pip would take a minute for all.
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 SEED ?= 0
 # A test process per core, each on one thread: tests are many and small. Files stay together, their fixtures are costly.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -20,27 +22,27 @@ install: $(VENV)/.installed
 # torch comes first and alone, pinned: a dependency that asked for it could pull several GB of CUDA.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel ninja pybind11
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(PIP) --upgrade pip setuptools wheel ninja pybind11
+	$(PIP) torch numpy
 	touch $@
 
 # What the commands need, and with them the demo.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt grpcio-tools
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e .
+	$(PIP) grpcio-tools
+	$(PIP) --no-build-isolation -e .
 	touch $@
 
 # What tests need, and the optional parts of the project (dependency-groups in pyproject.toml).
 $(VENV)/.tests: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group test
+	$(PIP) --group test
 	touch $@
 
 # mergekit, py-irt and fusion-bench are only ever run by tests, which skip without them. py-irt asks for old versions of
 # packages that its models do not use, fusion-bench for many that single functions of it do not: they come alone.
 $(VENV)/.parity: $(VENV)/.tests
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group parity
-	$(BIN)/python -m pip install --quiet --no-deps py-irt==0.7.1 || echo "no py-irt: its test will be skipped"
-	$(BIN)/python -m pip install --quiet --no-deps fusion-bench==0.2.33 || echo "no fusion-bench: its tests will be skipped"
+	$(PIP) --group parity
+	$(PIP) --no-deps py-irt==0.7.1 || echo "no py-irt: its test will be skipped"
+	$(PIP) --no-deps fusion-bench==0.2.33 || echo "no fusion-bench: its tests will be skipped"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -65,7 +67,7 @@ lint: $(VENV)/.tests
 # nvcc over every CUDA source, for every architecture: it compiles, no kernel spills registers, and the machine code of
 # the fused merges has its loads and stores as they should be. Without the disassembler PTX stands for it.
 check-cuda: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm || echo "no nvdisasm: PTX is read instead"
+	$(PIP) nvidia-cuda-nvdisasm || echo "no nvdisasm: PTX is read instead"
 	$(BIN)/python benchmarks/ptxas.py
 
 bench: $(VENV)/.parity
