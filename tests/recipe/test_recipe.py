@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
 from merge3.errors import BadInput, RecipeError
@@ -67,6 +68,7 @@ words = st.sampled_from(("model", "layers", "0", "1", "10", "mlp", "q_proj", "we
 names = st.lists(st.lists(words, min_size=1, max_size=6).map(".".join), min_size=1, max_size=30)
 
 
+@settings_of(max_examples=25)
 @given(names, st.data())
 def test_many_conditions_are_looked_up_as_few_are(names, data):
     """The first that fits counts, be it a whole name, a part of one, or for every tensor."""
@@ -83,6 +85,7 @@ def test_many_conditions_are_looked_up_as_few_are(names, data):
         assert evaluate(quick, name, 0.0) == evaluate(conditions, name, 0.0) == next(fitting, None)
 
 
+@settings_of(max_examples=50)
 @given(names)
 def test_names_that_are_parts_of_others_come_after_them(names):
     names = list(dict.fromkeys(names))
