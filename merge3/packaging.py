@@ -118,7 +118,7 @@ def _check_buildable(config: Mapping[str, Any], recipe: Recipe, pool: Pool, wher
     known = configuration(base.config) is not None
     reason = why_not(config) if known else ""
     if reason or loading(base.config, {name: info.shape for name, info in base.tensors.items()}) is not None:
-        found = f"transformers cannot build the output from its config.json ({reason or 'as its class needs it'})"
+        found = "transformers cannot build the output from its config.json" + (f" ({reason})" if reason else "")
         raise CheckpointError(where, found, f"one as that of {lead(recipe)}, which it builds")
 
 

@@ -104,24 +104,25 @@ def check_kinds(lead: str, config: Mapping[str, Any], origins: Origins, pool: Po
         now, was = made[number], theirs[model][layer]
         for key in sorted({*now, *was}):
             if now.get(key) != was.get(key) and _varies(key, made, theirs[model]):
-                found = f"layer {number} of the output, {layer} of {model}, would have {key} = {now.get(key)!r}"
-                raise CheckpointError(where, found, f"{was.get(key)!r} as there: the layer's number decides, or others")
+                found = f"layer {number} of the output, which is {layer} of {model}, would have {key} {now.get(key)!r}"
+                expected = f"{was.get(key)!r} as there, which config.json cannot say of a layer elsewhere"
+                raise CheckpointError(where, found, expected)
 
 
 def check_live(origins: Origins, pool: Pool, where: str) -> None:
-    """Refuse layers that the base's live model could not hold, or would compute otherwise than a merge on disk: its
-    own stay where they are, with the kinds that they have there. Raises RecipeError, or what the merge raises."""
+    """Refuse layers that the base's live model cannot hold, or would compute otherwise than a merge on disk: its own
+    stay where they are, with the kinds that they have there. Raises RecipeError, or what the merge raises."""
     depth = pool.layouts[pool.base].layers
     if len(origins) != depth:
         raise RecipeError(where, f"{len(origins)} layers", f"{depth}, as in the base: a slot cannot grow")
-    if all(layer == number for number, (_, layer) in enumerate(origins)):
+    if tuple(origins) == in_place(pool.base, pool):
         return
     config, prefix = stacked(pool.base, origins, pool), pool.layouts[pool.base].prefix
     own = _lists(pool.base_checkpoint.config, prefix)
     for key, values in _lists(config, prefix).items():
         if values != own.get(key):
-            found = f"layers of several kinds ({key}) elsewhere than in their model"
-            raise RecipeError(where, found, "layers in place, in a live model", "it can be merged to disk")
+            found = f"layers of several kinds ({key}), others than the base's at their places"
+            raise RecipeError(where, found, "the base's kinds, which a live model keeps", "it can be merged to disk")
     check_kinds(pool.base, config, origins, pool, where)
 
 

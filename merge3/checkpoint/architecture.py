@@ -29,7 +29,7 @@ from merge3.files import write_atomically
 Shape = tuple[int, ...]
 _NO_CONFIGURATION = (LookupError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
 # Attributes of a layer's modules that say where it stands, or that only training needs.
-_NO_KIND = re.compile(r"^_|layer_?(idx|id|index|number)|_idx$|drop|^training$")
+_NO_KIND = re.compile(r"^_|(^|_)(idx|index|id|number)$|layer_?(idx|id)|drop|^training$")
 
 
 @dataclass(frozen=True)

@@ -55,5 +55,5 @@ def unknown_lists(settings: Mapping[str, Any], layers: int) -> list[str]:
 
 def repeat_types(settings: dict[str, Any]) -> None:
     """GPT-Neo has its kinds of layers twice, and reads them from the shorter form: [[kinds], how many times]."""
-    if "attention_layers" in settings:
+    if settings.get("model_type") == "gpt_neo" and "attention_layers" in settings:
         settings["attention_types"] = [[settings["attention_layers"], 1]]
