@@ -21,7 +21,7 @@ from merge3.errors import CheckpointError
 from merge3.pool import Pool
 from merge3.program import Program
 from merge3.recipe import Recipe
-from merge3.stacking import Origins, check_kinds, stacked
+from merge3.stacking import Origins, check_kinds, in_place, stacked
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # Of the model that the output is laid out after. Generation settings go with the tokenizer whose tokens they name.
@@ -93,7 +93,8 @@ def check_output(
         return
     if said.missing:
         name = said.missing[0]
-        also = f", and {lead(recipe)} lacks it too: its checkpoint is not whole" if name not in base.tensors else ""
+        whole = name in base.tensors or tuple(origins) != in_place(lead(recipe), pool)
+        also = "" if whole else f", and {lead(recipe)} lacks it too: its checkpoint is not whole"
         raise CheckpointError(
             where,
             f"the output would lack {name!r}{_more(said.missing)}{also}",
