@@ -176,7 +176,10 @@ def test_heads_of_two_tasks_are_not_averaged_for_want_of_names(tmp_path):
 
 @pytest.mark.parametrize("tasks", [(None, None, None), ("sst2", None, "sst2"), (None, "cola", "cola")])
 def test_heads_whose_labels_nobody_named_are_merged_aloud(tasks, tmp_path):
-    pool = Pool.open(*classifiers(tmp_path, *tasks))
+    base, models = classifiers(tmp_path, *tasks)
+    file = tmp_path / "m1" / "config.json"  # as older versions write what nobody said
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"label2id": {"LABEL_0": 0, "LABEL_1": 1}}))
+    pool = Pool.open(base, models)
     (line,) = pool.warnings
     more = " and 1 more" if tasks[0] is None else ""
     expected = (
