@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import IO
 
 from merge3.errors import Merge3Warning, ResourceError
 
-LOCK = ".lock"  # in a run directory; it stays when a run has ended
+LOCK = ".lock"  # in a directory that a process holds
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -42,27 +42,53 @@ def folder_beside(path: Path) -> tempfile.TemporaryDirectory:
         raise resource_error(path, error) from None
 
 
-def hold(directory: Path) -> IO[bytes]:
-    """A handle, until whose closing no other process can hold this directory, which is made where there is none. The
-    system lets go of what a process held that dies, however it does. Raises ResourceError where another one is there.
+class Held:
+    """A directory, which is made where there is none, that no other process can hold until `close`. The system lets go
+    of what a process held that dies, however it does. Raises ResourceError where another one is there.
 
-        with hold(Path("runs/first")):
-            print("alone")
+    with Held(Path("runs/first")):
+        print("alone")
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = open(directory / LOCK, "ab")
-    except OSError as error:
-        raise resource_error(directory, error) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):
-            handle.close()
+
+    def __init__(self, directory: Path):
+        self._file = directory / LOCK
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._handle = open(self._file, "ab")
+            while not self._lock(directory):  # it was taken away between the two by who held it
+                self._handle.close()
+                self._handle = open(self._file, "ab")
+        except OSError as error:
+            raise resource_error(directory, error) from None
+
+    def close(self) -> None:
+        """Let others in. Further calls do nothing."""
+        if not self._handle.closed:
+            with contextlib.suppress(OSError):
+                self._file.unlink()
+            self._handle.close()
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _lock(self, directory: Path) -> bool:
+        """Whether what is locked is the file of that name."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._handle.close()
             raise ResourceError(directory, "in use by another process", "one at a time in a run directory") from None
-        found = f"its file system has no locks ({error.strerror})"
-        warnings.warn(f"{directory}: {found}: let no second process work there", Merge3Warning, stacklevel=2)
-    return handle
+        except OSError as error:
+            found = f"its file system has no locks ({error.strerror})"
+            warnings.warn(f"{directory}: {found}: let no second process work there", Merge3Warning, stacklevel=4)
+            return True
+        try:
+            return os.path.samestat(os.fstat(self._handle.fileno()), os.stat(self._file))
+        except FileNotFoundError:
+            return False
 
 
 def put_in_place(made: Path, directory: Path) -> None:

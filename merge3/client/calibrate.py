@@ -15,7 +15,7 @@ import numpy as np
 from merge3 import irt
 from merge3.client.terminal import bar
 from merge3.errors import BadInput, ConfigError
-from merge3.files import hold, write_atomically
+from merge3.files import Held, write_atomically
 from merge3.irt import read_responses
 from merge3.irt.diagnostics import fit_statistics
 from merge3.irt.extraction import Subset
@@ -99,7 +99,7 @@ def _configured(
     engine = open_engine(config, device, quiet)
     space = Space(config.genome.definition(), engine.info().layout)
     # What was answered before a kill is not asked again.
-    with hold(out), closing(Journal(out)) as journal:
+    with Held(out), closing(Journal(out)) as journal:
         hashes, search = engine.info().content_hashes, Search(config, questions, engine, space, journal)
         identity = {f"checkpoint {name}": digest for name, digest in hashes.items()}
         also = {"asked": {f"what task {task!r} asks": digest for task, digest in asked.items()}}

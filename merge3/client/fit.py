@@ -25,7 +25,7 @@ from merge3.client.run import open_models
 from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine
 from merge3.errors import BadInput, RecipeError
-from merge3.files import hold, write_atomically
+from merge3.files import Held, write_atomically
 from merge3.learn.fit import Fit, check_learned, experts_of, merged_with
 from merge3.learn.losses import LOSSES, check_labels
 from merge3.learn.settings import located, read_fit
@@ -77,7 +77,7 @@ def fit(
     check_possible(recipe, taught, target, f"{file}: fit", directory)
     others = {str(run): other_run(run, taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
-    with hold(directory):
+    with Held(directory):
         with StopOnInterrupt() as stopping:
             run = Run(recipe, taught, files, device, target, memory_budget, quiet, as_json, stopping)
             outcome = fitted_host(run)

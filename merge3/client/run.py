@@ -26,7 +26,7 @@ from merge3.client.watched import Watched
 from merge3.engine import Engine, LocalEngine
 from merge3.errors import BadInput, ConfigError, Merge3Warning
 from merge3.experts import Experts
-from merge3.files import hold, write_atomically
+from merge3.files import Held, write_atomically
 from merge3.memory import enough_memory
 from merge3.pool import Pool
 from merge3.recipe import ModelRef, Recipe, Tokenizer
@@ -71,7 +71,7 @@ def evolve(
         first_fit(config, questions)
     watched = Watched(config, questions, directory, device, target)
     opened = open_engine(config, device, quiet, target, memory_budget, directory / "derived", abreast)
-    with watched, closing(opened) as engine, hold(directory), closing(Journal(directory)) as journal:
+    with watched, closing(opened) as engine, Held(directory), closing(Journal(directory)) as journal:
         if not quiet:
             print(*questions.notes, questions.policy.why, sep="\n", file=sys.stderr)
         with StopOnInterrupt() as stopping, chosen(as_json, quiet) as report:

@@ -13,7 +13,7 @@ from merge3.client.rewriting import PAGE
 from merge3.client.rounds import elites_of
 from merge3.engine import Engine
 from merge3.errors import ResumeMismatch
-from merge3.files import hold
+from merge3.files import Held
 from merge3.recipe import Recipe, load_yaml
 from merge3.search.elites import FOLDER as ELITES
 from merge3.search.journal import Journal
@@ -32,7 +32,7 @@ def check_directory(directory: Path, resume: bool, export: bool = True) -> None:
     ResourceError where another process is at work. export: whether checkpoints will be written."""
     known, begun = (directory / "run.db").exists(), False
     if known:
-        with hold(directory), closing(Journal(directory)) as journal:
+        with Held(directory), closing(Journal(directory)) as journal:
             begun = journal.begun
     if resume and not known:
         raise ResumeMismatch(directory, "no run.db", "a run directory to resume")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from merge3.errors import ResumeMismatch
-from merge3.files import hold, resource_error, sync
+from merge3.files import Held, resource_error, sync
 
 JOURNAL = "study.jsonl"
 
@@ -37,7 +37,7 @@ class StudyJournal:
         if not resume and any(not name.startswith(".") for name in there):
             expected = "a new directory, or --resume" if self.file.exists() else "a new or empty directory"
             raise ResumeMismatch(directory, "not empty", expected)
-        self._held = hold(directory)
+        self._held = Held(directory)
         try:
             self._open(directory, identity, resume)
         except BaseException:

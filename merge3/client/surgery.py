@@ -22,7 +22,7 @@ from merge3.client.fit_result import baselines, measure, other_run, peak_memory
 from merge3.client.stopping import StopOnInterrupt
 from merge3.engine import Engine, Operated
 from merge3.errors import BadInput, RecipeError
-from merge3.files import hold, write_atomically
+from merge3.files import Held, write_atomically
 from merge3.learn.fit import Fit, check_learned
 from merge3.learn.lessons import TaskToLearn
 from merge3.learn.settings import SurgerySettings, located, read_fit, read_surgery
@@ -96,7 +96,7 @@ def fit_with_surgery(
     others = {str(run): other_run(run, asked.taught.heldout) for run in compare}
     files = FitFiles(directory, resume)
     hashes = {"surgery's items": items_hash(asked.taught.learned), "measured items": items_hash(asked.taught.heldout)}
-    with hold(directory), StopOnInterrupt() as stopping:
+    with Held(directory), StopOnInterrupt() as stopping:
         taught = asked.learned or asked.taught
         run = Run(recipe, taught, files, device, None, memory_budget, quiet, as_json, stopping, hashes)
         remove_partials(directory)

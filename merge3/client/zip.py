@@ -14,7 +14,7 @@ from merge3.client.fit_result import other_run
 from merge3.client.zip_result import summary, told_sizes
 from merge3.client.zip_work import Done, Work, read, work
 from merge3.errors import RecipeError
-from merge3.files import hold, write_atomically
+from merge3.files import Held, write_atomically
 from merge3.learn.zip_file import FILE, save_zip
 from merge3.pool import Pool
 from merge3.recipe import Recipe
@@ -51,7 +51,7 @@ def fit_zip(
     began = time.perf_counter()
     ready = work(asked, device, quiet or as_json)
     files = FitFiles(directory, resume)
-    with hold(directory):
+    with Held(directory):
         files.begin(_identity(ready))
         write_atomically(directory / "recipe.yaml", recipe.to_yaml())
         done = ready.zipped(asked.row.match)

@@ -16,7 +16,7 @@ from merge3.client import run
 from merge3.client.run_directory import is_export
 from merge3.engine import LocalEngine
 from merge3.errors import BadInput, ResourceError, ResumeMismatch
-from merge3.files import hold
+from merge3.files import Held
 from merge3.recipe import ModelRef, Recipe
 from merge3.search.config_files import load_config
 from merge3.search.identity import beside, versions
@@ -178,7 +178,7 @@ def test_a_second_process_is_refused_before_it_reads_a_model(finished, copied, m
     config, *_ = finished
     monkeypatch.setattr(run, "open_engine", None)
     before = journal(copied)
-    with hold(copied), pytest.raises(ResourceError, match="run: in use by another process; expected one at a time"):
+    with Held(copied), pytest.raises(ResourceError, match="run: in use by another process; expected one at a time"):
         run.evolve(config, copied, resume=True, quiet=True)
     assert journal(copied) == before
 
@@ -188,28 +188,28 @@ def test_a_run_holds_its_directory_until_it_ends(finished, tmp_path, asked):
 
     def other():
         with pytest.raises(ResourceError, match="in use"):
-            hold(tmp_path / "run")
+            Held(tmp_path / "run")
 
     asked.after = {1: other, 8: other}
     run.evolve(config, tmp_path / "run", quiet=True, export=False)
     assert len(asked) > 8
-    hold(tmp_path / "run").close()
+    Held(tmp_path / "run").close()
 
 
 def test_a_process_that_is_killed_holds_nothing(tmp_path):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        held = hold(tmp_path)
+        held = Held(tmp_path)
         os.write(tell, b"x")
         signal.pause()
         held.close()
     os.read(ready, 1)
     with pytest.raises(ResourceError, match="in use"):
-        hold(tmp_path)
+        Held(tmp_path)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    hold(tmp_path).close()
+    Held(tmp_path).close()
 
 
 # -- what a journal is continued with
