@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("lm_eval")
 
@@ -191,6 +192,27 @@ def test_a_template_that_fails_or_is_missing(models, tasks, tmp_path):
         load_benchmark("h_choice", how, folder, [tasks])
 
 
+def test_a_digest_says_which_answers_are_right(models, tmp_path):
+    """Prompts and choices are the items'; what is held against answers is not."""
+
+    def made(name, label=0, metric="acc"):
+        folder = tmp_path / name
+        folder.mkdir()
+        documents = [{"text": "one", "options": ["two", "six"], "label": own} for own in (label, 1, 0, 1)]
+        (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
+        data = {"task": "own", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice"}
+        data |= {"doc_to_text": "{{text}}", "doc_to_choice": "{{options}}", "doc_to_target": "{{label}}"}
+        files = {"data_files": {"test": str(folder / "documents.jsonl")}, "cache_dir": str(folder / "cache")}
+        data |= {"dataset_kwargs": files, "metric_list": [{"metric": metric, "aggregation": "mean"}]}
+        (folder / "own.yaml").write_text(yaml.safe_dump(data))
+        return load_benchmark("own", Settings(), models / "base", [folder])
+
+    first, moved, other = made("a"), made("b"), made("c", label=1)
+    assert first.items == moved.items == other.items
+    assert first.digest() == moved.digest() != other.digest()
+    assert made("d", metric="acc_norm").digest() != first.digest()
+
+
 def test_data_that_is_not_there(models, tmp_path):
     (tmp_path / "gone.yaml").write_text(
         "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {test: /nowhere/at/all.jsonl}}\n"
@@ -213,7 +235,6 @@ def test_documents_do_not_stand_in_files(tmp_path):
 
 
 def configuration(models, tasks, folder, changes=None):
-    import yaml
 
     from merge3.search.config_files import load_config
 

@@ -21,6 +21,7 @@ from merge3.client.study_config import StudyConfig, StudyMethod, World, read_stu
 from merge3.client.study_findings import FINDINGS, findings, interval, verdict
 from merge3.client.study_journal import packed, unpacked
 from merge3.client.study_numbers import DRAWS, Numbers, item_weights, subset_weights
+from merge3.files import Held
 from merge3.search.seeds import seed_of
 from merge3.tasks import Item, split_heldout
 from tests.classifiers import make_classifier, save_with_own_heads, save_words
@@ -203,6 +204,8 @@ def test_a_run_is_continued_by_the_same_study_alone(worlds, tmp_path):
     assert "study: found" in refused(root, data | {"subsets": 2}, run, "--resume")
     moved = shutil.copytree(root, tmp_path / "moved")  # by place, not by path
     ran(moved, data, run, "--resume")
+    with Held(run):
+        assert "run: in use by another process" in refused(moved, data, run, "--resume")
     journal = (run / "study.jsonl").read_text()
     (run / "study.jsonl").write_text(journal.replace('"model": "b"', '"model: "b"'))
     assert "damaged" in refused(root, data, run, "--resume")

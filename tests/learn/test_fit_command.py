@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from merge3.errors import RecipeError
+from merge3.files import Held
 from tests.commands import client
 
 EXPERTS = ("english", "italian", "translation", "sorting")
@@ -101,6 +102,9 @@ def test_another_run_is_not_continued(tiny_world, tmp_path):
     assert done.returncode == 2 and "run: recipe: found" in done.stderr
     done = client("fit", recipe, "--run-dir", tmp_path / "none", "--resume", "--quiet")
     assert done.returncode == 2 and "no fit.json" in done.stderr and not (tmp_path / "none").exists()
+    with Held(tmp_path / "run"):
+        done = client("fit", recipe, "--run-dir", tmp_path / "run", "--resume", "--quiet")
+    assert done.returncode == 2 and "run: in use by another process" in done.stderr
 
 
 @pytest.mark.heavy

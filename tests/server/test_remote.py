@@ -1,6 +1,7 @@
 """A search on a daemon is the search in this process, also when the daemon dies in the middle of it."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -191,8 +192,6 @@ def test_a_wrong_address_is_told_at_once_and_patience_ends(tiny_world, start, fr
 
 
 def test_the_pool_that_comes_back_must_be_the_same(tiny_world, tmp_path, start, free_port):
-    import shutil
-
     shutil.copytree(tiny_world / "base", tmp_path / "base")
     shutil.copytree(tiny_world / "english", tmp_path / "expert")
     daemon = start(tmp_path, listen=f"127.0.0.1:{free_port}")
@@ -205,6 +204,20 @@ def test_the_pool_that_comes_back_must_be_the_same(tiny_world, tmp_path, start, 
     start(tmp_path, listen=f"127.0.0.1:{free_port}")
     with pytest.raises(ResumeMismatch, match="expert has other weights than before"):
         answers(engine, "expert", items)
+
+
+def test_a_base_that_comes_back_is_read_as_it_was(tiny_world, tmp_path, start, free_port):
+    shutil.copytree(tiny_world / "base", tmp_path / "base")
+    daemon = start(tmp_path, listen=f"127.0.0.1:{free_port}")
+    engine = RemoteEngine(daemon.address, ["base"], note=lambda text: None)
+    assert engine.info().files == LocalEngine(Pool.open(str(tmp_path / "base"), [])).info().files
+    assert "the base's tokenizer.json" in engine.info().files
+    daemon.kill()
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    start(tmp_path, listen=f"127.0.0.1:{free_port}")
+    with pytest.raises(ResumeMismatch, match=r"the base's config\.json has changed; expected the files the run began"):
+        answers(engine, "base", load_questions(load_config(tiny_world / "evolve.yaml")).subset[:1])
 
 
 def test_errors_are_the_same_class_and_words_on_both_sides(daemon, tiny_world, tmp_path):

@@ -16,7 +16,7 @@ from merge3.client.remote import RemoteEngine
 from merge3.engine import LocalEngine
 from merge3.errors import RecipeError
 from merge3.pool import Pool
-from merge3.recipe import Recipe
+from merge3.recipe import Recipe, Tokenizer
 from merge3.search.config_files import load_config
 from merge3.search.journal import Journal
 from merge3.search.questions import load_questions
@@ -76,6 +76,17 @@ def test_other_numbers_make_no_other_search(own_world, tmp_path):
     assert {"english", "uniform_linear"} <= set(result["baselines"])
     before = json.loads((tmp_path / "before" / "result.json").read_text())
     assert result["baselines"] == before["baselines"] and result["heldout"] == before["heldout"]
+
+
+def test_with_a_vocabulary_every_models_tokenizer_counts(babel):
+    models = [str(babel / name) for name in ("base", "english", "translation")]
+    alone = Pool.open(models[0], models[1:]).words.files
+    pool = Pool.open(models[0], models[1:], tokenizer=Tokenizer("union"))
+    assert alone.items() < pool.words.files.items() and "the base's tokenizer.json" in alone
+    before = pool.words.files["model 2's tokenizer.json"]
+    with_a_word_more(babel, "translation", "<and more>")
+    again = Pool.open(models[0], models[1:], tokenizer=Tokenizer("union")).words.files
+    assert before != again["model 2's tokenizer.json"] and alone.items() < again.items()
 
 
 def test_a_union_is_searched_exported_and_speaks_as_it_did(babel, tmp_path):
