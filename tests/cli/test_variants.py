@@ -31,6 +31,8 @@ def write(world, name="emr.yaml", method="emr", tasks=TASKS, **more):
 def packed(world):
     """A folder with a router, and what was told of it."""
     router = {"items": [f"{task}.jsonl" for task in TASKS], "per_task": 10}
+    (world / "disk").mkdir()
+    (world / "packed").symlink_to(world / "disk")  # where whoever has a small disk lets it lie
     done = client("merge", write(world, router=router), world / "packed", "--quiet")
     assert done.returncode == 0, done.stderr
     return world / "packed", done
@@ -69,6 +71,8 @@ def test_merge_tells_what_it_takes(world, packed):
 
 
 def test_one_task_of_a_recipe_and_of_a_folder(world, packed, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "direct").symlink_to(tmp_path / "disk")
     for what, name in ((world / "emr.yaml", "direct"), (packed[0], "out")):
         done = client("merge", what, tmp_path / name, "--task", "italian", "--quiet")
         assert done.returncode == 0, done.stderr
@@ -76,7 +80,7 @@ def test_one_task_of_a_recipe_and_of_a_folder(world, packed, tmp_path):
     assert same(stored(tmp_path / "direct"), stored(tmp_path / "out")) == []
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert "tokenizer.json" in names and not any("variants" in name or "router" in name for name in names)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["direct", "out"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["direct", "disk", "out"]
     told = json.loads(client("merge", packed[0], tmp_path / "json", "--task", "italian", "--json").stdout)
     assert told["path"] == str(tmp_path / "json") and told["tensors"] == len(stored(tmp_path / "json"))
 
