@@ -234,9 +234,16 @@ def test_a_depth_that_config_json_says_by_another_key_is_not_changed(tmp_path):
     assert cut(tmp_path, [(1, 2), (0, 1)])["num_transformer_layers"] == 2  # all layers are alike
 
 
-def test_layers_of_an_unknown_type_are_compared_with_the_leads(tmp_path):
+UNKNOWN = {
+    "type": lambda config: config.update(model_type="own", architectures=["OwnForCausalLM"]),
+    "class": lambda config: config.pop("architectures"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_layers_of_an_unknown_type_or_class_are_compared_with_the_leads(what, tmp_path):
     make(FAMILIES["Llama"], tmp_path, models=1)
-    edit(tmp_path / "base", lambda config: config.update(model_type="own", architectures=["OwnForCausalLM"]))
+    edit(tmp_path / "base", UNKNOWN[what])
     assert cut(tmp_path, [(0, 2), (1, 2)], "alike")["num_hidden_layers"] == 3
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
@@ -247,6 +254,11 @@ def test_layers_of_an_unknown_type_are_compared_with_the_leads(tmp_path):
             cut(tmp_path, sources)
     assert not (tmp_path / "out").exists()
     cut(tmp_path, [(0, 1), (1, 2)])
+
+
+def test_a_list_of_an_unknown_type_that_may_be_of_its_layers_is_not_left_behind(tmp_path):
+    make(FAMILIES["Llama"], tmp_path, models=1)
+    edit(tmp_path / "base", UNKNOWN["type"])
     edit(tmp_path / "base", lambda config: config.update(kinds=["wide", "narrow"]))
     with pytest.raises(CheckpointError, match="kinds may have an entry for each layer, in a type that transformers"):
         cut(tmp_path, [(1, 2), (0, 1)], "never")
