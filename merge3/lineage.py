@@ -20,7 +20,7 @@ from merge3.checkpoint.vocabulary import embedding_of
 # Settings that change neither what a layer computes nor how many there are; depth is the recipe's business.
 _HARMLESS = {
     "_name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype",
-    "use_cache", "vocab_size", "tie_word_embeddings", "num_hidden_layers", "n_layer", "num_layers", "layer_types",
+    "use_cache", "vocab_size", "tie_word_embeddings", "num_hidden_layers", "n_layer", "num_layers",
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "tokenizer_class",
     "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
     "torchscript", "pretraining_tp", "gradient_checkpointing", "chunk_size_feed_forward", "is_decoder",
@@ -72,6 +72,8 @@ def differences(
     if own != theirs:  # with defaults filled in they may be equal yet
         own, theirs = _settings(base.config), _settings(other.config)
     for key in sorted(set(own) & set(theirs) if own and theirs else ()):
+        if _of_depths(own[key], theirs[key]):
+            continue
         if own[key] != theirs[key] and not (in_tower and key == "model_type"):  # such as qwen2 and qwen2_vl_text
             found = f"{key} is {theirs[key]!r}, {own[key]!r} in the base {base_name}"
             lines.append(f"{model}: {found}; the merge computes with the base's")
@@ -88,6 +90,11 @@ def differences(
     if words and not any(told):  # either says as much
         told.append(_lost_words(base, other))
     return lines + [f"{model}: {line}" for line in told if line]
+
+
+def _of_depths(own: Any, theirs: Any) -> bool:
+    """Whether two settings are lists with an entry for each layer, of unequal depths: what meets, the recipe says."""
+    return isinstance(own, list) and isinstance(theirs, list) and len(own) != len(theirs)
 
 
 def _language_model(base: Checkpoint) -> Checkpoint:

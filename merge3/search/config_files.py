@@ -24,7 +24,9 @@ def load_config(
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, f"not UTF-8 at byte {error.start}", "an evolve configuration") from None
     except OSError as error:
         raise ConfigError(path, error.strerror or str(error), "an evolve configuration") from None
     data = load_yaml(text, str(path))

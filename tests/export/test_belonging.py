@@ -47,6 +47,20 @@ def test_other_heads_of_equal_shapes(workshop):
     assert any("num_attention_heads is 8, 4 in the base" in line for line in lines)
 
 
+def test_layers_of_other_kinds(workshop):
+    """A merge of models has the base's kinds of layers; with `slices` each brings its own."""
+    workshop.model("base")
+    workshop.expert("base", "one")
+    kinds = ["full_attention", "sliding_attention"]
+    for model, own in (("base", kinds), ("one", kinds[::-1])):
+        workshop.edited(model, f"kinds of {model}", config=lambda c, own=own: c.update(layer_types=own * 2))
+    base, one = (str(workshop.root / f"kinds of {model}") for model in ("base", "one"))
+    (line,) = Pool.open(base, [one]).warnings
+    assert "layer_types is ['sliding_attention', 'full_attention'" in line and "computes with the base's" in line
+    workshop.edited("one", "shorter", config=lambda c: c.update(layer_types=kinds))
+    assert not any("layer_types" in line for line in Pool.open(base, [str(workshop.root / "shorter")]).warnings)
+
+
 def test_settings_left_to_their_defaults_are_no_difference(workshop):
     workshop.model("base")
     workshop.expert("base", "one")
