@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def load_questions(config: EvolveConfig) -> Questions:
     stage sees other items than another."""
     items, weights, heads, limits, notes, chat, judges, judged = [], {}, {}, {}, [], {}, {}, {}
     spoken = AskedWith(config)
-    skipped, truncated = Counter(), Counter()
+    skipped, truncated, told = Counter(), Counter(), {}
     for task in config.tasks:
         wrapped, system = config.of_task(task, "apply_chat_template"), config.of_task(task, "system_instruction") or ""
         if task.items is None:
@@ -66,6 +67,7 @@ def load_questions(config: EvolveConfig) -> Questions:
             truncated.update(fitted.truncated)
             notes += fitted.notes
         items += own
+        _check_alike(told, {item.task for item in own}, task, config.of_task(task, "limit"), wrapped, system)
         weights.update({item.task: task.weight for item in own})
         limits.update({item.task: task.limit or config.limit for item in own})
         if wrapped:
@@ -99,6 +101,18 @@ def load_questions(config: EvolveConfig) -> Questions:
         judges,
         judged,
     )
+
+
+def _check_alike(told: dict, names: Iterable[str], task: Task, limit: int | None, wrapped: bool, system: str) -> None:
+    """Raises ConfigError for a task of several files, or lm-eval's and ours, that says two things. told: what was said
+    of each."""
+    words = {"weight": task.weight, "head": task.head, "limit": limit}
+    words |= {"apply_chat_template": wrapped, "system_instruction": system}
+    for name in names:
+        for word, value in words.items():
+            if (before := told.setdefault((name, word), value)) != value:
+                found = f"{word} {value!r}, and {before!r} in another entry of it"
+                raise ConfigError(f"task {name!r}", found, "the same, or another name for one of them")
 
 
 def _check_objectives(config: EvolveConfig, items: list[Item], weights: dict[str, float]) -> None:

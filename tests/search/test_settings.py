@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from merge3.client import run
 from merge3.engine import LocalEngine
-from merge3.errors import ItemsError
+from merge3.errors import ConfigError, ItemsError
 from merge3.export import merge_to_disk
 from merge3.fitness import mean_over_tasks
 from merge3.pool import Pool
@@ -88,6 +88,22 @@ def test_with_no_items_held_out_it_is_said_that_all_is_measured_on_those_searche
     assert result["measured_on"] == "the search's own items: none were held out" and result["heldout_items"] == 12
     assert len(load_questions(config).search) == 12
     assert "english_searched" in (tmp_path / "run" / "front.csv").read_text().splitlines()[0]
+
+
+def test_a_task_in_two_files_says_one_thing(own_world):
+    lines = (own_world / "english.jsonl").read_text().splitlines()
+    for number, own in enumerate((lines[:20], lines[20:40])):
+        rows = [json.dumps(json.loads(line) | {"id": f"{number}-{i}"}) for i, line in enumerate(own)]
+        (own_world / f"part{number}.jsonl").write_text("\n".join(rows) + "\n")
+    parts = [{"items": f"./part{number}.jsonl", "name": "english"} for number in range(2)]
+    asked = load_questions(configuration(own_world, tasks=parts))
+    assert len(asked.search) + len(asked.heldout) == 40 and set(asked.weights) == {"english"}
+    for word, value in (("weight", 2.0), ("limit", 5), ("system_instruction", "Briefly.")):
+        said = f"task 'english': {word} .*, and .* in another entry of it; expected the same"
+        with pytest.raises(ConfigError, match=said):
+            load_questions(
+                configuration(own_world, tasks=[parts[0], parts[1] | {word: value}], apply_chat_template=True)
+            )
 
 
 def test_a_random_start(own_world, tmp_path):
