@@ -90,9 +90,11 @@ def random_genomes(space: Space, start: np.ndarray, count: int, seed: int, sigma
 
 
 def digests(questions: Questions) -> dict[str, str]:
-    """Task -> a digest of its search items and of how they are put: what a calibration was asked, order included."""
+    """Task -> a digest of its search items and of how they are put: what a calibration was asked, order included.
+    Images count by their names, wherever they lie."""
     found = {}
     for task, items in by_task(questions.search).items():
+        items = [replace(item, image=Path(item.image).name) if item.image else item for item in items]
         asked = items_hash(items), questions.chat.get(task)
         found[task] = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
     return found
