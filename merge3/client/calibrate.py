@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from merge3 import irt
 from merge3.client.terminal import bar
 from merge3.errors import BadInput, ConfigError
 from merge3.files import Held, write_atomically
-from merge3.irt import read_responses
+from merge3.irt import Responses, read_responses
 from merge3.irt.diagnostics import fit_statistics
 from merge3.irt.extraction import Subset
 from merge3.irt.responses import ResponsesError
@@ -44,24 +44,36 @@ def calibrate(
         raise BadInput("calibrate", "neither a configuration nor --responses", "one of them, or both")
     if config_file is None and skip_too_long:
         raise BadInput("--skip-too-long", "given without a configuration", "one, whose base says how long items may be")
-    groups, skipped, of = None, {}, ({}, ())
     if config_file is not None:
-        responses, of, groups, models, dimensions, seed, skipped = _configured(
-            config_file, responses_file, out, device, quiet, dimensions, skip_too_long, task_path
-        )
-        endpoints = endpoints or models
+        asked = _configured(config_file, responses_file, out, device, quiet, dimensions, skip_too_long, task_path)
     else:
         responses = read_responses(responses_file)
+        asked = Asked(responses, calibrations.key_groups(responses), dimensions=dimensions, seed=seed)
+    responses, endpoints = asked.responses, endpoints or asked.models
     unknown = [e for e in endpoints if e not in responses.models]
     if unknown and config_file is None:
         raise ResponsesError(responses_file, f"no rows of endpoint {unknown[0]!r}", "one of its models")
     show = lambda task, step, steps: quiet or bar(f"fitting {task}", step, steps)
-    found = calibrations.calibrate(
-        responses, groups or calibrations.key_groups(responses), endpoints, dimensions, seed, report=show
-    )
-    save(replace(found, asked=of[0], checkpoints=of[1]), out)
+    how = asked.dimensions, asked.seed
+    found = calibrations.calibrate(responses, asked.groups, endpoints, *how, report=show)
+    save(replace(found, asked=dict(asked.digests), checkpoints=list(asked.checkpoints)), out)
     tasks = {task: _described(found, task) for task in found.banks}
-    return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": skipped}
+    return {"path": str(out), "answers": found.answers, "tasks": tasks, "skipped": dict(asked.skipped)}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What banks are fitted to. groups: task -> keys of its items; models: a configuration's; skipped: task -> items
+    that were too long; digests, checkpoints: of what was asked, and of whom, where a configuration says it."""
+
+    responses: Responses
+    groups: Mapping[str, Sequence[str]]
+    models: Sequence[str] = ()
+    dimensions: int = 1
+    seed: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    checkpoints: Sequence[str] = ()
 
 
 def _configured(
@@ -73,7 +85,7 @@ def _configured(
     dimensions: int,
     skip_too_long: bool,
     task_path: Sequence[Path] = (),
-):
+) -> Asked:
     from merge3.client.run import open_engine
     from merge3.search.config_files import load_config
     from merge3.search.context import Search
@@ -92,10 +104,10 @@ def _configured(
     if not quiet:
         print(*questions.notes, sep="\n", end="\n" if questions.notes else "", file=sys.stderr)
     dimensions = max(dimensions, config.estimate.dimensions)
-    settings = (keys_by_task(questions.search), config.models, dimensions, config.optimizer.seed, questions.skipped)
     asked = digests(questions)
+    settings = config.models, dimensions, config.optimizer.seed, questions.skipped, asked
     if responses_file is not None:
-        return read_responses(responses_file), (asked, ()), *settings
+        return Asked(read_responses(responses_file), keys_by_task(questions.search), *settings)
     engine = open_engine(config, device, quiet)
     space = Space(config.genome.definition(), engine.info().layout)
     # What was answered before a kill is not asked again.
@@ -106,7 +118,7 @@ def _configured(
         journal.begin({"calibration of": config.hash()} | identity, beside(search) | also)
         show = lambda done, total: quiet or bar("models answering", done, total)
         responses = gather(started(search), show)
-    return responses, (asked, list(hashes.values())), *settings
+    return Asked(responses, keys_by_task(questions.search), *settings, list(hashes.values()))
 
 
 def _described(found: calibrations.Calibration, task: str) -> dict[str, Any]:

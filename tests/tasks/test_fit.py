@@ -289,10 +289,11 @@ def test_calibrate_skips_too(config, monkeypatch, capsys):
     ]
     (config.parent / "r.csv").write_text("\n".join(["model,task,item,score", *rows]))
     arguments = (config, config.parent / "r.csv", config.parent / "bank", "cpu", False, 1)
-    *_, skipped = calibrate._configured(*arguments, skip_too_long=False)
-    assert skipped == {} and "skipped" not in capsys.readouterr().err
-    _, groups, *_, skipped = calibrate._configured(*arguments, skip_too_long=True)
-    assert skipped == {"long": 6} and "task 'long': 6 of 30 items skipped" in capsys.readouterr().err
+    assert calibrate._configured(*arguments, skip_too_long=False).skipped == {}
+    assert "skipped" not in capsys.readouterr().err
+    found = calibrate._configured(*arguments, skip_too_long=True)
+    groups = found.groups
+    assert found.skipped == {"long": 6} and "task 'long': 6 of 30 items skipped" in capsys.readouterr().err
     assert groups["long"] and not any(key.endswith(("0", "5")) for key in groups["long"])
     arguments = (
         "calibrate",
