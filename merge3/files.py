@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from merge3.errors import Merge3Warning, ResourceError
+from merge3.errors import ResourceError
 
 LOCK = ".lock"  # in a directory that a process holds
 
@@ -83,7 +83,8 @@ class Held:
             raise ResourceError(directory, "in use by another process", "one at a time in a run directory") from None
         except OSError as error:
             found = f"its file system has no locks ({error.strerror})"
-            warnings.warn(f"{directory}: {found}: let no second process work there", Merge3Warning, stacklevel=4)
+            # Not one that --strict refuses: nobody can help it.
+            warnings.warn(f"{directory}: {found}: let no second process work there", stacklevel=4)
             return True
         try:
             return os.path.samestat(os.fstat(self._handle.fileno()), os.stat(self._file))

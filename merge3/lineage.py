@@ -4,8 +4,9 @@ a pretraining. What differs here has equal shapes, so a merge runs; it is seldom
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def doubts(endpoints: Mapping[str, Checkpoint], words: bool, towers: Iterable[st
     lines = [*dict.fromkeys(line for checkpoint in endpoints.values() for line in checkpoint.warnings)]
     if words and (line := _wordless(endpoints)):
         lines.append(line)
+    read = functools.cache(vocabulary)  # the base's once for all; of a large one this takes a second
     for model in others:
-        lines += differences(base, endpoints[base], model, endpoints[model], words, model in towers)
+        lines += differences(base, endpoints[base], model, endpoints[model], words, model in towers, read)
     return lines
 
 
@@ -58,13 +60,20 @@ def _wordless(endpoints: Mapping[str, Checkpoint]) -> str:
 
 
 def differences(
-    base_name: str, base: Checkpoint, model: str, other: Checkpoint, words: bool = True, in_tower: bool = False
+    base_name: str,
+    base: Checkpoint,
+    model: str,
+    other: Checkpoint,
+    words: bool,
+    in_tower: bool,
+    read: Callable[[Path], Mapping[str, int]],
 ) -> list[str]:
     """One line for each thing that sets an endpoint apart from the base, with both values.
 
     in_tower: compare it with the language model inside the base.
 
-    words: whether vocabularies count; rows that were remapped to one vocabulary all match. Reads a few MB of weights.
+    words: whether vocabularies count; rows that were remapped to one vocabulary all match. read: `vocabulary`. Reads a
+    few MB of weights.
     """
     lines = []
     base = _language_model(base) if in_tower else base
@@ -84,11 +93,12 @@ def differences(
             lines.append(f"{model}: {found}; the merge has the base's")
     if line := _stranger(base, other):
         lines.append(f"{model}: {line} {base_name}")
-    told = [_other_words(base_name, base, other)] if words else []
+    own, theirs = (read(base.path), read(other.path)) if words else ({}, {})
+    told = [_other_words(base_name, own, theirs)] if words else []
     if words and not in_tower:
         told.append(_other_rows(base_name, base, other))
     if words and not any(told):  # either says as much
-        told.append(_lost_words(base, other))
+        told.append(_lost_words(base, own, other, theirs))
     return lines + [f"{model}: {line}" for line in told if line]
 
 
@@ -162,19 +172,18 @@ def _stranger(base: Checkpoint, other: Checkpoint) -> str:
     return ""
 
 
-def _other_words(base_name: str, base: Checkpoint, other: Checkpoint) -> str:
+def _other_words(base_name: str, own: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     """A token that has another number there. Tokens that only one of the two has are another matter."""
-    own, theirs = vocabulary(base.path), vocabulary(other.path)
     if not any(theirs.get(token, number) != number for token, number in own.items()):
         return ""
     return f"its tokenizer numbers tokens otherwise than that of the base {base_name}: rows of embeddings do not match"
 
 
-def _lost_words(base: Checkpoint, other: Checkpoint) -> str:
+def _lost_words(base: Checkpoint, own: Mapping[str, int], other: Checkpoint, theirs: Mapping[str, int]) -> str:
     """Tokens that the output's tokenizer, which is the base's, takes apart: added in rows that padded, or renamed."""
     if not has_tokenizer(base.path):
         return ""
-    own, theirs = vocabulary(base.path), vocabulary(other.path) or _added(other.path)
+    theirs = theirs or _added(other.path)
     if not own:  # a vocabulary that only sentencepiece reads: what was added to it can be compared
         own, theirs = _added(base.path), _added(other.path)
     lost = sorted((token for token in theirs if token not in own), key=theirs.__getitem__)

@@ -48,19 +48,22 @@ def limits(pool: Any, budget: int | None) -> tuple[int | None, int]:
     device = pool.device
     if device.type != "cuda":
         return budget, 0
-    total = plan_pool(pool, budget, 0).total
-    if budget is not None and total > available(device):
-        free = shown_size(available(device))
-        raise BadInput("memory_budget", f"found {shown_size(budget)}, and {free} are free on {device}", "what is free")
-    if budget is None:
-        room = available(device) - max(FORWARDS, available(device) // 10)
-        if total <= room:
-            return None, 0
-        budget = max(0, room)
-        pool.warnings.append(
-            f"{device} has {shown_size(available(device))} free, and these models with the live one take "
-            f"{shown_size(total)}: {shown_size(budget)} are used, and what does not fit is streamed (--memory-budget)"
-        )
+    total, free = plan_pool(pool, budget, 0).total, available(device)
+    if budget is not None:
+        if total > free:
+            found = f"found {shown_size(budget)}, and {shown_size(free)} are free on {device}"
+            raise BadInput("memory_budget", found, "what is free")
+        return budget, pinnable()
+    if total <= free - FORWARDS:
+        return None, 0
+    budget = max(0, free - FORWARDS)
+    try:
+        plan_pool(pool, budget, 0)
+    except BadInput as error:
+        found = f"{shown_size(free)} are free, {shown_size(FORWARDS)} of them for forwards"
+        raise BadInput(str(device), found, error.expected) from None
+    said = f"{device} has {shown_size(free)} free, and these models with the live one take {shown_size(total)}"
+    pool.notes.append(f"{said}: {shown_size(budget)} are used, what does not fit is streamed (--memory-budget)")
     return budget, pinnable()
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge3.checkpoint.architecture import configuration, layer_kinds
+from merge3.checkpoint.architecture import layer_kinds, layer_lists
 from merge3.checkpoint.depth import depth_keys, per_layer_lists, repeat_types, stack_section, unknown_lists
 from merge3.errors import CheckpointError, RecipeError
 from merge3.pool import Pool
@@ -51,7 +51,7 @@ def _follow(config: dict[str, Any], inner: dict[str, Any], lead: str, origins: O
     """Settings with one entry for each layer: those that config.json has, and those that it leaves to its type's rule,
     where the rule would give these layers others."""
     prefix = pool.layouts[lead].prefix
-    if configuration(pool.endpoints[lead].config) is None:
+    if layer_lists(pool.endpoints[lead].config, prefix) is None:
         for key in unknown_lists(inner, pool.layouts[lead].layers):
             found = f"config.json: {key} may have an entry for each layer, in a type that transformers does not know"
             raise CheckpointError(lead, found, "layers in place", "it is not known what to write there")
@@ -74,9 +74,7 @@ def _follow(config: dict[str, Any], inner: dict[str, Any], lead: str, origins: O
 
 def _lists(config: Mapping[str, Any], prefix: str) -> dict[str, list]:
     """As config.json has them, and as transformers makes those that it has not."""
-    known = configuration(config)
-    made = per_layer_lists(stack_section(known.to_dict(), prefix)) if known is not None else {}
-    return made | per_layer_lists(stack_section(config, prefix))
+    return (layer_lists(config, prefix) or {}) | per_layer_lists(stack_section(config, prefix))
 
 
 def check_kinds(lead: str, config: Mapping[str, Any], origins: Origins, pool: Pool, where: str) -> None:
@@ -88,7 +86,7 @@ def check_kinds(lead: str, config: Mapping[str, Any], origins: Origins, pool: Po
     if tuple(origins) == in_place(lead, pool):
         return
     stack = pool.layouts[lead]
-    for name in pool.endpoints[lead].tensors:
+    for name in pool.endpoints[lead].tensors if not _numbered(origins, stack.layers) else ():
         if "per_layer" in name and stack.layer_of(name) is None:
             found = f"tensor {name!r} of {lead} has a part for each layer, by its number"
             raise CheckpointError(where, found, "layers in place")
@@ -117,13 +115,22 @@ def check_live(origins: Origins, pool: Pool, where: str) -> None:
         raise RecipeError(where, f"{len(origins)} layers", f"{depth}, as in the base: a slot cannot grow")
     if tuple(origins) == in_place(pool.base, pool):
         return
-    config, prefix = stacked(pool.base, origins, pool), pool.layouts[pool.base].prefix
-    own = _lists(pool.base_checkpoint.config, prefix)
-    for key, values in _lists(config, prefix).items():
-        if values != own.get(key):
-            found = f"layers of several kinds ({key}), others than the base's at their places"
-            raise RecipeError(where, found, "the base's kinds, which a live model keeps", "it can be merged to disk")
-    check_kinds(pool.base, config, origins, pool, where)
+    lists = {model: _lists(pool.endpoints[model].config, pool.layouts[model].prefix) for model, _ in origins}
+    own = _lists(pool.base_checkpoint.config, pool.layouts[pool.base].prefix)
+    for number, (model, layer) in enumerate(origins):
+        for key, values in lists[model].items():
+            mine = own.get(key, ())
+            if layer < len(values) and number < len(mine) and values[layer] != mine[number]:
+                found = f"layers of several kinds ({key}), others than the base's at their places"
+                expected = "the base's kinds, which a live model keeps"
+                raise RecipeError(where, found, expected, "it can be merged to disk")
+    if not _numbered(origins, depth):  # else their numbers make them what the base's are
+        check_kinds(pool.base, stacked(pool.base, origins, pool), origins, pool, where)
+
+
+def _numbered(origins: Origins, depth: int) -> bool:
+    """Whether every layer of a model of this depth has its number, whichever model it is of."""
+    return [layer for _, layer in origins] == list(range(depth))
 
 
 def _varies(key: str, *models: Sequence[Mapping[str, Any]]) -> bool:

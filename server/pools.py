@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from merge3 import __version__
-from merge3.checkpoint.beside import speaking_files
+from merge3.checkpoint.beside import PROCESSORS, speaking_files
 from merge3.engine import PoolInfo
 from merge3.errors import BadInput, Busy, NotFound
 from merge3.experts import Experts
@@ -181,8 +181,9 @@ def _stamp(places: Iterable[str]) -> str:
     lies there now, not what lay there when another driver opened it."""
     found = []
     for place in sorted(set(places)):
-        files = {*Path(place).glob("*.safetensors"), *Path(place).glob("*.json"), *speaking_files(Path(place)).values()}
+        files = {*Path(place).glob("*.safetensors*"), *speaking_files(Path(place)).values()}  # an index, too
+        files |= {Path(place) / name for name in PROCESSORS}
         for file in sorted(filter(Path.is_file, files)):
             status = file.stat()
-            found.append((str(file), status.st_ino, status.st_size, status.st_mtime_ns))
+            found.append((str(file), status.st_size, status.st_mtime_ns))
     return hashlib.sha256(repr(found).encode()).hexdigest()

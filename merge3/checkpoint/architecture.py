@@ -23,6 +23,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from merge3 import __version__
+from merge3.checkpoint.depth import per_layer_lists, stack_section
 from merge3.errors import CheckpointError, ResourceError
 from merge3.files import write_atomically
 
@@ -145,8 +146,12 @@ def layer_kinds(config: Mapping[str, Any], prefix: str) -> list[dict[str, Any]] 
     """What the modules of each layer are and compute with, beside tensors: `self_attn.sliding_window` -> 512. Where a
     layer stands is no part of it, nor what only training needs. prefix: what stands before the layers' numbers.
 
-    None where `loading` would be, or the model has no such stack.
+    None where `loading` would be, or the model has no such stack. Remembered as that is.
     """
+    return _remembered(["kinds of layers", config, prefix], lambda: _layer_kinds(config, prefix), list, list)
+
+
+def _layer_kinds(config: Mapping[str, Any], prefix: str) -> list[dict[str, Any]] | None:
     built = _built(config, {})
     if built is None:
         return None
@@ -166,6 +171,17 @@ def _kind(layer: torch.nn.Module) -> dict[str, Any]:
             if isinstance(value, bool | int | float | str | None) and not _NO_KIND.search(key):
                 found[f"{name}.{key}".removeprefix(".")] = value
     return found
+
+
+def layer_lists(config: Mapping[str, Any], prefix: str) -> dict[str, list] | None:
+    """The settings with one entry for each layer that transformers makes of a config.json; None for a type that it does
+    not know. prefix: as of `layer_kinds`. Remembered as `loading` is."""
+    return _remembered(["lists of layers", config, prefix], lambda: _layer_lists(config, prefix), dict, dict)
+
+
+def _layer_lists(config: Mapping[str, Any], prefix: str) -> dict[str, list] | None:
+    known = configuration(config)
+    return None if known is None else per_layer_lists(stack_section(known.to_dict(), prefix))
 
 
 def why_not(config: Mapping[str, Any]) -> str:

@@ -167,7 +167,7 @@ class RemoteEngine:
             raise ResumeMismatch(
                 self.target.address, f"{changed} has other weights than before", "the checkpoints the run began with"
             )
-        if self._info is not None and info.files and self._info.files != info.files:
+        if self._info is not None and self._info.files and info.files and self._info.files != info.files:
             changed = min({name for name, _ in self._info.files.items() ^ info.files.items()})
             raise ResumeMismatch(self.target.address, f"{changed} has changed", "the files the run began with")
         self._info, self._pool_id, self._registered = info, pool.pool_id, (None, "")

@@ -62,14 +62,15 @@ def export_result(engine: Engine, outcome: Outcome, directory: Path, seed: int) 
     for recipe, folder in wanted:
         if not _taken(folder):
             engine.export(recipe, folder, seed)
+    place = Path(os.path.realpath(model))  # where a link leads, on another disk perhaps
+    partial = place.with_name(f".{place.name}.picked")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     if not _taken(model):
         engine.export(outcome.recipe, model, seed)
     elif not is_export(model, outcome.recipe):  # another member, which makes room when this one is whole
-        partial = directory / ".picked"
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         engine.export(outcome.recipe, partial, seed)
-        shutil.rmtree(model, ignore_errors=True)
-        partial.rename(model)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
 
 
 def is_export(folder: Path, recipe: Recipe) -> bool:

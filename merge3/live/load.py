@@ -9,6 +9,7 @@ import torch
 
 from merge3.checkpoint.architecture import configuration, refuse_made_up, tied
 from merge3.checkpoint.layout import Ref
+from merge3.checkpoint.read import INDEX, SINGLE
 from merge3.errors import CheckpointError
 from merge3.live.words import speak
 from merge3.pool import Pool
@@ -43,10 +44,12 @@ def loader(config: Mapping[str, Any]):
 
 def load_model(pool: Pool, dtype: torch.dtype) -> torch.nn.Module:
     """The base as a transformers model, for inference, on the pool's device. Raises CheckpointError where transformers
-    cannot load it, or it lacks a parameter."""
+    cannot load it, or would load other weights than the pool reads, or it lacks a parameter."""
     import transformers
 
     base = pool.base_checkpoint
+    if base.warnings and base.adapter is None:  # of two checkpoints in a folder transformers takes the other one
+        raise CheckpointError(pool.base, f"{INDEX} and {SINGLE}, which it does not name", "one of the two")
     config = None
     if pool.outputs and tied(base.config):  # another endpoint has an output of its own
         config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)

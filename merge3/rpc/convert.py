@@ -258,7 +258,7 @@ def evaluation_from(m: pb.Evaluation) -> Evaluation:
         error,
         {raw.item: raw_from(raw) for raw in m.raw},
         np.array(m.lengths) if m.lengths else None,
-        m.cost,
+        m.cost or 1.0,  # an earlier daemon does not say it
     )
 
 

@@ -115,6 +115,7 @@ def _given(folder: Path, groups: dict[str, list[str]], search: Search) -> Calibr
         if found.asked and found.asked.get(task) != digest:
             other = f"made when the items of task {task!r}, or how they are put, were others"
             raise ResponsesError(folder, other, "one made with this configuration as it is")
-    if found.checkpoints and sorted(found.checkpoints) != sorted(search.engine.info().content_hashes.values()):
+    known, own = set(found.checkpoints or ()), set(search.engine.info().content_hashes.values())
+    if known and not (known <= own or own <= known):  # some of the models, or more of them, are as good
         raise ResponsesError(folder, "made with other models than the run's", "one made with these checkpoints")
     return replace(found, answers=0)

@@ -46,7 +46,7 @@ def continuations(
     if prefix and known.shares(len(prefix) + max(map(_width, rest))):
         steps = Once if _reads_once(model, prefix, rest[:2], device, pad) else Padded
     begins, width = [], _width
-    if steps is Padded and torch.device(device).type != "cpu":
+    if prefix and steps is Padded and torch.device(device).type != "cpu":
         width = _with_copies(len(prefix), batch_tokens, token_bytes(model))
     for asked in batches(rest, width, batch_tokens):
         batch = left_padded(asked, len(prefix), device, pad)

@@ -104,6 +104,19 @@ def test_layers_that_config_json_does_not_count_stay_so(tmp_path):
     assert next(stored) == next(stored)
 
 
+def test_layers_of_experts_alone_are_in_place_in_a_live_model(tmp_path, monkeypatch):
+    """Of no base, as a search's default merges are: every layer has its number, and nothing is built to say so."""
+    make(FAMILIES["Llama"], tmp_path, models=3)
+    for model in ("base", "e0", "e1"):
+        file = Path(tmp_path / model / "config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    base, *experts = (str(tmp_path / model) for model in ("base", "e0", "e1"))
+    slot = Slot(Pool.open(base, experts))
+    monkeypatch.setattr("merge3.stacking.layer_kinds", lambda *_: pytest.fail("models were built"))
+    half = [{"model": model, "parameters": {"weight": 0.5}} for model in experts]
+    slot.compile(Recipe.parse({"merge_method": "linear", "models": half}))
+
+
 def test_layers_that_config_json_does_not_count_are_not_taken_apart(tmp_path):
     """Of slices it is not known which layers counted: one would be written that nobody loads."""
     make(FAMILIES["Llama"], tmp_path, models=1)

@@ -171,6 +171,17 @@ def test_variances_below_zero_are_not_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_live_model_is_not_of_other_weights_than_the_pool(tmp_path):
+    """Of a folder with two checkpoints the pool reads the index's files, and transformers the other."""
+    make(FAMILIES["Llama"], tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    (tmp_path / "base" / "part.safetensors").write_bytes(file.read_bytes())
+    index = {"weight_map": dict.fromkeys(load_file(file), "part.safetensors")}
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="index.json and model.safetensors, which it does not name; expected one"):
+        opened(tmp_path)
+
+
 def test_a_base_without_one_of_its_parameters_is_refused_at_open(tmp_path):
     from safetensors.torch import save_file
 

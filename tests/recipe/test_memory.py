@@ -68,10 +68,13 @@ def test_a_gpu_without_room_for_all_gets_a_budget(wide_family, monkeypatch):
     assert planning.limits(pool, None) == (None, 0) and not pool.warnings
     free(total)
     budget, host = planning.limits(pool, None)
-    assert budget == total - total // 4 and host > 0
+    assert budget == total - total // 4 and host > 0 and not pool.warnings  # nothing that --strict would refuse
     assert planning.plan_pool(pool, budget, host).total <= budget
-    (said,) = pool.warnings
+    said = pool.notes[-1]
     assert "--memory-budget" in said and "cuda:0" in said
+    free(total // 4)
+    with pytest.raises(BadInput, match="cuda:0: .* free, .* for forwards; expected at least .*: the live model"):
+        planning.limits(pool, None)
     free(total // 2)
     with pytest.raises(BadInput, match="memory_budget: found .*, and .* are free on cuda:0"):
         planning.limits(pool, 4 * total)

@@ -215,6 +215,7 @@ def test_a_calibration_is_of_the_items_and_checkpoints_that_it_was_made_with(few
         given(chat={"english": "Be short."})
     with pytest.raises(BadInput, match="bank: made with other models than the run's; expected one made with these"):
         given(hashes=("x", "z"))
+    assert given(hashes=("x",)).banks.keys() == given(hashes=("x", "y", "z")).banks.keys() == found.banks.keys()
     told = json.loads((out / "calibration.json").read_text())
     (out / "calibration.json").write_text(json.dumps({k: told[k] for k in ("tasks", "endpoints", "answers")}))
     with pytest.warns(Merge3Warning, match="bank: made by an earlier version"):

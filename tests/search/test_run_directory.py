@@ -165,9 +165,12 @@ def test_another_pick_takes_the_place_of_a_member_and_of_nothing_else(world, tmp
         run.evolve(config, tmp_path / "run", resume=True, quiet=True, pick=str(members))
     assert (model / "mine.txt").read_text() == "mine"
     shutil.rmtree(model)
+    (tmp_path / "disk").mkdir()
+    model.symlink_to(tmp_path / "disk")  # where there is more room
     run.evolve(config, tmp_path / "run", resume=True, quiet=True)
     run.evolve(config, tmp_path / "run", resume=True, quiet=True, pick=str(members))
-    assert is_export(model, Recipe.from_yaml(tmp_path / "run" / "front" / f"{members:02}.yaml"))
+    assert is_export(tmp_path / "disk", Recipe.from_yaml(tmp_path / "run" / "front" / f"{members:02}.yaml"))
+    assert model.is_symlink() and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
     assert (tmp_path / "run" / "front" / "mine.txt").exists()
 
 
