@@ -182,3 +182,16 @@ def test_no_function_of_one_instruction_set_is_shared_with_others():
                 name = re.match(r"[0-9a-f]+ <(.+)>:", code)
                 shared += [f"{path.name}: {name[1]}"] * bool(name and name[1] in weak)
     assert vectors and shared == []
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_function_of_one_instruction_set_can_stand_for_that_of_another():
+    """Files for several sets compile the same templates. One that is not inlined has the same name in each, the linker
+    takes any, and vectors are passed otherwise: built without optimization the sums are wrong."""
+    objects = sorted((ROOT / "build" / "kernels").glob("*_avx*.cpp.o"))
+    if not objects:
+        pytest.skip("the kernels were not built in this directory")
+    for file in objects:
+        symbols = subprocess.run(["nm", "-C", file], capture_output=True, text=True, check=True).stdout
+        shared = re.findall(r" [WVu] (.*merge3::.*)", symbols)
+        assert not [name for name in shared if not name.startswith("std::")], file.name
