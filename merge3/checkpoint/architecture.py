@@ -176,6 +176,12 @@ def _kind(layer: torch.nn.Module) -> dict[str, Any]:
 def layer_lists(config: Mapping[str, Any], prefix: str) -> dict[str, list] | None:
     """The settings with one entry for each layer that transformers makes of a config.json; None for a type that it does
     not know. prefix: as of `layer_kinds`. Remembered as `loading` is."""
+    return _lists_of(json.dumps(config, sort_keys=True, default=str), prefix)
+
+
+@functools.lru_cache(64)  # in a process too: a live model asks it for every merge whose layers are not the base's
+def _lists_of(text: str, prefix: str) -> dict[str, list] | None:
+    config = json.loads(text)
     return _remembered(["lists of layers", config, prefix], lambda: _layer_lists(config, prefix), dict, dict)
 
 

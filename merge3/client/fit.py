@@ -133,8 +133,7 @@ def check_possible(recipe: Recipe, taught: Taught, target: Target | None, where:
     """Raises RecipeError for what only this process can do, asked of a daemon, and for groups that cannot be; BadInput
     for a directory whose models no recipe could name, ItemsError for items without the labels that are learned."""
     what = Fit(recipe)
-    if LOSSES[what.method.loss].target is not None:
-        check_labels(taught.learned)
+    check_labels(LOSSES[what.method.loss], taught.learned)
     if (what.method.survivors or what.settings.groups is not None) and set("+@") & set(str(directory.resolve())):
         found = f"{str(directory)!r}, where models are made, and recipes read + and @ in a path as more than that"
         raise BadInput("--run-dir", found, "a path without them")

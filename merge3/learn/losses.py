@@ -46,15 +46,19 @@ def _labels(item: Item, request: Any, reader: Reader) -> torch.Tensor:
 
 
 def _right(item: Item, request: Any, reader: Reader) -> Tokens | int:
-    check_labels([item])
+    _check_label(item)
     return KINDS[item.kind].target(item, request, reader)
 
 
-def check_labels(items: Iterable[Item]) -> None:
-    """Raises ItemsError for the first item without a label to learn."""
-    for item in items:
-        if KINDS[item.kind].target is None:
-            raise ItemsError(place(item), f"kind {item.kind!r}, which has no label to learn", _named())
+def _check_label(item: Item) -> None:
+    if KINDS[item.kind].target is None:
+        raise ItemsError(place(item), f"kind {item.kind!r}, which has no label to learn", _named())
+
+
+def check_labels(loss: Loss, items: Iterable[Item]) -> None:
+    """Raises ItemsError for the first item without a label, of a loss that learns them."""
+    for item in items if loss.target is not None else ():
+        _check_label(item)
 
 
 def _unlabelled(item: Item, request: Any, reader: Reader, written: Tokens | None) -> Asked:

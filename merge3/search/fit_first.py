@@ -37,8 +37,7 @@ def first_fit(config: EvolveConfig, questions: Questions) -> tuple[Fit, list[Ite
     check_learned(recipe, "fit")
     fit = Fit(recipe)
     items = per_task(questions.search, fit.settings.per_task, np.random.default_rng(seed_of("fit", seed)))
-    if LOSSES[fit.method.loss].target is not None:
-        check_labels(items)
+    check_labels(LOSSES[fit.method.loss], items)
     if not LOSSES[fit.method.loss].expert:
         return fit, items
     tasks, experts = list(dict.fromkeys(item.task for item in items)), experts_of(recipe)
